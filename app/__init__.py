@@ -1,0 +1,1 @@
+"""HTTP, command line and settings. Imports no torch (floor 5)."""

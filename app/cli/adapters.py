@@ -1,0 +1,279 @@
+"""`rankwise adapters`: upload, list, look at, download, delete, trace."""
+
+from __future__ import annotations
+
+import tempfile
+import zipfile
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.tree import Tree
+
+from app.cli.client import Client, ProblemError
+from app.cli.options import AdapterId, Cursor, Json, Limit
+from app.cli.output import fields, moment, note, print_json, size, stdout, table
+from app.cli.progress import transfer
+from artifacts.errors import FormatUnknown, RequestInvalid
+
+app = typer.Typer(help="Adapters: upload, list, look at, download, delete, trace.", no_args_is_help=True)
+CONFIG_FILE = "adapter_config.json"
+
+
+class DownloadFormat(StrEnum):
+    PEFT = "peft"
+    SAFETENSORS = "safetensors"
+
+
+def files_of(path: Path) -> list[Path]:
+    """What to send of a path: the file itself, or the adapter's own files of a PEFT directory.
+
+    Raises:
+        FormatUnknown: a directory without adapter_config.json.
+        RequestInvalid: nothing there.
+    """
+    if path.is_file():
+        return [path]
+    if not path.is_dir():
+        raise RequestInvalid(f"There is no file or folder {str(path)!r}.")
+    if not (path / CONFIG_FILE).is_file():
+        raise FormatUnknown(
+            f"{path} holds no {CONFIG_FILE}.",
+            hint="Give the folder that PEFT's save_pretrained wrote, an archive of it, or one .safetensors file.",
+        )
+    weights = sorted(path.glob("adapter_model.*"))
+    safe = [file for file in weights if file.suffix == ".safetensors"]
+    card = [file for file in (path / "README.md",) if file.is_file()]
+    return [path / CONFIG_FILE, *(safe or weights), *card]
+
+
+def upload(client: Client, path: Path, form: dict[str, Any]) -> tuple[dict[str, Any], bool]:
+    """Send one adapter with a progress bar. Returns it, and whether it is new."""
+    files = files_of(path)
+    with transfer(f"upload {path.name}", sum(file.stat().st_size for file in files)) as advance:
+        return client.upload(files, form, lambda count: advance(count, None))
+
+
+def summary(adapter: dict[str, Any]) -> dict[str, Any]:
+    """The fields of an adapter that a person looks for first, in order."""
+    report = adapter.get("report") or {}
+    return {
+        "id": adapter["id"],
+        "name": adapter["name"],
+        "description": adapter.get("description"),
+        "tags": adapter.get("tags"),
+        "method": adapter.get("method"),
+        "rank": adapter.get("rank"),
+        "alpha": adapter.get("alpha"),
+        "base model": adapter.get("base_model"),
+        "modules": adapter.get("module_count"),
+        "targets": adapter.get("target_modules"),
+        "parameters": f"{adapter['parameter_count']:,}" if adapter.get("parameter_count") else None,
+        "dtype": adapter.get("dtype"),
+        "size": size(adapter.get("size")),
+        "mergeable": adapter.get("mergeable"),
+        "refusal": adapter.get("refusal"),
+        "origin": adapter.get("origin"),
+        "job": adapter.get("job_id"),
+        "weights digest": adapter.get("weights_digest"),
+        "created": moment(adapter.get("created_at")),
+        "warnings": report.get("warnings"),
+        "ignored keys": [f"{item['key']} ({item['reason']})" for item in report.get("ignored") or ()],
+        "non-finite": report.get("nonfinite"),
+    }
+
+
+@app.command("add")
+def add(
+    context: typer.Context,
+    paths: Annotated[
+        list[Path],
+        typer.Argument(metavar="PATH...", help="PEFT folders, archives (.zip, .tar, .tar.gz) or .safetensors."),
+    ],
+    name: Annotated[str | None, typer.Option("--name", help="Name; the file's or folder's own unless given.")] = None,
+    base_model: Annotated[
+        str | None, typer.Option("--base-model", help="Registered base model, by name or id.")
+    ] = None,
+    description: Annotated[str | None, typer.Option("--description", help="A line about it.")] = None,
+    tag: Annotated[list[str] | None, typer.Option("--tag", help="A tag; may be given several times.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Upload adapters. The same content again gives the adapter that is there."""
+    if name and len(paths) > 1:
+        raise typer.BadParameter("one name for several adapters", param_hint="--name")
+    answers = []
+    with context.obj() as client:
+        for path in paths:
+            form = {"name": name or path.resolve().name.split(".")[0], "base_model": base_model, "tags": tag}
+            form["description"] = description
+            adapter, new = upload(client, path, {key: value for key, value in form.items() if value})
+            answers.append(adapter)
+            if not as_json:
+                stdout().print(fields(f"{'added' if new else 'was there'}: {path}", summary(adapter)))
+    if as_json:
+        print_json(answers[0] if len(answers) == 1 else answers)
+
+
+@app.command("list")
+def list_adapters(
+    context: typer.Context,
+    base_model: Annotated[str | None, typer.Option("--base-model", help="Only those of this base model.")] = None,
+    method: Annotated[str | None, typer.Option("--method", help="Only this kind: lora, rslora, dora …")] = None,
+    tag: Annotated[str | None, typer.Option("--tag", help="Only those with this tag.")] = None,
+    name: Annotated[str | None, typer.Option("--name", help="Only those with this in their name.")] = None,
+    sha256: Annotated[str | None, typer.Option("--sha256", help="Only those with these weights or this file.")] = None,
+    limit: Limit = 50,
+    cursor: Cursor = None,
+    as_json: Json = False,
+) -> None:
+    """List adapters, newest first."""
+    with context.obj() as client:
+        page = client.get(
+            "/adapters",
+            base_model=base_model,
+            method=method,
+            tag=tag,
+            name=name,
+            sha256=sha256,
+            limit=limit,
+            cursor=cursor,
+        )
+    if as_json:
+        print_json(page)
+        return
+    rows = [
+        (
+            item["id"],
+            item["name"],
+            item.get("method"),
+            item.get("rank"),
+            item.get("base_model"),
+            size(item.get("size")),
+            item.get("origin"),
+            moment(item.get("created_at")),
+        )
+        for item in page["items"]
+    ]
+    stdout().print(table(None, ("id", "name", "method", "#rank", "base model", "#size", "origin", "created"), rows))
+    if page.get("next"):
+        note(f"more: --cursor {page['next']}")
+
+
+@app.command("get")
+def get(context: typer.Context, adapter: AdapterId, as_json: Json = False) -> None:
+    """Show one adapter with its intake report."""
+    with context.obj() as client:
+        found = client.get(f"/adapters/{adapter}")
+    if as_json:
+        print_json(found)
+        return
+    stdout().print(fields(found["name"], summary(found)))
+    files = [(file["path"], size(file["size"]), file["sha256"]) for file in found.get("files") or ()]
+    if files:
+        stdout().print(table("files", ("path", "#size", "sha256"), files))
+
+
+@app.command("download")
+def download(
+    context: typer.Context,
+    adapter: AdapterId,
+    output: Annotated[Path, typer.Option("-o", "--output", help="Folder to write into.")] = Path(),
+    file_format: Annotated[
+        DownloadFormat, typer.Option("--format", help="peft: a PEFT folder; safetensors: one file.")
+    ] = DownloadFormat.PEFT,
+    archive: Annotated[bool, typer.Option("--zip", help="Keep the zip instead of unpacking it.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Download an adapter; a PEFT folder is unpacked, ready for `PeftModel.from_pretrained`."""
+    with context.obj() as client:
+        target = fetch(client, adapter, output, file_format, unpack=not archive)
+    if as_json:
+        print_json({"id": adapter, "path": str(target)})
+    else:
+        stdout().print(str(target), markup=False)
+
+
+def fetch(client: Client, adapter: str, output: Path, file_format: DownloadFormat, *, unpack: bool) -> Path:
+    """Download into the folder `output` and return what was written; nothing partial is left at its final name.
+
+    Raises:
+        ProblemError: unknown adapter, or the target exists.
+    """
+    output.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".download-", dir=output) as scratch:
+        with transfer(f"download {adapter}", None) as advance:
+            name, file = client.download(
+                f"/adapters/{adapter}/download", Path(scratch), advance, format=file_format.value
+            )
+        unpacked = unpack and file_format is DownloadFormat.PEFT
+        target = output / (Path(name).stem if unpacked else name)
+        if target.exists():
+            raise ProblemError({"code": "exists", "detail": f"{target} is there already", "hint": "choose another -o"})
+        if unpacked:
+            with zipfile.ZipFile(file) as archive:
+                archive.extractall(Path(scratch) / "unpacked")
+            _single_root(Path(scratch) / "unpacked").rename(target)
+        else:
+            file.rename(target)
+    return target
+
+
+def _single_root(folder: Path) -> Path:
+    """The folder that holds the adapter: the only sub-folder of an archive that has one, else the folder itself."""
+    entries = list(folder.iterdir())
+    return entries[0] if len(entries) == 1 and entries[0].is_dir() else folder
+
+
+@app.command("delete")
+def delete(
+    context: typer.Context,
+    adapter: AdapterId,
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Delete an adapter. One that others descend from keeps its place in their lineage."""
+    if not yes:
+        typer.confirm(f"delete {adapter}?", abort=True, err=True)
+    with context.obj() as client:
+        client.delete(f"/adapters/{adapter}")
+    if as_json:
+        print_json({"id": adapter, "deleted": True})
+    else:
+        stdout().print(f"deleted {adapter}", markup=False)
+
+
+@app.command("lineage")
+def lineage(context: typer.Context, adapter: AdapterId, as_json: Json = False) -> None:
+    """Show what an adapter was made from and what was made from it."""
+    with context.obj() as client:
+        found = client.get(f"/adapters/{adapter}/lineage")
+    if as_json:
+        print_json(found)
+        return
+    names = {node["id"]: node for node in found["nodes"]}
+    stdout().print(_branch("made from", adapter, names, found["edges"], ("child", "parent")))
+    stdout().print(_branch("made into", adapter, names, found["edges"], ("parent", "child")))
+
+
+def _branch(
+    title: str, root: str, nodes: dict[str, Any], edges: list[dict[str, Any]], direction: tuple[str, str]
+) -> Tree:
+    """The tree from `root` along the edges; an adapter that is reached twice is drawn twice, as it was used twice."""
+    source, target = direction
+
+    def label(identifier: str) -> str:
+        node = nodes.get(identifier, {})
+        gone = " (deleted)" if node.get("deleted") else ""
+        return f"{identifier}  {node.get('name', '')}{gone}"
+
+    def grow(tree: Tree, identifier: str) -> None:
+        for edge in edges:
+            if edge[source] == identifier:
+                recipe = edge.get("recipe") or {}
+                how = f"  [{recipe['method']}]" if recipe.get("method") else ""
+                grow(tree.add(label(edge[target]).replace("[", r"\[") + how.replace("[", r"\[")), edge[target])
+
+    tree = Tree(f"[bold]{title}[/bold]  " + label(root).replace("[", r"\["))
+    grow(tree, root)
+    return tree

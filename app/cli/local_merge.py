@@ -1,0 +1,134 @@
+"""A merge of files on this machine with no service: the same intake, plan and engine that a job uses."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from app.cli.adapters import files_of
+from artifacts.errors import RankwiseError, RequestInvalid
+
+if TYPE_CHECKING:
+    from merge.options import MergeOptions
+    from merge.plan import MergeInput
+
+REPORT_FILE = "merge_report.json"
+
+
+def merge_local(
+    inputs: Sequence[Path],
+    weights: Sequence[float],
+    method: str,
+    parameters: Mapping[str, Any],
+    output: Path,
+    *,
+    name: str | None,
+    device: str,
+    progress: Callable[[float, str], None],
+) -> dict[str, Any]:
+    """Merge `inputs` into the new folder `output` and return the report, which is also written beside the weights.
+
+    The files go through the same checks as an upload. Nothing is left at `output` when the merge fails.
+
+    Raises:
+        RankwiseError: whatever the service would answer, with the input's path in front.
+    """
+    from merge.catalog import parse_parameters
+    from merge.plan import plan_merge
+
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise RequestInvalid(f"{output} is there already and not empty.", hint="Choose another -o, or remove it.")
+    options = parse_parameters(method, parameters)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    # Beside the output, so that the last step is a rename inside one file system.
+    with tempfile.TemporaryDirectory(prefix=".rankwise-merge-", dir=output.parent) as scratch:
+        taken = []
+        for place, (path, weight) in enumerate(zip(inputs, weights, strict=True)):
+            progress(0.1 * place / len(inputs), f"check {path}")
+            taken.append(_take_in(path, weight, Path(scratch) / f"input-{place}"))
+        # Refuse before torch is loaded: that takes seconds.
+        plan_merge([item for item, _ in taken], method, options)
+        progress(0.1, "load torch")
+        from merge.engine import merge_files
+
+        result = Path(scratch) / "merged"
+        result.mkdir()
+        report = merge_files(
+            taken,
+            method,
+            options,
+            result,
+            progress=lambda fraction, message: progress(0.1 + 0.9 * fraction, message),
+            device=device,
+            lineage=_recipe(name, method, options, [item for item, _ in taken]),
+        ).to_dict()
+        (result / REPORT_FILE).write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        if output.exists():
+            output.rmdir()
+        result.rename(output)
+    return report
+
+
+def _recipe(name: str | None, method: str, options: MergeOptions, inputs: Sequence[MergeInput]) -> dict[str, Any]:
+    """All that is needed to do the merge again; paths of this machine stay out of the file."""
+    return {
+        "name": name or output_name(method, inputs),
+        "method": method,
+        "parameters": options.model_dump(mode="json"),
+        "adapters": [{"name": item.name, "weight": item.weight, "weights_digest": item.digest} for item in inputs],
+        "versions": {library: version(library) for library in ("rankwise", "torch")},
+    }
+
+
+def output_name(method: str, inputs: Sequence[MergeInput]) -> str:
+    return f"merge of {' + '.join(item.name for item in inputs)} ({method})"
+
+
+def _take_in(path: Path, weight: float, workdir: Path) -> tuple[MergeInput, Path]:
+    """One input through intake: staged as an upload is, checked, described."""
+    from artifacts.intake import IntakeLimits, inspect, receive
+
+    from artifacts.base_model import BaseModelRef
+    from merge.plan import MergeInput
+
+    staging = workdir / "staging"
+    staging.mkdir(parents=True)
+    try:
+        staged = []
+        for number, source in enumerate(files_of(path)):
+            target = staging / str(number)
+            _link_or_copy(source, target)
+            staged.append((source.name, target))
+        directory = receive(staged, workdir, IntakeLimits())
+        manifest = inspect(directory)
+    except RankwiseError as error:
+        error.detail = f"{path}: {error.detail}"
+        raise
+    return (
+        MergeInput(
+            id=str(path),
+            name=path.name,
+            digest=manifest.weights_digest,
+            modules=manifest.modules,
+            method=manifest.method,
+            mergeable=manifest.mergeable,
+            refusal=manifest.refusal,
+            base=BaseModelRef.named(manifest.base_model or "unknown", manifest.base_model_revision),
+            weight=weight,
+        ),
+        directory,
+    )
+
+
+def _link_or_copy(source: Path, target: Path) -> None:
+    """Intake may move what it is given, so it gets another name of the bytes, or a copy on another file system."""
+    try:
+        os.link(source.resolve(), target)
+    except OSError:
+        shutil.copyfile(source, target)

@@ -1,0 +1,138 @@
+"""`rankwise merge`: merge adapters of the service by id, or files of this machine with no service."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from app.cli.adapters import DownloadFormat, fetch
+from app.cli.client import Client
+from app.cli.jobs import show
+from app.cli.options import Json, parse_settings, parse_weights
+from app.cli.output import note, print_json, stdout
+from app.cli.progress import require_success, steps, watch
+from app.cli.reports import print_report
+
+ADAPTER_PREFIX = "adp_"
+
+
+@dataclass(frozen=True, slots=True)
+class Order:
+    """What was asked for: `inputs` are ids or paths, `weights` is aligned with them."""
+
+    inputs: list[str]
+    weights: list[float]
+    method: str
+    parameters: dict[str, Any]
+    name: str | None
+    output: Path | None
+
+
+def merge(
+    context: typer.Context,
+    inputs: Annotated[
+        list[str],
+        typer.Argument(metavar="ADAPTER...", help="Ids of adapters (adp_…), or PEFT folders, archives, .safetensors."),
+    ],
+    method: Annotated[str, typer.Option("--method", help="A merge method; `rankwise methods` lists them.")] = "lego",
+    rank: Annotated[str | None, typer.Option("--rank", help="Output rank: a number, or what the method takes.")] = None,
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help="A parameter of the method.")
+    ] = None,
+    weights: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--weight", metavar="NAME=NUMBER", help="Weight of an input, named as given or by its stem; else 1."
+        ),
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", help="Folder of the merged adapter; needed for files.")
+    ] = None,
+    name: Annotated[str | None, typer.Option("--name", help="Name of the merged adapter.")] = None,
+    wait: Annotated[bool, typer.Option("--wait/--no-wait", help="Follow the job to its end.")] = True,
+    device: Annotated[str, typer.Option("--device", help="Device of a merge of files: cpu or cuda:0.")] = "cpu",
+    as_json: Json = False,
+) -> None:
+    """Merge adapters into one."""
+    parameters = parse_settings(settings or ())
+    if rank is not None:
+        if "rank" in parameters:
+            raise typer.BadParameter("the rank is given twice", param_hint="--rank")
+        parameters["rank"] = int(rank) if rank.isdecimal() else rank
+    aligned = _aligned(inputs, parse_weights(weights or ()))
+    order = Order(inputs, aligned, method, parameters, name, output)
+    remote = [text for text in inputs if text.startswith(ADAPTER_PREFIX) and not Path(text).exists()]
+    if remote and len(remote) < len(inputs):
+        raise typer.BadParameter("ids and files can not be mixed: add the files first, or download the adapters")
+    if remote:
+        with context.obj() as client:
+            _merge_by_id(client, order, wait, as_json)
+        return
+    if output is None:
+        raise typer.BadParameter("a merge of files needs a folder to write into", param_hint="-o")
+    if not wait:
+        raise typer.BadParameter("a merge of files runs here and now", param_hint="--no-wait")
+    _merge_files(order, output, device, as_json)
+
+
+def _aligned(inputs: list[str], named: dict[str, float]) -> list[float]:
+    """The weight of each input, 1 unless named; a name is the input's text, its file name, or that without suffix.
+
+    Raises:
+        typer.BadParameter: a name that fits no input, or several.
+    """
+    aligned = [1.0] * len(inputs)
+    for name, weight in named.items():
+        places = [place for place, text in enumerate(inputs) if name == text]
+        places = places or [
+            place for place, text in enumerate(inputs) if name in {Path(text).name, Path(text).name.split(".")[0]}
+        ]
+        if len(places) != 1:
+            raise typer.BadParameter(
+                f"{name!r} names {'no input' if not places else 'several inputs'}; inputs: {', '.join(inputs)}",
+                param_hint="--weight",
+            )
+        aligned[places[0]] = weight
+    return aligned
+
+
+def _merge_by_id(client: Client, order: Order, wait: bool, as_json: bool) -> None:
+    document = {
+        "adapters": [{"id": text, "weight": weight} for text, weight in zip(order.inputs, order.weights, strict=True)],
+        "method": order.method,
+        "parameters": order.parameters,
+        **({"name": order.name} if order.name else {}),
+    }
+    job = client.post("/merge", document)
+    if wait:
+        job = require_success(watch(client, job["id"]))
+    print_json(job) if as_json else show(job)
+    if not wait:
+        note(f"follow it: rankwise jobs watch {job['id']}")
+    elif order.output is not None:
+        target = fetch(client, job["result"]["adapters"][0], order.output, DownloadFormat.PEFT, unpack=True)
+        note(f"written to {target}")
+
+
+def _merge_files(order: Order, output: Path, device: str, as_json: bool) -> None:
+    from app.cli.local_merge import merge_local
+
+    with steps("merge") as advance:
+        report = merge_local(
+            [Path(text) for text in order.inputs],
+            order.weights,
+            order.method,
+            order.parameters,
+            output,
+            name=order.name,
+            device=device,
+            progress=advance,
+        )
+    if as_json:
+        print_json({"path": str(output), "report": report})
+    else:
+        print_report(stdout(), report)
+        note(f"written to {output}; load it with PeftModel.from_pretrained(base, {str(output)!r})")

@@ -1,0 +1,113 @@
+"""`rankwise models`: base models that adapters belong to."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from app.cli.options import Cursor, Json, Limit
+from app.cli.output import fields, moment, note, print_json, stdout, table
+
+app = typer.Typer(help="Base models: register, list, look at, deprecate.", no_args_is_help=True)
+ModelId = Annotated[str, typer.Argument(metavar="MODEL", help="A base model's id (mdl_…).")]
+
+
+def summary(model: dict[str, Any]) -> dict[str, Any]:
+    """The fields of a base model that a person looks for first, in order."""
+    return {
+        "id": model["id"],
+        "name": model["name"],
+        "source": model.get("source"),
+        "location": model.get("location"),
+        "revision": model.get("revision"),
+        "architecture": model.get("architecture"),
+        "parameters": f"{model['parameter_count']:,}" if model.get("parameter_count") else None,
+        "weights digest": model.get("weights_digest"),
+        "tokenizer digest": model.get("tokenizer_digest"),
+        "fingerprint": model.get("fingerprint_digest"),
+        "created": moment(model.get("created_at")),
+        "deprecated": model.get("deprecated_at") and moment(model["deprecated_at"]),
+        "removed": model.get("removed_at") and moment(model["removed_at"]),
+    }
+
+
+@app.command("add")
+def add(
+    context: typer.Context,
+    location: Annotated[
+        str,
+        typer.Argument(metavar="LOCATION", help="A hub id, or a folder on the server under one of its model roots."),
+    ],
+    name: Annotated[str | None, typer.Option("--name", help="Name; the location's own unless given.")] = None,
+    revision: Annotated[str | None, typer.Option("--revision", help="Commit of a hub model.")] = None,
+    hub: Annotated[
+        bool | None,
+        typer.Option("--hub/--path", help="What the location is; a folder if it is absolute, else a hub id."),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Register a base model; its folder is read on the server, never sent."""
+    from_hub = not Path(location).is_absolute() if hub is None else hub
+    document = {"hub_id" if from_hub else "path": location, "name": name, "revision": revision}
+    with context.obj() as client:
+        model = client.post("/models", {key: value for key, value in document.items() if value is not None})
+    print_json(model) if as_json else stdout().print(fields(model["name"], summary(model)))
+
+
+@app.command("list")
+def list_models(context: typer.Context, limit: Limit = 50, cursor: Cursor = None, as_json: Json = False) -> None:
+    """List base models, newest first."""
+    with context.obj() as client:
+        page = client.get("/models", limit=limit, cursor=cursor)
+    if as_json:
+        print_json(page)
+        return
+    rows = [
+        (
+            item["id"],
+            item["name"],
+            item.get("source"),
+            item.get("architecture"),
+            "removed" if item.get("removed_at") else "deprecated" if item.get("deprecated_at") else "in use",
+            moment(item.get("created_at")),
+        )
+        for item in page["items"]
+    ]
+    stdout().print(table(None, ("id", "name", "source", "architecture", "state", "created"), rows))
+    if page.get("next"):
+        note(f"more: --cursor {page['next']}")
+
+
+@app.command("get")
+def get(context: typer.Context, model: ModelId, as_json: Json = False) -> None:
+    """Show one base model."""
+    with context.obj() as client:
+        found = client.get(f"/models/{model}")
+    print_json(found) if as_json else stdout().print(fields(found["name"], summary(found)))
+
+
+@app.command("deprecate")
+def deprecate(
+    context: typer.Context,
+    model: ModelId,
+    at: Annotated[datetime | None, typer.Option("--at", help="From when, UTC; now unless given.")] = None,
+    removed_at: Annotated[datetime | None, typer.Option("--removed-at", help="When it goes away, UTC.")] = None,
+    undo: Annotated[bool, typer.Option("--undo", help="Take it back.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Say that a base model is on its way out."""
+    if undo and (at or removed_at):
+        raise typer.BadParameter("--undo takes no date", param_hint="--undo")
+    document: dict[str, Any] = {"deprecated_at": None if undo else _utc(at or datetime.now(UTC))}
+    if removed_at or undo:
+        document["removed_at"] = _utc(removed_at) if removed_at else None
+    with context.obj() as client:
+        found = client.patch(f"/models/{model}", document)
+    print_json(found) if as_json else stdout().print(fields(found["name"], summary(found)))
+
+
+def _utc(moment_: datetime) -> str:
+    return (moment_ if moment_.tzinfo else moment_.replace(tzinfo=UTC)).isoformat()

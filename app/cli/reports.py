@@ -1,0 +1,89 @@
+"""A merge's report as tables: the whole, interference, the modules that lost most, warnings."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.console import Console
+from rich.text import Text
+
+from app.cli.output import fields, table
+
+WORST_MODULES = 5
+
+
+def print_report(console: Console, report: dict[str, Any]) -> None:
+    """The whole first, then how the adapters interfere, the modules furthest from the exact sum, and each warning."""
+    total = report.get("total") or {}
+    clusters = total.get("clusters") or {}
+    reload_check = report.get("reload_check") or {}
+    console.print(
+        fields(
+            f"merge report: {report.get('method')}",
+            {
+                "rank": report.get("rank"),
+                "modules": _modules(report, total),
+                "energy kept": _percent(total.get("energy_kept")),
+                "relative error": _percent(total.get("relative_error")),
+                "cosine in clusters": clusters.get("mean_cosine"),
+                "agreement of seeds": clusters.get("mean_agreement"),
+                "largest reweighting": clusters.get("largest_factor"),
+                "capped clusters": clusters.get("capped"),
+                "base model proof": report.get("compatibility"),
+                "dtype": report.get("dtype"),
+                "rounding error": report.get("rounding_error"),
+                "read back": _reload(reload_check),
+                "seconds": report.get("seconds"),
+            },
+        )
+    )
+    names = [str(item.get("name") or item.get("id")) for item in report.get("adapters") or ()]
+    cosines = total.get("interference") or []
+    if len(names) > 1 and len(cosines) == len(names):
+        rows = [[name, *(_signed(value) for value in row)] for name, row in zip(names, cosines, strict=True)]
+        console.print(table("interference: cosines of the deltas", ("", *(f"#{name}" for name in names)), rows))
+    _print_worst(console, report.get("modules") or [])
+    for warning in report.get("warnings") or ():
+        console.print(Text.assemble(("warning  ", "bold yellow"), str(warning)))
+
+
+def _print_worst(console: Console, modules: list[dict[str, Any]]) -> None:
+    lossy = [module for module in modules if (module.get("relative_error") or 0.0) > 0.0]
+    worst = sorted(lossy, key=lambda module: float(module["relative_error"]), reverse=True)[:WORST_MODULES]
+    if not worst:
+        return
+    rows = [
+        (
+            module["path"],
+            module.get("rank"),
+            _percent(module.get("energy_kept")),
+            _percent(module.get("relative_error")),
+            (module.get("clusters") or {}).get("mean_cosine"),
+        )
+        for module in worst
+    ]
+    columns = ("module", "#rank", "#energy kept", "#relative error", "#cosine in clusters")
+    console.print(table(f"furthest from the exact sum, {len(worst)} of {len(modules)} modules", columns, rows))
+
+
+def _modules(report: dict[str, Any], total: dict[str, Any]) -> str:
+    parts = [str(total.get("modules", len(report.get("modules") or ())))]
+    if total.get("padded_modules"):
+        parts.append(f"{total['padded_modules']} padded")
+    if report.get("dropped_modules"):
+        parts.append(f"{len(report['dropped_modules'])} dropped")
+    return ", ".join(parts)
+
+
+def _reload(check: dict[str, Any]) -> str | None:
+    if not check:
+        return None
+    return f"{'equal' if check.get('passed') else 'differs'}, relative error {check.get('largest_relative_error'):.1e}"
+
+
+def _percent(value: float | None) -> str | None:
+    return None if value is None else f"{value:.2%}"
+
+
+def _signed(value: float | None) -> str:
+    return "–" if value is None else f"{value:+.3f}"

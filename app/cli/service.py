@@ -1,0 +1,75 @@
+"""`rankwise serve` and `rankwise worker`: the processes that stay up."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from types import FrameType
+from typing import Annotated
+
+import typer
+
+from app.cli.config import load_settings
+from app.cli.options import DataDir
+
+Devices = Annotated[
+    str | None, typer.Option("--devices", help="Device slots: auto, cpu:2, cuda:0,1 (RANKWISE_DEVICES).")
+]
+
+
+def serve(
+    host: Annotated[str | None, typer.Option("--host", help="Address to listen on (RANKWISE_HOST).")] = None,
+    port: Annotated[int | None, typer.Option("--port", help="Port to listen on (RANKWISE_PORT).")] = None,
+    data_dir: DataDir = None,
+    devices: Devices = None,
+) -> None:
+    """Start the service: HTTP, and the pool of worker processes unless RANKWISE_POOL=off."""
+    settings = load_settings(host=host, port=port, data_dir=data_dir, devices=devices)
+    import uvicorn
+
+    from app.main import create_app
+
+    # The application configures logging and writes the access log itself.
+    uvicorn.run(
+        create_app(settings),
+        host=settings.host,
+        port=settings.port,
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        timeout_graceful_shutdown=10,
+    )
+
+
+def worker(data_dir: DataDir = None, devices: Devices = None) -> None:
+    """Work off jobs without serving HTTP, beside other servers of the same database and blob store."""
+    from app.logs import configure_logging
+    from app.main import pool_settings
+    from storage.database import Database
+    from workers.supervisor import Supervisor
+
+    settings = load_settings(data_dir=data_dir, devices=devices)
+    configure_logging(settings.log_level, settings.log_format)
+    settings.data_dir.mkdir(parents=True, exist_ok=True)
+    database = Database(settings.database_url)
+    try:
+        database.upgrade()
+    finally:
+        database.dispose()
+    stopping = threading.Event()
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        stopping.set()
+
+    signal.signal(signal.SIGTERM, stop)
+    signal.signal(signal.SIGINT, stop)
+    supervisor = Supervisor(pool_settings(settings))
+    supervisor.start()
+    try:
+        # In steps, so that the end of the supervisor's own thread is noticed.
+        while not stopping.wait(1.0) and supervisor.alive:
+            pass
+    finally:
+        supervisor.stop()
+    if not stopping.is_set():
+        raise typer.Exit(1)

@@ -1,0 +1,140 @@
+"""An adapter as one file to download: a zip of a PEFT directory, or a safetensors file that carries its configuration.
+
+Neither is written anywhere. The layout is computed from sizes and checksums, so that the length, the ETag and any
+range of it are known ahead, and the same adapter always gives the same bytes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import re
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from app.checksums import Crc32Cache
+from app.segments import BlobSlice, Segment, total_size
+from app.zip_layout import ZipEntry, blob_entry, lay_out_zip
+from artifacts.errors import BlobMissing, FieldError, RequestInvalid
+from artifacts.layout import CONFIG_NAME, METADATA_KEY, WEIGHTS_NAME
+from artifacts.safetensors_header import MAX_HEADER_BYTES, parse_header
+from storage.blobs import BlobStore
+from storage.tables import AdapterFileRow, AdapterRow
+
+ZIP_TYPE = "application/zip"
+SAFETENSORS_TYPE = "application/octet-stream"
+
+
+@dataclass(frozen=True, slots=True)
+class Download:
+    """A file that can be sent: its parts, strong ETag (quoted), media type, and a name for the client's disk."""
+
+    segments: tuple[Segment, ...]
+    etag: str
+    media_type: str
+    file_name: str
+
+    @property
+    def size(self) -> int:
+        """Bytes."""
+        return total_size(self.segments)
+
+
+def peft_download(blobs: BlobStore, crc32: Crc32Cache, row: AdapterRow) -> Download:
+    """The zip of a PEFT directory.
+
+    Raises:
+        BlobMissing: the store has lost a file.
+        RequestInvalid: the adapter consists of several components, which one PEFT directory can not hold.
+    """
+    _check_blobs(blobs, row.files)
+    weights = _weights(row)
+    if any(file.path == CONFIG_NAME for file in row.files):
+        entries = [blob_entry(file.path, file.sha256, file.size, crc32.get(file.sha256)) for file in row.files]
+    else:
+        if not _is_one_component(row.config):
+            raise RequestInvalid(
+                f"{row.id} holds the adapters of several components; a PEFT directory holds one.",
+                hint="Download it with format=safetensors.",
+                errors=[FieldError("/query/format", "must be safetensors for this adapter")],
+            )
+        config = json.dumps(row.config, indent=2, sort_keys=True).encode() + b"\n"
+        entries = [
+            ZipEntry(CONFIG_NAME, zlib.crc32(config), len(config), config),
+            blob_entry(WEIGHTS_NAME, weights.sha256, weights.size, crc32.get(weights.sha256)),
+        ]
+    entries.sort(key=lambda entry: entry.name)
+    segments = lay_out_zip(entries)
+    return Download(segments, _etag("zip", segments), ZIP_TYPE, f"{_slug(row)}.zip")
+
+
+def safetensors_download(blobs: BlobStore, row: AdapterRow) -> Download:
+    """One safetensors file with the configuration in its metadata; the stored file itself if it is one.
+
+    Raises:
+        BlobMissing: the store has lost the file.
+        FileBroken: the stored header can not be read.
+    """
+    weights = _weights(row)
+    _check_blobs(blobs, [weights])
+    start = b"".join(blobs.stream(weights.sha256, 0, min(8, weights.size)))
+    length = int.from_bytes(start, "little")
+    raw = b"".join(blobs.stream(weights.sha256, 8, 8 + min(length, MAX_HEADER_BYTES)))
+    header = parse_header(io.BytesIO(start + raw), weights.size, name=weights.path)
+    file_name = f"{_slug(row)}.safetensors"
+    if METADATA_KEY in header.metadata:
+        whole = BlobSlice(weights.sha256, 0, weights.size)
+        return Download((whole,), f'"{weights.sha256}"', SAFETENSORS_TYPE, file_name)
+    document: dict[str, Any] = json.loads(raw)
+    document["__metadata__"] = {
+        **header.metadata,
+        "format": header.metadata.get("format", "pt"),
+        METADATA_KEY: json.dumps(row.config, sort_keys=True),
+    }
+    text = json.dumps(document, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    segments = (
+        len(text).to_bytes(8, "little") + text,
+        BlobSlice(weights.sha256, header.data_start, weights.size),
+    )
+    return Download(segments, _etag("safetensors", segments), SAFETENSORS_TYPE, file_name)
+
+
+def _weights(row: AdapterRow) -> AdapterFileRow:
+    for file in row.files:
+        if file.path.endswith(".safetensors"):
+            return file
+    raise BlobMissing(f"{row.id} has no weights on record.")
+
+
+def _check_blobs(blobs: BlobStore, files: Sequence[AdapterFileRow]) -> None:
+    """Find a missing blob before the status line is out."""
+    for file in files:
+        if not blobs.exists(file.sha256):
+            raise BlobMissing(
+                f"The bytes of {file.path} (sha256 {file.sha256}) are missing from the blob store.",
+                hint="Restore them from a backup, or upload the adapter again.",
+            )
+
+
+def _is_one_component(config: dict[str, Any]) -> bool:
+    return "r" in config or "peft_type" in config
+
+
+def _etag(kind: str, segments: Sequence[Segment]) -> str:
+    digest = hashlib.sha256(kind.encode())
+    for segment in segments:
+        if isinstance(segment, bytes):
+            digest.update(b"\0" + hashlib.sha256(segment).digest())
+        else:
+            digest.update(f"\1{segment.sha256}:{segment.start}:{segment.stop}".encode())
+    return f'"{digest.hexdigest()}"'
+
+
+def _slug(row: AdapterRow) -> str:
+    """A file name that every system takes."""
+    slug = re.sub(r"[^A-Za-z0-9._-]+", "-", row.name).strip("-.")[:80]
+    return slug or row.id

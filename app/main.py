@@ -1,0 +1,136 @@
+"""The application factory: `uvicorn app.main:create_app --factory`, or `rankwise serve`."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import structlog
+from fastapi import FastAPI
+from starlette.concurrency import run_in_threadpool
+from starlette.middleware import Middleware
+
+from app import problems
+from app.logs import configure_logging
+from app.metrics import Metrics
+from app.middleware import BodyLimitMiddleware, RequestMiddleware
+from app.openapi import complete, operation_id
+from app.routes import adapters, jobs, merge, methods, models, service, workers
+from app.service_state import jobs_by_state, slots_by_state
+from app.settings import Settings
+from app.staging import sweep_staging
+from app.state import Services
+from app.version import VERSION
+from storage.blobs import BlobStore
+from storage.database import Database
+from workers.identity import read_server_id
+from workers.supervisor import PoolSettings, Supervisor
+
+MULTIPART_OVERHEAD = 1024**2
+"""What the form around the files of an upload may add: part headers, boundaries, text fields."""
+
+_DESCRIPTION = (
+    "Stores LoRA adapters and merges them. Errors are RFC 9457 problems; their `code` is stable. Lists are keyset "
+    "pages: pass `next` as `cursor`. Every POST takes `Idempotency-Key`."
+)
+_log = structlog.stdlib.get_logger(__name__)
+
+
+class RankwiseAPI(FastAPI):
+    """FastAPI with a complete OpenAPI document."""
+
+    def openapi(self) -> dict[str, Any]:
+        if self.openapi_schema is None:
+            services: Services = self.state.services
+            complete(super().openapi(), api_keys=services.settings.api_keys)
+        return super().openapi()
+
+
+def create_app(settings: Settings | None = None) -> RankwiseAPI:
+    """The application. Nothing is opened before its lifespan begins.
+
+    Raises:
+        pydantic.ValidationError: settings that contradict each other, from the environment.
+    """
+    settings = settings or Settings()
+    configure_logging(settings.log_level, settings.log_format)
+    services = Services(settings, Database(settings.database_url), BlobStore(settings.blob_url), Metrics())
+    services.metrics.observe_service(
+        lambda: jobs_by_state(services.database), lambda: slots_by_state(services.database, settings)
+    )
+    upload_limit = settings.max_upload_bytes + MULTIPART_OVERHEAD
+    app = RankwiseAPI(
+        title="Rankwise",
+        version=VERSION,
+        description=_DESCRIPTION,
+        lifespan=_lifespan,
+        redoc_url=None,
+        redirect_slashes=False,
+        generate_unique_id_function=operation_id,
+        middleware=[
+            Middleware(RequestMiddleware, metrics=services.metrics),
+            Middleware(
+                BodyLimitMiddleware,
+                limit=settings.max_body_bytes,
+                routes={("POST", "/adapters"): upload_limit},
+            ),
+        ],
+    )
+    app.state.services = services
+    problems.install(app)
+    for room in (service, adapters, merge, models, jobs, methods, workers):
+        app.include_router(room.router)
+    return app
+
+
+@asynccontextmanager
+async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
+    services: Services = app.state.services
+    await run_in_threadpool(start, services)
+    try:
+        yield
+    finally:
+        await run_in_threadpool(stop, services)
+
+
+def start(services: Services) -> None:
+    """Bring the tables up to date, look at the blob store, and start the pool.
+
+    Raises:
+        DatabaseUnavailable, BlobStoreUnavailable: the server can not work like this.
+        StateConflict: another process serves from this data folder.
+    """
+    settings = services.settings
+    settings.data_dir.mkdir(parents=True, exist_ok=True)
+    services.database.upgrade()
+    services.blobs.check()
+    sweep_staging(services.staging, settings.staging_max_age_hours)
+    if settings.pool == "local":
+        supervisor = Supervisor(pool_settings(settings))
+        supervisor.start()
+        services.supervisor = supervisor
+    _log.info("server_started", pool=settings.pool, api_keys=settings.api_keys, data_dir=str(settings.data_dir))
+
+
+def stop(services: Services) -> None:
+    """Stop the pool gracefully and close the database."""
+    if services.supervisor is not None:
+        services.supervisor.stop()
+        services.supervisor = None
+    services.database.dispose()
+
+
+def pool_settings(settings: Settings) -> PoolSettings:
+    """What a supervisor of this server needs to know."""
+    return PoolSettings(
+        server_id=read_server_id(settings.data_dir),
+        database_url=settings.database_url,
+        blob_url=settings.blob_url,
+        data_dir=settings.data_dir,
+        devices=settings.devices,
+        lease_seconds=settings.lease_seconds,
+        beat_seconds=settings.beat_seconds,
+        grace_seconds=settings.grace_seconds,
+        model_roots=settings.model_roots,
+    )

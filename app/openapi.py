@@ -1,0 +1,94 @@
+"""The OpenAPI document: what FastAPI derives, and what it can not know."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from fastapi.routing import APIRoute
+from pydantic.json_schema import models_json_schema
+
+from app.problems import Problem
+from merge.catalog import METHODS
+
+REF_TEMPLATE = "#/components/schemas/{model}"
+PUBLIC_OPERATIONS = frozenset({"index", "healthz", "readyz", "list_problems", "get_problem"})
+
+_ADAPTER_CALLS = ("get_adapter", "get_lineage", "download_adapter", "head_download", "delete_adapter")
+_MODEL_CALLS = ("get_model", "patch_model")
+_JOB_CALLS = ("get_job", "follow_job", "cancel_job", "retry_job")
+_FIRST, _NEW = "$response.body#/items/0/id", "$response.body#/id"
+# (operation, status, where its answer has the id, parameter that takes it, operations that do)
+_LINKS = (
+    ("list_adapters", "200", _FIRST, "adapter_id", _ADAPTER_CALLS),
+    ("upload_adapter", "200", _NEW, "adapter_id", _ADAPTER_CALLS),
+    ("upload_adapter", "201", _NEW, "adapter_id", _ADAPTER_CALLS),
+    ("list_models", "200", _FIRST, "model_id", _MODEL_CALLS),
+    ("register_model", "200", _NEW, "model_id", _MODEL_CALLS),
+    ("register_model", "201", _NEW, "model_id", _MODEL_CALLS),
+    ("list_jobs", "200", _FIRST, "job_id", _JOB_CALLS),
+    ("merge_adapters", "202", _NEW, "job_id", _JOB_CALLS),
+)
+
+
+def operation_id(route: APIRoute) -> str:
+    """The handler's name: short, and stable when a path changes."""
+    return route.name
+
+
+def complete(document: dict[str, Any], *, api_keys: bool) -> dict[str, Any]:
+    """Add schemas of problems and merge options, links between the calls, and the security schemes when keys are on."""
+    components = document.setdefault("components", {})
+    schemas = components.setdefault("schemas", {})
+    schemas.update(_definitions())
+    parameters = schemas["MergeRequest"]["properties"]["parameters"]
+    del parameters["additionalProperties"]  # each method's options say what they take
+    parameters["anyOf"] = [{"$ref": REF_TEMPLATE.format(model=row.options.__name__)} for row in METHODS.values()]
+    operations = dict(_operations(document))
+    for operation in operations.values():
+        _drop_null_parameters(operation)
+    _add_links(operations)
+    if api_keys:
+        _declare_security(components, operations)
+    return document
+
+
+def _operations(document: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+    for methods in document["paths"].values():
+        for operation in methods.values():
+            yield operation["operationId"], operation
+
+
+def _definitions() -> dict[str, Any]:
+    _, problems = models_json_schema([(Problem, "serialization")], ref_template=REF_TEMPLATE)
+    _, options = models_json_schema(
+        [(row.options, "validation") for row in METHODS.values()], by_alias=False, ref_template=REF_TEMPLATE
+    )
+    return {**problems["$defs"], **options["$defs"]}
+
+
+def _drop_null_parameters(operation: dict[str, Any]) -> None:
+    """A parameter is left out or has a value: a URL or a header has no null."""
+    for parameter in operation.get("parameters", ()):
+        schema = parameter["schema"]
+        branches = [item for item in schema.get("anyOf", ()) if item != {"type": "null"}]
+        if len(branches) == 1:
+            del schema["anyOf"]
+            parameter["schema"] = {**branches[0], **schema}
+
+
+def _add_links(operations: dict[str, dict[str, Any]]) -> None:
+    for source, status, expression, parameter, targets in _LINKS:
+        links = operations[source]["responses"][status].setdefault("links", {})
+        for target in targets:
+            links[target] = {"operationId": target, "parameters": {parameter: expression}}
+
+
+def _declare_security(components: dict[str, Any], operations: dict[str, dict[str, Any]]) -> None:
+    components["securitySchemes"] = {
+        "bearer": {"type": "http", "scheme": "bearer", "description": "An API key, `rw_…`."},
+        "header": {"type": "apiKey", "in": "header", "name": "X-API-Key"},
+    }
+    for name, operation in operations.items():
+        if name not in PUBLIC_OPERATIONS:
+            operation["security"] = [{"bearer": []}, {"header": []}]

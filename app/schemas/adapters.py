@@ -1,0 +1,209 @@
+"""Adapters as the interface shows them."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, Field, StringConstraints
+
+from app.dependencies import PLAIN, FilterText, PageQuery
+from app.schemas.common import BaseModelName, Name, RequestModel, Timestamp
+from app.uploads import MAX_FILES
+from storage.adapters import Lineage
+from storage.tables import AdapterRow
+
+MAX_TAGS = 64
+MAX_DESCRIPTION = 20_000
+
+Tag = Annotated[str, StringConstraints(min_length=1, max_length=100, pattern=r"^[^\x00-\x1f\x7f,]+$")]
+Description = Annotated[str, StringConstraints(max_length=MAX_DESCRIPTION, pattern=r"^[^\x00]*$")]
+
+
+class AdapterForm(RequestModel):
+    """The text fields of an upload."""
+
+    name: Name | None = None
+    base_model: BaseModelName | None = None
+    description: Description = ""
+    tags: list[Tag] = Field(default_factory=list, max_length=MAX_TAGS)
+
+
+class AdapterQuery(PageQuery):
+    """Filters of the list; all of them must hold."""
+
+    base_model: FilterText | None = Field(None, description="Name or id of the base model.")
+    method: FilterText | None = Field(None, description="lora, rslora, dora …")
+    tag: FilterText | None = None
+    name: FilterText | None = Field(None, description="Part of the name, in any case.")
+    sha256: Annotated[str, StringConstraints(pattern="^([0-9a-f]{10}|[0-9a-f]{64})$")] | None = Field(
+        None, description="Digest of the weights or of one file; or the first 10 digits of a file's (AutoV2)."
+    )
+
+
+class AdapterSummary(BaseModel):
+    """An adapter, without its configuration and its list of modules."""
+
+    id: str
+    name: str
+    description: str
+    tags: list[str]
+    format: str = Field(description="Layout of the stored files.")
+    method: str
+    base_model: str | None
+    base_model_revision: str | None
+    model_id: str | None = Field(description="The registered base model, when it is known.")
+    rank: int
+    alpha: float
+    target_modules: list[str]
+    module_count: int
+    parameter_count: int
+    dtype: str
+    size: int = Field(description="Bytes of all files together.")
+    mergeable: bool
+    refusal: str | None = Field(description="Why it can not be merged.")
+    weights_digest: str = Field(description="SHA-256 over the tensors without metadata.")
+    identity_digest: str
+    origin: str = Field(description="upload, or the kind of the job that made it.")
+    job_id: str | None
+    created_at: Timestamp
+
+    @classmethod
+    def of(cls, row: AdapterRow) -> Self:
+        return cls.model_validate(row, from_attributes=True)
+
+
+class AdapterFile(BaseModel):
+    path: str
+    sha256: str
+    size: int
+    media_type: str
+
+
+class AdapterModule(BaseModel):
+    """One adapted module: ΔW = scaling·B·A has d_out×d_in elements."""
+
+    path: str
+    kind: str
+    rank: int
+    alpha: float
+    scaling: float
+    d_in: int
+    d_out: int
+    dtype: str
+
+
+class IgnoredItem(BaseModel):
+    key: str
+    reason: str
+
+
+class Report(BaseModel):
+    """What became of every key and file of the upload."""
+
+    used_keys: int
+    ignored: list[IgnoredItem]
+    nonfinite: dict[str, int] = Field(description="Tensor key → number of NaN and infinite elements.")
+    dropped_files: list[IgnoredItem]
+    warnings: list[str]
+
+
+class Adapter(AdapterSummary):
+    """Everything that is known of an adapter."""
+
+    config: dict[str, Any]
+    files: list[AdapterFile]
+    modules: list[AdapterModule]
+    report: Report
+
+    @classmethod
+    def of(cls, row: AdapterRow) -> Self:
+        return cls.model_validate(row, from_attributes=True)
+
+
+class LineageNode(BaseModel):
+    id: str
+    name: str
+    method: str
+    origin: str
+    deleted: bool
+    created_at: Timestamp
+
+
+class LineageEdge(BaseModel):
+    """`child` was made from `parent`."""
+
+    child: str
+    parent: str
+    position: int
+    job_id: str | None
+    recipe: dict[str, Any]
+
+
+class AdapterLineage(BaseModel):
+    """Ancestors and descendants with the recipe of each step."""
+
+    id: str
+    nodes: list[LineageNode]
+    edges: list[LineageEdge]
+    truncated: bool = Field(description="Whether the graph is larger; the nearest adapters are here.")
+
+    @classmethod
+    def of(cls, adapter_id: str, lineage: Lineage) -> Self:
+        return cls(
+            id=adapter_id,
+            nodes=[
+                LineageNode(
+                    id=row.id,
+                    name=row.name,
+                    method=row.method,
+                    origin=row.origin,
+                    deleted=row.deleted_at is not None,
+                    created_at=row.created_at,
+                )
+                for row in lineage.nodes
+            ],
+            edges=[
+                LineageEdge(
+                    child=row.child_id,
+                    parent=row.parent_id,
+                    position=row.position,
+                    job_id=row.job_id,
+                    recipe=row.recipe,
+                )
+                for row in lineage.edges
+            ],
+            truncated=lineage.truncated,
+        )
+
+
+DownloadFormat = Literal["peft", "safetensors"]
+
+UPLOAD_FORM_SCHEMA: dict[str, Any] = {
+    "type": "object",
+    "additionalProperties": False,
+    "required": ["file"],
+    "properties": {
+        "file": {
+            "description": "One .safetensors, .zip, .tar or .tar.gz, or the files of a PEFT directory, one part each.",
+            "type": "array",
+            "minItems": 1,
+            "maxItems": MAX_FILES,
+            "items": {"type": "string", "format": "binary"},
+        },
+        "name": {"type": "string", "minLength": 1, "maxLength": 200, "pattern": PLAIN},
+        "base_model": {
+            "type": "string",
+            "minLength": 1,
+            "maxLength": 300,
+            "pattern": PLAIN,
+            "description": "Id or name of the base model; unset: what adapter_config.json names.",
+        },
+        "description": {"type": "string", "maxLength": MAX_DESCRIPTION},
+        "tags": {
+            "description": "Comma-separated, or the field repeated.",
+            "type": "array",
+            "maxItems": MAX_TAGS,
+            "items": {"type": "string", "minLength": 1, "maxLength": 100, "pattern": PLAIN},
+        },
+    },
+}

@@ -1,0 +1,37 @@
+"""Pieces that several resources share."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Generic, TypeVar
+
+from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, PlainSerializer, StringConstraints
+
+from app.dependencies import PLAIN
+
+Item = TypeVar("Item")
+
+Timestamp = Annotated[
+    AwareDatetime,
+    PlainSerializer(lambda value: value.isoformat().replace("+00:00", "Z"), return_type=str, when_used="json"),
+]
+Name = Annotated[str, StringConstraints(min_length=1, max_length=200, pattern=PLAIN)]
+BaseModelName = Annotated[str, StringConstraints(min_length=1, max_length=300, pattern=PLAIN)]
+Digest = Annotated[str, StringConstraints(pattern="^[0-9a-f]{64}$")]
+
+
+class RequestModel(BaseModel):
+    """A body that a client sends: unknown fields are an error, since they would be ignored in silence otherwise."""
+
+    model_config = ConfigDict(extra="forbid")
+
+
+class PageOf(BaseModel, Generic[Item]):
+    """One page of a list, newest first."""
+
+    items: list[Item]
+    next: str | None = Field(description="Cursor of the next page; null on the last.")
+
+
+def as_json(model: BaseModel, **options: Any) -> Any:
+    """The JSON value of `model`."""
+    return model.model_dump(mode="json", **options)

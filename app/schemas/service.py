@@ -1,0 +1,80 @@
+"""What the service tells of itself: methods, workers, health, the codes of its problems."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, Self
+
+from pydantic import BaseModel, Field
+
+from app.schemas.common import Timestamp
+from storage.tables import ServerRow
+
+
+class MethodSummary(BaseModel):
+    kind: Literal["merge"]
+    name: str
+    title: str
+    summary: str
+    arxiv: str | None
+    reference_url: str
+    capabilities: dict[str, Any]
+
+
+class Method(MethodSummary):
+    parameters_schema: dict[str, Any] = Field(description="JSON Schema of `parameters`, with defaults and ranges.")
+
+
+class MethodList(BaseModel):
+    items: list[MethodSummary]
+
+
+class Slot(BaseModel):
+    name: str
+    device: str
+    state: str = Field(description="What the slot does: idle, busy, …")
+    pid: int | None = None
+    job_id: str | None = None
+    attempt: int | None = None
+    warm: list[str] = Field(default_factory=list, description="Base models that the worker holds in memory.")
+
+
+class Server(BaseModel):
+    id: str
+    boot_id: str
+    host: str
+    started_at: Timestamp
+    seen_at: Timestamp
+    slots: list[Slot]
+
+    @classmethod
+    def of(cls, row: ServerRow) -> Self:
+        return cls.model_validate(row, from_attributes=True)
+
+
+class WorkerList(BaseModel):
+    items: list[Server]
+
+
+class Health(BaseModel):
+    status: Literal["ok"]
+
+
+class Readiness(BaseModel):
+    status: Literal["ready"]
+    checks: dict[str, str]
+
+
+class Index(BaseModel):
+    name: str
+    version: str
+    links: dict[str, str]
+
+
+class ProblemType(BaseModel):
+    code: str
+    status: int
+    title: str
+
+
+class ProblemTypeList(BaseModel):
+    items: list[ProblemType]

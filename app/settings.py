@@ -1,0 +1,115 @@
+"""The one settings class. Every field has a default that runs, and an environment variable `RANKWISE_<NAME>`."""
+
+from __future__ import annotations
+
+import ipaddress
+import json
+import os
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import AfterValidator, Field, field_validator, model_validator
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+
+GIB = 1024**3
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine can reach a server that is bound to `host`."""
+    if host.lower() == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return False
+
+
+def _absolute(path: Path) -> Path:
+    return path.expanduser().absolute()
+
+
+AbsolutePath = Annotated[Path, AfterValidator(_absolute)]
+
+
+class Settings(BaseSettings):
+    """Settings of the server, the worker and the command line.
+
+    Raises:
+        pydantic.ValidationError: a value out of range, or another bind address than loopback with `api_keys` off.
+    """
+
+    model_config = SettingsConfigDict(env_prefix="RANKWISE_", extra="forbid", frozen=True, env_ignore_empty=True)
+
+    data_dir: AbsolutePath = Field(
+        Path("rankwise-data"), validate_default=True, description="Folder of the database, the blobs and all scratch."
+    )
+    database_url: str = Field("", description="SQLAlchemy URL; unset: SQLite in the data folder.")
+    blob_url: str = Field("", description="file://, s3://, gs://, az:// or memory://; unset: the data folder.")
+    pool: Literal["local", "off"] = Field(
+        "local", description="local: worker processes of this server; off: only other `rankwise worker` processes."
+    )
+    devices: str = Field("auto", description="Device slots of the pool: auto, cpu:2, cuda:0,1.")
+    model_roots: Annotated[tuple[AbsolutePath, ...], NoDecode] = Field(
+        (), description=f"Folders under which local base models may be registered, separated by {os.pathsep!r}."
+    )
+    host: str = Field("127.0.0.1", description="Bind address. Another than loopback needs api_keys on.")
+    port: int = Field(8000, ge=0, le=65535)
+    api_keys: bool = Field(False, description="on: every call but the health checks and the docs needs an API key.")
+    max_upload_bytes: int = Field(8 * GIB, ge=1, description="Largest upload, all its files together, in bytes.")
+    max_body_bytes: int = Field(1024**2, ge=1024, description="Largest JSON body, in bytes.")
+    max_queued_jobs: int = Field(1000, ge=1, description="Jobs that may wait; further ones get 429.")
+    max_wait_seconds: float = Field(60.0, ge=0, le=600, description="Longest `Prefer: wait` that is honoured.")
+    lease_seconds: float = Field(60.0, gt=0, description="A job whose worker is silent this long is given away.")
+    beat_seconds: float = Field(15.0, gt=0, description="Interval of the supervisor's sign of life.")
+    grace_seconds: float = Field(30.0, ge=0, description="Time to stop in, between SIGTERM and SIGKILL.")
+    staging_max_age_hours: float = Field(24.0, gt=0, description="Uploads left by a killed server go after this time.")
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    log_format: Literal["json", "console"] = "json"
+
+    @field_validator("model_roots", mode="before")
+    @classmethod
+    def _split_roots(cls, value: Any) -> Any:
+        if not isinstance(value, str):
+            return value
+        if value.lstrip().startswith("["):
+            return tuple(json.loads(value))
+        return tuple(part for part in value.split(os.pathsep) if part)
+
+    @field_validator("log_level", "log_format", "pool", mode="before")
+    @classmethod
+    def _lower(cls, value: Any) -> Any:
+        return value.lower() if isinstance(value, str) else value
+
+    @model_validator(mode="before")
+    @classmethod
+    def _derive_urls(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values
+        data_dir = _absolute(Path(values.get("data_dir") or "rankwise-data"))
+        derived = dict(values)
+        if not derived.get("database_url"):
+            derived["database_url"] = f"sqlite:///{data_dir / 'rankwise.db'}"
+        if not derived.get("blob_url"):
+            derived["blob_url"] = (data_dir / "blobs").as_uri()
+        return derived
+
+    @model_validator(mode="after")
+    def _refuse_an_open_door(self) -> Self:
+        if not self.api_keys and not is_loopback(self.host):
+            raise ValueError(
+                f"refusing to bind to {self.host}: anyone who reaches it could read, write and delete. "
+                "Set RANKWISE_API_KEYS=on and create a key with `rankwise keys create`, or bind to 127.0.0.1."
+            )
+        if self.beat_seconds * 2 > self.lease_seconds:
+            raise ValueError("beat_seconds must be at most half of lease_seconds, or a healthy worker loses its job")
+        return self
+
+    @property
+    def staging_root(self) -> Path:
+        """Where uploads are staged when the blob store has no folder of its own."""
+        return self.data_dir / "staging"
+
+    @property
+    def cache_dir(self) -> Path:
+        """Content-addressed values that can be computed again."""
+        return self.data_dir / "cache"

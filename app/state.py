@@ -1,0 +1,46 @@
+"""What the handlers share: made once by the application factory, found again on `app.state`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from anyio import CapacityLimiter
+
+from app.checksums import Crc32Cache
+from app.key_uses import KeyUses
+from app.metrics import Metrics
+from app.settings import Settings
+from storage.blobs import BlobStore
+from storage.database import Database
+from workers.supervisor import Supervisor
+
+INTAKES_AT_ONCE = 4
+"""Uploads that are unpacked and inspected at the same time; the others wait with all their bytes on disk."""
+
+
+@dataclass(slots=True)
+class Services:
+    """The parts of a running server. `supervisor` is None while the pool is off or not yet started."""
+
+    settings: Settings
+    database: Database
+    blobs: BlobStore
+    metrics: Metrics = field(default_factory=Metrics)
+    key_uses: KeyUses = field(default_factory=KeyUses)
+    supervisor: Supervisor | None = None
+    intake_limiter: CapacityLimiter = field(default_factory=lambda: CapacityLimiter(INTAKES_AT_ONCE))
+    crc32: Crc32Cache = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.crc32 = Crc32Cache(self.blobs, self.settings.cache_dir / "crc32")
+
+    @property
+    def staging(self) -> Path:
+        """Where uploads are staged: on the blob store's file system when it has one, so that storing is a link."""
+        return self.blobs.staging_dir or self.settings.staging_root
+
+    def wake_pool(self) -> None:
+        """Tell the pool of this server that there is work; without one, the others find it when they next look."""
+        if self.supervisor is not None:
+            self.supervisor.wake()

@@ -1,0 +1,123 @@
+"""The Adapter value: a configuration and a lazy, memory-mapped mapping from module path to its LoRA factors."""
+
+from __future__ import annotations
+
+import mmap
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+
+import torch
+from torch import Tensor
+
+from artifacts.layout import AdapterLayout, read_layout
+from artifacts.manifest import LoraModule
+from artifacts.peft_config import PeftLoraConfig
+from artifacts.safetensors_header import DTYPE_BYTES, TensorInfo
+
+TORCH_DTYPES: Mapping[str, torch.dtype] = MappingProxyType(
+    {
+        "F64": torch.float64,
+        "F32": torch.float32,
+        "F16": torch.float16,
+        "BF16": torch.bfloat16,
+        "F8_E4M3": torch.float8_e4m3fn,
+        "F8_E5M2": torch.float8_e5m2,
+        "I64": torch.int64,
+        "I32": torch.int32,
+        "I16": torch.int16,
+        "I8": torch.int8,
+        "U8": torch.uint8,
+        "BOOL": torch.bool,
+    }
+)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class LoraFactors:
+    """One module's ΔW = scaling·B·A, with A: (r, d_in) and B: (d_out, r).
+
+    Convolutions are flattened to A: (r, c_in·kh·kw) and B: (c_out, r).
+    """
+
+    A: Tensor
+    B: Tensor
+    scaling: float
+
+    @property
+    def rank(self) -> int:
+        return self.A.shape[0]
+
+
+class Adapter(Mapping[str, LoraFactors]):
+    """An immutable LoRA adapter on disk, as a mapping from module path to `LoraFactors`.
+
+    Tensors are views of a private memory map of the file: opening costs one header, and only the bytes that are used
+    are ever read. `release` gives the pages of a module back, which keeps a pass over many gigabytes in a few megabytes.
+    """
+
+    def __init__(self, layout: AdapterLayout) -> None:
+        self._layout = layout
+        self._modules = MappingProxyType({module.path: module for module in layout.modules})
+        with layout.weights_path.open("rb") as file:
+            # ACCESS_COPY gives writable pages, which torch wants, and never writes to the file.
+            self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+
+    @classmethod
+    def open(cls, path: Path) -> Adapter:
+        """Open a PEFT directory, or one safetensors file that carries its configuration.
+
+        Raises:
+            FileBroken, ConfigRefused, FormatUnknown, PickleRefused: as `artifacts.layout.read_layout`.
+        """
+        return cls(read_layout(path))
+
+    @property
+    def config(self) -> PeftLoraConfig:
+        return self._layout.config
+
+    @property
+    def modules(self) -> Mapping[str, LoraModule]:
+        """The torch-free description of each module, by path."""
+        return self._modules
+
+    @property
+    def metadata(self) -> Mapping[str, str]:
+        """The string metadata of the safetensors file."""
+        return self._layout.header.metadata
+
+    def tensor(self, key: str) -> Tensor:
+        """The stored tensor of that name, in its own dtype and shape, without a copy."""
+        info = self._layout.header.tensors[key]
+        dtype = TORCH_DTYPES[info.dtype]
+        if info.begin == info.end:
+            return torch.empty(info.shape, dtype=dtype)
+        if info.begin % DTYPE_BYTES[info.dtype]:
+            # The format does not promise alignment; a copy of such a tensor is rarer than it is harmful.
+            return torch.frombuffer(bytearray(self._map[info.begin : info.end]), dtype=dtype).view(info.shape)
+        return torch.frombuffer(self._map, dtype=dtype, offset=info.begin, count=info.elements).view(info.shape)
+
+    def __getitem__(self, path: str) -> LoraFactors:
+        module = self._modules[path]
+        A = self.tensor(module.a_key).reshape(module.rank, module.d_in)
+        B = self.tensor(module.b_key).reshape(module.d_out, module.rank)
+        return LoraFactors(A, B, module.scaling)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._modules)
+
+    def __len__(self) -> int:
+        return len(self._modules)
+
+    def release(self, path: str) -> None:
+        """Drop the pages of one module from memory. Views of it stay valid: they are read again when touched."""
+        module = self._modules[path]
+        for key in (module.a_key, module.b_key):
+            self._drop_pages(self._layout.header.tensors[key])
+
+    def _drop_pages(self, info: TensorInfo) -> None:
+        begin = -(-info.begin // mmap.PAGESIZE) * mmap.PAGESIZE
+        length = info.end // mmap.PAGESIZE * mmap.PAGESIZE - begin
+        if length > 0:
+            self._map.madvise(mmap.MADV_DONTNEED, begin, length)

@@ -1,0 +1,97 @@
+"""Exact algebra on stacked LoRA factors, without ever forming a d_out×d_in matrix.
+
+A *stack* holds the rank components of one module of one or several adapters, scalings folded in: the rows aᵢ of
+A: (n, d_in) and the columns bᵢ of B: (d_out, n), so that Σᵢ wᵢ·bᵢaᵢᵀ = B·diag(w)·A. All that a merge needs of the wide
+dimensions are the Gram matrices G_A = AAᵀ and G_B = BᵀB, both n×n.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+SAFE_CONDITION = 1e-4
+"""Smallest eigenvalue, relative to the largest, of a unit-diagonal Gram matrix down to which its root stands in for a
+QR factor. A float32 Gram matrix is exact to about 1e-7, so the basis is then orthonormal to 1e-3 in its weakest
+direction, which moves ΔW by less than 1e-5 of its norm; below it, Householder QR is used."""
+
+
+def gram(stack: Tensor, *, columns: bool = False) -> Tensor:
+    """(n, n) float64 inner products of the rows (or columns) of a stack, computed in the stack's own precision."""
+    product = stack.T @ stack if columns else stack @ stack.T
+    return product.double()
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class CoreSvd:
+    """The SVD of Σᵢ wᵢ·bᵢaᵢᵀ = U·diag(σ)·Vᵀ, held as coordinates in the stacks.
+
+    Attributes:
+        values: (n,) singular values σ, descending, float64.
+        left: (n, n) float64; U = B·left.
+        right: (n, n) float64; V = Aᵀ·right.
+    """
+
+    values: Tensor
+    left: Tensor
+    right: Tensor
+
+
+def core_svd(A: Tensor, B: Tensor, weights: Tensor, gram_A: Tensor, gram_B: Tensor) -> CoreSvd:
+    """Exact SVD of B·diag(w)·A through the n×n core T_B·diag(w)·T_Aᵀ, where B = Q_B·T_B and Aᵀ = Q_A·T_A.
+
+    Args:
+        A: (n, d_in); B: (d_out, n); weights: (n,).
+        gram_A, gram_B: (n, n) float64 Gram matrices of the rows of A and the columns of B.
+    """
+    T_A, solve_A = _triangular(A.T, gram_A)
+    T_B, solve_B = _triangular(B, gram_B)
+    core = (T_B * weights.double()) @ T_A.T
+    U, S, Vh = torch.linalg.svd(core)
+    return CoreSvd(S, solve_B @ U, solve_A @ Vh.T)
+
+
+def _triangular(X: Tensor, gram_X: Tensor) -> tuple[Tensor, Tensor]:
+    """T and T⁺ (n×n, float64) with X = Q·T for an orthonormal Q: (d, n), so that Q = X·T⁺."""
+    norms = gram_X.diagonal().clamp_min(0).sqrt()
+    scale = torch.where(norms > 0, norms, 1.0)
+    # Unit columns first: what remains of the condition number is collinearity, not a difference of sizes.
+    values, vectors = torch.linalg.eigh(gram_X / scale[:, None] / scale)
+    if values[0] > SAFE_CONDITION * values[-1]:
+        root = values.sqrt()
+        return root[:, None] * vectors.T * scale, vectors / root / scale[:, None]
+    R = torch.linalg.qr(X / scale.to(X.dtype), mode="r").R.double()
+    T = R * scale
+    return T, _pseudo_inverse(R, X) / scale[:, None]
+
+
+def _pseudo_inverse(R: Tensor, X: Tensor) -> Tensor:
+    """R⁺ without the directions that are nothing but rounding of X's precision. R has min(d, n) rows."""
+    cutoff = max(X.shape) * torch.finfo(X.dtype).eps
+    return torch.linalg.pinv(R, rtol=cutoff)
+
+
+def truncated_factors(A: Tensor, B: Tensor, svd: CoreSvd, rank: int) -> tuple[Tensor, Tensor]:
+    """Best rank-`rank` factors (rank, d_in) and (d_out, rank) of the sum, √σ on either side (Eckart-Young)."""
+    root = svd.values[:rank].sqrt()
+    left = (svd.left[:, :rank] * root).to(B.dtype)
+    right = (svd.right[:, :rank] * root).to(A.dtype)
+    return right.T @ A, B @ left
+
+
+def delta_products(gram_A: Tensor, gram_B: Tensor, owners: Tensor, adapters: int) -> Tensor:
+    """(N, N) Frobenius inner products ⟨ΔWᵢ, ΔWⱼ⟩ of the adapters in a stack: block sums of G_A∘G_B.
+
+    Args:
+        owners: (n,) which adapter each component belongs to.
+    """
+    one_hot = torch.nn.functional.one_hot(owners, adapters).to(gram_A.dtype)
+    return one_hot.T @ (gram_A * gram_B) @ one_hot
+
+
+def squared_norm(coordinates: Tensor, gram_A: Tensor, gram_B: Tensor) -> float:
+    """‖B·K·A‖²_F for coordinates K: (n, n), as tr(Kᵀ·G_B·K·G_A)."""
+    return max(float(((gram_B @ coordinates) * (coordinates @ gram_A)).sum()), 0.0)
+

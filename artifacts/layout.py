@@ -1,0 +1,250 @@
+"""What lies on disk: where an adapter's weights and configuration are, and which tensors are which factors."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from artifacts.errors import ConfigRefused, FileBroken, FormatUnknown, PickleRefused
+from artifacts.identification import identify
+from artifacts.manifest import IgnoredKey, LoraModule
+from artifacts.peft_config import PeftLoraConfig, parse_config
+from artifacts.peft_keys import KeyMatch, match_keys
+from artifacts.safetensors_header import SafetensorsHeader, read_header
+
+WEIGHTS_NAME = "adapter_model.safetensors"
+CONFIG_NAME = "adapter_config.json"
+METADATA_KEY = "lora_adapter_metadata"
+"""The key of a safetensors file's metadata under which diffusers, and Rankwise, put the configuration as JSON."""
+
+MAX_CONFIG_BYTES = 4 * 1024 * 1024
+MAX_CONFIG_DEPTH = 32
+MAX_KEY_LENGTH = 500
+PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
+
+
+@dataclass(frozen=True)
+class AdapterLayout:
+    """An adapter's files, understood from their headers.
+
+    Attributes:
+        format: "peft" with an adapter_config.json, "safetensors-metadata" with the configuration inside the file.
+        configs: the configuration of each component; one entry "" when the file holds one model's adapter.
+        document: the configuration as it was written.
+        match: which tensor is what.
+    """
+
+    format: str
+    weights_path: Path
+    config_path: Path | None
+    header: SafetensorsHeader
+    configs: Mapping[str, PeftLoraConfig]
+    document: Mapping[str, Any]
+    match: KeyMatch
+
+    @property
+    def config(self) -> PeftLoraConfig:
+        """The configuration; of the first component when there are several."""
+        return next(iter(self.configs.values()))
+
+    @property
+    def modules(self) -> tuple[LoraModule, ...]:
+        return self.match.modules
+
+    @property
+    def refusals(self) -> tuple[str, ...]:
+        """Why the adapter can not be merged; empty when it can."""
+        reasons = [reason for config in self.configs.values() for reason in config.refusals]
+        return tuple(dict.fromkeys([*reasons, *self.match.refusals]))
+
+
+def read_layout(path: Path) -> AdapterLayout:
+    """Understand the adapter at `path`: a PEFT directory, or one safetensors file that carries its configuration.
+
+    Raises:
+        FormatUnknown: no weights, several, or another layout than PEFT's.
+        ConfigRefused: the configuration is missing, invalid or can not be honoured.
+        FileBroken: the weights do not fit the format or the configuration.
+        PickleRefused: the weights are a pickle.
+    """
+    weights = _weights_path(path)
+    header = read_header(weights)
+    _check_names(header)
+    config_path = path / CONFIG_NAME
+    if path.is_dir() and config_path.is_file():
+        document = read_json(config_path)
+        configs = {"": parse_config(document)}
+        return _layout("peft", weights, config_path, header, configs, document)
+    text = header.metadata.get(METADATA_KEY)
+    if text is None:
+        raise _without_config(header)
+    document = parse_json(text, METADATA_KEY)
+    return _layout("safetensors-metadata", weights, None, header, _component_configs(document), document)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file of at most `MAX_CONFIG_BYTES`.
+
+    Raises:
+        ConfigRefused: too large, no UTF-8, no JSON, NaN or Infinity, a key twice, or no object.
+    """
+    if path.stat().st_size > MAX_CONFIG_BYTES:
+        raise ConfigRefused(f"{path.name} has {path.stat().st_size} bytes; at most {MAX_CONFIG_BYTES} are accepted.")
+    try:
+        text = path.read_bytes().decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ConfigRefused(f"{path.name} is not UTF-8 text: {error}.") from error
+    return parse_json(text, path.name)
+
+
+def parse_json(text: str, name: str) -> dict[str, Any]:
+    """As `read_json`, from text."""
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        result = dict(pairs)
+        if len(result) != len(pairs):
+            names = [key for key, _ in pairs]
+            twice = next(key for key in names if names.count(key) > 1)
+            raise ConfigRefused(f"{name} names {twice[:80]!r} twice.")
+        return result
+
+    def refuse(constant: str) -> Any:
+        raise ConfigRefused(f"{name} holds {constant}, which is not JSON.")
+
+    try:
+        document = json.loads(text, object_pairs_hook=unique, parse_constant=refuse)
+    except (ValueError, RecursionError) as error:
+        raise ConfigRefused(f"{name} is not valid JSON: {error}.") from error
+    if not isinstance(document, dict):
+        raise ConfigRefused(f"{name} is a JSON {type(document).__name__}, not an object.")
+    _check_values(document, name)
+    return document
+
+
+def _check_values(document: dict[str, Any], name: str) -> None:
+    """Refuse what a database or another JSON reader would stumble over, so that it never gets there."""
+    level: list[Any] = [document]
+    for _ in range(MAX_CONFIG_DEPTH):
+        following: list[Any] = []
+        for value in level:
+            if isinstance(value, dict):
+                following += [*value, *value.values()]
+            elif isinstance(value, list):
+                following += value
+            elif isinstance(value, str) and not _is_text(value):
+                raise ConfigRefused(f"{name} holds text with NUL or broken Unicode: {value[:40]!r}.")
+            elif isinstance(value, (int, float)) and not abs(value) < 2**63:  # true for NaN as well
+                raise ConfigRefused(f"{name} holds a number that is too large.")
+        if not following:
+            return
+        level = following
+    raise ConfigRefused(f"{name} is nested more than {MAX_CONFIG_DEPTH} levels deep.")
+
+
+def _is_text(value: str) -> bool:
+    return "\0" not in value and not any("\ud800" <= character <= "\udfff" for character in value)
+
+
+def _check_names(header: SafetensorsHeader) -> None:
+    for key in header.tensors:
+        if not key.isprintable() or len(key) > MAX_KEY_LENGTH:
+            raise FileBroken(f"The tensor name {key[:80]!r} is too long, or has characters that can not be printed.")
+
+
+def _weights_path(path: Path) -> Path:
+    if not path.is_dir():
+        return path
+    if (path / WEIGHTS_NAME).is_file():
+        return path / WEIGHTS_NAME
+    found = sorted(entry for entry in path.glob("*.safetensors") if entry.is_file())
+    if len(found) == 1:
+        return found[0]
+    if found:
+        raise FormatUnknown(
+            f"Several safetensors files and none is called {WEIGHTS_NAME}: "
+            f"{', '.join(entry.name for entry in found[:20])}.",
+            hint="Send one adapter at a time.",
+        )
+    pickles = sorted(entry.name for entry in path.iterdir() if entry.suffix.lower() in PICKLE_SUFFIXES)
+    if pickles:
+        raise PickleRefused(
+            f"The weights are a pickle: {', '.join(pickles[:20])}.",
+            hint="Convert them: load the adapter in PEFT and save it with safe_serialization=True.",
+        )
+    raise FormatUnknown(f"There is no {WEIGHTS_NAME}.", hint="Send the files that PEFT's save_pretrained writes.")
+
+
+def _component_configs(document: Mapping[str, Any]) -> dict[str, PeftLoraConfig]:
+    """One configuration per component ("unet", "transformer", …) of diffusers' flattened metadata, or one in all."""
+    if "r" in document or "peft_type" in document:
+        return {"": parse_config({"peft_type": "LORA", **document})}
+    parts: dict[str, dict[str, Any]] = {}
+    for key, value in document.items():
+        component, dot, field = key.partition(".")
+        if not dot or not component or not field:
+            raise ConfigRefused(f"{METADATA_KEY} has the key {key[:80]!r}; expected are fields, or component.field.")
+        parts.setdefault(f"{component}.", {"peft_type": "LORA"})[field] = value
+    if not parts:
+        raise ConfigRefused(f"{METADATA_KEY} is empty.")
+    return {component: parse_config(fields) for component, fields in sorted(parts.items())}
+
+
+def _without_config(header: SafetensorsHeader) -> ConfigRefused | FormatUnknown:
+    layout = identify(header)
+    if layout.name in ("peft", "lora-bare"):
+        return ConfigRefused(
+            f"{CONFIG_NAME} is missing, and the file has no {METADATA_KEY} in its metadata.",
+            hint="The tensors do not tell alpha and the scaling. Send adapter_config.json along, as PEFT saved it.",
+        )
+    return FormatUnknown(
+        f"Not a PEFT adapter: {layout.sentence}",
+        hint=f"Accepted are PEFT adapters with {CONFIG_NAME}, and safetensors files with {METADATA_KEY} inside.",
+    )
+
+
+def _layout(
+    kind: str,
+    weights: Path,
+    config_path: Path | None,
+    header: SafetensorsHeader,
+    configs: Mapping[str, PeftLoraConfig],
+    document: Mapping[str, Any],
+) -> AdapterLayout:
+    match = _join([_match(header, config, component) for component, config in configs.items()])
+    known = {*match.used, *(entry.key for entry in match.ignored)}
+    homeless = [key for key in sorted(header.tensors) if key not in known]
+    if homeless:
+        reason = f"belongs to none of the components in the metadata ({', '.join(sorted(configs))})"
+        match = _join(
+            [
+                match,
+                KeyMatch(
+                    (),
+                    tuple(IgnoredKey(key, reason) for key in homeless),
+                    warnings=(f"{len(homeless)} tensors, for instance {homeless[0]!r}: {reason}.",),
+                ),
+            ]
+        )
+    return AdapterLayout(kind, weights, config_path, header, configs, document, match)
+
+
+def _match(header: SafetensorsHeader, config: PeftLoraConfig, component: str) -> KeyMatch:
+    if not config.opaque:
+        return match_keys(header, config, component=component)
+    keys = tuple(key for key in sorted(header.tensors) if key.startswith(component))
+    if not keys:
+        raise FormatUnknown("The file holds no tensors.")
+    return KeyMatch((), (), used=keys)
+
+
+def _join(matches: list[KeyMatch]) -> KeyMatch:
+    return KeyMatch(
+        tuple(sorted((module for match in matches for module in match.modules), key=lambda module: module.path)),
+        tuple(entry for match in matches for entry in match.ignored),
+        tuple(key for match in matches for key in match.used),
+        tuple(text for match in matches for text in match.warnings),
+        tuple(reason for match in matches for reason in match.refusals),
+    )

@@ -1,0 +1,104 @@
+"""The torch-free description of an adapter: what its files hold, found from headers and configuration alone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+ModuleKind = Literal["linear", "conv", "embedding"]
+
+
+@dataclass(frozen=True, slots=True)
+class FileEntry:
+    """One stored file of an adapter: path inside its directory, SHA-256 (hex) and size in bytes."""
+
+    path: str
+    sha256: str
+    size: int
+    media_type: str
+
+
+@dataclass(frozen=True, slots=True)
+class LoraModule:
+    """One adapted module, as the file describes it.
+
+    `a_shape` and `b_shape` are the shapes in the file: (r, d_in) and (d_out, r) for a linear layer,
+    (r, c_in, kh, kw) and (c_out, r, 1, 1) for a convolution, (r, vocabulary) and (dim, r) for an embedding
+    (the matrices that PEFT stores as `lora_embedding_A` and `lora_embedding_B`).
+    `d_in` and `d_out` are the flattened dimensions of ΔW = scaling·B·A, a d_out×d_in matrix.
+    """
+
+    path: str
+    kind: ModuleKind
+    a_key: str
+    b_key: str
+    rank: int
+    alpha: float
+    scaling: float
+    d_in: int
+    d_out: int
+    a_shape: tuple[int, ...]
+    b_shape: tuple[int, ...]
+    dtype: str
+    bias_key: str | None = None
+    magnitude_key: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class IgnoredKey:
+    """A tensor of the file that is not used, and why."""
+
+    key: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class IntakeReport:
+    """Every key accounted for. `nonfinite` maps a tensor key to its count of NaN and Inf elements."""
+
+    used_keys: int
+    ignored: tuple[IgnoredKey, ...] = ()
+    nonfinite: Mapping[str, int] = field(default_factory=dict)
+    dropped_files: tuple[IgnoredKey, ...] = ()
+    warnings: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterManifest:
+    """What the service knows of an adapter without loading a tensor.
+
+    Attributes:
+        format: file layout, e.g. "peft" or "safetensors-metadata".
+        method: what kind of adapter it is: "lora", "rslora", "dora", or the lower-case `peft_type`.
+        rank, alpha: the largest rank of any module, and the alpha of the configuration.
+        mergeable: whether ΔW is exactly scaling·B·A for every module.
+        refusal: why it is not mergeable, else None.
+        weights_digest: SHA-256 over names, dtypes, shapes and bytes of the tensors in sorted order of their
+            names, without metadata: a re-saved copy has the same digest.
+        identity_digest: SHA-256 over the weights digest and the configuration that changes ΔW: two uploads with
+            the same identity are the same adapter.
+    """
+
+    format: str
+    method: str
+    base_model: str | None
+    base_model_revision: str | None
+    rank: int
+    alpha: float
+    target_modules: tuple[str, ...]
+    parameter_count: int
+    dtype: str
+    files: tuple[FileEntry, ...]
+    modules: tuple[LoraModule, ...]
+    mergeable: bool
+    refusal: str | None
+    weights_digest: str
+    identity_digest: str
+    config: Mapping[str, Any]
+    report: IntakeReport
+
+    @property
+    def size(self) -> int:
+        """Bytes of all files together."""
+        return sum(entry.size for entry in self.files)

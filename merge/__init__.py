@@ -1,0 +1,1 @@
+"""Many adapters in, one adapter out (floor 2)."""

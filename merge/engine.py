@@ -1,0 +1,211 @@
+"""Runs a merge: files in, one PEFT directory and a report out, module by module.
+
+Nothing of the base model is loaded and no d_out×d_in matrix is formed: memory holds one module's rank components per
+thread, whatever the size of the adapters.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from artifacts.adapter import TORCH_DTYPES, Adapter
+from artifacts.export import ExportedModule, PeftWriter, lora_config
+from merge.catalog import find_method
+from merge.options import MergeOptions
+from merge.plan import MergeInput, MergePlan, PlannedModule, plan_merge
+from merge.reload import Probe, check_reload
+from merge.report import MergeReport, ModuleReport, measure_module
+from merge.result import MergedModule
+from merge.stack import Stack
+from merge.warnings import merge_warnings
+
+Progress = Callable[[float, str], None]
+
+COMPUTE_SHARE = 0.95
+"""Part of the progress bar that is the computation; the rest is reading the result back."""
+
+_SAFETENSORS_NAMES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+
+
+def merge_files(
+    inputs: Sequence[tuple[MergeInput, Path]],
+    method: str,
+    options: MergeOptions,
+    out_dir: Path,
+    *,
+    progress: Progress | None = None,
+    device: str = "cpu",
+    lineage: Mapping[str, Any] | None = None,
+) -> MergeReport:
+    """Merge the adapters at the given paths by `method` and write a PEFT directory to `out_dir`.
+
+    The written file is opened again, and each module's ΔW is compared with the computed one on a probe vector.
+
+    Args:
+        inputs: descriptions and places (a PEFT directory, or one safetensors file) in the order of the request.
+        progress: called with the fraction done and a message, from the calling thread; may raise to stop the merge.
+        lineage: stored in the file's metadata.
+
+    Raises:
+        MergeRefused and its kin: as `merge.plan.plan_merge`; also on NaN or infinite numbers.
+        DiskFull: no space for the result. ReloadMismatch: the file did not read back as computed.
+    """
+    started = time.monotonic()
+    report_progress = progress or (lambda _fraction, _message: None)
+    plan = plan_merge([item for item, _ in inputs], method, options)
+    adapters = {position: Adapter.open(path) for position, (_, path) in enumerate(inputs) if plan.weights[position] != 0}
+    run = _Run.of(plan, adapters, method, options, torch.device(device))
+    modules, probes = run.write(out_dir, lineage, report_progress)
+    rounding, reload_error = check_reload(out_dir, probes, lambda: report_progress(COMPUTE_SHARE, "Reading back"))
+    report_progress(1.0, "Merged")
+    return MergeReport(
+        method=method,
+        parameters=options.model_dump(mode="json"),
+        adapters=[
+            {"id": item.id, "name": item.name, "weight": item.weight, "effective_weight": plan.weights[position]}
+            for position, (item, _) in enumerate(inputs)
+        ],
+        rank=plan.output_rank,
+        dtype=run.dtype,
+        compatibility=plan.compatibility,
+        modules=modules,
+        dropped=plan.dropped,
+        warnings=(*plan.warnings, *merge_warnings(modules)),
+        rounding_error=rounding,
+        reload_error=reload_error,
+        seconds=time.monotonic() - started,
+    )
+
+
+@dataclass(frozen=True)
+class _Run:
+    """One merge in progress."""
+
+    plan: MergePlan
+    adapters: Mapping[int, Adapter]
+    options: MergeOptions
+    merge_module: Callable[[Stack, Any, int], MergedModule]
+    dtype: str
+    device: torch.device
+    with_bias: bool
+
+    @classmethod
+    def of(
+        cls,
+        plan: MergePlan,
+        adapters: Mapping[int, Adapter],
+        method: str,
+        options: MergeOptions,
+        device: torch.device,
+    ) -> _Run:
+        with_bias = any(module.bias_key for item in plan.modules for _, module in item.owners)
+        dtype = _output_dtype(options, adapters)
+        return cls(plan, adapters, options, find_method(method).load(), dtype, device, with_bias)
+
+    def write(
+        self, out_dir: Path, lineage: Mapping[str, Any] | None, progress: Progress
+    ) -> tuple[list[ModuleReport], list[Probe]]:
+        """Merge every module and write it; progress runs in the calling thread, the work in threads of its own."""
+        rank = self.plan.output_rank
+        exported = [ExportedModule(item.first, rank, self.with_bias) for item in self.plan.modules]
+        config = self._config()
+        total = len(self.plan.modules)
+        reports, probes = [], []
+        with PeftWriter(out_dir, exported, config, dtype=self.dtype, lineage=lineage) as writer, _threads() as pool:
+            done = pool.map(lambda module: self._merge_one(module, writer), self.plan.modules)
+            for count, (report, probe) in enumerate(done, start=1):
+                reports.append(report)
+                probes.append(probe)
+                progress(COMPUTE_SHARE * count / total, f"Merged {count} of {total} modules")
+        return reports, probes
+
+    def _merge_one(self, module: PlannedModule, writer: PeftWriter) -> tuple[ModuleReport, Probe]:
+        compute = torch.float64 if self.options.compute_dtype == "float64" else torch.float32
+        stack = Stack.load(module, self.adapters, self.plan.weights, compute, self.device)
+        merged = self.merge_module(stack, self.options, self.plan.output_rank)
+        rank = merged.A.shape[0]
+        padded = self.plan.output_rank - rank
+        dtype = TORCH_DTYPES[self.dtype]
+        A = _padded(merged.A, padded, 0).to(dtype)
+        B = _padded(merged.B, padded, 1).to(dtype)
+        writer.write(module.path, A, B, self._bias(module, dtype) if self.with_bias else None)
+        report = measure_module(
+            module.path, merged.stack, merged.coordinates, rank=rank, padded=padded, scale=self.options.scale,
+            clusters=merged.clusters,
+        )  # fmt: skip
+        return report, Probe.of(module.path, merged.A, merged.B, A, B)
+
+    def _bias(self, module: PlannedModule, dtype: torch.dtype) -> Tensor:
+        """λ·Σ wᵢ·sᵢ·biasᵢ: PEFT multiplies the bias of lora_B by the scaling, as all of its output."""
+        total = torch.zeros(module.first.d_out, dtype=torch.float64)
+        for owner, description in module.owners:
+            if description.bias_key:
+                bias = self.adapters[owner].tensor(description.bias_key).double()
+                total += self.plan.weights[owner] * description.scaling * bias
+        return (total * self.options.scale).to(dtype)
+
+    def _config(self) -> dict[str, Any]:
+        configs = [adapter.config for adapter in self.adapters.values()]
+        return lora_config(
+            rank=self.plan.output_rank,
+            target_modules=self._target_modules(),
+            base_model=configs[0].base_model,
+            revision=configs[0].revision,
+            task_type=configs[0].task_type,
+            fan_in_fan_out=any(config.fan_in_fan_out for config in configs),
+            lora_bias=self.with_bias,
+        )
+
+    def _target_modules(self) -> set[str]:
+        """Suffixes where they say exactly what the inputs' own did (vLLM wants them); else full paths, always exact."""
+        paths = {item.path for item in self.plan.modules}
+        plain = all(_targets_by_suffix(adapter) for adapter in self.adapters.values())
+        return {path.rsplit(".", 1)[-1] for path in paths} if plain and not self.plan.dropped else paths
+
+
+def _targets_by_suffix(adapter: Adapter) -> bool:
+    """Whether the adapter targets every module of the base that has one of its suffixes, without further conditions."""
+    config = adapter.config
+    conditions = ("layers_to_transform", "layers_pattern", "exclude_modules")
+    if config.target_modules_regex or any(config.raw.get(name) for name in conditions):
+        return False
+    return {path.rsplit(".", 1)[-1] for path in adapter} == set(config.target_modules)
+
+
+def _output_dtype(options: MergeOptions, adapters: Mapping[int, Adapter]) -> str:
+    """The safetensors name of the output dtype; of 8-bit floats only bfloat16 holds the merged values."""
+    if options.output_dtype != "auto":
+        return _SAFETENSORS_NAMES[options.output_dtype]
+    first = next(iter(next(iter(adapters.values())).modules.values())).dtype
+    return first if first in ("F32", "F16", "BF16") else "F32" if first == "F64" else "BF16"
+
+
+def _padded(matrix: Tensor, count: int, dim: int) -> Tensor:
+    if not count:
+        return matrix
+    shape = list(matrix.shape)
+    shape[dim] = count
+    return torch.cat([matrix, matrix.new_zeros(shape)], dim=dim)
+
+
+@contextmanager
+def _threads() -> Iterator[ThreadPoolExecutor]:
+    """A thread per core, each with single-threaded kernels: modules are independent, and most of them are small."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    pool = ThreadPoolExecutor(max_workers=min(before, os.cpu_count() or 1), thread_name_prefix="merge")
+    try:
+        yield pool
+    finally:
+        pool.shutdown(cancel_futures=True)
+        torch.set_num_threads(before)

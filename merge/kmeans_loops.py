@@ -1,0 +1,353 @@
+"""The compiled loops of `merge.kmeans`; see there for the mathematics and the names."""
+
+from __future__ import annotations
+
+import numpy as np
+from numba import njit
+
+RELATIVE_GAIN = 1e-10
+"""Improvements smaller than this share of Σ wᵢ‖xᵢ‖² are rounding."""
+
+SWAPS_TRIED = 3
+"""Most promising centre swaps that are followed to their end, per round."""
+
+compiled = njit(cache=True, nogil=True)
+
+
+@compiled
+def squared_distance(gram, i, j, signed):
+    product = abs(gram[i, j]) if signed else gram[i, j]
+    return max(gram[i, i] + gram[j, j] - 2.0 * product, 0.0)
+
+
+@compiled
+def draw(mass, total, uniform):
+    """Index drawn with probability mass[i]/total."""
+    target, running = uniform * total, 0.0
+    last = 0
+    for i in range(len(mass)):
+        if mass[i] > 0.0:
+            running += mass[i]
+            last = i
+            if running > target:
+                return i
+    return last
+
+
+@compiled
+def plus_plus(gram, weights, k, draws, signed):
+    """Greedy k-means++: indices (k,) of the seeds. draws: (k, L) uniform numbers."""
+    n = len(gram)
+    seeds = np.empty(k, dtype=np.int64)
+    nearest = np.empty(n)
+    seeds[0] = draw(weights, weights.sum(), draws[0, 0])
+    for i in range(n):
+        nearest[i] = squared_distance(gram, i, seeds[0], signed)
+    trial, best = np.empty(n), np.empty(n)
+    for step in range(1, k):
+        mass = nearest * weights
+        total = mass.sum()
+        lowest = np.inf
+        for j in range(draws.shape[1]):
+            candidate = draw(mass, total, draws[step, j])
+            potential = 0.0
+            for i in range(n):
+                trial[i] = min(nearest[i], squared_distance(gram, i, candidate, signed))
+                potential += trial[i] * weights[i]
+            if potential < lowest:
+                lowest = potential
+                seeds[step] = candidate
+                trial, best = best, trial
+        nearest[:] = best
+    return seeds
+
+
+@compiled
+def assign_to_seeds(gram, seeds, signed):
+    """Labels and signs of the points when each joins its nearest seed."""
+    n = len(gram)
+    labels, signs = np.empty(n, dtype=np.int64), np.ones(n)
+    for i in range(n):
+        lowest = np.inf
+        for c in range(len(seeds)):
+            distance = squared_distance(gram, i, seeds[c], signed)
+            if distance < lowest:
+                lowest = distance
+                labels[i] = c
+        if signed and gram[i, seeds[labels[i]]] < 0.0:
+            signs[i] = -1.0
+    return labels, signs
+
+
+@compiled
+def measure(gram, weights, labels, signs, k):
+    """P (k, n), mass, squared and counts (k,) of a partition."""
+    n = len(gram)
+    P, mass, squared = np.zeros((k, n)), np.zeros(k), np.zeros(k)
+    counts = np.zeros(k, dtype=np.int64)
+    for i in range(n):
+        c, factor = labels[i], weights[i] * signs[i]
+        counts[c] += 1
+        mass[c] += weights[i]
+        for j in range(n):
+            P[c, j] += factor * gram[i, j]
+    for i in range(n):
+        squared[labels[i]] += weights[i] * signs[i] * P[labels[i], i]
+    return P, mass, squared, counts
+
+
+@compiled
+def nearest_centres(gram, P, mass, squared, counts, signed):
+    """Label, first and second smallest squared distance of each point to the centres of non-empty clusters."""
+    k, n = P.shape
+    labels = np.zeros(n, dtype=np.int64)
+    first, second = np.full(n, np.inf), np.full(n, np.inf)
+    for c in range(k):
+        if counts[c] == 0:
+            continue
+        inverse = 1.0 / mass[c]
+        norm = squared[c] * inverse * inverse
+        for i in range(n):
+            product = abs(P[c, i]) if signed else P[c, i]
+            distance = norm - 2.0 * product * inverse
+            if distance < first[i]:
+                second[i] = first[i]
+                first[i] = distance
+                labels[i] = c
+            elif distance < second[i]:
+                second[i] = distance
+    for i in range(n):
+        first[i] = max(first[i] + gram[i, i], 0.0)
+        second[i] = max(second[i] + gram[i, i], 0.0)
+    return labels, first, second
+
+
+@compiled
+def signs_towards(P, labels, signed):
+    n = len(labels)
+    signs = np.ones(n)
+    if signed:
+        for i in range(n):
+            if P[labels[i], i] < 0.0:
+                signs[i] = -1.0
+    return signs
+
+
+@compiled
+def fill_empty(labels, cost, k):
+    """Give every empty cluster the point farthest from its centre (cost: weighted squared distance, (n,)).
+
+    A point alone in its cluster is never taken, so the inertia can only fall, and k ≤ n clusters are always filled.
+    """
+    counts = np.zeros(k, dtype=np.int64)
+    for label in labels:
+        counts[label] += 1
+    for c in range(k):
+        if counts[c] > 0:
+            continue
+        farthest, point = -1.0, -1
+        for i in range(len(labels)):
+            if counts[labels[i]] > 1 and cost[i] > farthest:
+                farthest, point = cost[i], i
+        counts[labels[point]] -= 1
+        counts[c] = 1
+        labels[point] = c
+        cost[point] = -1.0
+
+
+@compiled
+def inertia_of(gram, weights, labels, signs, k):
+    _, mass, squared, counts = measure(gram, weights, labels, signs, k)
+    total = 0.0
+    for i in range(len(gram)):
+        total += weights[i] * gram[i, i]
+    for c in range(k):
+        if counts[c] > 0:
+            total -= squared[c] / mass[c]
+    return max(total, 0.0)
+
+
+@compiled
+def centre_shift(P, mass, squared, weights, labels, signs, new_mass, new_squared):
+    """Σ_c ‖μ_c − μ'_c‖² between the centres measured in P and those of the new partition."""
+    k = len(mass)
+    cross = np.zeros(k)
+    for i in range(len(labels)):
+        cross[labels[i]] += weights[i] * signs[i] * P[labels[i], i]
+    shift = 0.0
+    for c in range(k):
+        if mass[c] > 0.0 and new_mass[c] > 0.0:
+            shift += squared[c] / mass[c] ** 2 + new_squared[c] / new_mass[c] ** 2
+            shift -= 2.0 * cross[c] / (mass[c] * new_mass[c])
+    return shift
+
+
+@compiled
+def lloyd(gram, weights, labels, signs, k, signed, max_iter, tolerance):
+    """Lloyd's iterations from a partition; returns a partition without empty clusters."""
+    cost = np.zeros(len(gram))
+    fill_empty(labels, cost, k)
+    P, mass, squared, counts = measure(gram, weights, labels, signs, k)
+    for _ in range(max_iter):
+        new_labels, first, _ = nearest_centres(gram, P, mass, squared, counts, signed)
+        new_signs = signs_towards(P, new_labels, signed)
+        fill_empty(new_labels, first * weights, k)
+        if np.array_equal(new_labels, labels) and np.array_equal(new_signs, signs):
+            break
+        old_P, old_mass, old_squared = P, mass, squared
+        labels, signs = new_labels, new_signs
+        P, mass, squared, counts = measure(gram, weights, labels, signs, k)
+        if centre_shift(old_P, old_mass, old_squared, weights, labels, signs, mass, squared) <= tolerance:
+            break
+    return labels, signs
+
+
+@compiled
+def best_move(gram, weights, labels, signs, P, mass, squared, counts, signed):
+    """(gain, point, target) of the single-point move that lowers the inertia most.
+
+    Moving x (weight w, sign σ) from cluster a to b changes Σ_c ‖S_c‖²/W_c by
+    (‖S_a − wσx‖²/(W_a − w) − ‖S_a‖²/W_a) + (‖S_b ± wx‖²/(W_b + w) − ‖S_b‖²/W_b), all known from P.
+    """
+    k, n = P.shape
+    removal = np.empty(n)
+    for i in range(n):
+        a, w = labels[i], weights[i]
+        removal[i] = -np.inf
+        if counts[a] > 1:
+            rest = squared[a] - 2.0 * w * signs[i] * P[a, i] + w * w * gram[i, i]
+            removal[i] = rest / (mass[a] - w) - squared[a] / mass[a]
+    gain, point, target = 0.0, -1, -1
+    for b in range(k):
+        kept = squared[b] / mass[b]
+        for i in range(n):
+            w = weights[i]
+            product = abs(P[b, i]) if signed else P[b, i]
+            change = (squared[b] + 2.0 * w * product + w * w * gram[i, i]) / (mass[b] + w) - kept + removal[i]
+            if change > gain and labels[i] != b:
+                gain, point, target = change, i, b
+    return gain, point, target
+
+
+@compiled
+def move_points(gram, weights, labels, signs, k, signed):
+    """Hartigan and Wong (1979): move the best point, in place, until no move helps."""
+    P, mass, squared, counts = measure(gram, weights, labels, signs, k)
+    threshold = RELATIVE_GAIN * np.sum(weights * np.diag(gram))
+    while True:
+        gain, point, b = best_move(gram, weights, labels, signs, P, mass, squared, counts, signed)
+        if gain <= threshold:
+            return
+        a, w, sign = labels[point], weights[point], signs[point]
+        new_sign = -1.0 if signed and P[b, point] < 0.0 else 1.0
+        term = w * w * gram[point, point]
+        squared[a] += term - 2.0 * w * sign * P[a, point]
+        squared[b] += term + 2.0 * w * new_sign * P[b, point]
+        for j in range(len(gram)):
+            P[a, j] -= w * sign * gram[point, j]
+            P[b, j] += w * new_sign * gram[point, j]
+        mass[a] -= w
+        mass[b] += w
+        counts[a] -= 1
+        counts[b] += 1
+        labels[point] = b
+        signs[point] = new_sign
+
+
+@compiled
+def promising_swaps(gram, weights, labels, signs, k, signed):
+    """For each cluster that could be dissolved: the point to open a new one at, and the cost right after that swap.
+
+    With d₁, d₂ the distances to the nearest and the second nearest centre, that cost is
+    Σₓ w·min(D(x,p), d₁) + Σ_{x∈c} w·(min(D(x,p), d₂) − min(D(x,p), d₁)).
+    """
+    n = len(gram)
+    P, mass, squared, counts = measure(gram, weights, labels, signs, k)
+    nearest, first, second = nearest_centres(gram, P, mass, squared, counts, signed)
+    points, costs = np.zeros(k, dtype=np.int64), np.full(k, np.inf)
+    extra = np.empty(k)
+    for p in range(n):
+        base = 0.0
+        extra[:] = 0.0
+        for x in range(n):
+            distance = squared_distance(gram, x, p, signed)
+            near = min(distance, first[x])
+            base += weights[x] * near
+            extra[nearest[x]] += weights[x] * (min(distance, second[x]) - near)
+        for c in range(k):
+            if base + extra[c] < costs[c]:
+                costs[c] = base + extra[c]
+                points[c] = p
+    return points, costs
+
+
+@compiled
+def swapped(gram, weights, labels, signs, k, signed, dissolved, point):
+    """The partition after dissolving a cluster and opening one at `point` under its number."""
+    n = len(gram)
+    P, mass, squared, counts = measure(gram, weights, labels, signs, k)
+    for j in range(n):
+        P[dissolved, j] = gram[point, j]
+    mass[dissolved], squared[dissolved], counts[dissolved] = 1.0, gram[point, point], 1
+    new_labels, first, _ = nearest_centres(gram, P, mass, squared, counts, signed)
+    fill_empty(new_labels, first * weights, k)
+    return new_labels, signs_towards(P, new_labels, signed)
+
+
+@compiled
+def improve(gram, weights, labels, signs, k, signed, max_iter):
+    """Alternate point moves and centre swaps until neither lowers the inertia."""
+    labels, signs = labels.copy(), signs.copy()
+    move_points(gram, weights, labels, signs, k, signed)
+    best = inertia_of(gram, weights, labels, signs, k)
+    threshold = RELATIVE_GAIN * np.sum(weights * np.diag(gram))
+    improved = k > 1
+    while improved:
+        improved = False
+        points, costs = promising_swaps(gram, weights, labels, signs, k, signed)
+        for c in np.argsort(costs)[:SWAPS_TRIED]:
+            trial, trial_signs = swapped(gram, weights, labels, signs, k, signed, c, points[c])
+            trial, trial_signs = lloyd(gram, weights, trial, trial_signs, k, signed, max_iter, 0.0)
+            move_points(gram, weights, trial, trial_signs, k, signed)
+            score = inertia_of(gram, weights, trial, trial_signs, k)
+            if score < best - threshold:
+                best, labels, signs = score, trial, trial_signs
+                improved = True
+                break
+    return labels, signs, best
+
+
+@compiled
+def solve(gram, weights, k, signed, draws, max_iter, tolerance, refined):
+    """All restarts; the `refined` best ones are improved. Returns labels, signs, inertia and the runner-up's labels."""
+    restarts, n = draws.shape[0], len(gram)
+    labels, signs = np.empty((restarts, n), dtype=np.int64), np.empty((restarts, n))
+    scores = np.empty(restarts)
+    for r in range(restarts):
+        seeds = plus_plus(gram, weights, k, draws[r], signed)
+        start, start_signs = assign_to_seeds(gram, seeds, signed)
+        labels[r], signs[r] = lloyd(gram, weights, start, start_signs, k, signed, max_iter, tolerance)
+        scores[r] = inertia_of(gram, weights, labels[r], signs[r], k)
+    # mergesort is stable: equal scores keep the order of their draws
+    for r in np.argsort(scores, kind="mergesort")[:refined]:
+        labels[r], signs[r], scores[r] = improve(gram, weights, labels[r], signs[r], k, signed, max_iter)
+    order = np.argsort(scores, kind="mergesort")
+    runner_up = order[1] if restarts > 1 else order[0]
+    return labels[order[0]], signs[order[0]], scores[order[0]], labels[runner_up]
+
+
+@compiled
+def adjusted_rand(first, second, k):
+    """Adjusted Rand index of two labelings with labels below k; 1 for identical partitions."""
+    table = np.zeros((k, k))
+    for i in range(len(first)):
+        table[first[i], second[i]] += 1.0
+    rows, columns = table.sum(axis=1), table.sum(axis=0)
+    both = np.sum(table * (table - 1.0)) / 2.0
+    in_rows, in_columns = np.sum(rows * (rows - 1.0)) / 2.0, np.sum(columns * (columns - 1.0)) / 2.0
+    n = len(first)
+    expected = in_rows * in_columns / max(n * (n - 1.0) / 2.0, 1.0)
+    spread = (in_rows + in_columns) / 2.0 - expected
+    if abs(spread) < 1e-12:
+        return 1.0
+    return (both - expected) / spread

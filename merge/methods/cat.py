@@ -1,0 +1,19 @@
+"""Concatenation: the exact weighted sum Σ wᵢ·sᵢ·Bᵢ·Aᵢ at rank Σ rᵢ, as PEFT's `cat`."""
+
+from __future__ import annotations
+
+import torch
+
+from merge.options import SumOptions
+from merge.result import MergedModule
+from merge.stack import Stack
+
+
+def merge(stack: Stack, options: SumOptions, rank: int) -> MergedModule:
+    """Merge one module: A' stacks the rows wᵢ·aᵢ and B' the columns bᵢ. `rank` must be n, the size of the stack."""
+    weights = stack.weights * options.scale
+    # Half of the weight on either side keeps both factors at the size that training gave them.
+    root = weights.abs().sqrt()
+    A = stack.A * root[:, None].to(stack.A.dtype)
+    B = stack.B * (root * weights.sign()).to(stack.B.dtype)
+    return MergedModule(A, B, stack, torch.diag(weights))

@@ -1,0 +1,293 @@
+"""What a merge will do, decided from headers alone: which modules, which rank, and every reason to refuse. No torch.
+
+The API calls `plan_merge` when a merge is submitted, so that an impossible one is refused at once, and the worker
+calls it again on the files that it really reads.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from artifacts.base_model import BaseModelRef, Level, compare
+from artifacts.errors import (
+    BaseMismatch,
+    FieldError,
+    MergeRefused,
+    NotMergeable,
+    RankOutOfRange,
+    RequestInvalid,
+    ShapeMismatch,
+)
+from artifacts.manifest import LoraModule
+from merge.catalog import MergeMethod, find_method
+from merge.options import MergeOptions
+
+MAX_ADAPTERS = 256
+NAMED_OFFENDERS = 20
+_STRENGTH: Mapping[Level, int] = {"weights": 3, "revision": 2, "architecture": 1, "shape": 0}
+
+
+@dataclass(frozen=True, slots=True)
+class MergeInput:
+    """One adapter of a merge. `digest` is its weights digest, `method` its kind (lora, rslora, dora …)."""
+
+    id: str
+    name: str
+    digest: str
+    modules: Sequence[LoraModule]
+    method: str
+    mergeable: bool
+    refusal: str | None
+    base: BaseModelRef
+    weight: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedModule:
+    """One module of the output: the inputs that own it, as (position, the input's own module), and its dimensions."""
+
+    path: str
+    owners: tuple[tuple[int, LoraModule], ...]
+
+    @property
+    def first(self) -> LoraModule:
+        return self.owners[0][1]
+
+    @property
+    def rank_sum(self) -> int:
+        """Σ rᵢ over the owners: the largest rank that the merged module can use."""
+        return sum(module.rank for _, module in self.owners)
+
+
+@dataclass(frozen=True, slots=True)
+class MergePlan:
+    """A merge that can be done.
+
+    Attributes:
+        modules: the output's modules, sorted by path.
+        weights: the effective weight of each input (normalised when asked for).
+        output_rank: rank of the written adapter; a module with less is padded with zeros up to it.
+        dropped: modules left out by missing_modules="intersection".
+        compatibility: the weakest pairwise proof that the inputs share a base model.
+    """
+
+    modules: tuple[PlannedModule, ...]
+    weights: tuple[float, ...]
+    output_rank: int
+    dropped: tuple[str, ...]
+    compatibility: Level
+    warnings: tuple[str, ...]
+
+
+def plan_merge(inputs: Sequence[MergeInput], method: str, options: MergeOptions) -> MergePlan:
+    """Check that `inputs` can be merged by `method` and say how.
+
+    Raises:
+        RequestInvalid: no or too many adapters, the same one twice, or unusable weights.
+        NotMergeable: an adapter whose ΔW is not scaling·B·A, or with a bias that the method can not sum.
+        BaseMismatch: base models known to differ, or a proof weaker than `minimum_compatibility`.
+        ShapeMismatch: a module whose dimensions or kind differ between adapters.
+        RankOutOfRange: an output rank above Σ rᵢ in every module.
+        MergeRefused: no module in common, or modules missing under missing_modules="error".
+    """
+    row = find_method(method)
+    _check_inputs(inputs)
+    weights = _effective_weights(inputs, row, options)
+    _check_mergeable(inputs, row)
+    compatibility, warnings = _base_compatibility(inputs, options.minimum_compatibility)
+    modules, dropped = _align(inputs, weights, options)
+    if dropped:
+        warnings.append(f"{len(dropped)} modules that not every adapter has were left out: {_some(dropped)}.")
+    warnings += _coverage_warnings(inputs, modules)
+    return MergePlan(
+        modules=modules,
+        weights=weights,
+        output_rank=_output_rank(options, modules, method),
+        dropped=dropped,
+        compatibility=compatibility,
+        warnings=tuple(warnings),
+    )
+
+
+def _some(names: Sequence[str]) -> str:
+    rest = len(names) - NAMED_OFFENDERS
+    return ", ".join(names[:NAMED_OFFENDERS]) + (f" and {rest} more" if rest > 0 else "")
+
+
+def _check_inputs(inputs: Sequence[MergeInput]) -> None:
+    if not 1 <= len(inputs) <= MAX_ADAPTERS:
+        raise RequestInvalid(
+            f"A merge takes 1 to {MAX_ADAPTERS} adapters; {len(inputs)} were given.",
+            errors=[FieldError("/adapters", f"needs 1 to {MAX_ADAPTERS} items")],
+        )
+    seen: dict[str, int] = {}
+    for position, item in enumerate(inputs):
+        if item.id in seen:
+            raise RequestInvalid(
+                f"Adapter {item.id} is listed twice (positions {seen[item.id]} and {position}).",
+                hint="List it once and give it the sum of the weights.",
+                errors=[FieldError(f"/adapters/{position}/id", "duplicate id")],
+            )
+        seen[item.id] = position
+
+
+def _effective_weights(inputs: Sequence[MergeInput], row: MergeMethod, options: MergeOptions) -> tuple[float, ...]:
+    weights = [float(item.weight) for item in inputs]
+    for position, weight in enumerate(weights):
+        pointer = f"/adapters/{position}/weight"
+        if not math.isfinite(weight):
+            raise RequestInvalid(
+                f"The weight of {inputs[position].id} is {weight}; it must be a finite number.",
+                errors=[FieldError(pointer, "must be finite")],
+            )
+        if weight < 0 and not row.capabilities.negative_weights:
+            raise RequestInvalid(
+                f"Method {row.name!r} averages inside clusters and so takes no negative weight; "
+                f"{inputs[position].id} has {weight}.",
+                hint="The methods `linear`, `cat` and `svd` take negative weights.",
+                errors=[FieldError(pointer, "must not be negative")],
+            )
+    if not any(weights):
+        raise RequestInvalid(
+            "All weights are 0: the merged adapter would do nothing.",
+            errors=[FieldError("/adapters", "at least one weight must not be 0")],
+        )
+    if getattr(options, "normalize", False):
+        total = math.fsum(weights)
+        if abs(total) < 1e-9 * max(map(abs, weights)):
+            raise RequestInvalid(
+                f"normalize divides by the sum of the weights, which is {total}.",
+                errors=[FieldError("/parameters/normalize", "the weights sum to 0")],
+            )
+        weights = [weight / total for weight in weights]
+    return tuple(weights)
+
+
+def _check_mergeable(inputs: Sequence[MergeInput], row: MergeMethod) -> None:
+    for position, item in enumerate(inputs):
+        pointer = f"/adapters/{position}/id"
+        if not item.mergeable:
+            raise NotMergeable(
+                f"Adapter {item.id} ({item.name}) of type {item.method!r} can not be merged by its factors: {item.refusal}",
+                hint="Convert it to a plain LoRA first.",
+                errors=[FieldError(pointer, item.refusal or "not mergeable")],
+            )
+        if not row.capabilities.lora_bias and any(module.bias_key for module in item.modules):
+            raise NotMergeable(
+                f"Adapter {item.id} ({item.name}) has biases on lora_B, which method {row.name!r} can not merge.",
+                hint="The methods `cat` and `linear` sum such biases exactly.",
+                errors=[FieldError(pointer, "has lora_bias")],
+            )
+
+
+def _base_compatibility(inputs: Sequence[MergeInput], minimum: Level | None) -> tuple[Level, list[str]]:
+    """The weakest level over all pairs. Comparing each with each matters: proofs are not transitive."""
+    level: Level = "weights"
+    warnings: list[str] = []
+    for position, item in enumerate(inputs):
+        for other in range(position):
+            comparison = compare(inputs[other].base, item.base)
+            pair = f"{inputs[other].name} ({inputs[other].base.name}) and {item.name} ({item.base.name})"
+            pointer = [FieldError(f"/adapters/{position}/id", f"base model {item.base.name}")]
+            if minimum is not None and _STRENGTH[comparison.level] < _STRENGTH[minimum]:
+                raise BaseMismatch(
+                    f"{pair}: that they share a base model is proven to the level {comparison.level!r} only; "
+                    f"minimum_compatibility asks for {minimum!r}.",
+                    errors=pointer,
+                )
+            if comparison.contradiction and minimum is None:
+                raise BaseMismatch(
+                    f"{pair} belong to different base models: {comparison.contradiction}.",
+                    hint="If you know that they fit each other, set parameters.minimum_compatibility to 'architecture' "
+                    "or 'shape'.",
+                    errors=pointer,
+                )
+            if comparison.contradiction:
+                warnings.append(f"base_models_differ: {pair}: {comparison.contradiction}.")
+            if _STRENGTH[comparison.level] < _STRENGTH[level]:
+                level = comparison.level
+    if level == "shape":
+        names = sorted({item.base.name for item in inputs})
+        warnings.append(
+            f"compatibility_shape_only: nothing but names and shapes shows that the adapters share a base model "
+            f"({', '.join(names)}); register the base model and upload with base_model to have it proven."
+        )
+    return level, warnings
+
+
+def _align(
+    inputs: Sequence[MergeInput], weights: Sequence[float], options: MergeOptions
+) -> tuple[tuple[PlannedModule, ...], tuple[str, ...]]:
+    """Group the inputs' modules by path. An input of weight 0 takes no part."""
+    owners: dict[str, list[tuple[int, LoraModule]]] = {}
+    taking_part = [position for position, weight in enumerate(weights) if weight != 0]
+    for position in taking_part:
+        for module in inputs[position].modules:
+            owners.setdefault(module.path, []).append((position, module))
+    _check_shapes(inputs, owners)
+    partial = sorted(path for path, items in owners.items() if len(items) < len(taking_part))
+    if partial and options.missing_modules == "error":
+        raise MergeRefused(
+            f"{len(partial)} modules are not in every adapter: {_some(partial)}.",
+            hint="Set missing_modules to 'union' or 'intersection'.",
+            errors=[FieldError("/parameters/missing_modules", path) for path in partial[:NAMED_OFFENDERS]],
+        )
+    dropped = tuple(partial) if options.missing_modules == "intersection" else ()
+    kept = sorted(owners.keys() - set(dropped))
+    if not kept:
+        raise MergeRefused(
+            "The adapters have no module in common.",
+            hint="Set missing_modules to 'union' to merge each module over the adapters that have it.",
+            errors=[FieldError("/parameters/missing_modules", "nothing is left to merge")],
+        )
+    return tuple(PlannedModule(path, tuple(owners[path])) for path in kept), dropped
+
+
+def _geometry(module: LoraModule) -> tuple[object, ...]:
+    """What must agree between two adapters of one module: all dimensions but the rank."""
+    return module.kind, module.d_out, module.d_in, module.a_shape[1:], module.b_shape[2:]
+
+
+def _check_shapes(inputs: Sequence[MergeInput], owners: Mapping[str, Sequence[tuple[int, LoraModule]]]) -> None:
+    offenders = []
+    for path, items in sorted(owners.items()):
+        if len({_geometry(module) for _, module in items}) > 1:
+            shapes = "; ".join(f"{inputs[i].name}: {m.kind} {m.d_out}×{m.d_in}" for i, m in items)
+            offenders.append(FieldError(path, shapes))
+    if offenders:
+        raise ShapeMismatch(
+            f"{len(offenders)} modules have other dimensions in one adapter than in another: "
+            f"{_some([f'{item.pointer} ({item.message})' for item in offenders])}.",
+            hint="Adapters of different base models can not be merged.",
+            errors=offenders[:NAMED_OFFENDERS],
+        )
+
+
+def _coverage_warnings(inputs: Sequence[MergeInput], modules: Sequence[PlannedModule]) -> list[str]:
+    partial = [item.path for item in modules if len(item.owners) < len(inputs)]
+    if not partial:
+        return []
+    return [f"modules_not_in_every_adapter: {len(partial)} of {len(modules)} modules have fewer owners: {_some(partial)}."]
+
+
+def _output_rank(options: MergeOptions, modules: Sequence[PlannedModule], method: str) -> int:
+    """The rank of the written adapter. Methods without a `rank` option, and linear's "exact", may use all of Σ rᵢ."""
+    largest = max(item.rank_sum for item in modules)
+    asked = getattr(options, "rank", "exact")
+    if asked == "exact":
+        return largest
+    if asked in ("r", "2r"):
+        multiple = max(module.rank for item in modules for _, module in item.owners) * (2 if asked == "2r" else 1)
+        return min(multiple, largest)
+    rank = int(asked)
+    if rank > largest:
+        raise RankOutOfRange(
+            f"rank {rank} is above the sum of the adapters' ranks in every module; the largest is {largest}.",
+            hint=f"Ask for at most {largest}, or use method 'cat', which gives the exact sum at that rank."
+            if method != "cat"
+            else None,
+            errors=[FieldError("/parameters/rank", f"must be at most {largest}")],
+        )
+    return rank

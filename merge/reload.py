@@ -1,0 +1,77 @@
+"""Whether a written adapter reads back as it was computed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from artifacts.adapter import Adapter
+from artifacts.errors import ReloadMismatch
+
+TOLERANCE = 1e-5
+"""Largest relative difference of ΔW·x between the written factors and those read back: rounding of the products."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Probe:
+    """ΔW·x of one module for a fixed random x, before and after the cast to the output dtype."""
+
+    path: str
+    exact: Tensor
+    written: Tensor
+
+    @classmethod
+    def of(cls, path: str, A: Tensor, B: Tensor, cast_A: Tensor, cast_B: Tensor) -> Self:
+        """From the computed factors (r, d_in), (d_out, r) and those that are written."""
+        x = _probe_vector(A.shape[1]).to(A.device)
+        return cls(path, _apply(A, B, x), _apply(cast_A, cast_B, x))
+
+
+@lru_cache(maxsize=16)
+def _probe_vector(size: int) -> Tensor:
+    return torch.randn(size, generator=torch.Generator().manual_seed(size))
+
+
+def _apply(A: Tensor, B: Tensor, x: Tensor) -> Tensor:
+    return (B.float() @ (A.float() @ x)).cpu()
+
+
+def check_reload(directory: Path, probes: Sequence[Probe], tick: Callable[[], None]) -> tuple[float, float]:
+    """Open the written adapter and apply each module to its probe.
+
+    Returns: the largest relative rounding error of the cast, and the largest relative difference on reading back.
+
+    Raises:
+        ReloadMismatch: a module is missing, or differs by more than `TOLERANCE`.
+    """
+    tick()
+    adapter = Adapter.open(directory)
+    rounding = largest = 0.0
+    for probe in probes:
+        if probe.path not in adapter:
+            raise ReloadMismatch(f"The written adapter does not hold module {probe.path}.")
+        factors = adapter[probe.path]
+        x = _probe_vector(factors.A.shape[1])
+        difference = _relative(_apply(factors.A, factors.B, x) * factors.scaling, probe.written)
+        adapter.release(probe.path)
+        # a NaN must not pass as "not greater"
+        if not difference <= TOLERANCE:
+            raise ReloadMismatch(
+                f"Module {probe.path} of the written adapter differs by {difference:.2e} from what was computed.",
+                hint="Writing as float32 (output_dtype) rules out an overflow of the output dtype; otherwise suspect the disk.",
+            )
+        largest = max(largest, difference)
+        rounding = max(rounding, _relative(probe.written, probe.exact))
+    return rounding, largest
+
+
+def _relative(value: Tensor, reference: Tensor) -> float:
+    norm = float(reference.norm())
+    difference = float((value - reference).norm())
+    return difference / norm if norm > 0 else difference

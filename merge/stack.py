@@ -1,0 +1,139 @@
+"""The stack of one module: the rank components of all its owners side by side, scalings folded in."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Self
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from artifacts.adapter import Adapter
+from artifacts.algebra import gram
+from artifacts.errors import MergeRefused
+from merge.plan import PlannedModule
+
+SAMPLED_ENTRIES = 8
+"""Entries of a and of b by which components are ordered; full vectors are compared only where these all agree."""
+
+
+@dataclass(frozen=True, eq=False)
+class Stack:
+    """All rank components of one module; ΔWᵢ = Σ_{p owned by i} b_p·a_pᵀ.
+
+    √|s| is folded into both halves and the sign of s into b, so that the scaling is 1 and a component does not
+    depend on how its adapter split ΔW between factors and scaling.
+
+    Components stand in an order that their contents alone decide, so that no result depends, not by one bit, on the
+    order of the adapters in a request or of the components in an adapter.
+
+    Attributes:
+        A: (n, d_in); B: (d_out, n), in the compute dtype.
+        owners: (n,) position of the adapter among the inputs.
+        weights: (n,) float64, the weight of the owner.
+    """
+
+    A: Tensor
+    B: Tensor
+    owners: Tensor
+    weights: Tensor
+
+    @classmethod
+    def load(
+        cls,
+        module: PlannedModule,
+        adapters: Mapping[int, Adapter],
+        weights: Sequence[float],
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> Self:
+        """Read and cast the factors of one module.
+
+        Raises:
+            MergeRefused: NaN or infinite numbers.
+        """
+        parts_A, parts_B, roots, owners, unit_weights = [], [], [], [], []
+        for owner, _ in module.owners:
+            factors = adapters[owner][module.path]
+            parts_A.append(factors.A)
+            parts_B.append(factors.B)
+            root = math.copysign(math.sqrt(abs(factors.scaling)), factors.scaling)
+            roots += [root] * factors.rank
+            owners += [owner] * factors.rank
+            unit_weights += [weights[owner]] * factors.rank
+        # Concatenated in the stored precision and cast as a whole: half the bytes move, and mixed-precision kernels,
+        # which are slow, are never used.
+        root = torch.tensor(roots, dtype=dtype, device=device)
+        A = _concatenated(parts_A, 0).to(device=device, dtype=dtype).mul_(root.abs()[:, None])
+        B = _concatenated(parts_B, 1).to(device=device, dtype=dtype).mul_(root)
+        for owner, _ in module.owners:
+            adapters[owner].release(module.path)
+        stack = cls(
+            A,
+            B,
+            torch.tensor(owners, device=device),
+            torch.tensor(unit_weights, dtype=torch.float64, device=device),
+        ).ordered()
+        stack.require_finite(module, adapters)
+        return stack
+
+    def require_finite(self, module: PlannedModule, adapters: Mapping[int, Adapter]) -> None:
+        """Raises MergeRefused, naming the adapters at fault, when a number is NaN or infinite."""
+        energy = self.gram_A.diagonal() + self.gram_B.diagonal()
+        if bool(torch.isfinite(energy).all()):
+            return
+        at_fault = sorted({int(owner) for owner in self.owners[~torch.isfinite(energy)]})
+        raise MergeRefused(
+            f"Module {module.path} holds NaN or infinite numbers (or its norms overflow) in the adapters at positions "
+            f"{at_fault} of the {len(adapters)} that are merged.",
+            hint="The upload's report lists the non-finite tensors of each adapter.",
+        )
+
+    @property
+    def size(self) -> int:
+        """n, the number of components."""
+        return self.A.shape[0]
+
+    @cached_property
+    def gram_A(self) -> Tensor:
+        """(n, n) float64 inner products of the a's."""
+        return gram(self.A)
+
+    @cached_property
+    def gram_B(self) -> Tensor:
+        """(n, n) float64 inner products of the b's."""
+        return gram(self.B, columns=True)
+
+    def with_factors(self, A: Tensor, B: Tensor) -> Self:
+        """Other components in the same places."""
+        return type(self)(A, B, self.owners, self.weights)
+
+    def ordered(self) -> Self:
+        """The same components in the order of their contents."""
+        order = torch.from_numpy(_content_order(self.A, self.B, self.weights)).to(self.A.device)
+        if bool((order[1:] > order[:-1]).all()):
+            return self
+        A, B = self.A.index_select(0, order), self.B.index_select(1, order)
+        return type(self)(A, B, self.owners[order], self.weights[order])
+
+
+def _concatenated(parts: Sequence[Tensor], dim: int) -> Tensor:
+    """One tensor, in the widest dtype among the parts. Always a copy: the parts are views of files."""
+    return torch.cat(list(parts), dim=dim) if len(parts) > 1 else parts[0].clone()
+
+
+def _content_order(A: Tensor, B: Tensor, weights: Tensor) -> NDArray[np.int64]:
+    columns = torch.linspace(0, A.shape[1] - 1, SAMPLED_ENTRIES).long()
+    rows = torch.linspace(0, B.shape[0] - 1, SAMPLED_ENTRIES).long()
+    sample = torch.cat([A[:, columns].double(), B[rows].T.double(), weights[:, None]], dim=1).cpu().numpy()
+    order = np.lexsort(sample.T[::-1])
+    ordered = sample[order]
+    if not (ordered[1:] == ordered[:-1]).all(axis=1).any():
+        return order
+    full = torch.cat([A.double(), B.T.double(), weights[:, None]], dim=1).cpu().numpy()
+    return np.lexsort(full.T[::-1])

@@ -1,0 +1,253 @@
+"""Adapters: add (the same content once), find, delete, and how one came from others."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from sqlalchemy import select
+from sqlalchemy.orm import Session
+
+from artifacts.base_model import BaseModelRef
+from artifacts.errors import Conflict, NotFound
+from artifacts.manifest import AdapterManifest, FileEntry, IgnoredKey, IntakeReport, LoraModule
+from storage import database, models
+from storage.adapter_search import AdapterFilter, list_adapters
+from storage.blob_rows import reserve_blobs
+from storage.ids import new_id
+from storage.lineage import Lineage, lineage
+from storage.tables import AdapterFileRow, AdapterRow, LineageRow, ModelRow
+from storage.text import fold, is_storable, storable
+from storage.upsert import insert_or_ignore
+
+__all__ = [
+    "AdapterFilter",
+    "Lineage",
+    "Parent",
+    "add_adapter",
+    "base_of",
+    "delete_adapter",
+    "get_adapter",
+    "lineage",
+    "list_adapters",
+    "manifest_of",
+    "reserve_blobs",
+]
+
+_TRIES = 5
+
+
+@dataclass(frozen=True, slots=True)
+class Parent:
+    """An adapter that a new one is made from, with the exact recipe of that step (JSON)."""
+
+    id: str
+    recipe: dict[str, Any] = field(default_factory=dict)
+
+
+def add_adapter(
+    session: Session,
+    manifest: AdapterManifest,
+    *,
+    name: str,
+    description: str = "",
+    tags: Sequence[str] = (),
+    base_model: str | None = None,
+    model_id: str | None = None,
+    origin: str = "upload",
+    job_id: str | None = None,
+    created_by: str | None = None,
+    parents: Sequence[Parent] = (),
+) -> tuple[AdapterRow, bool]:
+    """Store what the manifest says; the blobs of its files must be in the store already.
+
+    A live adapter of the same identity is returned as it is, with False: neither its name nor its lineage changes.
+    Two calls at once give one row: the later one waits for the earlier transaction.
+
+    Args:
+        base_model: replaces the name that the files give.
+        model_id: the registered base model.
+        origin: "upload", or the kind of the job that made it.
+        parents: in the order of the recipe; a parent may have been deleted meanwhile.
+
+    Raises:
+        NotFound: no such parent or model.
+        RequestInvalid: a text that can not be stored.
+    """
+    if model_id is not None and (not is_storable(model_id) or session.get(ModelRow, model_id) is None):
+        raise NotFound(f"there is no model {model_id!r}")
+    for parent in parents:
+        get_adapter(session, parent.id, deleted=True)
+    reserve_blobs(session, manifest.files)
+    values = _columns(manifest, name=name, description=description, tags=tags, base_model=base_model) | {
+        "model_id": model_id,
+        "origin": storable(origin, "/origin", 16),
+        "job_id": job_id,
+        "created_by": created_by,
+        "created_at": database.now(session),
+    }
+    for _ in range(_TRIES):
+        added = insert_or_ignore(session, AdapterRow, values).returning(AdapterRow.id)
+        if session.scalar(added) is not None:
+            _add_files(session, values["id"], manifest.files)
+            _add_lineage(session, values["id"], parents, job_id)
+            return get_adapter(session, values["id"]), True
+        same = session.scalars(
+            select(AdapterRow)
+            .where(AdapterRow.identity_digest == manifest.identity_digest, AdapterRow.deleted_at.is_(None))
+            .execution_options(populate_existing=True)
+        ).one_or_none()
+        if same is not None:
+            return same, False
+        # it was deleted between the two statements: try to add again
+    raise Conflict("the same adapter is being added and deleted over and over", hint="Try again.")
+
+
+def get_adapter(session: Session, adapter_id: str, *, deleted: bool = False) -> AdapterRow:
+    """The adapter with its files; with `deleted` also one that was deleted.
+
+    Raises:
+        NotFound
+    """
+    row = session.get(AdapterRow, adapter_id) if is_storable(adapter_id) else None
+    if row is None or (row.deleted_at is not None and not deleted):
+        state = "there is no adapter" if row is None else "deleted: adapter"
+        raise NotFound(f"{state} {adapter_id!r}")
+    return row
+
+
+def delete_adapter(session: Session, adapter_id: str) -> None:
+    """Hide the adapter. Its bytes go with a later sweep, its row only when nothing descends from it.
+
+    Raises:
+        NotFound: no such adapter, or deleted before.
+    """
+    row = None
+    if is_storable(adapter_id):
+        row = session.scalars(
+            select(AdapterRow)
+            .where(AdapterRow.id == adapter_id, AdapterRow.deleted_at.is_(None))
+            .with_for_update()
+            .execution_options(populate_existing=True)
+        ).one_or_none()
+    if row is None:
+        raise NotFound(f"there is no adapter {adapter_id!r}")
+    row.deleted_at = database.now(session)
+    session.flush()
+
+
+def manifest_of(row: AdapterRow) -> AdapterManifest:
+    """The manifest that the adapter was added with; its files are gone if it was deleted and swept."""
+    report = row.report
+    return AdapterManifest(
+        format=row.format,
+        method=row.method,
+        base_model=row.base_model,
+        base_model_revision=row.base_model_revision,
+        rank=row.rank,
+        alpha=row.alpha,
+        target_modules=tuple(row.target_modules),
+        parameter_count=row.parameter_count,
+        dtype=row.dtype,
+        files=tuple(FileEntry(file.path, file.sha256, file.size, file.media_type) for file in row.files),
+        modules=tuple(_module(document) for document in row.modules),
+        mergeable=row.mergeable,
+        refusal=row.refusal,
+        weights_digest=row.weights_digest,
+        identity_digest=row.identity_digest,
+        config=row.config,
+        report=IntakeReport(
+            used_keys=report["used_keys"],
+            ignored=tuple(IgnoredKey(**entry) for entry in report["ignored"]),
+            nonfinite=report["nonfinite"],
+            dropped_files=tuple(IgnoredKey(**entry) for entry in report["dropped_files"]),
+            warnings=tuple(report["warnings"]),
+        ),
+    )
+
+
+def base_of(session: Session, row: AdapterRow) -> BaseModelRef | None:
+    """What is known of the adapter's base model: the registered model it names, else only the name.
+
+    None if neither the files nor the uploader named one.
+    """
+    model = session.get(ModelRow, row.model_id) if row.model_id is not None else None
+    if model is None and row.base_model is not None:
+        model = models.find_model(session, row.base_model, row.base_model_revision)
+    if model is not None:
+        return models.ref_of(model)
+    return None if row.base_model is None else BaseModelRef.named(row.base_model, row.base_model_revision)
+
+
+def _columns(
+    manifest: AdapterManifest, *, name: str, description: str, tags: Sequence[str], base_model: str | None
+) -> dict[str, Any]:
+    base = base_model if base_model is not None else manifest.base_model
+    revision = manifest.base_model_revision if base == manifest.base_model else None
+    return {
+        "id": new_id("adp"),
+        "name": storable(name, "/name", 200),
+        "name_folded": fold(name),
+        "description": storable(description, "/description"),
+        "tags": [storable(tag, f"/tags/{position}") for position, tag in enumerate(tags)],
+        "format": storable(manifest.format, "/format", 40),
+        "method": storable(manifest.method, "/method", 40),
+        "base_model": None if base is None else storable(base, "/base_model", 300),
+        "base_model_revision": None if revision is None else storable(revision, "/base_model_revision", 64),
+        "rank": manifest.rank,
+        "alpha": manifest.alpha,
+        "target_modules": list(manifest.target_modules),
+        "module_count": len(manifest.modules),
+        "parameter_count": manifest.parameter_count,
+        "dtype": storable(manifest.dtype, "/dtype", 16),
+        "size": manifest.size,
+        "mergeable": manifest.mergeable,
+        "refusal": None if manifest.refusal is None else storable(manifest.refusal, "/refusal"),
+        "weights_digest": manifest.weights_digest,
+        "identity_digest": manifest.identity_digest,
+        "config": dict(manifest.config),
+        "modules": [asdict(module) for module in manifest.modules],
+        "report": _report(manifest.report),
+    }
+
+
+def _report(report: IntakeReport) -> dict[str, Any]:
+    return {
+        "used_keys": report.used_keys,
+        "ignored": [asdict(entry) for entry in report.ignored],
+        "nonfinite": dict(report.nonfinite),
+        "dropped_files": [asdict(entry) for entry in report.dropped_files],
+        "warnings": list(report.warnings),
+    }
+
+
+def _module(document: Mapping[str, Any]) -> LoraModule:
+    shapes = {"a_shape": tuple(document["a_shape"]), "b_shape": tuple(document["b_shape"])}
+    return LoraModule(**{**document, **shapes})
+
+
+def _add_files(session: Session, adapter_id: str, files: Sequence[FileEntry]) -> None:
+    session.add_all(
+        AdapterFileRow(
+            adapter_id=adapter_id,
+            path=storable(file.path, "/file", 300),
+            sha256=file.sha256,
+            size=file.size,
+            media_type=storable(file.media_type, "/media_type", 100),
+        )
+        for file in files
+    )
+    session.flush()
+
+
+def _add_lineage(session: Session, adapter_id: str, parents: Sequence[Parent], job_id: str | None) -> None:
+    """One edge for each parent; one that the recipe names twice keeps its first place."""
+    first: dict[str, tuple[int, Parent]] = {}
+    for position, parent in enumerate(parents):
+        first.setdefault(parent.id, (position, parent))
+    session.add_all(
+        LineageRow(child_id=adapter_id, parent_id=parent.id, position=position, job_id=job_id, recipe=parent.recipe)
+        for position, parent in first.values()
+    )
+    session.flush()

@@ -1,0 +1,98 @@
+"""Keyset pages, newest first: the cursor names the last row seen, so that new rows shift nothing."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any, Generic, TypeVar
+
+from sqlalchemy import Select, and_, or_
+from sqlalchemy.orm import InstrumentedAttribute, Session
+
+from artifacts.errors import FieldError, RequestInvalid
+from storage.text import is_storable
+
+MAX_LIMIT = 200
+DEFAULT_LIMIT = 50
+
+Row = TypeVar("Row")
+
+
+@dataclass(frozen=True, slots=True)
+class Page(Generic[Row]):
+    """One page and the cursor of the next one; None on the last."""
+
+    items: tuple[Row, ...]
+    next: str | None
+
+
+def page_of(
+    session: Session,
+    statement: Select[Row],
+    keys: tuple[InstrumentedAttribute[datetime], InstrumentedAttribute[str]],
+    *,
+    filters: Mapping[str, Any],
+    cursor: str | None,
+    limit: int,
+) -> Page[Row]:
+    """The page of `statement` after `cursor`, by (created_at, id) descending.
+
+    Args:
+        keys: the columns created_at and id.
+        filters: what `statement` was filtered by; a cursor is good only for the same filters.
+        limit: rows on the page, 1 to 200.
+
+    Raises:
+        RequestInvalid: the limit is out of range, or the cursor is not one of ours or of another query.
+    """
+    if not 1 <= limit <= MAX_LIMIT:
+        raise _invalid("limit", f"must be between 1 and {MAX_LIMIT}, not {limit}")
+    created_at, identifier = keys
+    if cursor is not None:
+        moment, last = _decode(cursor, filters)
+        statement = statement.where(or_(created_at < moment, and_(created_at == moment, identifier < last)))
+    rows: Sequence[Row] = session.scalars(
+        statement.order_by(created_at.desc(), identifier.desc()).limit(limit + 1)
+    ).all()
+    items = tuple(rows[:limit])
+    if len(rows) <= limit:
+        return Page(items, None)
+    return Page(items, _encode(getattr(items[-1], created_at.key), getattr(items[-1], identifier.key), filters))
+
+
+def _encode(moment: datetime, identifier: str, filters: Mapping[str, Any]) -> str:
+    document = json.dumps([moment.isoformat(), identifier, _digest(filters)], separators=(",", ":"))
+    return base64.urlsafe_b64encode(document.encode()).rstrip(b"=").decode()
+
+
+def _decode(cursor: str, filters: Mapping[str, Any]) -> tuple[datetime, str]:
+    try:
+        raw = base64.b64decode(cursor.encode("ascii") + b"=" * (-len(cursor) % 4), altchars=b"-_", validate=True)
+        stamp, identifier, digest = json.loads(raw)
+        moment = datetime.fromisoformat(stamp)
+        if not isinstance(identifier, str) or not is_storable(identifier) or moment.tzinfo is None:
+            raise ValueError("not the fields of a cursor")
+        moment = moment.astimezone(UTC)
+    except (ValueError, TypeError, OverflowError, binascii.Error, RecursionError) as error:
+        raise _invalid("cursor", "is not a cursor of this service") from error
+    if digest != _digest(filters):
+        raise _invalid("cursor", "belongs to a list with other filters")
+    return moment, identifier
+
+
+def _digest(filters: Mapping[str, Any]) -> str:
+    """A short digest of the filters, in any order."""
+    return hashlib.sha256(json.dumps(dict(filters), sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def _invalid(name: str, problem: str) -> RequestInvalid:
+    return RequestInvalid(
+        f"{name} {problem}",
+        hint="Start again without a cursor." if name == "cursor" else None,
+        errors=[FieldError(f"/{name}", problem)],
+    )

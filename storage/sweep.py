@@ -1,0 +1,172 @@
+"""The sweep: removes blobs that nothing refers to, and what is left of adapters deleted a day ago."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from itertools import islice
+from typing import TypeVar
+
+from sqlalchemy import ColumnElement, and_, delete, exists, select
+from sqlalchemy.orm import Session
+
+from storage import database as clock
+from storage.blobs import BlobInfo, BlobStore
+from storage.database import Database
+from storage.tables import AdapterFileRow, AdapterRow, BlobRow, DatasetRow, JobAttemptRow, JobRow, LineageRow
+from storage.upsert import insert_or_ignore
+
+OLDER_THAN = timedelta(hours=24)
+_BATCH = 50
+T = TypeVar("T")
+_ADAPTER_ID = re.compile(r"adp_[0-9a-f]{32}")
+
+
+@dataclass(frozen=True, slots=True)
+class SweepReport:
+    """What a sweep did, or would do.
+
+    Attributes:
+        scanned: blobs in the store.
+        deleted: digests of the blobs removed; `bytes_freed` is their size.
+        adapters_forgotten: deleted adapters whose files were given up; rows that others descend from stay.
+        staging_removed: entries of abandoned uploads.
+    """
+
+    scanned: int
+    deleted: tuple[str, ...]
+    bytes_freed: int
+    adapters_forgotten: int
+    staging_removed: int
+    dry_run: bool
+
+
+def sweep_blobs(
+    database: Database, blobs: BlobStore, older_than: timedelta = OLDER_THAN, dry_run: bool = False
+) -> SweepReport:
+    """Mark what the database refers to, then remove the rest that is older than `older_than`.
+
+    A blob stays if a row refers to it, if it was put or reserved lately, or if its adapter was deleted lately. Each
+    one is looked at again under a lock before it is removed, so an upload at the same time loses nothing.
+
+    Raises:
+        DatabaseUnavailable, BlobStoreUnavailable
+    """
+    with database.read() as session:
+        cutoff = clock.now(session) - older_than
+        forgotten = _forgettable(session, cutoff)
+        live = _live_digests(session, cutoff, forgotten)
+    if not dry_run:
+        _forget_adapters(database, forgotten)
+    scanned = 0
+    candidates: list[BlobInfo] = []
+    for blob in blobs.iter_blobs():
+        scanned += 1
+        if blob.sha256 not in live and blob.modified < cutoff:
+            candidates.append(blob)
+    removed = candidates if dry_run else list(_remove(database, blobs, candidates, cutoff))
+    if not dry_run:
+        _drop_unused_rows(database, cutoff)
+    return SweepReport(
+        scanned=scanned,
+        deleted=tuple(sorted(blob.sha256 for blob in removed)),
+        bytes_freed=sum(blob.size for blob in removed),
+        adapters_forgotten=len(forgotten),
+        staging_removed=blobs.remove_stale_staging(cutoff, dry_run=dry_run),
+        dry_run=dry_run,
+    )
+
+
+def _forgettable(session: Session, cutoff: datetime) -> list[str]:
+    """Adapters deleted before `cutoff` that still have files and that no unfinished job names."""
+    needed: set[str] = set()
+    unfinished = select(JobRow.params).where(JobRow.state.in_(("queued", "running", "cancelling")))
+    for params in session.scalars(unfinished):
+        needed.update(_ADAPTER_ID.findall(json.dumps(params)))
+    deleted = session.scalars(
+        select(AdapterRow.id).where(
+            AdapterRow.deleted_at < cutoff,
+            exists().where(AdapterFileRow.adapter_id == AdapterRow.id) | ~_has_children(),
+        )
+    )
+    return [identifier for identifier in deleted if identifier not in needed]
+
+
+def _live_digests(session: Session, cutoff: datetime, forgotten: Sequence[str]) -> set[str]:
+    gone = set(forgotten)
+    files = session.execute(select(AdapterFileRow.adapter_id, AdapterFileRow.sha256))
+    live = {sha256 for adapter_id, sha256 in files if adapter_id not in gone}
+    live.update(session.scalars(select(DatasetRow.sha256)))
+    logs = session.scalars(select(JobAttemptRow.log_sha256).where(JobAttemptRow.log_sha256.is_not(None)))
+    live.update(digest for digest in logs if digest is not None)
+    live.update(session.scalars(select(BlobRow.sha256).where(BlobRow.created_at >= cutoff)))
+    return live
+
+
+def _forget_adapters(database: Database, forgotten: Sequence[str]) -> None:
+    """Give up the files of these adapters, and the rows of those that nothing descends from, leaves first."""
+    for batch in _batches(forgotten):
+        with database.write() as session:
+            session.execute(delete(AdapterFileRow).where(AdapterFileRow.adapter_id.in_(batch)))
+    remaining = list(forgotten)
+    while remaining:
+        dropped: set[str] = set()
+        for batch in _batches(remaining):
+            with database.write() as session:
+                leaves = session.scalars(select(AdapterRow.id).where(AdapterRow.id.in_(batch), ~_has_children())).all()
+                session.execute(delete(LineageRow).where(LineageRow.child_id.in_(leaves)))
+                session.execute(delete(AdapterRow).where(AdapterRow.id.in_(leaves)))
+                dropped.update(leaves)
+        if not dropped:
+            return
+        remaining = [identifier for identifier in remaining if identifier not in dropped]
+
+
+def _remove(
+    database: Database, blobs: BlobStore, candidates: Sequence[BlobInfo], cutoff: datetime
+) -> Iterator[BlobInfo]:
+    """Remove the candidates that nobody has taken up since they were marked."""
+    for batch in _batches(sorted(candidates, key=lambda blob: blob.sha256)):
+        removed: list[BlobInfo] = []
+        with database.write() as session:
+            for blob in batch:
+                if _lock_unused(session, blob, cutoff) and blobs.delete_if_older(blob.sha256, cutoff):
+                    removed.append(blob)
+                    session.execute(delete(BlobRow).where(BlobRow.sha256 == blob.sha256))
+        yield from removed
+
+
+def _lock_unused(session: Session, blob: BlobInfo, cutoff: datetime) -> bool:
+    """Lock the blob's row (made if absent, so that a reservation has to wait) and tell whether it is unused."""
+    placeholder = {"sha256": blob.sha256, "size": blob.size, "created_at": blob.modified}
+    session.execute(insert_or_ignore(session, BlobRow, placeholder))
+    unused = and_(BlobRow.sha256 == blob.sha256, BlobRow.created_at < cutoff)
+    locked = session.scalar(select(BlobRow.sha256).where(unused).with_for_update())
+    return locked is not None and session.scalar(select(BlobRow.sha256).where(unused, ~_is_used())) is not None
+
+
+def _drop_unused_rows(database: Database, cutoff: datetime) -> None:
+    """Drop rows of blobs that were reserved and never used; an object without a row is found by the next sweep."""
+    with database.write() as session:
+        session.execute(delete(BlobRow).where(BlobRow.created_at < cutoff, ~_is_used()))
+
+
+def _is_used() -> ColumnElement[bool]:
+    return (
+        exists().where(AdapterFileRow.sha256 == BlobRow.sha256)
+        | exists().where(DatasetRow.sha256 == BlobRow.sha256)
+        | exists().where(JobAttemptRow.log_sha256 == BlobRow.sha256)
+    )
+
+
+def _has_children() -> ColumnElement[bool]:
+    return exists().where(LineageRow.parent_id == AdapterRow.id)
+
+
+def _batches(items: Sequence[T]) -> Iterator[list[T]]:
+    iterator = iter(items)
+    while batch := list(islice(iterator, _BATCH)):
+        yield batch

@@ -1,0 +1,59 @@
+"""The application factory: what importing it costs, and what starting it does."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from app.main import create_app, pool_settings, start, stop
+from app.settings import Settings
+from artifacts.errors import DatabaseUnavailable
+
+HEAVY = ("torch", "transformers", "peft", "sklearn", "scipy", "numpy", "pandas", "accelerate")
+IMPORT_SECONDS = 1.5
+_PROGRAM = f"""
+import sys, time
+started = time.process_time()
+import app.main
+spent = time.process_time() - started
+print(spent, *sorted(set({HEAVY!r}) & set(sys.modules)))
+"""
+
+
+def test_importing_the_application_is_quick_and_loads_nothing_heavy() -> None:
+    seconds = [float("inf")]
+    while min(seconds) >= IMPORT_SECONDS and len(seconds) <= 3:
+        run = subprocess.run([sys.executable, "-c", _PROGRAM], capture_output=True, text=True, timeout=60, check=True)
+        spent, *loaded = run.stdout.split()
+        assert loaded == []
+        seconds.append(float(spent))
+    # Processor time: what other processes of the machine do is not this import's doing.
+    assert min(seconds) < IMPORT_SECONDS
+
+
+def test_starting_brings_the_tables_up_and_stopping_is_clean(tmp_path: Path) -> None:
+    services = create_app(Settings(data_dir=tmp_path / "new", pool="off", log_level="error")).state.services
+    start(services)
+    assert services.database.current_revision() == services.database.head_revision()
+    assert services.supervisor is None
+    stop(services)
+
+
+def test_a_server_that_can_not_work_does_not_start(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"")
+    database = f"sqlite:///{tmp_path}/file/rankwise.db"
+    settings = Settings(data_dir=tmp_path / "data", database_url=database, pool="off", log_level="error")
+    with pytest.raises(DatabaseUnavailable):
+        start(create_app(settings).state.services)
+
+
+def test_the_pool_gets_the_settings(tmp_path: Path) -> None:
+    settings = Settings(data_dir=tmp_path, devices="cpu:3", lease_seconds=10, beat_seconds=2, model_roots=("/models",))
+    pool = pool_settings(settings)
+    assert (pool.devices, pool.lease_seconds, pool.beat_seconds) == ("cpu:3", 10, 2)
+    assert pool.database_url == settings.database_url
+    assert pool.server_id == pool_settings(settings).server_id
+    assert list(map(str, pool.model_roots)) == ["/models"]

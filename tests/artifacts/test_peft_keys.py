@@ -1,0 +1,273 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from artifacts.errors import FileBroken, FormatUnknown
+from artifacts.peft_config import parse_config
+from artifacts.peft_keys import KeyMatch, match_keys
+from artifacts.safetensors_header import read_header
+
+Tensors = dict[str, tuple[str, list[int]]]
+Match = Callable[..., KeyMatch]
+PREFIX = "base_model.model."
+
+
+@pytest.fixture
+def match(tmp_path: Path, write_tensors: Callable[..., Path], lora_config: Callable[..., dict[str, Any]]) -> Match:
+    def run(tensors: Tensors, **fields: Any) -> KeyMatch:
+        header = read_header(write_tensors(tmp_path / "adapter_model.safetensors", tensors))
+        return match_keys(header, parse_config(lora_config(**fields)))
+
+    return run
+
+
+def broken(match: Match, tensors: Tensors, **fields: Any) -> FileBroken:
+    with pytest.raises(FileBroken) as caught:
+        match(tensors, **fields)
+    return caught.value
+
+
+def test_linear_modules_sorted_by_path(match: Match, pairs: Callable[..., Tensors]) -> None:
+    found = match(pairs("model.layers.1.q_proj", "model.layers.0.v_proj", dtype="BF16"))
+    assert [module.path for module in found.modules] == ["model.layers.0.v_proj", "model.layers.1.q_proj"]
+    module = found.modules[0]
+    assert (module.kind, module.rank, module.alpha, module.scaling) == ("linear", 4, 8.0, 2.0)
+    assert (module.d_in, module.d_out, module.a_shape, module.b_shape) == (8, 6, (4, 8), (6, 4))
+    assert module.a_key == "base_model.model.model.layers.0.v_proj.lora_A.weight"
+    assert (module.dtype, module.bias_key, module.magnitude_key) == ("BF16", None, None)
+    assert (len(found.used), found.ignored, found.warnings, found.refusals) == (4, (), (), ())
+
+
+def test_embedding(match: Match) -> None:
+    tensors: Tensors = {
+        f"{PREFIX}model.embed_tokens.lora_embedding_A": ("F32", [4, 50]),
+        f"{PREFIX}model.embed_tokens.lora_embedding_B": ("F32", [6, 4]),
+    }
+    (module,) = match(tensors, target_modules=["embed_tokens"]).modules
+    assert (module.kind, module.d_in, module.d_out, module.a_shape) == ("embedding", 50, 6, (4, 50))
+
+
+@pytest.mark.parametrize("kernel", [[3], [3, 5], [3, 5, 7]])
+def test_convolutions(match: Match, kernel: list[int]) -> None:
+    tensors: Tensors = {
+        f"{PREFIX}conv.q_proj.lora_A.weight": ("F32", [4, 2, *kernel]),
+        f"{PREFIX}conv.q_proj.lora_B.weight": ("F32", [6, 4, *[1] * len(kernel)]),
+    }
+    (module,) = match(tensors).modules
+    size = 2
+    for side in kernel:
+        size *= side
+    assert (module.kind, module.d_in, module.d_out, module.rank) == ("conv", size, 6, 4)
+
+
+def test_grouped_convolution_is_described_but_not_merged(match: Match) -> None:
+    tensors: Tensors = {
+        f"{PREFIX}conv.q_proj.lora_A.weight": ("F32", [4, 2, 3, 3]),
+        f"{PREFIX}conv.q_proj.lora_B.weight": ("F32", [6, 2, 1, 1]),
+    }
+    found = match(tensors)
+    assert len(found.modules) == 1
+    assert "grouped convolution" in found.refusals[0]
+
+
+def test_adapter_name_in_the_keys_is_removed(match: Match) -> None:
+    tensors: Tensors = {
+        f"{PREFIX}model.q_proj.lora_A.default.weight": ("F32", [4, 8]),
+        f"{PREFIX}model.q_proj.lora_B.default.weight": ("F32", [6, 4]),
+        f"{PREFIX}model.v_proj.lora_embedding_A.default": ("F32", [4, 8]),
+        f"{PREFIX}model.v_proj.lora_embedding_B.default": ("F32", [6, 4]),
+    }
+    found = match(tensors)
+    assert [module.path for module in found.modules] == ["model.q_proj", "model.v_proj"]
+    assert "adapter name 'default'" in found.warnings[0]
+
+
+def test_two_adapters_in_one_file(match: Match) -> None:
+    tensors: Tensors = {
+        f"{PREFIX}model.{module}_proj.lora_{factor}.{name}.weight": ("F32", shape)
+        for module, name in (("q", "one"), ("v", "two"))
+        for factor, shape in (("A", [4, 8]), ("B", [6, 4]))
+    }
+    assert "several adapters: one, two" in broken(match, tensors).detail
+
+
+def test_two_tensors_for_one_factor(match: Match, pairs: Callable[..., Tensors]) -> None:
+    tensors = pairs("model.q_proj")
+    tensors[f"{PREFIX}model.q_proj.lora_A.default.weight"] = ("F32", [4, 8])
+    assert "are both lora_A" in broken(match, tensors).detail
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "who"),
+    [
+        ("base_model", "module.base_model", "DistributedDataParallel"),
+        ("model.q_proj", "_orig_mod.model.q_proj", "torch.compile"),
+        ("model.q_proj", "model._fsdp_wrapped_module.q_proj", "FSDP"),
+        ("model.q_proj", "model._checkpoint_wrapped_module.q_proj", "activation checkpointing"),
+    ],
+)
+def test_what_wrappers_leave_in_keys_is_repaired_and_reported(
+    match: Match, pairs: Callable[..., Tensors], before: str, after: str, who: str
+) -> None:
+    found = match({key.replace(before, after, 1): value for key, value in pairs("model.q_proj").items()})
+    assert found.modules[0].path == "model.q_proj"
+    assert any(who in warning and "Stock PEFT would load nothing" in warning for warning in found.warnings)
+
+
+def test_a_submodule_called_module_is_kept(match: Match, pairs: Callable[..., Tensors]) -> None:
+    found = match(pairs("net.module.q_proj"))
+    assert (found.modules[0].path, found.warnings) == ("net.module.q_proj", ())
+
+
+def test_missing_and_doubled_prefix_are_reported(match: Match, pairs: Callable[..., Tensors]) -> None:
+    bare = match(pairs("model.q_proj", prefix=""))
+    doubled = match(pairs("model.q_proj", prefix=PREFIX * 2))
+    assert bare.modules[0].path == doubled.modules[0].path == "model.q_proj"
+    assert "lack the prefix" in bare.warnings[0]
+    assert "repeat the prefix" in doubled.warnings[0]
+
+
+@pytest.mark.parametrize("missing", ["lora_A", "lora_B"])
+def test_factor_without_its_partner(match: Match, pairs: Callable[..., Tensors], missing: str) -> None:
+    tensors = pairs("model.q_proj", "model.v_proj")
+    del tensors[f"{PREFIX}model.v_proj.{missing}.weight"]
+    error = broken(match, tensors)
+    assert f"{missing} is missing" in error.detail
+    assert [finding.pointer for finding in error.errors] == ["model.v_proj"]
+
+
+def test_rank_of_the_tensors_is_not_that_of_the_configuration(match: Match, pairs: Callable[..., Tensors]) -> None:
+    error = broken(match, pairs("model.q_proj", "model.v_proj"), r=16)
+    assert "the tensors have rank 4, adapter_config.json says 16" in error.detail
+    assert len(error.errors) == 2
+
+
+def test_rank_pattern_is_honoured(match: Match, pairs: Callable[..., Tensors]) -> None:
+    tensors = pairs("model.q_proj") | pairs("model.v_proj", rank=2)
+    found = match(tensors, rank_pattern={"v_proj": 2}, alpha_pattern={"v_proj": 6})
+    assert [(module.rank, module.alpha, module.scaling) for module in found.modules] == [(4, 8.0, 2.0), (2, 6.0, 3.0)]
+
+
+def test_only_the_first_findings_are_listed(match: Match, pairs: Callable[..., Tensors]) -> None:
+    error = broken(match, pairs(*[f"model.layers.{number}.q_proj" for number in range(40)]), r=8)
+    assert "40 of 40 modules" in error.detail
+    assert len(error.errors) == 20
+
+
+@pytest.mark.parametrize(
+    ("a", "b"),
+    [
+        ([4, 8], [6, 5]),
+        ([4], [6, 4]),
+        ([4, 8], [6]),
+        ([4, 8, 3, 3], [6, 4]),
+        ([4, 8, 3, 3], [6, 4, 3, 3]),
+        ([0, 8], [6, 0]),
+        ([4, 0], [6, 4]),
+        ([], []),
+    ],
+)
+def test_shapes_that_are_no_pair(match: Match, a: list[int], b: list[int]) -> None:
+    tensors: Tensors = {f"{PREFIX}m.q_proj.lora_A.weight": ("F32", a), f"{PREFIX}m.q_proj.lora_B.weight": ("F32", b)}
+    assert broken(match, tensors).errors[0].pointer == "m.q_proj"
+
+
+def test_factors_of_integers(match: Match, pairs: Callable[..., Tensors]) -> None:
+    assert "dtype I8" in broken(match, pairs("model.q_proj", dtype="I8")).detail
+
+
+def test_linear_and_embedding_factors_of_one_module(match: Match, pairs: Callable[..., Tensors]) -> None:
+    tensors = pairs("model.q_proj")
+    tensors[f"{PREFIX}model.q_proj.lora_embedding_A"] = ("F32", [4, 8])
+    assert "both linear and embedding" in broken(match, tensors).detail
+
+
+def test_dora_needs_its_magnitudes_and_they_need_dora(match: Match, pairs: Callable[..., Tensors]) -> None:
+    tensors = pairs("model.q_proj")
+    assert "lora_magnitude_vector is missing" in broken(match, tensors, use_dora=True).detail
+    tensors[f"{PREFIX}model.q_proj.lora_magnitude_vector"] = ("F32", [6])
+    assert "use_dora is not set" in broken(match, tensors).detail
+    (module,) = match(tensors, use_dora=True).modules
+    assert module.magnitude_key == f"{PREFIX}model.q_proj.lora_magnitude_vector"
+
+
+def test_bias_of_lora_b(match: Match, pairs: Callable[..., Tensors]) -> None:
+    tensors = pairs("model.q_proj")
+    tensors[f"{PREFIX}model.q_proj.lora_B.bias"] = ("F32", [6])
+    (module,) = match(tensors, lora_bias=True).modules
+    assert module.bias_key == f"{PREFIX}model.q_proj.lora_B.bias"
+    assert "lora_bias is not set" in broken(match, tensors).detail
+    assert "lora_B.bias is missing" in broken(match, pairs("model.q_proj"), lora_bias=True).detail
+    tensors[f"{PREFIX}model.q_proj.lora_B.bias"] = ("F32", [5])
+    assert "lora_B.bias has shape" in broken(match, tensors, lora_bias=True).detail
+
+
+@pytest.mark.parametrize("role", ["lora_A.bias", "lora_magnitude_vector.bias"])
+def test_bias_where_none_can_be(match: Match, pairs: Callable[..., Tensors], role: str) -> None:
+    tensors = pairs("model.q_proj")
+    tensors[f"{PREFIX}model.q_proj.{role}"] = ("F32", [6])
+    assert "has no meaning" in broken(match, tensors).detail
+
+
+@pytest.mark.parametrize(
+    ("key", "shape", "fields", "reason", "refusal"),
+    [
+        ("classifier.weight", [2, 8], {"modules_to_save": ["classifier"]}, "full copy", "classifier"),
+        ("score.dense.bias", [8], {"modules_to_save": ["score"]}, "full copy", "score.dense"),
+        ("head.modules_to_save.default.weight", [2, 8], {}, "full copy", "modules_to_save"),
+        ("head.original_module.weight", [2, 8], {}, "copy of a base weight", None),
+        ("embed_tokens.base_layer.weight", [50, 8], {}, "copy of a base weight", None),
+        ("lm_head.weight", [5000, 8], {}, "full weight", "lm_head"),
+        ("embed_tokens.token_adapter.trainable_tokens_delta", [2, 8], {}, "trained", "embedding rows"),
+        ("model.q_proj.bias", [6], {"bias": "all"}, "trained bias", None),
+        ("something.else", [3], {}, "not part of a LoRA adapter", None),
+    ],
+)
+def test_every_other_key_is_ignored_with_a_reason(
+    match: Match,
+    pairs: Callable[..., Tensors],
+    key: str,
+    shape: list[int],
+    fields: dict[str, Any],
+    reason: str,
+    refusal: str | None,
+) -> None:
+    tensors = pairs("model.q_proj")
+    tensors[PREFIX + key] = ("F32", shape)
+    found = match(tensors, **fields)
+    assert [entry.key for entry in found.ignored] == [PREFIX + key]
+    assert reason in found.ignored[0].reason
+    assert len(found.used) + len(found.ignored) == len(tensors)
+    assert found.refusals == () if refusal is None else refusal in found.refusals[0]
+
+
+def test_nothing_that_matches_is_an_error_that_names_the_layout(match: Match) -> None:
+    with pytest.raises(FormatUnknown, match="None of the 2 tensors belongs to a LoRA adapter: it looks like a kohya"):
+        match({"lora_unet_x.lora_down.weight": ("F32", [4, 8]), "lora_unet_x.lora_up.weight": ("F32", [6, 4])})
+
+
+def test_two_layouts_in_one_file(match: Match, pairs: Callable[..., Tensors]) -> None:
+    tensors = pairs("model.q_proj")
+    tensors["lora_unet_x.lora_down.weight"] = ("F32", [4, 8])
+    tensors["lora_unet_x.lora_up.weight"] = ("F32", [6, 4])
+    with pytest.raises(FormatUnknown, match="mixes two layouts"):
+        match(tensors)
+
+
+def test_alphas_in_tensors_are_not_ignored(match: Match, pairs: Callable[..., Tensors]) -> None:
+    tensors = pairs("model.q_proj")
+    tensors[f"{PREFIX}model.q_proj.alpha"] = ("F32", [])
+    with pytest.raises(FormatUnknown, match="another layout"):
+        match(tensors)
+
+
+def test_modules_and_patterns_that_peft_would_pass_over_are_reported(
+    match: Match, pairs: Callable[..., Tensors]
+) -> None:
+    found = match(pairs("model.q_proj", "model.o_proj"), rank_pattern={"z_proj": 2})
+    assert any("z_proj" in warning and "matches no module" in warning for warning in found.warnings)
+    assert any("'model.o_proj'" in warning and "not selected" in warning for warning in found.warnings)

@@ -1,0 +1,58 @@
+"""What is sent to a worker process and what comes back: plain, picklable values."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+State = Literal["succeeded", "failed", "cancelled", "stale"]
+Retry = Literal["never", "infrastructure", "out_of_memory"]
+
+
+@dataclass(frozen=True, slots=True)
+class AttemptSpec:
+    """One attempt at a job, with everything that the worker process needs to run it.
+
+    Attributes:
+        attempt: the fencing token.
+        function: what runs the kind of job, as "module:function".
+        device: what torch calls the device inside the worker process ("cpu", "cuda:0").
+        scratch: a folder of this attempt alone, removed when it ends.
+        cache: a folder for downloaded blobs, shared by all workers of the machine.
+        log: the file that gets the attempt's standard output and error; "" leaves them alone.
+        model_roots: folders under which local base models may lie.
+        resources: the job's own wishes and the hints of earlier attempts (`reduce_memory`).
+    """
+
+    job_id: str
+    attempt: int
+    kind: str
+    params: Mapping[str, Any]
+    slot: str
+    device: str
+    database_url: str
+    blob_url: str
+    scratch: str
+    cache: str
+    model_roots: tuple[str, ...]
+    function: str
+    log: str = ""
+    resources: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """How an attempt ended, as its worker process tells it.
+
+    Attributes:
+        state: "succeeded" is published already; "stale" means that a newer attempt owns the job.
+        error: {code, detail, hint, errors} of a failure.
+        retry: whether trying again can help, by the cause of the failure.
+        peak_memory: largest resident set of the process during the attempt, bytes.
+    """
+
+    state: State
+    error: dict[str, Any] | None = None
+    retry: Retry = "never"
+    peak_memory: int | None = None

@@ -1,0 +1,207 @@
+"""What a job's function gets and gives: its parameters and inputs, a way to tell progress, and its results."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import structlog
+
+from artifacts import intake
+from artifacts.base_model import BaseModelRef
+from artifacts.errors import AttemptCancelled, BlobMissing, DatabaseUnavailable
+from artifacts.manifest import AdapterManifest
+from storage import adapters, claims
+from storage.adapters import Parent
+from storage.blobs import BlobStore
+from storage.database import Database
+from workers.attempt import AttemptSpec
+from workers.cache import place
+
+PROGRESS_SECONDS = 0.25
+_FETCH_TRIES = 3
+
+log = structlog.get_logger(__name__)
+
+
+@dataclass(slots=True)
+class Interruption:
+    """Set by the signal handler of the worker process: `wanted` once the attempt shall stop."""
+
+    attempt_runs: bool = False
+    wanted: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class StoredAdapter:
+    """What the database knows of an adapter that a job reads."""
+
+    id: str
+    name: str
+    manifest: AdapterManifest
+    base: BaseModelRef | None
+    base_model: str | None
+    model_id: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class NewAdapter:
+    """An adapter that a job made: a directory in the attempt's scratch, and what its row will say."""
+
+    directory: Path
+    name: str
+    description: str = ""
+    tags: tuple[str, ...] = ()
+    base_model: str | None = None
+    model_id: str | None = None
+    parents: tuple[Parent, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class JobOutcome:
+    """What a job's function returns. `report` is JSON-able."""
+
+    adapters: tuple[NewAdapter, ...] = ()
+    report: Mapping[str, Any] = field(default_factory=dict)
+
+
+class JobContext:
+    """One attempt, as the job's function sees it."""
+
+    def __init__(self, spec: AttemptSpec, database: Database, blobs: BlobStore, interruption: Interruption) -> None:
+        self.spec = spec
+        self.database = database
+        self.blobs = blobs
+        self.scratch = Path(spec.scratch)
+        self._interruption = interruption
+        self._last_progress = float("-inf")
+
+    @property
+    def params(self) -> Mapping[str, Any]:
+        return self.spec.params
+
+    @property
+    def device(self) -> str:
+        """Where the heavy arithmetic belongs: "cpu" or "cuda:0"."""
+        return self.spec.device
+
+    @property
+    def reduce_memory(self) -> bool:
+        """An earlier attempt ran out of the device's memory: use less of it this time."""
+        return bool(self.spec.resources.get("reduce_memory"))
+
+    def check_cancelled(self) -> None:
+        """Raises AttemptCancelled if this process was asked to stop. Costs nothing: call it in every loop."""
+        if self._interruption.wanted:
+            raise AttemptCancelled(f"attempt {self.spec.attempt} of {self.spec.job_id} was asked to stop")
+
+    def progress(self, fraction: float, message: str, step: int | None = None, total: int | None = None) -> None:
+        """Tell how far the job is (fraction from 0 to 1); written at most every `PROGRESS_SECONDS`.
+
+        A database that does not answer for a while costs the progress, not the job: the lease decides over that.
+
+        Raises:
+            AttemptCancelled: the job is being cancelled.
+            AttemptStale: a newer attempt owns the job.
+        """
+        self.check_cancelled()
+        now = time.monotonic()
+        if now - self._last_progress < PROGRESS_SECONDS:
+            return
+        try:
+            with self.database.write() as session:
+                claims.record_progress(
+                    session,
+                    self.spec.job_id,
+                    self.spec.attempt,
+                    fraction=fraction,
+                    message=message,
+                    step=step,
+                    total=total,
+                )
+        except DatabaseUnavailable as error:
+            log.warning("progress_not_written", job_id=self.spec.job_id, error=error.detail)
+        self._last_progress = time.monotonic()
+
+    def adapter(self, adapter_id: str) -> tuple[StoredAdapter, Path]:
+        """What is known of an adapter, and a directory with its files, whose digests were verified.
+
+        Raises:
+            NotFound: there is no such adapter, or it was deleted since the job was submitted.
+            BlobMissing, BlobCorrupt, BlobStoreUnavailable: its files can not be had.
+        """
+        with self.database.read() as session:
+            row = adapters.get_adapter(session, adapter_id)
+            stored = StoredAdapter(
+                id=row.id,
+                name=row.name,
+                manifest=adapters.manifest_of(row),
+                base=adapters.base_of(session, row),
+                base_model=row.base_model,
+                model_id=row.model_id,
+            )
+        directory = self.scratch / "inputs" / adapter_id
+        for entry in stored.manifest.files:
+            self._fetch(entry.sha256, directory / entry.path)
+        return stored, directory
+
+    def _fetch(self, sha256: str, destination: Path) -> None:
+        destination.parent.mkdir(parents=True, exist_ok=True)
+        cache = Path(self.spec.cache)
+        for _ in range(_FETCH_TRIES):
+            path = self.blobs.materialize(sha256, cache)
+            if not path.is_relative_to(cache):  # a local store's own file: never dropped while a row names it
+                destination.symlink_to(path)
+                return
+            try:
+                place(path, destination)
+            except FileNotFoundError:
+                continue  # another worker made room in the cache in this very moment
+            return
+        raise BlobMissing(f"blob {sha256} vanished from the cache {_FETCH_TRIES} times", hint="Is its disk too small?")
+
+
+def publish(context: JobContext, outcome: JobOutcome) -> dict[str, Any]:
+    """Make the results of an attempt visible, all of them at once or none.
+
+    Blobs first: they are content-addressed, so that writing them twice is writing them once, and those of an attempt
+    that dies here are swept. Then one transaction, which holds only while the attempt owns the job.
+
+    Returns:
+        The job's result.
+
+    Raises:
+        AttemptCancelled, AttemptStale: nothing was published.
+        RequestInvalid: a directory holds no adapter (a bug of the job's function).
+    """
+    inspected = [(new, intake.inspect(new.directory, base_model=new.base_model)) for new in outcome.adapters]
+    with context.database.write() as session:
+        adapters.reserve_blobs(session, [entry for _, manifest in inspected for entry in manifest.files])
+    for new, manifest in inspected:
+        for entry in manifest.files:
+            context.blobs.put_file(new.directory / entry.path, entry.sha256)
+    spec = context.spec
+    with context.database.write() as session:
+        job = claims.fence(session, spec.job_id, spec.attempt)
+        ids = []
+        for new, manifest in inspected:
+            row, _ = adapters.add_adapter(
+                session,
+                manifest,
+                name=new.name,
+                description=new.description,
+                tags=new.tags,
+                base_model=new.base_model,
+                model_id=new.model_id,
+                origin=spec.kind,
+                job_id=spec.job_id,
+                created_by=job.created_by,
+                parents=new.parents,
+            )
+            ids.append(row.id)
+        result = {"adapters": ids, "images": [], "report": dict(outcome.report)}
+        claims.finish_succeeded(session, spec.job_id, spec.attempt, result)
+    return result

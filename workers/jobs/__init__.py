@@ -1,0 +1,1 @@
+"""One module per kind of job: fetch the inputs, call the room that does it, publish the outputs."""

@@ -1,0 +1,8 @@
+"""The table of job kinds: name → what runs it, as "module:function". Only a worker process imports the function."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
+
+KINDS: Mapping[str, str] = MappingProxyType({"merge": "workers.jobs.merge:run"})

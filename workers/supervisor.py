@@ -1,0 +1,335 @@
+"""The supervisor: claims jobs for the free slots of this server, keeps their leases, stops and settles attempts.
+
+One thread does it all, woken by the workers, by `wake` and by the clock. It keeps nothing that the database does not
+know: after its death the next boot of the same server, or any other server, goes on.
+"""
+
+from __future__ import annotations
+
+import shutil
+import socket
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import structlog
+
+from artifacts.errors import AttemptStale, DatabaseUnavailable, DiskFull, StateConflict
+from storage.claims import Claim
+from storage.database import Database
+from storage.ids import new_id
+from workers import failures
+from workers.attempt import AttemptSpec
+from workers.devices import device_in_worker, parse_devices, threads_per_slot
+from workers.identity import ServerLock
+from workers.kinds import KINDS
+from workers.lane import Lane, Running
+from workers.ledger import Ledger
+from workers.local import LocalProvider
+from workers.outage import Outage
+from workers.provider import WorkerProvider
+from workers.settlement import Settlement, Stop, back_off, settle
+
+DRAIN_MARGIN_SECONDS = 15.0
+
+log = structlog.get_logger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class PoolSettings:
+    """What a supervisor needs to know. Times are in seconds.
+
+    Attributes:
+        server_id: see `workers.identity.read_server_id`.
+        devices: see `workers.devices.parse_devices`.
+        retry_seconds: wait before the second attempt after a failure of the infrastructure; doubles with each one.
+        kinds: kind of job → "module:function".
+    """
+
+    server_id: str
+    database_url: str
+    blob_url: str
+    data_dir: Path
+    devices: str = "auto"
+    lease_seconds: float = 60.0
+    beat_seconds: float = 15.0
+    grace_seconds: float = 30.0
+    poll_seconds: float = 1.0
+    model_roots: Sequence[str | Path] = ()
+    retry_seconds: float = 1.0
+    kinds: Mapping[str, str] = field(default_factory=lambda: KINDS)
+
+
+class Supervisor:
+    """The pool of one server, in a thread of its process.
+
+    Args:
+        provider: what runs the worker processes; made, and closed, by the supervisor unless given.
+    """
+
+    def __init__(self, settings: PoolSettings, provider: WorkerProvider | None = None) -> None:
+        self._settings = settings
+        self._slots = parse_devices(settings.devices)
+        self._given_provider = provider
+        self._lanes: tuple[Lane, ...] = ()
+        self._lock = ServerLock(settings.data_dir, settings.server_id)
+        self._work_dir = settings.data_dir / "work" / settings.server_id
+        self._database = Database(settings.database_url)
+        self._ledger = Ledger(self._database, settings.server_id, new_id("run"), settings.lease_seconds)
+        self._outage = Outage()
+        self._wake = threading.Event()
+        self._stopping = threading.Event()
+        self._thread: threading.Thread | None = None
+        self._registered = False
+        self._beat_at = 0.0
+
+    def start(self) -> None:
+        """Begin to serve, without waiting for the database or the workers.
+
+        Raises:
+            StateConflict: started before, or another process serves under this server id.
+        """
+        if self._thread is not None:
+            raise StateConflict("This supervisor has been started before.", hint="Make a new one.")
+        self._lock.acquire()
+        # Left by a boot that was killed: its worker processes died with it.
+        shutil.rmtree(self._work_dir, ignore_errors=True)
+        provider = self._given_provider or LocalProvider(threads=threads_per_slot(len(self._slots)))
+        self._lanes = tuple(Lane(slot, provider, self._wake.set, self._settings.grace_seconds) for slot in self._slots)
+        self._thread = threading.Thread(target=self._run, args=(provider,), name="supervisor", daemon=True)
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Stop gracefully and wait for it.
+
+        Attempts get the grace to stop at a safe point and are queued again, with no failure counted.
+        """
+        self._stopping.set()
+        self._wake.set()
+        if self._thread is not None:
+            self._thread.join()
+
+    def wake(self) -> None:
+        """Look at the database now: a job was submitted or cancelled."""
+        self._wake.set()
+
+    @property
+    def alive(self) -> bool:
+        """Whether the supervisor is serving."""
+        return self._thread is not None and self._thread.is_alive()
+
+    def status(self) -> list[dict[str, Any]]:
+        """The slots: {name, device, state, pid, job_id, attempt, warm}."""
+        return [lane.status() for lane in self._lanes]
+
+    def _run(self, provider: WorkerProvider) -> None:
+        try:
+            while not self._stopping.is_set():
+                self._pass(time.monotonic())
+                self._wait()
+            self._drain(time.monotonic())
+        finally:
+            if self._given_provider is None:
+                provider.close()
+            self._database.dispose()
+            self._lock.release()
+
+    def _wait(self) -> None:
+        now = time.monotonic()
+        events = [lane.next_event() for lane in self._lanes if lane.running is not None or not self._stopping.is_set()]
+        due = min((moment for moment in events if moment is not None), default=now + self._settings.poll_seconds)
+        self._wake.wait(max(0.0, min(due - now, self._settings.poll_seconds)))
+        self._wake.clear()
+
+    def _pass(self, now: float) -> None:
+        """One round: act on the clock, talk to the database if it can be had, keep a worker on every slot."""
+        for lane in self._lanes:
+            lane.step(now)
+        self._talk(now)
+        for lane in self._lanes:
+            if not self._stopping.is_set():
+                lane.ensure_worker(now)
+            elif lane.running is None:
+                lane.end_worker()
+
+    def _talk(self, now: float) -> None:
+        """All that needs the database. Its outages, and bugs, end this round, never the supervisor."""
+        if not self._outage.may_try(now):
+            return
+        try:
+            self._exchange(now)
+        except (DatabaseUnavailable, DiskFull) as error:
+            self._outage.begin(now, error.detail)
+        except Exception as error:
+            log.exception("supervisor_round_failed")
+            self._outage.begin(now, repr(error))
+        else:
+            self._outage.end()
+
+    def _exchange(self, now: float) -> None:
+        if not self._registered:
+            self._register()
+        self._renew_leases(now)
+        self._heed_standing(now)
+        for lane in self._lanes:
+            if lane.finished:
+                self._settle(lane)
+        if not self._stopping.is_set():
+            self._claim()
+
+    def _register(self) -> None:
+        released = self._ledger.register(socket.gethostname(), self.status())
+        self._registered = True
+        self._beat_at = 0.0
+        log.info(
+            "server_registered", server_id=self._settings.server_id, slots=len(self._lanes), jobs_released=released
+        )
+
+    def _renew_leases(self, now: float) -> None:
+        """Every beat: renew what runs or waits to be settled, show a sign of life, take over from silent servers."""
+        if now < self._beat_at:
+            return
+        running = self._running()
+        if running:
+            asked_at = time.monotonic()
+            self._ledger.renew([item.key for item in running])
+            for item in running:
+                item.lease_ends = asked_at + self._settings.lease_seconds
+        expired = self._ledger.beat(self.status())
+        if expired:
+            log.warning("leases_expired", jobs=expired)
+        self._beat_at = now + self._settings.beat_seconds
+
+    def _heed_standing(self, now: float) -> None:
+        """Stop attempts whose job is being cancelled or that count no more."""
+        running = self._running()
+        if not running:
+            return
+        standing = self._ledger.standing([item.key for item in running])
+        for lane in self._lanes:
+            if lane.running is None:
+                continue
+            answer = standing[lane.running.key]
+            if answer == "cancel":
+                lane.stop(Stop.CANCEL, now)
+            elif answer == "lost":
+                lane.stop(Stop.LOST, now)
+            lane.step(now)
+
+    def _running(self) -> list[Running]:
+        return [lane.running for lane in self._lanes if lane.running is not None]
+
+    def _claim(self) -> None:
+        """Give every idle slot a job, while jobs wait."""
+        for lane in self._lanes:
+            if not lane.idle or lane.worker is None:
+                continue
+            if not self._ledger.work_waits():
+                return
+            asked_at = time.monotonic()
+            claim = self._ledger.claim(lane.slot.name, lane.worker.pid)
+            if claim is None:
+                return
+            self._assign(lane, claim, asked_at)
+
+    def _assign(self, lane: Lane, claim: Claim, asked_at: float) -> None:
+        function = self._settings.kinds.get(claim.kind)
+        if function is None:
+            self._ledger.fail((claim.job_id, claim.attempt), failures.unknown_kind(claim.kind), _NO_PROCESS)
+            return
+        name = f"{claim.job_id}-{claim.attempt}"
+        timeout = claim.resources.get("timeout_seconds")
+        spec = AttemptSpec(
+            job_id=claim.job_id,
+            attempt=claim.attempt,
+            kind=claim.kind,
+            params=claim.params,
+            slot=lane.slot.name,
+            device=device_in_worker(lane.slot),
+            database_url=self._settings.database_url,
+            blob_url=self._settings.blob_url,
+            scratch=str(self._work_dir / name),
+            cache=str(self._settings.data_dir / "cache" / "blobs"),
+            model_roots=tuple(str(root) for root in self._settings.model_roots),
+            function=function,
+            log=str(self._work_dir / "logs" / f"{name}.log"),
+            resources=claim.resources,
+        )
+        lane.assign(
+            claim,
+            spec,
+            lease_ends=asked_at + self._settings.lease_seconds,
+            deadline=time.monotonic() + float(timeout) if timeout is not None else None,
+        )
+        log.info("attempt_started", job_id=claim.job_id, attempt=claim.attempt, slot=lane.slot.name, kind=claim.kind)
+
+    def _settle(self, lane: Lane) -> None:
+        """Write how the attempt ended. The slot is free afterwards; while the database is away, it is not."""
+        running, worker = lane.running, lane.worker
+        assert running is not None
+        assert worker is not None
+        ended = worker.exit()
+        outcome = lane.outcome
+        settlement = settle(outcome, running.stop, ended, resources=running.claim.resources)
+        error = dict(settlement.error or {})
+        if outcome is None or outcome.retry != "never" or error.get("code") == "internal_error":
+            error["log"] = worker.log_tail()
+        known = log.bind(job_id=running.claim.job_id, attempt=running.claim.attempt, slot=lane.slot.name)
+        try:
+            state = self._write(settlement, running, error, ended)
+        except AttemptStale as stale:
+            known.warning("attempt_was_stale", detail=stale.detail)
+        else:
+            known.info("attempt_ended", state=state, error=error.get("code"), detail=error.get("detail"), exit=ended)
+        lane.clear()
+
+    def _write(self, settlement: Settlement, running: Running, error: dict[str, Any], ended: dict[str, Any]) -> str:
+        key = running.key
+        match settlement.write:
+            case "fail":
+                return self._ledger.fail(key, error, ended)
+            case "cancel":
+                self._ledger.cancel(key, ended)
+                return "cancelled"
+            case "requeue":
+                return self._ledger.requeue(
+                    key,
+                    error,
+                    ended,
+                    delay_seconds=back_off(running.claim.attempt, self._settings.retry_seconds),
+                    reduce_memory=settlement.reduce_memory,
+                )
+            case "release":
+                return "released"  # with all others, when the drain is over
+            case "nothing":
+                return "succeeded" if running.stop is not Stop.LOST else "lost"
+
+    def _drain(self, now: float) -> None:
+        """Stop the attempts, reap every worker, and give the jobs back."""
+        for lane in self._lanes:
+            lane.stop(Stop.DRAIN, now)
+        give_up_at = now + self._settings.grace_seconds + DRAIN_MARGIN_SECONDS
+        while self._busy() and now < give_up_at:
+            self._pass(now)
+            if self._busy():
+                self._wait()
+            now = time.monotonic()
+        if not self._registered:
+            return
+        try:
+            released = self._ledger.release_all()
+        except (DatabaseUnavailable, DiskFull) as error:
+            log.error("jobs_not_released", detail=error.detail, hint="The next start of this server releases them.")
+        else:
+            log.info("server_stopped", jobs_released=released)
+
+    def _busy(self) -> bool:
+        return any(
+            lane.running is not None or (lane.worker is not None and lane.worker.alive()) for lane in self._lanes
+        )
+
+
+_NO_PROCESS: dict[str, Any] = {"code": None, "signal": None, "peak_memory": None}
