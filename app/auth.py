@@ -19,7 +19,7 @@ Scope = Literal["read", "write", "jobs", "admin"]
 _HINT = "Send `Authorization: Bearer rw_…` or `X-API-Key: rw_…`; keys are made with `rankwise keys create`."
 
 
-class ForeignOrigin(RankwiseError):  # noqa: N818 - named as the tree it belongs to
+class ForeignOrigin(RankwiseError):
     code, status, title = "foreign_origin", 403, "Not from this machine"
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from app.schemas.models import ModelRequest
@@ -33,9 +34,7 @@ def reference(body: ModelRequest, roots: Sequence[Path]) -> BaseModelRef:
 
 
 def _renamed(ref: BaseModelRef, name: str | None) -> BaseModelRef:
-    import dataclasses
-
-    return ref if name is None else dataclasses.replace(ref, name=name)
+    return ref if name is None else replace(ref, name=name)
 
 
 def resolve_under(path: str, roots: Sequence[Path]) -> Path:

@@ -28,11 +28,11 @@ _RETRY_AFTER_SECONDS: Mapping[str, int] = {
 }
 
 
-class MethodNotAllowed(RankwiseError):  # noqa: N818 - named as the tree it belongs to
+class MethodNotAllowed(RankwiseError):
     code, status, title = "method_not_allowed", 405, "Method not allowed"
 
 
-class NotReady(RankwiseError):  # noqa: N818 - named as the tree it belongs to
+class NotReady(RankwiseError):
     code, status, title = "not_ready", 503, "Not ready"
 
 

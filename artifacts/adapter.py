@@ -54,7 +54,7 @@ class Adapter(Mapping[str, LoraFactors]):
     """An immutable LoRA adapter on disk, as a mapping from module path to `LoraFactors`.
 
     Tensors are views of a private memory map of the file: opening costs one header, and only the bytes that are used
-    are ever read. `release` gives the pages of a module back, which keeps a pass over many gigabytes in a few megabytes.
+    are ever read. `release` gives the pages of a module back, so that a pass over gigabytes stays in a few megabytes.
     """
 
     def __init__(self, layout: AdapterLayout) -> None:

@@ -20,8 +20,7 @@ direction, which moves ΔW by less than 1e-5 of its norm; below it, Householder 
 
 def gram(stack: Tensor, *, columns: bool = False) -> Tensor:
     """(n, n) float64 inner products of the rows (or columns) of a stack, computed in the stack's own precision."""
-    product = stack.T @ stack if columns else stack @ stack.T
-    return product.double()
+    return torch.mm(stack.T, stack).double() if columns else torch.mm(stack, stack.T).double()
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -63,14 +62,17 @@ def _triangular(X: Tensor, gram_X: Tensor) -> tuple[Tensor, Tensor]:
         root = values.sqrt()
         return root[:, None] * vectors.T * scale, vectors / root / scale[:, None]
     R = torch.linalg.qr(X / scale.to(X.dtype), mode="r").R.double()
+    # More columns than dimensions: zero rows keep every core n×n.
+    R = torch.cat([R, R.new_zeros(R.shape[1] - R.shape[0], R.shape[1])])
     T = R * scale
     return T, _pseudo_inverse(R, X) / scale[:, None]
 
 
 def _pseudo_inverse(R: Tensor, X: Tensor) -> Tensor:
-    """R⁺ without the directions that are nothing but rounding of X's precision. R has min(d, n) rows."""
+    """R⁺ without the directions that are nothing but rounding of X's precision."""
     cutoff = max(X.shape) * torch.finfo(X.dtype).eps
-    return torch.linalg.pinv(R, rtol=cutoff)
+    inverse: Tensor = torch.linalg.pinv(R, rtol=cutoff)
+    return inverse
 
 
 def truncated_factors(A: Tensor, B: Tensor, svd: CoreSvd, rank: int) -> tuple[Tensor, Tensor]:
@@ -94,4 +96,3 @@ def delta_products(gram_A: Tensor, gram_B: Tensor, owners: Tensor, adapters: int
 def squared_norm(coordinates: Tensor, gram_A: Tensor, gram_B: Tensor) -> float:
     """‖B·K·A‖²_F for coordinates K: (n, n), as tr(Kᵀ·G_B·K·G_A)."""
     return max(float(((gram_B @ coordinates) * (coordinates @ gram_A)).sum()), 0.0)
-

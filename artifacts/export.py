@@ -113,7 +113,7 @@ class PeftWriter:
         self._file = SafetensorsWriter(directory / WEIGHTS_NAME, _entries(modules, dtype), metadata)
 
     def write(self, path: str, A: Tensor, B: Tensor, bias: Tensor | None = None) -> None:
-        """Store A: (r, d_in), B: (d_out, r) and, when announced, the bias (d_out,) of one module, in the file's dtype."""
+        """Store A: (r, d_in), B: (d_out, r) and, if announced, the bias (d_out,) of one module, in the file's dtype."""
         module = self._modules[path]
         self._file.write(module.a_key, A.reshape(module.a_shape))
         self._file.write(module.b_key, B.reshape(module.b_shape))

@@ -69,7 +69,7 @@ class SafetensorsWriter:
             raise ValueError(f"{name}: {tensor.dtype}{tuple(tensor.shape)} was announced as {entry.dtype}{entry.shape}")
         if entry.size:
             data = tensor.detach().contiguous().cpu().view(-1).view(torch.uint8).numpy()
-            _write_all(self._descriptor, memoryview(data), self._offsets[name], self._path)
+            _write_all(self._descriptor, data.data, self._offsets[name], self._path)
         self._missing.discard(name)
 
     def __enter__(self) -> Self:

@@ -10,6 +10,7 @@ import inspect
 import json
 import re
 import sys
+import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -155,7 +156,8 @@ def http_part(_: str) -> str:
     from app.main import create_app
     from app.settings import Settings
 
-    paths = create_app(Settings()).openapi()["paths"]
+    with tempfile.TemporaryDirectory() as folder:
+        paths = create_app(Settings(data_dir=Path(folder))).openapi()["paths"]
     rows = []
     for path, operations in paths.items():
         for verb, operation in operations.items():

@@ -73,7 +73,7 @@ _ROWS = (
     MergeMethod(
         name="svd",
         title="Truncated SVD",
-        summary="The best approximation of the weighted sum at the rank you ask for, by an exact SVD of its small core.",
+        summary="The best approximation of the weighted sum at a given rank, by an exact SVD of its small core.",
         options=SvdOptions,
         implementation="merge.methods.svd:merge",
         arxiv=None,
@@ -132,4 +132,7 @@ def _findings(options: type[BaseModel], error: ValidationError) -> list[FieldErr
         # Beyond the field's name, a location only tells which branch of a union was tried.
         pointer = "/parameters" + (f"/{item['loc'][0]}" if item["loc"] else "")
         findings.setdefault(pointer, []).append(item["msg"].removeprefix("Value error, "))
-    return [FieldError(pointer, f"{pointer.rsplit('/', 1)[-1]}: " + ", or ".join(dict.fromkeys(messages))) for pointer, messages in findings.items()]
+    return [
+        FieldError(pointer, f"{pointer.rsplit('/', 1)[-1]}: " + ", or ".join(dict.fromkeys(messages)))
+        for pointer, messages in findings.items()
+    ]

@@ -63,7 +63,9 @@ def merge_files(
     started = time.monotonic()
     report_progress = progress or (lambda _fraction, _message: None)
     plan = plan_merge([item for item, _ in inputs], method, options)
-    adapters = {position: Adapter.open(path) for position, (_, path) in enumerate(inputs) if plan.weights[position] != 0}
+    adapters = {
+        position: Adapter.open(path) for position, (_, path) in enumerate(inputs) if plan.weights[position] != 0
+    }
     run = _Run.of(plan, adapters, method, options, torch.device(device))
     modules, probes = run.write(out_dir, lineage, report_progress)
     rounding, reload_error = check_reload(out_dir, probes, lambda: report_progress(COMPUTE_SHARE, "Reading back"))

@@ -58,7 +58,8 @@ class SvdOptions(SumOptions):
     """The best rank-k approximation of the weighted sum (Eckart-Young)."""
 
     rank: Annotated[StrictInt, Field(ge=1, le=MAX_RANK)] | Literal["r", "2r"] = Field(
-        "2r", description="Output rank k, or a multiple of r = the largest rank of the inputs; capped per module at Σ rᵢ."
+        "2r",
+        description="Output rank k, or a multiple of r = the largest rank of the inputs; capped per module at Σ rᵢ.",
     )
 
 
@@ -66,7 +67,8 @@ class LinearOptions(SumOptions):
     """Task arithmetic on ΔW, arXiv:2212.04089: λ·Σ wᵢ·ΔWᵢ, without the cross terms of averaging A and B apart."""
 
     rank: Annotated[StrictInt, Field(ge=1, le=MAX_RANK)] | Literal["exact"] = Field(
-        "exact", description="Output rank k (best approximation); exact concatenates and so loses nothing, at rank Σ rᵢ."
+        "exact",
+        description="Output rank k (best approximation); exact concatenates and so loses nothing, at rank Σ rᵢ.",
     )
 
 
@@ -84,7 +86,8 @@ class LegoOptions(MergeOptions):
         description="paper fixes sign_alignment=none, canonicalize=none, feature=raw and reweight_cap=null.",
     )
     parameter_reweight: Literal["inf", "l2", False] = Field(
-        "inf", description="Norm that each centroid regains after averaging (eq. of the parameter reweighting), or false."
+        "inf",
+        description="Norm that each centroid regains after averaging (eq. of the parameter reweighting), or false.",
     )
     output_reweight: StrictBool = Field(True, description="Multiply ΔW once by √(r/k) (Theorem 3.1).")
     reference_rank: Annotated[float, Field(gt=0, le=MAX_RANK, allow_inf_nan=False)] | None = Field(

@@ -170,7 +170,8 @@ def _check_mergeable(inputs: Sequence[MergeInput], row: MergeMethod) -> None:
         pointer = f"/adapters/{position}/id"
         if not item.mergeable:
             raise NotMergeable(
-                f"Adapter {item.id} ({item.name}) of type {item.method!r} can not be merged by its factors: {item.refusal}",
+                f"Adapter {item.id} ({item.name}) of type {item.method!r} can not be merged by its factors: "
+                f"{item.refusal}",
                 hint="Convert it to a plain LoRA first.",
                 errors=[FieldError(pointer, item.refusal or "not mergeable")],
             )
@@ -269,7 +270,9 @@ def _coverage_warnings(inputs: Sequence[MergeInput], modules: Sequence[PlannedMo
     partial = [item.path for item in modules if len(item.owners) < len(inputs)]
     if not partial:
         return []
-    return [f"modules_not_in_every_adapter: {len(partial)} of {len(modules)} modules have fewer owners: {_some(partial)}."]
+    return [
+        f"modules_not_in_every_adapter: {len(partial)} of {len(modules)} modules have fewer owners: {_some(partial)}."
+    ]
 
 
 def _output_rank(options: MergeOptions, modules: Sequence[PlannedModule], method: str) -> int:

@@ -64,7 +64,7 @@ def check_reload(directory: Path, probes: Sequence[Probe], tick: Callable[[], No
         if not difference <= TOLERANCE:
             raise ReloadMismatch(
                 f"Module {probe.path} of the written adapter differs by {difference:.2e} from what was computed.",
-                hint="Writing as float32 (output_dtype) rules out an overflow of the output dtype; otherwise suspect the disk.",
+                hint="Writing as float32 (output_dtype) rules out an overflow; otherwise suspect the disk.",
             )
         largest = max(largest, difference)
         rounding = max(rounding, _relative(probe.written, probe.exact))

@@ -161,7 +161,7 @@ def measure_module(
     clusters: ClusterReport | None = None,
 ) -> ModuleReport:
     """Compare a result, given by its coordinates K: (n, n) with ΔW' = B·K·A, with the exact sum scale·B·diag(w)·A."""
-    owners, position = stack.owners.unique(sorted=True, return_inverse=True)
+    owners, position = torch.unique(stack.owners, return_inverse=True)
     exact = torch.diag(stack.weights * scale)
     products = delta_products(stack.gram_A, stack.gram_B, position, len(owners))
     return ModuleReport(
@@ -192,5 +192,3 @@ def cosines(products: Sequence[Sequence[float]]) -> list[list[float | None]]:
 def _rounded(value: float | None) -> float | None:
     """Six significant digits: the rest is rounding of the computation."""
     return None if value is None or not math.isfinite(value) else float(f"{value:.6g}")
-
-

@@ -62,8 +62,8 @@ class Stack:
             factors = adapters[owner][module.path]
             parts_A.append(factors.A)
             parts_B.append(factors.B)
-            root = math.copysign(math.sqrt(abs(factors.scaling)), factors.scaling)
-            roots += [root] * factors.rank
+            signed_root = math.copysign(math.sqrt(abs(factors.scaling)), factors.scaling)
+            roots += [signed_root] * factors.rank
             owners += [owner] * factors.rank
             unit_weights += [weights[owner]] * factors.rank
         # Concatenated in the stored precision and cast as a whole: half the bytes move, and mixed-precision kernels,

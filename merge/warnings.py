@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from merge.report import ModuleReport
+from merge.report import ClusterReport, ModuleReport
 
 IDENTIFIABLE_COSINE = 0.15
 """Mean cosine inside clusters below which k-means is nearly flat: its result is then decided by the seed."""
@@ -15,11 +15,7 @@ NAMED_MODULES = 5
 def merge_warnings(modules: Sequence[ModuleReport]) -> list[str]:
     """One line per kind of finding, with a stable first word."""
     warnings = []
-    flat = [
-        module.path
-        for module in modules
-        if module.clusters and module.clusters.mean_cosine is not None and module.clusters.mean_cosine < IDENTIFIABLE_COSINE
-    ]
+    flat = [module.path for module in modules if module.clusters and _is_flat(module.clusters)]
     if flat:
         warnings.append(
             f"clusters_not_identifiable: in {len(flat)} of {len(modules)} modules the members of a cluster are nearly "
@@ -36,6 +32,10 @@ def merge_warnings(modules: Sequence[ModuleReport]) -> list[str]:
     if empty:
         warnings.append(f"zero_delta: the exact weighted sum is zero in {len(empty)} modules: {_some(empty)}.")
     return warnings
+
+
+def _is_flat(clusters: ClusterReport) -> bool:
+    return clusters.mean_cosine is not None and clusters.mean_cosine < IDENTIFIABLE_COSINE
 
 
 def _some(paths: Sequence[str]) -> str:

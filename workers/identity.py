@@ -16,8 +16,9 @@ def read_server_id(data_dir: Path) -> str:
     path = data_dir / "server-id"
     data_dir.mkdir(parents=True, exist_ok=True)
     if not path.exists():
-        draft = data_dir / f".server-id-{os.getpid()}"
-        draft.write_text(new_id("srv") + "\n", encoding="ascii")
+        server_id = new_id("srv")
+        draft = data_dir / f".{server_id}"
+        draft.write_text(server_id + "\n", encoding="ascii")
         try:
             os.link(draft, path)
         except FileExistsError:

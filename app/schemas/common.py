@@ -16,7 +16,6 @@ Timestamp = Annotated[
 ]
 Name = Annotated[str, StringConstraints(min_length=1, max_length=200, pattern=PLAIN)]
 BaseModelName = Annotated[str, StringConstraints(min_length=1, max_length=300, pattern=PLAIN)]
-Digest = Annotated[str, StringConstraints(pattern="^[0-9a-f]{64}$")]
 
 
 class RequestModel(BaseModel):

@@ -69,7 +69,7 @@ def _canonicalized(stack: Stack, options: LegoOptions) -> Stack:
         return stack.with_factors(stack.A * root[:, None], stack.B / root).ordered()
     if options.canonicalize == "svd":
         A, B = torch.empty_like(stack.A), torch.empty_like(stack.B)
-        for owner in stack.owners.unique():
+        for owner in torch.unique(stack.owners):
             own = stack.owners == owner
             part_A, part_B = stack.A[own], stack.B[:, own]
             ones = torch.ones_like(stack.weights[own])
@@ -156,7 +156,7 @@ def _output_gain(units: Stack, k: int, options: LegoOptions) -> float:
         return options.scale
     reference = options.reference_rank
     if reference is None:
-        owners, ranks = units.owners.unique(return_counts=True)
+        owners, ranks = torch.unique(units.owners, return_counts=True)
         weights = torch.stack([units.weights[units.owners == owner][0] for owner in owners])
         reference = float((weights * ranks).sum() / weights.sum())
     return math.sqrt(reference / k) * options.scale

@@ -204,7 +204,7 @@ def test_files_over_the_limit_in_a_body_within_it(serve: Any, adapter_files: Any
 
 def test_client_that_disconnects_mid_upload(untouched_server: Any, adapter_files: Any) -> None:
     head = (
-        b"POST /adapters HTTP/1.1\r\nHost: x\r\nContent-Length: 100000000\r\n"
+        b"POST /adapters HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100000000\r\n"
         b"Content-Type: multipart/form-data; boundary=x\r\n\r\n"
         b'--x\r\nContent-Disposition: form-data; name="file"; filename="a.safetensors"\r\n\r\n'
     )

@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import signal
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from app import demo
+
+
+@pytest.fixture(autouse=True)
+def _own_signals() -> Iterator[None]:
+    """The command changes what SIGTERM does; that must not outlive a test."""
+    before = signal.getsignal(signal.SIGTERM)
+    yield
+    signal.signal(signal.SIGTERM, before)
 
 
 def test_a_folder_that_holds_something_else_is_not_emptied(cli: Callable[..., Any], tmp_path: Path) -> None:
@@ -38,10 +47,11 @@ def test_a_failing_step_ends_it(cli: Callable[..., Any], tmp_path: Path, monkeyp
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_the_whole_demonstration(cli: Callable[..., Any], tmp_path: Path) -> None:
     result = cli("demo", "--directory", tmp_path / "demo", "--items", "16")
     assert result.code == 0, result.err
-    for text in ("LoRA", "energy kept", "factor-wise average", "merged: lego", "What to try next", "curl "):
+    for text in ("energy kept", "factor-wise average", "merged: lego", "What to try next", "curl "):
         assert text in result.out
     scores = json.loads((tmp_path / "demo" / "scores.json").read_text(encoding="utf-8"))
     for task in demo.MERGED:

@@ -165,6 +165,7 @@ class HeldContext(JobContext):
 
     def progress(self, fraction: float, message: str, step: int | None = None, total: int | None = None) -> None:
         if message.startswith("Merged"):
+            self._last_progress = float("-inf")  # that it waits must be told, however soon after the last message
             wait_for_gate(self)
         super().progress(fraction, message, step, total)
 

@@ -16,14 +16,16 @@ from storage.adapters import Parent
 from storage.blobs import BlobStore
 from storage.tables import AdapterRow, JobRow
 from workers import context as module
+from workers import runtime
 from workers.attempt import AttemptSpec
 from workers.context import Interruption, JobContext, JobOutcome, NewAdapter, publish
 from workers.runtime import run_attempt
 
 
 @pytest.fixture
-def spec(pool: Any) -> AttemptSpec:
-    """A claimed attempt that this process plays."""
+def spec(pool: Any, monkeypatch: pytest.MonkeyPatch) -> AttemptSpec:
+    """A claimed attempt that this process plays, on the connections of the test."""
+    monkeypatch.setattr(runtime, "_stores", lambda _database_url, blob_url: (pool.database, BlobStore(blob_url)))
     job_id = pool.submit("succeed")
     with pool.database.write() as session:
         claims.claim_next(session, server_id="srv_x", boot_id="run_x", slot="cpu:0", lease_seconds=60.0)

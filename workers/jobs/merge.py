@@ -16,7 +16,7 @@ from merge.plan import MergeInput
 from storage.adapters import Parent
 from workers.context import JobContext, JobOutcome, NewAdapter, StoredAdapter
 
-LIBRARIES = ("rankwise", "torch", "numpy", "scikit-learn")
+LIBRARIES = ("rankwise", "torch", "numpy", "numba")
 UNKNOWN_BASE = "unknown"
 NAME_LIMIT = 200
 # Shares of the progress bar.

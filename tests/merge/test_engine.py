@@ -1,0 +1,251 @@
+"""A merge from files to a file: what stock PEFT makes of it, kinds of modules, precision, and what goes wrong."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from artifacts.adapter import Adapter
+from artifacts.errors import DiskFull, MergeRefused, ReloadMismatch
+from artifacts.export import LINEAGE_KEY, PeftWriter
+from merge.catalog import METHODS, parse_parameters
+from merge.engine import merge_files
+from merge.reload import Probe, check_reload
+
+PATH = "layers.0.proj"
+Write = Callable[..., Path]
+
+
+def factors(seed: int, r: int = 4, d_in: int = 24, d_out: int = 16) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(r, d_in, generator=generator), torch.randn(d_out, r, generator=generator)
+
+
+class Base(nn.Module):
+    """One layer of each kind that an adapter can target."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(11, 6)
+        self.conv = nn.Conv2d(3, 5, (3, 2), padding=1)
+        self.proj = nn.Linear(8, 7)
+
+    def forward(self, ids: Tensor, image: Tensor, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return self.embed(ids), self.conv(image), self.proj(x)
+
+
+def peft_adapter(base: nn.Module, directory: Path, seed: int, **config: Any) -> Path:
+    """An adapter with random factors, made and saved by stock PEFT."""
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(seed)
+    targets = ["embed", "conv", "proj"]
+    settings: dict[str, Any] = {"r": 2, "target_modules": targets, "init_lora_weights": False, **config}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        model = get_peft_model(base, LoraConfig(**settings))
+    model.save_pretrained(directory, save_embedding_layers=False)
+    # PEFT writes a flag about initialisation that says nothing about the trained factors.
+    path = directory / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"base_model_name_or_path": "tiny"}))
+    model.unload()
+    return directory
+
+
+@pytest.mark.parametrize("method", sorted(METHODS))
+def test_stock_peft_computes_base_plus_delta(method: str, tmp_path: Path, as_input: Any) -> None:
+    """Linear, convolution and embedding; two ranks, one of them rank-stabilised."""
+    from peft import PeftModel
+
+    torch.manual_seed(0)
+    base = Base()
+    first = peft_adapter(base, tmp_path / "first", 1, lora_alpha=3)
+    second = peft_adapter(base, tmp_path / "second", 2, r=3, lora_alpha=2, use_rslora=True)
+    inputs = [as_input(first, 1.0), as_input(second, 0.7)]
+    options = parse_parameters(method, {"output_dtype": "float32"})
+    merge_files(inputs, method, options, tmp_path / "out")
+    merged = Adapter.open(tmp_path / "out")
+    deltas = {path: merged[path].scaling * merged[path].B @ merged[path].A for path in merged}
+    if METHODS[method].capabilities.exact_sum:
+        sources = [(Adapter.open(first), 1.0), (Adapter.open(second), 0.7)]
+        for path, delta in deltas.items():
+            exact = sum(w * a[path].scaling * a[path].B @ a[path].A for a, w in sources)
+            torch.testing.assert_close(delta, exact, rtol=1e-5, atol=1e-5)
+
+    batch = torch.tensor([[1, 4, 10]]), torch.randn(2, 3, 9, 9), torch.randn(4, 8)
+    with torch.no_grad():
+        plain = base(*batch)
+        expected = (
+            plain[0] + deltas["embed"].T[batch[0]],
+            plain[1] + nn.functional.conv2d(batch[1], deltas["conv"].view(5, 3, 3, 2), padding=1),
+            plain[2] + batch[2] @ deltas["proj"].T,
+        )
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            warnings.simplefilter("ignore", FutureWarning)
+            model = PeftModel.from_pretrained(base, tmp_path / "out")
+        for result, wanted in zip(model(*batch), expected, strict=True):
+            torch.testing.assert_close(result, wanted, rtol=1e-4, atol=1e-5)
+
+
+class TestThePrecisionOfTheOutput:
+    @pytest.mark.parametrize(
+        ("asked", "expected"), [("float32", "F32"), ("float16", "F16"), ("bfloat16", "BF16"), ("auto", "BF16")]
+    )
+    def test_is_what_was_asked(self, asked: str, expected: str, write_adapter: Write, merge: Any) -> None:
+        A, B = factors(1)
+        sources = [
+            write_adapter("half", {PATH: (A.bfloat16(), B.bfloat16())}),
+            write_adapter("full", {PATH: factors(2)}),
+        ]
+        _, report = merge(sources, "cat", output_dtype=asked)
+        assert report.dtype == expected
+        assert (report.rounding_error > 0) == (expected != "F32")
+        assert report.rounding_error < 0.01
+
+    def test_float64_on_request(self, write_adapter: Write, merge: Any, dense_delta: Any) -> None:
+        sources = [write_adapter(f"a{i}", {PATH: factors(i)}) for i in range(2)]
+        double, _ = merge(sources, "svd", rank=8, compute_dtype="float64")
+        exact = dense_delta(sources[0], PATH) + dense_delta(sources[1], PATH)
+        torch.testing.assert_close(double[PATH], exact, rtol=1e-6, atol=1e-6)
+
+    def test_an_overflow_is_an_error_not_an_infinity(self, write_adapter: Write, merge: Any, tmp_path: Path) -> None:
+        A, B = factors(1)
+        source = write_adapter("large", {PATH: (A * 1e6, B)})
+        with pytest.raises(ReloadMismatch, match="differs by"):
+            merge([source], "cat", output_dtype="float16")
+
+
+class TestTheFile:
+    def test_lineage_and_configuration_are_inside(self, write_adapter: Write, as_input: Any, tmp_path: Path) -> None:
+        sources = [write_adapter(f"a{i}", {PATH: factors(i)}, use_rslora=True, task_type="CAUSAL_LM") for i in range(2)]
+        lineage = {"method": "cat", "note": "ä"}
+        options = parse_parameters("cat", {})
+        merge_files([as_input(s) for s in sources], "cat", options, tmp_path / "out", lineage=lineage)
+        with safe_open(tmp_path / "out" / "adapter_model.safetensors", "pt") as file:
+            metadata = file.metadata()
+        assert json.loads(metadata[LINEAGE_KEY]) == lineage
+        config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+        assert json.loads(metadata["lora_adapter_metadata"]) == config
+        assert (config["r"], config["lora_alpha"], config["use_rslora"]) == (8, 8, False)
+        assert config["task_type"] == "CAUSAL_LM"
+        assert config["target_modules"] == ["proj"]
+        alone = tmp_path / "alone.safetensors"
+        alone.write_bytes((tmp_path / "out" / "adapter_model.safetensors").read_bytes())
+        assert Adapter.open(alone)[PATH].rank == 8
+
+    def test_conditions_on_layers_become_full_paths(self, write_adapter: Write, merge: Any, tmp_path: Path) -> None:
+        one = write_adapter("one", {"model.layers.1.proj": factors(1)}, layers_to_transform=[1])
+        merge([one], "cat")
+        config = json.loads((tmp_path / "merged-1" / "adapter_config.json").read_text())
+        assert config["target_modules"] == ["model.layers.1.proj"]
+        assert config["layers_to_transform"] is None
+
+    def test_dropped_modules_are_not_targeted(self, write_adapter: Write, merge: Any, tmp_path: Path) -> None:
+        one = write_adapter("one", {"a.proj": factors(1), "b.proj": factors(2)})
+        two = write_adapter("two", {"a.proj": factors(3)})
+        _, report = merge([one, two], "cat", missing_modules="intersection")
+        assert report.to_dict()["dropped_modules"] == ["b.proj"]
+        config = json.loads((tmp_path / "merged-1" / "adapter_config.json").read_text())
+        assert config["target_modules"] == ["a.proj"]
+
+
+class TestWhatGoesWrong:
+    @pytest.mark.parametrize("value", [float("nan"), float("inf")])
+    @pytest.mark.parametrize("method", sorted(METHODS))
+    def test_non_finite_numbers_name_module_and_adapter(
+        self, value: float, method: str, write_adapter: Write, merge: Any, tmp_path: Path
+    ) -> None:
+        A, B = factors(1)
+        A[2, 3] = value
+        sources = [write_adapter("fine", {PATH: factors(2)}), write_adapter("bad", {PATH: (A, B)})]
+        with pytest.raises(MergeRefused, match=r"layers.0.proj holds NaN .* positions \[1\]"):
+            merge(sources, method)
+        assert not list((tmp_path / "merged-1").iterdir())
+
+    def test_a_cancelled_merge_leaves_no_file(self, write_adapter: Write, as_input: Any, tmp_path: Path) -> None:
+        class CancelError(Exception):
+            pass
+
+        def stop(fraction: float, message: str) -> None:
+            raise CancelError
+
+        source = write_adapter("one", {f"layers.{i}.proj": factors(i) for i in range(5)})
+        with pytest.raises(CancelError):
+            merge_files([as_input(source)], "cat", parse_parameters("cat", {}), tmp_path / "out", progress=stop)
+        assert not list((tmp_path / "out").iterdir())
+
+    def test_a_full_disk_is_named(
+        self, write_adapter: Write, merge: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        import errno
+        import os
+
+        def full(*_: object) -> None:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        monkeypatch.setattr(os, "posix_fallocate", full)
+        with pytest.raises(DiskFull, match=r"adapter_model.safetensors"):
+            merge([write_adapter("one", {PATH: factors(1)})], "cat")
+        assert not list((tmp_path / "merged-1").iterdir())
+
+    def test_the_reload_check_sees_a_changed_tensor(self, write_adapter: Write) -> None:
+        A, B = factors(1)
+        directory = write_adapter("one", {PATH: (A, B)})
+        probe = Probe.of(PATH, A, B, A, B)
+        rounding, difference = check_reload(directory, [probe], lambda: None)
+        assert rounding == 0.0
+        assert difference < 1e-6
+        weights = directory / "adapter_model.safetensors"
+        tensors = load_file(weights)
+        tensors[f"base_model.model.{PATH}.lora_B.weight"] *= 1.001
+        save_file(tensors, weights)
+        with pytest.raises(ReloadMismatch, match="differs by"):
+            check_reload(directory, [probe], lambda: None)
+        with pytest.raises(ReloadMismatch, match="does not hold"):
+            check_reload(directory, [Probe.of("elsewhere", A, B, A, B)], lambda: None)
+
+    def test_the_engine_really_reloads(self, write_adapter: Write, merge: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+        """A writer that stores the wrong thing is found out."""
+        original = PeftWriter.write
+
+        def wrong(self: Any, path: str, A: Tensor, B: Tensor, bias: Tensor | None = None) -> None:
+            original(self, path, A, B.flip(0), bias)
+
+        monkeypatch.setattr("merge.engine.PeftWriter.write", wrong)
+        with pytest.raises(ReloadMismatch):
+            merge([write_adapter("one", {PATH: factors(1)})], "cat")
+
+
+def test_progress_goes_up_to_one(write_adapter: Write, as_input: Any, tmp_path: Path) -> None:
+    seen: list[float] = []
+    source = write_adapter("one", {f"layers.{i}.proj": factors(i) for i in range(6)})
+    options = parse_parameters("lego", {})
+    merge_files(
+        [as_input(source)], "lego", options, tmp_path / "out", progress=lambda fraction, message: seen.append(fraction)
+    )
+    assert seen == sorted(seen)
+    assert seen[-1] == 1.0
+    assert len(seen) == 8
+
+
+def test_the_report_is_json(write_adapter: Write, merge: Any) -> None:
+    sources = [
+        write_adapter(f"a{i}", {PATH: factors(i), "zero": (factors(i)[0], torch.zeros(16, 4))}) for i in range(2)
+    ]
+    _, report = merge(sources, "lego", rank=4)
+    document = json.loads(json.dumps(report.to_dict(), allow_nan=False))
+    assert document["reload_check"]["passed"] is True
+    zero = next(module for module in document["modules"] if module["path"] == "zero")
+    assert zero["energy_kept"] is None
+    assert any(warning.startswith("zero_delta") for warning in document["warnings"])
+    assert document["total"]["interference"][0][0] == 1.0
