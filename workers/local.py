@@ -27,7 +27,7 @@ from workers.forkserver import LineReader
 from workers.logs import read_tail
 from workers.provider import Slot, WorkerStartError
 
-PRELOAD = ("torch", "workers.runtime", "workers.jobs.merge")
+PRELOAD = ("torch", "workers.runtime", "workers.jobs.merge", "merge.methods.lego")
 FORKSERVER_EXIT_SECONDS = 15.0
 
 log = structlog.get_logger(__name__)

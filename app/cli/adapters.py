@@ -12,7 +12,7 @@ import typer
 from rich.tree import Tree
 
 from app.cli.client import Client, ProblemError
-from app.cli.options import AdapterId, Cursor, Json, Limit
+from app.cli.options import AdapterId, Cursor, Json, Limit, stem
 from app.cli.output import fields, moment, note, print_json, size, stdout, table
 from app.cli.progress import transfer
 from artifacts.errors import FormatUnknown, RequestInvalid
@@ -105,7 +105,7 @@ def add(
     answers = []
     with context.obj() as client:
         for path in paths:
-            form = {"name": name or path.resolve().name.split(".")[0], "base_model": base_model, "tags": tag}
+            form = {"name": name or stem(path), "base_model": base_model, "tags": tag}
             form["description"] = description
             adapter, new = upload(client, path, {key: value for key, value in form.items() if value})
             answers.append(adapter)

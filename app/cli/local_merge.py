@@ -92,9 +92,8 @@ def output_name(method: str, inputs: Sequence[MergeInput]) -> str:
 
 def _take_in(path: Path, weight: float, workdir: Path) -> tuple[MergeInput, Path]:
     """One input through intake: staged as an upload is, checked, described."""
-    from artifacts.intake import IntakeLimits, inspect, receive
-
     from artifacts.base_model import BaseModelRef
+    from artifacts.intake import IntakeLimits, inspect, receive
     from merge.plan import MergeInput
 
     staging = workdir / "staging"

@@ -11,7 +11,7 @@ import typer
 from app.cli.adapters import DownloadFormat, fetch
 from app.cli.client import Client
 from app.cli.jobs import show
-from app.cli.options import Json, parse_settings, parse_weights
+from app.cli.options import Json, parse_settings, parse_weights, stem
 from app.cli.output import note, print_json, stdout
 from app.cli.progress import require_success, steps, watch
 from app.cli.reports import print_report
@@ -87,9 +87,7 @@ def _aligned(inputs: list[str], named: dict[str, float]) -> list[float]:
     aligned = [1.0] * len(inputs)
     for name, weight in named.items():
         places = [place for place, text in enumerate(inputs) if name == text]
-        places = places or [
-            place for place, text in enumerate(inputs) if name in {Path(text).name, Path(text).name.split(".")[0]}
-        ]
+        places = places or [place for place, text in enumerate(inputs) if name in {Path(text).name, stem(Path(text))}]
         if len(places) != 1:
             raise typer.BadParameter(
                 f"{name!r} names {'no input' if not places else 'several inputs'}; inputs: {', '.join(inputs)}",

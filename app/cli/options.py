@@ -26,6 +26,15 @@ DataDir = Annotated[
 ]
 
 
+def stem(path: Path) -> str:
+    """A path's name without the suffix that says how it is packed; other dots belong to the name."""
+    name = path.resolve().name
+    for suffix in (".tar.gz", ".tgz", ".tar", ".zip", ".safetensors"):
+        if name.lower().endswith(suffix) and len(name) > len(suffix):
+            return name[: -len(suffix)]
+    return name
+
+
 def split_pairs(texts: Iterable[str], option: str) -> list[tuple[str, str]]:
     """`["a=1", "b=x=y"]` → `[("a", "1"), ("b", "x=y")]`.
 

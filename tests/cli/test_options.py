@@ -1,0 +1,47 @@
+"""The texts of options, taken apart."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from app.cli.options import parse_settings, parse_weights, stem
+
+
+@pytest.mark.parametrize(
+    ("path", "name"),
+    [
+        ("a/b/adapter.zip", "adapter"),
+        ("adapter.tar.gz", "adapter"),
+        ("adapter.v2", "adapter.v2"),
+        ("adapter.v2.safetensors", "adapter.v2"),
+        ("folder/", "folder"),
+        (".zip", ".zip"),
+    ],
+)
+def test_stem(path: str, name: str) -> None:
+    assert stem(Path(path)) == name
+
+
+def test_the_stem_of_here_is_the_folders_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert stem(Path()) == tmp_path.name
+
+
+def test_settings_are_json_where_they_can_be() -> None:
+    texts = ["n=3", "x=1e-3", "flag=false", "none=null", "word=2r", "text=a=b", 'list=[1, "two"]', "empty="]
+    assert parse_settings(texts) == {
+        "n": 3,
+        "x": 1e-3,
+        "flag": False,
+        "none": None,
+        "word": "2r",
+        "text": "a=b",
+        "list": [1, "two"],
+        "empty": "",
+    }
+
+
+def test_weights_may_name_a_path_with_an_equals_sign() -> None:
+    assert parse_weights(["run=1/adapter=0.5", "b=-2"]) == {"run=1/adapter": 0.5, "b": -2.0}
