@@ -12,7 +12,8 @@ from __future__ import annotations
 import argparse
 import json
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -90,6 +91,20 @@ def score_model(model: Any, tokenizer: Any, tasks: Sequence[str], items: int) ->
     return scores
 
 
+@contextmanager
+def with_adapter(model: Any, directory: Path) -> Iterator[Any]:
+    """The model with the PEFT adapter in `directory` on it; afterwards the model is as it was."""
+    with peft_deprecations_ignored():
+        adapted = PeftModel.from_pretrained(model, directory).eval()
+    try:
+        yield adapted
+    finally:
+        adapted.unload()
+        # PEFT warns of a second adapter when it finds the configuration of one that was unloaded.
+        if hasattr(model, "peft_config"):
+            del model.peft_config
+
+
 def score_adapters(
     adapters: Mapping[str, Path], tasks: Sequence[str], *, items: int, base: Path | None = None
 ) -> dict[str, dict[str, Score]]:
@@ -106,13 +121,8 @@ def score_adapters(
     model, tokenizer = load_model(base_model_directory() if base is None else base)
     table = {BASE: score_model(model, tokenizer, tasks, items)}
     for name, directory in adapters.items():
-        with peft_deprecations_ignored():
-            adapted = PeftModel.from_pretrained(model, directory).eval()
-        table[name] = score_model(adapted, tokenizer, tasks, items)
-        model = adapted.unload()
-        # PEFT warns of a second adapter when it finds the configuration of one that was unloaded.
-        if hasattr(model, "peft_config"):
-            del model.peft_config
+        with with_adapter(model, directory) as adapted:
+            table[name] = score_model(adapted, tokenizer, tasks, items)
     return table
 
 

@@ -18,7 +18,7 @@ from artifacts.adapter import Adapter
 from examples.smollm2.base_model import base_model_directory
 from examples.smollm2.batches import peft_deprecations_ignored
 from examples.smollm2.combine import average_factors
-from examples.smollm2.score import load_model, mean_loss
+from examples.smollm2.score import load_model, mean_loss, with_adapter
 from examples.smollm2.tasks import TASKS, make_items
 from merge.catalog import parse_parameters
 from merge.engine import merge_files
@@ -40,11 +40,8 @@ def losses(base: Path, adapters: dict[str, Path], tasks: Sequence[str]) -> dict[
     held_out = [make_items(TASKS[task], "held_out", ITEMS) for task in tasks]
     table = {"base": sum(mean_loss(model, tokenizer, items) for items in held_out)}
     for name, directory in adapters.items():
-        with peft_deprecations_ignored():
-            adapted = PeftModel.from_pretrained(model, directory).eval()
-        table[name] = sum(mean_loss(adapted, tokenizer, items) for items in held_out)
-        model = adapted.unload()
-        del model.peft_config
+        with with_adapter(model, directory) as adapted:
+            table[name] = sum(mean_loss(adapted, tokenizer, items) for items in held_out)
     return table
 
 
