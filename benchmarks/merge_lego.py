@@ -169,8 +169,8 @@ def dense_difference(inputs: list[Path], rank: int) -> float:
     assert isinstance(options, SvdOptions)
     merged = svd.merge(stack, options, rank)
     exact = sum((a[path].scaling * a[path].B.double() @ a[path].A.double() for a in adapters.values()), torch.zeros(()))
-    U, S, Vh = torch.linalg.svd(exact.float(), full_matrices=False)
-    best = ((U[:, :rank] * S[:rank]) @ Vh[:rank]).double()
+    U, S, Vh = torch.linalg.svd(exact, full_matrices=False)
+    best = (U[:, :rank] * S[:rank]) @ Vh[:rank]
     return float((merged.B.double() @ merged.A.double() - best).norm() / best.norm())
 
 
