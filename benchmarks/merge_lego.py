@@ -94,19 +94,17 @@ def peak_memory_kb() -> int:
 
 
 def child(inputs: list[Path], method: str, rank: int, out: Path) -> None:
-    import numpy as np
-
     from artifacts.adapter import Adapter
     from artifacts.base_model import BaseModelRef
     from merge.catalog import METHODS as MENU
     from merge.catalog import parse_parameters
     from merge.engine import merge_files
-    from merge.kmeans import gram_kmeans
+    from merge.kmeans import compile_loops
     from merge.plan import MergeInput
 
     # A worker serves many merges: its compiled loops and kernels are there already.
     MENU[method].load()
-    gram_kmeans(np.eye(4), np.ones(4), 2, signed=True)
+    compile_loops()
     idle = peak_memory_kb()
     started = time.perf_counter()
     described = [
