@@ -9,7 +9,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
 
@@ -76,15 +76,13 @@ class LocalBlobs:
         stale = 0
         with translated(self.root):
             for entry in list(self.staging.iterdir()):
-                if _newest(entry) >= moment.timestamp():
-                    continue
-                stale += 1
-                if dry_run:
-                    continue
-                if entry.is_dir() and not entry.is_symlink():
-                    shutil.rmtree(entry)
-                else:
-                    entry.unlink(missing_ok=True)
+                # What goes away meanwhile belongs to an upload that has just ended, or to another sweep.
+                with suppress(FileNotFoundError):
+                    if _newest(entry) >= moment.timestamp():
+                        continue
+                    stale += 1
+                    if not dry_run:
+                        _remove(entry)
         return stale
 
     def check(self) -> None:
@@ -185,6 +183,13 @@ def _newest(entry: Path) -> float:
     if entry.is_dir() and not entry.is_symlink():
         newest = max([newest, *(child.lstat().st_mtime for child in entry.rglob("*"))])
     return newest
+
+
+def _remove(entry: Path) -> None:
+    if entry.is_dir() and not entry.is_symlink():
+        shutil.rmtree(entry)
+    else:
+        entry.unlink(missing_ok=True)
 
 
 def _sync_folder(folder: Path) -> None:

@@ -12,7 +12,7 @@ import pytest
 from sqlalchemy import select, update
 
 from artifacts.manifest import AdapterManifest, FileEntry
-from storage import adapters, claims, jobs
+from storage import adapters, claims, jobs, local_blobs
 from storage.adapters import Parent
 from storage.blobs import BlobStore, key_of
 from storage.database import Database, now
@@ -282,6 +282,31 @@ def test_abandoned_uploads_are_removed(database: Database, blobs: BlobStore) -> 
     assert sweep_blobs(database, blobs, dry_run=True).staging_removed == 1
     assert sweep_blobs(database, blobs).staging_removed == 1
     assert [path.name for path in blobs.staging_dir.iterdir()] == ["upload-2"]
+
+
+@pytest.mark.parametrize("kind", ["file", "folder"])
+def test_an_upload_that_ends_while_staging_is_swept(
+    database: Database, blobs: BlobStore, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    """Its staged file goes away between being listed and being looked at."""
+    assert blobs.staging_dir is not None
+    upload = blobs.staging_dir / "upload-1"
+    if kind == "file":
+        upload.write_bytes(b"x")
+    else:
+        upload.mkdir()
+    (blobs.staging_dir / "upload-2").write_bytes(b"x")
+    os.utime(blobs.staging_dir / "upload-2", (0, 0))
+    newest = local_blobs._newest
+
+    def ends_first(entry: Path) -> float:
+        if entry == upload:
+            entry.rmdir() if kind == "folder" else entry.unlink()
+        return newest(entry)
+
+    monkeypatch.setattr(local_blobs, "_newest", ends_first)
+    assert sweep_blobs(database, blobs).staging_removed == 1
+    assert list(blobs.staging_dir.iterdir()) == []
 
 
 @pytest.mark.s3
