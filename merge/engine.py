@@ -6,11 +6,8 @@ thread, whatever the size of the adapters.
 
 from __future__ import annotations
 
-import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +25,7 @@ from merge.reload import Probe, check_reload
 from merge.report import MergeReport, ModuleReport, measure_module
 from merge.result import MergedModule
 from merge.stack import Stack
+from merge.threads import module_threads
 from merge.warnings import merge_warnings
 
 Progress = Callable[[float, str], None]
@@ -125,7 +123,10 @@ class _Run:
         config = self._config()
         total = len(self.plan.modules)
         reports, probes = [], []
-        with PeftWriter(out_dir, exported, config, dtype=self.dtype, lineage=lineage) as writer, _threads() as pool:
+        with (
+            PeftWriter(out_dir, exported, config, dtype=self.dtype, lineage=lineage) as writer,
+            module_threads() as pool,
+        ):
             done = pool.map(lambda module: self._merge_one(module, writer), self.plan.modules)
             for count, (report, probe) in enumerate(done, start=1):
                 reports.append(report)
@@ -200,16 +201,3 @@ def _padded(matrix: Tensor, count: int, dim: int) -> Tensor:
     shape = list(matrix.shape)
     shape[dim] = count
     return torch.cat([matrix, matrix.new_zeros(shape)], dim=dim)
-
-
-@contextmanager
-def _threads() -> Iterator[ThreadPoolExecutor]:
-    """A thread per core, each with single-threaded kernels: modules are independent, and most of them are small."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    pool = ThreadPoolExecutor(max_workers=min(before, os.cpu_count() or 1), thread_name_prefix="merge")
-    try:
-        yield pool
-    finally:
-        pool.shutdown(cancel_futures=True)
-        torch.set_num_threads(before)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from artifacts.adapter import Adapter
 from artifacts.errors import ReloadMismatch
+from merge.threads import module_threads
 
 TOLERANCE = 1e-5
 """Largest relative difference of ΔW·x between the written factors and those read back: rounding of the products."""
@@ -53,22 +54,27 @@ def check_reload(directory: Path, probes: Sequence[Probe], tick: Callable[[], No
     tick()
     adapter = Adapter.open(directory)
     rounding = largest = 0.0
-    for probe in probes:
-        if probe.path not in adapter:
-            raise ReloadMismatch(f"The written adapter does not hold module {probe.path}.")
-        factors = adapter[probe.path]
-        x = _probe_vector(factors.A.shape[1])
-        difference = _relative(_apply(factors.A, factors.B, x) * factors.scaling, probe.written)
-        adapter.release(probe.path)
-        # a NaN must not pass as "not greater"
-        if not difference <= TOLERANCE:
-            raise ReloadMismatch(
-                f"Module {probe.path} of the written adapter differs by {difference:.2e} from what was computed.",
-                hint="Writing as float32 (output_dtype) rules out an overflow; otherwise suspect the disk.",
-            )
-        largest = max(largest, difference)
-        rounding = max(rounding, _relative(probe.written, probe.exact))
+    with module_threads() as pool:
+        for probe, difference in zip(probes, pool.map(lambda probe: _difference(adapter, probe), probes), strict=True):
+            # a NaN must not pass as "not greater"
+            if not difference <= TOLERANCE:
+                raise ReloadMismatch(
+                    f"Module {probe.path} of the written adapter differs by {difference:.2e} from what was computed.",
+                    hint="Writing as float32 (output_dtype) rules out an overflow; otherwise suspect the disk.",
+                )
+            largest = max(largest, difference)
+            rounding = max(rounding, _relative(probe.written, probe.exact))
     return rounding, largest
+
+
+def _difference(adapter: Adapter, probe: Probe) -> float:
+    """Relative difference of the stored module from the written one, on the probe."""
+    if probe.path not in adapter:
+        raise ReloadMismatch(f"The written adapter does not hold module {probe.path}.")
+    factors = adapter[probe.path]
+    result = _apply(factors.A, factors.B, _probe_vector(factors.A.shape[1])) * factors.scaling
+    adapter.release(probe.path)
+    return _relative(result, probe.written)
 
 
 def _relative(value: Tensor, reference: Tensor) -> float:
