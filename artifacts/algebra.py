@@ -21,7 +21,16 @@ lost of ΔW stays near 1e-6 of its norm; beyond, columns are nearly collinear an
 
 def gram(stack: Tensor, *, columns: bool = False) -> Tensor:
     """(n, n) float64 inner products of the rows (or columns) of a stack, computed in the stack's own precision."""
-    return torch.mm(stack.T, stack).double() if columns else torch.mm(stack, stack.T).double()
+    X = stack.T if columns else stack
+    n = X.shape[0]
+    half = n // 2
+    # A Gram matrix is symmetric: one of its four blocks is never computed.
+    upper, corner = torch.mm(X[:half], X.T), torch.mm(X[half:], X[half:].T)
+    result = torch.empty(n, n, dtype=torch.float64, device=X.device)
+    result[:half] = upper
+    result[half:, half:] = corner
+    result[half:, :half] = upper[:, half:].T
+    return result
 
 
 @dataclass(frozen=True, slots=True, eq=False)
