@@ -285,6 +285,17 @@ class TestOptions:
         assert any(warning.startswith("modules_not_in_every_adapter") for warning in report.warnings)
         assert set(result) == {PATH, "layers.1.proj"}
 
+    def test_the_report_measures_the_result(self, write_adapter: Write, merge: Merge, dense_delta: Any) -> None:
+        """Energy kept and relative error, from Gram matrices, against the dense matrices of a merge that loses a lot."""
+        sources = [write_adapter(f"m{i}", {PATH: random_factors(90 + i)}, lora_alpha=3) for i in range(3)]
+        weights = [1.0, 2.0, 0.5]
+        result, report = merge(sources, "lego", rank=3, weights=weights, scale=1.7)
+        exact = 1.7 * sum(w * dense_delta(source, PATH) for w, source in zip(weights, sources, strict=True))
+        totals = report.totals()
+        assert totals["clusters"]["largest_factor"] > 1.1
+        assert totals["relative_error"] == pytest.approx(relative(result[PATH], exact), rel=1e-4)
+        assert totals["energy_kept"] == pytest.approx(float(result[PATH].norm() / exact.norm()) ** 2, rel=1e-4)
+
     def test_the_default_rank_is_twice_the_largest(self, write_adapter: Write, merge: Merge) -> None:
         sources = [write_adapter(f"d{i}", {PATH: random_factors(60 + i, r=3)}) for i in range(4)]
         assert merge(sources, "lego")[1].rank == 6

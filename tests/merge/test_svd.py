@@ -56,6 +56,18 @@ def test_nearly_equal_adapters(write_adapter: Write, merge: Any, dense_delta: An
     assert float((result[PATH] - truncated(exact, 4)).norm() / exact.norm()) < 1e-5
 
 
+def test_the_difference_of_nearly_equal_adapters(write_adapter: Write, merge: Any, dense_delta: Any) -> None:
+    """Gram matrices that still have a Cholesky factor, of which float32 leaves too little: QR has to take over."""
+    (A, B), (noise_A, noise_B) = factors(1, 4), factors(2, 4)
+    sources = [
+        write_adapter("one", {PATH: (A, B)}),
+        write_adapter("two", {PATH: (A + 0.01 * noise_A, B + 0.01 * noise_B)}),
+    ]
+    exact = dense_delta(sources[0], PATH) - dense_delta(sources[1], PATH)
+    result, _ = merge(sources, "svd", weights=[1.0, -1.0], rank=4)
+    assert float((result[PATH] - truncated(exact, 4)).norm() / exact.norm()) < 2e-4
+
+
 def test_components_of_very_different_size(write_adapter: Write, merge: Any, dense_delta: Any) -> None:
     A, B = factors(3, 6)
     sizes = torch.tensor([1e3, 1.0, 1e-3, 1e-2, 10, 1e-4])
