@@ -70,9 +70,12 @@ def test_b2_two_tasks_in_one_adapter(base: Path, lego: Callable[..., Path], tmp_
     assert loss["k1"] > loss["k16"]
 
 
-def test_b2_logits_of_stock_peft_equal_base_plus_delta(base: Path, lego: Callable[..., Path]) -> None:
-    """The merged adapter in stock PEFT against the base with ΔW added to its weights."""
-    directory = lego(["dates", "orders"], 16, output_dtype="float32")
+@pytest.mark.parametrize(("rank", "dtype"), [(16, "float32"), (12, "auto")])
+def test_b2_logits_of_stock_peft_equal_base_plus_delta(
+    base: Path, lego: Callable[..., Path], rank: int, dtype: str
+) -> None:
+    """The merged adapter (the second is that of `make demo`) in stock PEFT against the base with ΔW added to it."""
+    directory = lego(["dates", "orders"], rank, output_dtype=dtype)
     tokenizer = AutoTokenizer.from_pretrained(base)
     ids = tokenizer("Write the date in ISO 8601: the third of May 1987", return_tensors="pt").input_ids
     # float64: what is compared is the algebra, not the rounding of thirty layers.

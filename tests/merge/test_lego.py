@@ -286,7 +286,7 @@ class TestOptions:
         assert set(result) == {PATH, "layers.1.proj"}
 
     def test_the_report_measures_the_result(self, write_adapter: Write, merge: Merge, dense_delta: Any) -> None:
-        """Energy kept and relative error, from Gram matrices, against the dense matrices of a merge that loses a lot."""
+        """Energy kept and relative error, from Gram matrices, against dense matrices of a merge that loses a lot."""
         sources = [write_adapter(f"m{i}", {PATH: random_factors(90 + i)}, lora_alpha=3) for i in range(3)]
         weights = [1.0, 2.0, 0.5]
         result, report = merge(sources, "lego", rank=3, weights=weights, scale=1.7)
