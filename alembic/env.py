@@ -11,13 +11,15 @@ from sqlalchemy import Connection
 from sqlalchemy.sql.schema import SchemaItem
 
 from alembic import context
+from storage.columns import Json, UtcDateTime
 from storage.database import Database
-from storage.tables import Base, Json, UtcDateTime
+from storage.tables import Base
 
 
 def include_object(item: SchemaItem, name: str | None, kind: str, reflected: bool, other: SchemaItem | None) -> bool:
-    """Leave tables alone that are not Rankwise's, so that a database may be shared."""
-    return not (kind == "table" and reflected and other is None and name not in Base.metadata.tables)
+    """Leave tables alone that are not Rankwise's, so that a database may be shared, and the index of names (0003)."""
+    unknown = kind == "table" and name not in Base.metadata.tables
+    return not (reflected and other is None and (unknown or name == "ix_adapters_name_grams"))
 
 
 def render_item(kind: str, item: object, _: AutogenContext) -> str | Literal[False]:

@@ -27,6 +27,9 @@ HEX_ID = "[0-9a-f]{32}"
 AdapterId = Annotated[str, Path(pattern=f"^adp_{HEX_ID}$", description="Id of the adapter.")]
 JobId = Annotated[str, Path(pattern=f"^job_{HEX_ID}$", description="Id of the job.")]
 ModelId = Annotated[str, Path(pattern=f"^mdl_{HEX_ID}$", description="Id of the base model.")]
+ScheduleId = Annotated[str, Path(pattern=f"^sch_{HEX_ID}$", description="Id of the schedule.")]
+WebhookId = Annotated[str, Path(pattern=f"^whk_{HEX_ID}$", description="Id of the webhook.")]
+DeliveryId = Annotated[str, Path(pattern=f"^msg_{HEX_ID}$", description="Id of the delivery, its `webhook-id`.")]
 
 PLAIN = r"^[^\x00-\x1f\x7f]*$"
 """Text on one line. A pattern that every database can store."""

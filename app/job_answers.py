@@ -35,7 +35,7 @@ def accepted(session: Session, job: JobRow) -> Answer:
 def job_body(services: Services, job_id: str) -> Any:
     """The job as it is now. Raises NotFound."""
     with services.database.read() as session:
-        return Job.of(session, jobs.get_job(session, job_id)).body()
+        return Job.in_full(session, jobs.get_job(session, job_id), services.settings.lease_seconds).body()
 
 
 async def answer_or_wait(request: Request, services: Services, answer: Answer, seconds: float) -> JSONResponse:

@@ -12,7 +12,7 @@ import structlog
 from structlog.typing import EventDict, Processor, WrappedLogger
 
 _SECRET_NAME = re.compile(r"authorization|api[-_]?key|token|secret|password|passwd|cookie|credential", re.IGNORECASE)
-_API_KEY = re.compile(r"\brw_[A-Za-z0-9]+_[A-Za-z0-9_-]+")
+_API_KEY = re.compile(r"\b(?:rw_[A-Za-z0-9]+_[A-Za-z0-9_-]+|whsec_[A-Za-z0-9+/=]+)")  # of webhooks: what signs
 _URL_PASSWORD = re.compile(r"(?P<head>[a-z][a-z0-9+.-]*://[^\s:/@]*:)[^\s/@]+(?=@)", re.IGNORECASE)
 REDACTED = "[redacted]"
 _HANDLER_NAME = "rankwise"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
@@ -12,19 +13,22 @@ from starlette.concurrency import run_in_threadpool
 from starlette.middleware import Middleware
 
 from app import problems
+from app.chores import chores
 from app.logs import configure_logging
 from app.metrics import Metrics
 from app.middleware import BodyLimitMiddleware, RequestMiddleware
 from app.openapi import complete, operation_id
-from app.routes import adapters, jobs, merge, methods, models, service, workers
-from app.service_state import jobs_by_state, slots_by_state
+from app.routes import adapters, attempts, jobs, merge, methods, models, schedules, service, webhooks, workers
+from app.service_state import service_figures, service_stored_figures
 from app.settings import Settings
 from app.staging import sweep_staging
 from app.state import Services
 from app.version import VERSION
 from storage.blobs import BlobStore
 from storage.database import Database
+from workers.clockwork import Clockwork
 from workers.identity import read_server_id
+from workers.providers import RaySettings
 from workers.supervisor import PoolSettings, Supervisor
 
 MULTIPART_OVERHEAD = 1024**2
@@ -57,7 +61,7 @@ def create_app(settings: Settings | None = None) -> RankwiseAPI:
     configure_logging(settings.log_level, settings.log_format)
     services = Services(settings, Database(settings.database_url), BlobStore(settings.blob_url), Metrics())
     services.metrics.observe_service(
-        lambda: jobs_by_state(services.database), lambda: slots_by_state(services.database, settings)
+        lambda: service_figures(services.database, settings), lambda: service_stored_figures(services.database)
     )
     upload_limit = settings.max_upload_bytes + MULTIPART_OVERHEAD
     app = RankwiseAPI(
@@ -79,7 +83,7 @@ def create_app(settings: Settings | None = None) -> RankwiseAPI:
     )
     app.state.services = services
     problems.install(app)
-    for room in (service, adapters, merge, models, jobs, methods, workers):
+    for room in (service, adapters, merge, models, jobs, attempts, schedules, webhooks, methods, workers):
         app.include_router(room.router)
     return app
 
@@ -95,7 +99,7 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
 
 
 def start(services: Services) -> None:
-    """Bring the tables up to date, look at the blob store, and start the pool.
+    """Bring the tables up to date, look at the blob store, and start the pool and the chores.
 
     Raises:
         DatabaseUnavailable, BlobStoreUnavailable: the server can not work like this.
@@ -106,15 +110,20 @@ def start(services: Services) -> None:
     services.database.upgrade()
     services.blobs.check()
     sweep_staging(services.staging, settings.staging_max_age_hours)
-    if settings.pool == "local":
-        supervisor = Supervisor(pool_settings(settings))
+    if settings.pool != "off":
+        supervisor = Supervisor(pool_settings(settings), observer=services.metrics.pool)
         supervisor.start()
         services.supervisor = supervisor
+    services.clockwork = Clockwork(chores(settings, services.database, services.blobs, fired=services.job_made))
+    services.clockwork.start()
     _log.info("server_started", pool=settings.pool, api_keys=settings.api_keys, data_dir=str(settings.data_dir))
 
 
 def stop(services: Services) -> None:
-    """Stop the pool gracefully and close the database."""
+    """Stop the chores and, gracefully, the pool, and close the database."""
+    if services.clockwork is not None:
+        services.clockwork.stop()
+        services.clockwork = None
     if services.supervisor is not None:
         services.supervisor.stop()
         services.supervisor = None
@@ -124,6 +133,12 @@ def stop(services: Services) -> None:
 def pool_settings(settings: Settings) -> PoolSettings:
     """What a supervisor of this server needs to know."""
     return PoolSettings(
+        pool="ray" if settings.pool == "ray" else "local",
+        ray=RaySettings(
+            address=settings.ray_address or os.environ.get("RAY_ADDRESS") or "auto",
+            work_dir=settings.ray_work_dir or None,
+            slot_resources=settings.ray_slot_resources or None,
+        ),
         server_id=read_server_id(settings.data_dir),
         database_url=settings.database_url,
         blob_url=settings.blob_url,
@@ -133,4 +148,5 @@ def pool_settings(settings: Settings) -> PoolSettings:
         beat_seconds=settings.beat_seconds,
         grace_seconds=settings.grace_seconds,
         model_roots=settings.model_roots,
+        warm_bytes=settings.warm_bytes,
     )

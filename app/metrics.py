@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable
 
-import structlog
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics, generate_latest
-from prometheus_client.core import GaugeMetricFamily
-from prometheus_client.metrics_core import Metric
-from prometheus_client.registry import Collector
 
-from artifacts.errors import RankwiseError
+from app.pool_metrics import PoolMetrics
+from app.service_metrics import ServiceCollector
+from storage.figures import Figures, StoredFigures
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
-_log = structlog.stdlib.get_logger(__name__)
 disable_created_metrics()  # type: ignore[no-untyped-call]
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0)
 
@@ -48,49 +45,12 @@ class Metrics:
         self.jobs_submitted = Counter(
             "rankwise_jobs_submitted_total", "Jobs that were accepted, by kind.", ("kind",), registry=self.registry
         )
+        self.pool = PoolMetrics(self.registry)
 
-    def observe_service(
-        self,
-        queue: Callable[[], Mapping[str, int]],
-        slots: Callable[[], Mapping[tuple[str, str], int]],
-    ) -> None:
-        """Export jobs by state and slots by (device, state), read at each scrape."""
-        self.registry.register(_ServiceCollector(queue, slots))
+    def observe_service(self, figures: Callable[[], Figures], stored: Callable[[], StoredFigures]) -> None:
+        """Export what the database knows, read at each scrape; `stored` at most once a minute."""
+        self.registry.register(ServiceCollector(figures, stored))
 
     def render(self) -> bytes:
         """All metrics in the text exposition format."""
         return generate_latest(self.registry)
-
-
-class _ServiceCollector(Collector):
-    def __init__(
-        self,
-        queue: Callable[[], Mapping[str, int]],
-        slots: Callable[[], Mapping[tuple[str, str], int]],
-    ) -> None:
-        self._queue, self._slots = queue, slots
-
-    def describe(self) -> Iterable[Metric]:
-        """Nothing: registering must not open the database."""
-        return ()
-
-    def collect(self) -> Iterator[Metric]:
-        up = GaugeMetricFamily("rankwise_database_up", "1 when the database answered this scrape.")
-        try:
-            queue, slots = self._queue(), self._slots()
-        except RankwiseError as error:
-            # The scrape must go on: that the database is down is what its reader wants to know.
-            _log.warning("metrics_without_database", code=error.code, detail=error.detail)
-            up.add_metric([], 0.0)
-            yield up
-            return
-        up.add_metric([], 1.0)
-        yield up
-        jobs = GaugeMetricFamily("rankwise_jobs", "Jobs by state.", labels=("state",))
-        for state, count in sorted(queue.items()):
-            jobs.add_metric([state], count)
-        yield jobs
-        family = GaugeMetricFamily("rankwise_slots", "Device slots by device and state.", labels=("device", "state"))
-        for (device, state), count in sorted(slots.items()):
-            family.add_metric([device, state], count)
-        yield family

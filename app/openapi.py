@@ -16,7 +16,23 @@ PUBLIC_OPERATIONS = frozenset({"index", "healthz", "readyz", "list_problems", "g
 
 _ADAPTER_CALLS = ("get_adapter", "get_lineage", "download_adapter", "head_download", "delete_adapter")
 _MODEL_CALLS = ("get_model", "patch_model")
-_JOB_CALLS = ("get_job", "follow_job", "cancel_job", "retry_job")
+_JOB_CALLS = ("get_job", "follow_job", "list_attempts", "get_log", "cancel_job", "retry_job")
+_SCHEDULE_CALLS = (
+    "get_schedule",
+    "patch_schedule",
+    "trigger_schedule",
+    "list_upcoming",
+    "list_firings",
+    "delete_schedule",
+)
+_WEBHOOK_CALLS = (
+    "get_webhook",
+    "patch_webhook",
+    "list_deliveries",
+    "send_test_message",
+    "rotate_webhook_secret",
+    "delete_webhook",
+)
 _FIRST, _NEW = "$response.body#/items/0/id", "$response.body#/id"
 # (operation, status, where its answer has the id, parameter that takes it, operations that do)
 _LINKS = (
@@ -28,6 +44,11 @@ _LINKS = (
     ("register_model", "201", _NEW, "model_id", _MODEL_CALLS),
     ("list_jobs", "200", _FIRST, "job_id", _JOB_CALLS),
     ("merge_adapters", "202", _NEW, "job_id", _JOB_CALLS),
+    ("create_schedule", "201", _NEW, "schedule_id", _SCHEDULE_CALLS),
+    ("list_schedules", "200", _FIRST, "schedule_id", _SCHEDULE_CALLS),
+    ("trigger_schedule", "202", _NEW, "job_id", _JOB_CALLS),
+    ("create_webhook", "201", _NEW, "webhook_id", _WEBHOOK_CALLS),
+    ("list_webhooks", "200", _FIRST, "webhook_id", _WEBHOOK_CALLS),
 )
 
 

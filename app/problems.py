@@ -21,6 +21,7 @@ MEDIA_TYPE = "application/problem+json"
 _MAX_ERRORS = 100
 _RETRY_AFTER_SECONDS: Mapping[str, int] = {
     "queue_full": 10,
+    "quota_exceeded": 60,
     "idempotency_in_flight": 1,
     "database_unavailable": 5,
     "blob_store_unavailable": 5,
@@ -78,8 +79,12 @@ def problem(
     hint: str | None = None,
     errors: Sequence[FieldError] = (),
     headers: Mapping[str, str] | None = None,
+    retry_after: int | None = None,
 ) -> ProblemResponse:
-    """A problem answer to the request of `scope`; at most 100 findings are listed."""
+    """A problem answer to the request of `scope`; at most 100 findings are listed.
+
+    `retry_after` is in seconds; codes that come and go have a value of their own, so that the header is never missing.
+    """
     body: dict[str, Any] = {
         "type": f"/problems/{code}",
         "title": title,
@@ -92,8 +97,9 @@ def problem(
     if hint is not None:
         body["hint"] = hint
     all_headers = dict(headers or {})
-    if code in _RETRY_AFTER_SECONDS:
-        all_headers.setdefault("Retry-After", str(_RETRY_AFTER_SECONDS[code]))
+    seconds = _RETRY_AFTER_SECONDS.get(code) if retry_after is None else max(1, retry_after)
+    if seconds is not None:
+        all_headers.setdefault("Retry-After", str(seconds))
     if status == 401:
         all_headers.setdefault("WWW-Authenticate", 'Bearer realm="rankwise"')
     return ProblemResponse(body, status_code=status, headers=all_headers)
@@ -110,6 +116,7 @@ def problem_of(scope: Scope, error: RankwiseError, headers: Mapping[str, str] | 
         hint=error.hint,
         errors=error.errors,
         headers=headers,
+        retry_after=error.retry_after,
     )
 
 
@@ -214,11 +221,12 @@ _DESCRIPTIONS: Mapping[int, str] = {
     403: "The API key lacks the scope",
     404: "There is no such thing",
     409: "Not possible in the present state, or the first request with this key still runs",
+    412: "It has changed since the version that If-Match names",
     413: "The body is over the limit",
     415: "A media type that is not accepted here, or a pickle",
     416: "The range lies outside of the file",
     422: "Well-formed, but not valid",
-    429: "The queue is full",
+    429: "The queue is full, or a limit of the API key is reached",
     500: "A bug, or stored bytes that are missing or corrupt",
     503: "The database or the blob store is not available",
     507: "The disk is full",

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 from sqlalchemy.orm import Session
 
 from app.settings import Settings
-from storage import claims, jobs
+from storage import claims
 from storage.database import Database
+from storage.figures import Figures, StoredFigures, figures, stored_figures
 from storage.tables import ServerRow
 
 
@@ -18,17 +18,13 @@ def alive_servers(session: Session, settings: Settings) -> Sequence[ServerRow]:
     return claims.list_servers(session, settings.lease_seconds)
 
 
-def jobs_by_state(database: Database) -> Mapping[str, int]:
-    """State → number of jobs, all states."""
+def service_figures(database: Database, settings: Settings) -> Figures:
+    """What is cheap to know."""
     with database.read() as session:
-        return jobs.count_by_state(session)
+        return figures(session, alive_servers(session, settings), settings.lease_seconds)
 
 
-def slots_by_state(database: Database, settings: Settings) -> Mapping[tuple[str, str], int]:
-    """(device, state) → number of slots of the servers that are alive."""
+def service_stored_figures(database: Database) -> StoredFigures:
+    """What is not."""
     with database.read() as session:
-        return Counter(
-            (str(slot["device"]), str(slot.get("state", "idle")))
-            for row in alive_servers(session, settings)
-            for slot in row.slots
-        )
+        return stored_figures(session)

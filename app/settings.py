@@ -8,7 +8,7 @@ import os
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, Field, field_validator, model_validator
+from pydantic import AfterValidator, Field, IPvAnyNetwork, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 GIB = 1024**3
@@ -45,15 +45,40 @@ class Settings(BaseSettings):
     )
     database_url: str = Field("", description="SQLAlchemy URL; unset: SQLite in the data folder.")
     blob_url: str = Field("", description="file://, s3://, gs://, az:// or memory://; unset: the data folder.")
-    pool: Literal["local", "off"] = Field(
-        "local", description="local: worker processes of this server; off: only other `rankwise worker` processes."
+    pool: Literal["local", "ray", "off"] = Field(
+        "local",
+        description="local: worker processes of this server; ray: worker processes on the nodes of a Ray cluster; "
+        "off: only other `rankwise worker` processes.",
     )
-    devices: str = Field("auto", description="Device slots of the pool: auto, cpu:2, cuda:0,1.")
+    devices: str = Field(
+        "auto", description="Device slots of the pool: auto, cpu:2, cuda:0,1; on Ray auto, gpu:8, cpu:2."
+    )
+    ray_address: str = Field(
+        "", description="Ray cluster: ray://<head>:10001, <head>:6379 on a node of it; unset: RAY_ADDRESS, or auto."
+    )
+    ray_work_dir: str = Field(
+        "", description="Folder on each Ray node for scratch, cache and logs; unset: one among the temporary files."
+    )
+    ray_slot_resources: dict[str, float] = Field(
+        {}, description='What one slot reserves in Ray, as {"GPU": 1, "CPU": 4}; unset: a GPU, rankwise_slot or CPU.'
+    )
+    warm_bytes: int | None = Field(
+        None,
+        ge=0,
+        description="Base models that a worker keeps in memory, bytes; unset: 60 % of its CUDA device, or 25 % of the "
+        "main memory, shared by the slots.",
+    )
     model_roots: Annotated[tuple[AbsolutePath, ...], NoDecode] = Field(
         (), description=f"Folders under which local base models may be registered, separated by {os.pathsep!r}."
     )
     host: str = Field("127.0.0.1", description="Bind address. Another than loopback needs api_keys on.")
     port: int = Field(8000, ge=0, le=65535)
+    metrics_port: int = Field(
+        0,
+        ge=0,
+        le=65535,
+        description="`rankwise worker` answers /metrics on this port of the bind address, no key; 0: no.",
+    )
     api_keys: bool = Field(False, description="on: every call but the health checks and the docs needs an API key.")
     max_upload_bytes: int = Field(8 * GIB, ge=1, description="Largest upload, all its files together, in bytes.")
     max_body_bytes: int = Field(1024**2, ge=1024, description="Largest JSON body, in bytes.")
@@ -62,6 +87,10 @@ class Settings(BaseSettings):
     lease_seconds: float = Field(60.0, gt=0, description="A job whose worker is silent this long is given away.")
     beat_seconds: float = Field(15.0, gt=0, description="Interval of the supervisor's sign of life.")
     grace_seconds: float = Field(30.0, ge=0, description="Time to stop in, between SIGTERM and SIGKILL.")
+    webhook_allow_http: bool = Field(False, description="on: webhooks may go to http:// addresses, beside https://.")
+    webhook_allowed_networks: Annotated[tuple[IPvAnyNetwork, ...], NoDecode] = Field(
+        (), description="Networks that are not public and that webhooks may go to, as 10.0.0.0/8,127.0.0.1."
+    )
     staging_max_age_hours: float = Field(24.0, gt=0, description="Uploads left by a killed server go after this time.")
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     log_format: Literal["json", "console"] = "json"
@@ -74,6 +103,15 @@ class Settings(BaseSettings):
         if value.lstrip().startswith("["):
             return tuple(json.loads(value))
         return tuple(part for part in value.split(os.pathsep) if part)
+
+    @field_validator("webhook_allowed_networks", mode="before")
+    @classmethod
+    def _split_networks(cls, value: Any) -> Any:
+        if not isinstance(value, str):
+            return value
+        if value.lstrip().startswith("["):
+            return tuple(json.loads(value))
+        return tuple(part.strip() for part in value.split(",") if part.strip())
 
     @field_validator("log_level", "log_format", "pool", mode="before")
     @classmethod
@@ -100,9 +138,23 @@ class Settings(BaseSettings):
                 f"refusing to bind to {self.host}: anyone who reaches it could read, write and delete. "
                 "Set RANKWISE_API_KEYS=on and create a key with `rankwise keys create`, or bind to 127.0.0.1."
             )
+        if self.pool == "ray":
+            self._refuse_what_nodes_do_not_reach()
         if self.beat_seconds * 2 > self.lease_seconds:
             raise ValueError("beat_seconds must be at most half of lease_seconds, or a healthy worker loses its job")
         return self
+
+    def _refuse_what_nodes_do_not_reach(self) -> None:
+        for name, value, local in (
+            ("database_url", self.database_url, ("sqlite",)),
+            ("blob_url", self.blob_url, ("file:", "memory:")),
+        ):
+            if value.startswith(local):
+                raise ValueError(
+                    f"with pool=ray the nodes of the cluster must reach the {name}, and {value.partition(':')[0]}: "
+                    "is of this machine alone. Set RANKWISE_DATABASE_URL to a PostgreSQL database and "
+                    "RANKWISE_BLOB_URL to s3://, gs:// or az://."
+                )
 
     @property
     def staging_root(self) -> Path:

@@ -13,6 +13,7 @@ from app.metrics import Metrics
 from app.settings import Settings
 from storage.blobs import BlobStore
 from storage.database import Database
+from workers.clockwork import Clockwork
 from workers.supervisor import Supervisor
 
 INTAKES_AT_ONCE = 4
@@ -21,7 +22,10 @@ INTAKES_AT_ONCE = 4
 
 @dataclass(slots=True)
 class Services:
-    """The parts of a running server. `supervisor` is None while the pool is off or not yet started."""
+    """The parts of a running server. `supervisor` is None while the pool is off or not yet started.
+
+    `clockwork` is None before the start and after the end.
+    """
 
     settings: Settings
     database: Database
@@ -29,6 +33,7 @@ class Services:
     metrics: Metrics = field(default_factory=Metrics)
     key_uses: KeyUses = field(default_factory=KeyUses)
     supervisor: Supervisor | None = None
+    clockwork: Clockwork | None = None
     intake_limiter: CapacityLimiter = field(default_factory=lambda: CapacityLimiter(INTAKES_AT_ONCE))
     crc32: Crc32Cache = field(init=False)
 
@@ -44,3 +49,8 @@ class Services:
         """Tell the pool of this server that there is work; without one, the others find it when they next look."""
         if self.supervisor is not None:
             self.supervisor.wake()
+
+    def job_made(self, kind: str) -> None:
+        """Count a job that was accepted here, and tell the pool."""
+        self.metrics.jobs_submitted.labels(kind).inc()
+        self.wake_pool()

@@ -21,11 +21,13 @@
     ├── Conflict                      409 conflict
     │   ├── IdempotencyInFlight       409 idempotency_in_flight  the first request with this key still runs
     │   └── StateConflict             409 state_conflict         e.g. cancelling a job that has ended
+    ├── PreconditionFailed            412 precondition_failed    If-Match names another version than the present one
     ├── TooLarge                      413 too_large
     ├── UnsupportedMedia              415 unsupported_media
     │   └── PickleRefused             415 pickle_refused         a pickle is never loaded here
     ├── RangeInvalid                  416 range_invalid
-    ├── QueueFull                     429 queue_full
+    ├── QueueFull                     429 queue_full             too many jobs wait in the whole service
+    ├── QuotaExceeded                 429 quota_exceeded         a limit of the caller's own key: jobs or stored bytes
     ├── BlobMissing                   500 blob_missing           a row names bytes that the blob store does not hold
     ├── BlobCorrupt                   500 blob_corrupt           the bytes do not have the digest that names them
     ├── ReloadMismatch                500 reload_mismatch        a written adapter did not read back as it was computed
@@ -61,17 +63,26 @@ class RankwiseError(Exception):
         detail: what was wrong, with the offending value; written for the person who sent it.
         hint: what to do about it.
         errors: the single findings, when there are several.
+        retry_after: seconds after which the same request may succeed; becomes the `Retry-After` header.
     """
 
     code: ClassVar[str] = "internal_error"
     status: ClassVar[int] = 500
     title: ClassVar[str] = "Internal error"
 
-    def __init__(self, detail: str, *, hint: str | None = None, errors: Iterable[FieldError] = ()) -> None:
+    def __init__(
+        self,
+        detail: str,
+        *,
+        hint: str | None = None,
+        errors: Iterable[FieldError] = (),
+        retry_after: int | None = None,
+    ) -> None:
         super().__init__(detail)
         self.detail = detail
         self.hint = hint
         self.errors = tuple(errors)
+        self.retry_after = retry_after
 
 
 class RequestInvalid(RankwiseError):
@@ -146,6 +157,10 @@ class StateConflict(Conflict):
     code, title = "state_conflict", "Not possible in this state"
 
 
+class PreconditionFailed(RankwiseError):
+    code, status, title = "precondition_failed", 412, "The thing has changed meanwhile"
+
+
 class TooLarge(RankwiseError):
     code, status, title = "too_large", 413, "Too large"
 
@@ -164,6 +179,10 @@ class RangeInvalid(RankwiseError):
 
 class QueueFull(RankwiseError):
     code, status, title = "queue_full", 429, "The queue is full"
+
+
+class QuotaExceeded(RankwiseError):
+    code, status, title = "quota_exceeded", 429, "A limit of the API key is reached"
 
 
 class BlobMissing(RankwiseError):

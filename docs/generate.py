@@ -66,7 +66,7 @@ def _type_name(annotation: Any) -> str:
     if "Literal[" in text:
         return " or ".join(f"`{value}`" for value in re.findall(r"'([^']*)'", text))
     if "tuple[" in text:
-        return "list of paths"
+        return "list of networks" if "Network" in text else "list of paths"
     name = getattr(annotation, "__name__", text)
     return {"str": "text", "bool": "on or off", "int": "whole number", "float": "number", "Path": "path"}.get(
         name, name

@@ -1,20 +1,37 @@
-"""Lists of adapters and their filters."""
+"""Lists of adapters and their filters.
+
+A page is made in two steps: the keys of its rows (when they were created, and their ids) from one index that has
+them in the order of the list, then the rows themselves. Each filter has such an index. With several filters the one
+that is the quickest to look through leads, and the others are checked row by row, most of them in the index itself.
+
+How long a page takes depends on the rows that the leading index gives before the page is full. That is bounded for
+each filter alone, whatever the number of adapters. It is not for several filters that each hold for very many
+adapters and hardly ever together, nor for a part of a name that very many adapters have, but none of the newer ones.
+"""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
+from typing import Any
 
-from sqlalchemy import ColumnElement, Select, and_, cast, exists, false, func, or_, select
-from sqlalchemy.dialects.postgresql import JSONB
-from sqlalchemy.orm import Session, defer
+from sqlalchemy import ColumnElement, Select, func, select
+from sqlalchemy.orm import InstrumentedAttribute, Session, defer
 
 from artifacts.errors import FieldError, RequestInvalid
-from storage.pagination import DEFAULT_LIMIT, Page, page_of
-from storage.tables import AdapterFileRow, AdapterRow
+from storage.adapter_names import find_by_name, has_part
+from storage.ids import is_id
+from storage.pagination import DEFAULT_LIMIT, Key, Page, behind, cursor_at, start_of
+from storage.tables import AdapterFileRow, AdapterRow, AdapterTagRow
 from storage.text import fold, is_storable
 
 AUTOV2_LENGTH = 10  # civitai's AutoV2: so many of the first hex digits of the file's SHA-256
+PROBE_ROWS = 20_000  # an index with more rows than this is not counted any further
+WINDOW_ROWS = 30_000  # how far down the list a part of a name is looked for before the index of names is asked
+FETCH_COST = 10  # what it costs to look a row up in its table, in rows of an index that is read in order
+
+_LIVE = AdapterRow.deleted_at.is_(None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,7 +39,7 @@ class AdapterFilter:
     """Which adapters to list; None does not filter.
 
     Attributes:
-        base_model: name of the base model as the adapter gives it, or the id of a registered one.
+        base_model: name of the base model as the adapter gives it, or the id (mdl_…) of a registered one.
         method: e.g. "lora".
         tag: one of its tags, exactly.
         name: part of its name, whatever the case.
@@ -45,43 +62,169 @@ def list_adapters(
         RequestInvalid: `sha256` is not 10 or 64 hex digits; a bad cursor or limit.
     """
     chosen = filters or AdapterFilter()
-    statement = select(AdapterRow).where(AdapterRow.deleted_at.is_(None))
-    statement = _filtered(session, statement, chosen).options(defer(AdapterRow.modules, raiseload=True))
-    return page_of(
-        session, statement, (AdapterRow.created_at, AdapterRow.id), filters=asdict(chosen), cursor=cursor, limit=limit
-    )
+    after = start_of(cursor, limit, asdict(chosen))
+    keys = _Search(session, chosen).keys(after, limit + 1)
+    following = cursor_at(keys[limit - 1], asdict(chosen)) if len(keys) > limit else None
+    wanted = [identifier for _, identifier in keys[:limit]]
+    statement = select(AdapterRow).where(AdapterRow.id.in_(wanted), _LIVE)
+    rows = session.scalars(statement.options(defer(AdapterRow.modules, raiseload=True))) if wanted else ()
+    found = {row.id: row for row in rows}
+    return Page(tuple(found[identifier] for identifier in wanted if identifier in found), following)
 
 
-def _filtered(session: Session, statement: Select[AdapterRow], chosen: AdapterFilter) -> Select[AdapterRow]:
-    if not all(value is None or is_storable(value) for value in asdict(chosen).values()):
-        return statement.where(false())
-    if chosen.base_model is not None:
-        statement = statement.where(
-            or_(AdapterRow.base_model == chosen.base_model, AdapterRow.model_id == chosen.base_model)
-        )
-    if chosen.method is not None:
-        statement = statement.where(AdapterRow.method == chosen.method)
-    if chosen.tag is not None:
-        statement = statement.where(_has_tag(session, chosen.tag))
-    if chosen.name is not None:
-        statement = statement.where(AdapterRow.name_folded.contains(fold(chosen.name), autoescape=True))
-    if chosen.sha256 is not None:
-        statement = statement.where(_has_digest(chosen.sha256.lower()))
-    return statement
+@dataclass(frozen=True, slots=True)
+class _Stream:
+    """Rows of one index, in the order of the list."""
+
+    created_at: InstrumentedAttribute[Any]
+    id: InstrumentedAttribute[str]
+    where: tuple[ColumnElement[bool], ...]
+
+    @property
+    def is_of_adapters(self) -> bool:
+        return self.id is AdapterRow.id
+
+    @property
+    def of_files(self) -> bool:
+        """An adapter may have two files of one content; and a deleted one still has its files."""
+        return self.id is AdapterFileRow.adapter_id
+
+    def select(self, after: Key | None, last: Key | None = None) -> Select[Any]:
+        """Keys behind `after`, up to and with `last`."""
+        statement = select(self.created_at, self.id).where(*self.where)
+        if self.of_files:
+            statement = statement.distinct()
+        if self.is_of_adapters:
+            statement = statement.where(_LIVE)
+        if after is not None:
+            statement = statement.where(behind(self.created_at, self.id, after))
+        if last is not None:
+            statement = statement.where(~behind(self.created_at, self.id, last))
+        return statement.order_by(self.created_at.desc(), self.id.desc())
 
 
-def _has_tag(session: Session, tag: str) -> ColumnElement[bool]:
-    if session.get_bind().dialect.name == "postgresql":
-        return cast(AdapterRow.tags, JSONB).contains([tag])
-    each = func.json_each(AdapterRow.tags).table_valued("value", name="tag")
-    return exists(select(1).select_from(each).where(each.c.value == tag))
+class _Search:
+    """The keys of the adapters that the filters leave."""
+
+    def __init__(self, session: Session, filters: AdapterFilter) -> None:
+        self._session = session
+        self._sqlite = session.get_bind().dialect.name == "sqlite"
+        self._name = fold(filters.name) if filters.name else None
+        self._has_digest = filters.sha256 is not None
+        self._impossible = not all(value is None or is_storable(value) for value in asdict(filters).values())
+        self._streams: dict[str, tuple[_Stream, ...]] = {}  # filter → the indexes that have its adapters
+        self._conditions: dict[str, ColumnElement[bool]] = {}  # filter → how it is checked on a row of `adapters`
+        if not self._impossible:
+            self._use(filters)
+
+    def _use(self, filters: AdapterFilter) -> None:
+        if filters.sha256 is not None:
+            self._streams["sha256"] = self._with_digest(filters.sha256.lower())
+        if filters.tag is not None:
+            is_tag = AdapterTagRow.tag == filters.tag
+            self._streams["tag"] = (_Stream(AdapterTagRow.created_at, AdapterTagRow.adapter_id, (is_tag,)),)
+            self._conditions["tag"] = _there_is(
+                AdapterTagRow.adapter_id,
+                is_tag,
+                AdapterTagRow.created_at == AdapterRow.created_at,
+                AdapterTagRow.adapter_id == AdapterRow.id,
+            )
+        if filters.base_model is not None:
+            base = AdapterRow.model_id if is_id(filters.base_model, "mdl") else AdapterRow.base_model
+            self._equals("base_model", base, filters.base_model)
+        if filters.method is not None:
+            self._equals("method", AdapterRow.method, filters.method)
+        if self._name is not None:
+            self._conditions["name"] = has_part(AdapterRow.name_folded, self._name, sqlite=self._sqlite)
+
+    def _equals(self, name: str, column: InstrumentedAttribute[Any], value: str) -> None:
+        self._streams[name] = (_Stream(AdapterRow.created_at, AdapterRow.id, (column == value,)),)
+        # the appended nothing hides the column from SQLite's choice of an index: the leading one is chosen here
+        self._conditions[name] = (column + "" if self._sqlite else column) == value
+
+    def _with_digest(self, digest: str) -> tuple[_Stream, ...]:
+        if re.fullmatch(r"[0-9a-f]{64}", digest):
+            weights = _Stream(AdapterRow.created_at, AdapterRow.id, (AdapterRow.weights_digest == digest,))
+            return (weights, _of_file(digest))
+        if re.fullmatch(rf"[0-9a-f]{{{AUTOV2_LENGTH}}}", digest):
+            return tuple(_of_file(found) for found in self._digests_that_begin(digest))
+        problem = f"must be 64 hex digits, or the first {AUTOV2_LENGTH} (AutoV2), not {digest!r}"
+        raise RequestInvalid(f"sha256 {problem}", errors=[FieldError("/sha256", problem)])
+
+    def _digests_that_begin(self, prefix: str) -> Iterable[str]:
+        """Digests of files, one step in their index each; forty bits are rarely shared by two."""
+        column = AdapterFileRow.sha256
+        found = self._session.scalar(select(func.min(column)).where(column >= prefix, column < prefix + "g"))
+        while found is not None:
+            yield found
+            found = self._session.scalar(select(func.min(column)).where(column > found, column < prefix + "g"))
+
+    def keys(self, after: Key | None, count: int) -> list[Key]:
+        """The newest `count` behind `after`."""
+        if self._impossible:
+            return []
+        leading = self._leading(after)
+        streams = self._streams.get(leading, (_Stream(AdapterRow.created_at, AdapterRow.id, ()),))
+        conditions = [condition for name, condition in self._conditions.items() if name != leading]
+        if self._name is None or self._has_digest:
+            return self._walk(streams, conditions, after, count)
+        return self._walk_names(streams[0], conditions, after, count)
+
+    def _leading(self, after: Key | None) -> str:
+        """The name of the filter whose rows behind `after` are the quickest to look through."""
+        if self._has_digest:
+            return "sha256"
+        if len(self._streams) < 2:
+            return next(iter(self._streams), "")
+        costs = {name: self._cost(streams[0], after) for name, streams in self._streams.items()}
+        return min(costs, key=lambda name: costs[name])
+
+    def _cost(self, stream: _Stream, after: Key | None) -> int:
+        rows = stream.select(after).limit(PROBE_ROWS).subquery()
+        count = self._session.scalar(select(func.count()).select_from(rows)) or 0
+        return count if stream.is_of_adapters else count * FETCH_COST
+
+    def _walk_names(
+        self, stream: _Stream, conditions: Sequence[ColumnElement[bool]], after: Key | None, count: int
+    ) -> list[Key]:
+        """A common part of a name soon fills a page from the top of the list; a rare one is found in its index."""
+        bottom = self._session.execute(stream.select(after).offset(WINDOW_ROWS).limit(1)).first()
+        last = None if bottom is None else (bottom[0], bottom[1])
+        keys = self._walk([stream], conditions, after, count, last)
+        if last is None or len(keys) == count:
+            return keys
+        assert self._name is not None
+        others = [condition for name, condition in self._conditions.items() if name != "name"]
+        found = find_by_name(self._session, self._name, after, count, others)
+        return self._walk([stream], conditions, after, count) if found is None else found
+
+    def _walk(
+        self,
+        streams: Sequence[_Stream],
+        conditions: Sequence[ColumnElement[bool]],
+        after: Key | None,
+        count: int,
+        last: Key | None = None,
+    ) -> list[Key]:
+        """Look through the streams until `count` rows are found, or as far as `last`."""
+        found: set[Key] = set()
+        for stream in streams:
+            statement = stream.select(after, last).limit(count)
+            if stream.is_of_adapters:
+                statement = statement.where(*conditions)
+            elif conditions or stream.of_files:
+                statement = statement.where(_there_is(AdapterRow.id, AdapterRow.id == stream.id, _LIVE, *conditions))
+            found.update((moment, identifier) for moment, identifier in self._session.execute(statement))
+        return sorted(found, reverse=True)[:count]
 
 
-def _has_digest(digest: str) -> ColumnElement[bool]:
-    file = and_(AdapterFileRow.adapter_id == AdapterRow.id)
-    if re.fullmatch(r"[0-9a-f]{64}", digest):
-        return or_(AdapterRow.weights_digest == digest, exists().where(file, AdapterFileRow.sha256 == digest))
-    if re.fullmatch(rf"[0-9a-f]{{{AUTOV2_LENGTH}}}", digest):
-        return exists().where(file, AdapterFileRow.sha256.startswith(digest))
-    problem = f"must be 64 hex digits, or the first {AUTOV2_LENGTH} (AutoV2), not {digest!r}"
-    raise RequestInvalid(f"sha256 {problem}", errors=[FieldError("/sha256", problem)])
+def _there_is(column: InstrumentedAttribute[str], *conditions: ColumnElement[bool]) -> ColumnElement[bool]:
+    """Whether there is such a row, looked up for each row of the outer query in turn.
+
+    The same as EXISTS, which PostgreSQL may turn into a join of all rows, although a page needs few.
+    """
+    return select(column).where(*conditions).limit(1).scalar_subquery().is_not(None)
+
+
+def _of_file(digest: str) -> _Stream:
+    return _Stream(AdapterFileRow.created_at, AdapterFileRow.adapter_id, (AdapterFileRow.sha256 == digest,))

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from datetime import datetime
 from typing import Any
 
-from sqlalchemy import select
+from sqlalchemy import delete, select
 from sqlalchemy.orm import Session
 
 from artifacts.base_model import BaseModelRef
@@ -17,7 +18,8 @@ from storage.adapter_search import AdapterFilter, list_adapters
 from storage.blob_rows import reserve_blobs
 from storage.ids import new_id
 from storage.lineage import Lineage, lineage
-from storage.tables import AdapterFileRow, AdapterRow, LineageRow, ModelRow
+from storage.quotas import charge_bytes, release_bytes
+from storage.tables import AdapterFileRow, AdapterRow, AdapterTagRow, LineageRow, ModelRow
 from storage.text import fold, is_storable, storable
 from storage.upsert import insert_or_ignore
 
@@ -73,6 +75,7 @@ def add_adapter(
 
     Raises:
         NotFound: no such parent or model.
+        QuotaExceeded: a new adapter, and more bytes than the key that makes it may store.
         RequestInvalid: a text that can not be stored.
     """
     if model_id is not None and (not is_storable(model_id) or session.get(ModelRow, model_id) is None):
@@ -90,7 +93,9 @@ def add_adapter(
     for _ in range(_TRIES):
         added = insert_or_ignore(session, AdapterRow, values).returning(AdapterRow.id)
         if session.scalar(added) is not None:
-            _add_files(session, values["id"], manifest.files)
+            charge_bytes(session, created_by, manifest.size)
+            _add_files(session, values["id"], manifest.files, values["created_at"])
+            _add_tags(session, values["id"], values["tags"], values["created_at"])
             _add_lineage(session, values["id"], parents, job_id)
             return get_adapter(session, values["id"]), True
         same = session.scalars(
@@ -134,6 +139,8 @@ def delete_adapter(session: Session, adapter_id: str) -> None:
     if row is None:
         raise NotFound(f"there is no adapter {adapter_id!r}")
     row.deleted_at = database.now(session)
+    release_bytes(session, row.created_by, row.size)
+    session.execute(delete(AdapterTagRow).where(AdapterTagRow.adapter_id == adapter_id))
     session.flush()
 
 
@@ -190,7 +197,7 @@ def _columns(
         "name": storable(name, "/name", 200),
         "name_folded": fold(name),
         "description": storable(description, "/description"),
-        "tags": [storable(tag, f"/tags/{position}") for position, tag in enumerate(tags)],
+        "tags": [storable(tag, f"/tags/{position}", 200) for position, tag in enumerate(tags)],
         "format": storable(manifest.format, "/format", 40),
         "method": storable(manifest.method, "/method", 40),
         "base_model": None if base is None else storable(base, "/base_model", 300),
@@ -227,7 +234,7 @@ def _module(document: Mapping[str, Any]) -> LoraModule:
     return LoraModule(**{**document, **shapes})
 
 
-def _add_files(session: Session, adapter_id: str, files: Sequence[FileEntry]) -> None:
+def _add_files(session: Session, adapter_id: str, files: Sequence[FileEntry], created_at: datetime) -> None:
     session.add_all(
         AdapterFileRow(
             adapter_id=adapter_id,
@@ -235,9 +242,15 @@ def _add_files(session: Session, adapter_id: str, files: Sequence[FileEntry]) ->
             sha256=file.sha256,
             size=file.size,
             media_type=storable(file.media_type, "/media_type", 100),
+            created_at=created_at,
         )
         for file in files
     )
+    session.flush()
+
+
+def _add_tags(session: Session, adapter_id: str, tags: Sequence[str], created_at: datetime) -> None:
+    session.add_all(AdapterTagRow(tag=tag, created_at=created_at, adapter_id=adapter_id) for tag in dict.fromkeys(tags))
     session.flush()
 
 

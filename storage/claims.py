@@ -8,23 +8,27 @@ database's.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, Literal
 
-from sqlalchemy import func, literal, select, update
+from sqlalchemy import or_, select, text, update
 from sqlalchemy.orm import Session
 
 from artifacts.errors import AttemptStale, StateConflict
 from storage import database
+from storage.claiming import Claim, Claims, SlotOffer, claim_many, claim_next, waits
+from storage.queues import in_lock_order
 from storage.servers import beat_server, list_servers, register_server
-from storage.tables import JobAttemptRow, JobEventRow, JobRow, UtcDateTime
+from storage.tables import JobAttemptRow, JobRow
 from storage.transitions import append_event, change_state, close_attempt, lock_attempt, lock_running
 
 __all__ = [
     "Claim",
+    "Claims",
     "Renewal",
+    "SlotOffer",
     "beat_server",
+    "claim_many",
     "claim_next",
     "expire_leases",
     "fence",
@@ -39,68 +43,16 @@ __all__ = [
     "release_previous_boots",
     "renew",
     "requeue",
+    "waits",
 ]
 
 MAX_FAILURES = 3
+MAX_RESTARTS = 10
 Renewal = Literal["ok", "cancel", "lost"]
 _MESSAGE_LIMIT = 500
-
-
-@dataclass(frozen=True, slots=True)
-class Claim:
-    """A job that this server may run, as attempt number `attempt`, until the lease ends."""
-
-    job_id: str
-    attempt: int
-    kind: str
-    params: dict[str, Any]
-    resources: dict[str, Any]
-
-
-def claim_next(session: Session, *, server_id: str, boot_id: str, slot: str, lease_seconds: float) -> Claim | None:
-    """Take the next queued job (highest priority, then oldest) in one statement; None if none is due.
-
-    However many servers ask at once, each job goes to one of them: PostgreSQL skips rows that another claim
-    has locked, SQLite has one writer at a time.
-    """
-    moment = database.now(session)
-    candidate = (
-        select(JobRow.id)
-        .where(JobRow.state == "queued", JobRow.available_at <= moment)
-        .order_by(JobRow.priority.desc(), JobRow.created_at, JobRow.id)
-        .limit(1)
-        .with_for_update(skip_locked=True)
-        .scalar_subquery()
-    )
-    claimed = session.execute(
-        update(JobRow)
-        .where(JobRow.id == candidate)
-        .values(
-            state="running",
-            attempt=JobRow.attempt + 1,
-            last_event=JobRow.last_event + 1,
-            server_id=server_id,
-            boot_id=boot_id,
-            slot=slot,
-            lease_expires_at=moment + timedelta(seconds=lease_seconds),
-            fraction=0.0,
-            step=None,
-            total=None,
-            message="",
-            error=None,
-            started_at=func.coalesce(JobRow.started_at, literal(moment, UtcDateTime())),
-        )
-        .returning(JobRow.id, JobRow.attempt, JobRow.kind, JobRow.params, JobRow.resources, JobRow.last_event)
-        .execution_options(synchronize_session=False)
-    ).one_or_none()
-    if claimed is None:
-        return None
-    job_id, attempt, kind, params, resources, sequence = claimed
-    session.add(JobAttemptRow(job_id=job_id, attempt=attempt, server_id=server_id, slot=slot, started_at=moment))
-    data = {"state": "running", "attempt": attempt, "server": server_id, "slot": slot}
-    session.add(JobEventRow(job_id=job_id, sequence=sequence, type="state", data=data, created_at=moment))
-    session.flush()
-    return Claim(job_id, attempt, kind, params, resources)
+# The condition of the partial index, word for word.
+_IS_ACTIVE = text("jobs.state IN ('running', 'cancelling')")
+LEASE_CEILING = timedelta(hours=1)  # longer than any lease: what ends later was written before the clock was set back
 
 
 def renew(
@@ -248,25 +200,42 @@ def requeue(
     return _requeue(session, lock_attempt(session, job_id, attempt), delay_seconds, error, exit, max_failures)
 
 
-def release_previous_boots(session: Session, server_id: str, boot_id: str) -> int:
+def release_previous_boots(session: Session, server_id: str, boot_id: str, *, graceful: bool = False) -> int:
     """Release what this server ran before it was restarted: its worker processes died with it.
 
-    The jobs go back to the queue at once with no failure counted; those being cancelled are cancelled.
+    The jobs go back to the queue at once with no failure counted; those being cancelled are cancelled. But a job that
+    was running at more than `MAX_RESTARTS` deaths of a server fails: it may be what kills them.
+
+    Args:
+        graceful: the server has stopped its attempts itself.
 
     Returns:
         The number of jobs released.
     """
     jobs = session.scalars(
         select(JobRow)
-        .where(JobRow.server_id == server_id, JobRow.boot_id != boot_id, JobRow.state.in_(("running", "cancelling")))
+        .where(JobRow.server_id == server_id, JobRow.boot_id != boot_id, _IS_ACTIVE)
         .order_by(JobRow.id)
         .with_for_update()
         .execution_options(populate_existing=True)
     ).all()
-    error = {"code": "server_restarted", "detail": "the server that ran the job was restarted"}
-    for job in jobs:
+    for job in in_lock_order(jobs):
+        if not graceful:
+            job.restarts += 1
+        if job.restarts > MAX_RESTARTS and job.state == "running":
+            _fail(session, job, _too_many_restarts(job.restarts), None, "lost")
+            continue
+        error = {"code": "server_restarted", "detail": "the server that ran the job was restarted"}
         _requeue(session, job, 0.0, error, None, None)
     return len(jobs)
+
+
+def _too_many_restarts(times: int) -> dict[str, Any]:
+    return {
+        "code": "server_killed",
+        "detail": f"{times} times a server died while it ran the job",
+        "hint": "The job may be what kills it, for instance by taking all memory of the machine.",
+    }
 
 
 def expire_leases(session: Session, max_failures: int = MAX_FAILURES) -> int:
@@ -275,14 +244,16 @@ def expire_leases(session: Session, max_failures: int = MAX_FAILURES) -> int:
     Returns:
         The number of jobs taken back.
     """
+    moment = database.now(session)
+    over = or_(JobRow.lease_expires_at < moment, JobRow.lease_expires_at > moment + LEASE_CEILING)
     jobs = session.scalars(
         select(JobRow)
-        .where(JobRow.state.in_(("running", "cancelling")), JobRow.lease_expires_at < database.now(session))
+        .where(_IS_ACTIVE, over)
         .order_by(JobRow.id)
         .with_for_update(skip_locked=True)
         .execution_options(populate_existing=True)
     ).all()
-    for job in jobs:
+    for job in in_lock_order(jobs):
         error = {
             "code": "lease_expired",
             "detail": f"server {job.server_id} gave no sign of life while it ran the job",

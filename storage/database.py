@@ -22,6 +22,7 @@ from storage import faults, text
 
 BUSY_TIMEOUT_SECONDS = 10
 IDLE_IN_TRANSACTION_SECONDS = 120
+STATEMENT_SECONDS = 60  # nothing that a server asks takes nearly as long; migrations have connections of their own
 POOL_SIZE = 10
 POOL_OVERFLOW = 30  # the HTTP thread pool has 40 threads
 _BEGIN = "rankwise_begin"
@@ -178,7 +179,15 @@ class Database:
             pool_pre_ping=True,
             pool_recycle=1800,
             json_serializer=text.dump_json,
-            connect_args={"connect_timeout": BUSY_TIMEOUT_SECONDS, "application_name": "rankwise"},
+            connect_args={
+                "connect_timeout": BUSY_TIMEOUT_SECONDS,
+                "application_name": "rankwise",
+                # A server that vanished without a word is noticed, also in the middle of a statement.
+                "keepalives_idle": 15,
+                "keepalives_interval": 5,
+                "keepalives_count": 3,
+                "tcp_user_timeout": 30_000,
+            },
         )
         event.listen(engine, "connect", _prepare_postgres)
         return engine
@@ -242,6 +251,7 @@ def _prepare_postgres(connection: Any, record: ConnectionPoolEntry) -> None:
     with connection.cursor() as cursor:
         cursor.execute("SET TIME ZONE 'UTC'")
         cursor.execute(f"SET lock_timeout = '{BUSY_TIMEOUT_SECONDS}s'")
+        cursor.execute(f"SET statement_timeout = '{STATEMENT_SECONDS}s'")
         # a process that hangs inside a transaction must not keep a job locked for ever
         cursor.execute(f"SET idle_in_transaction_session_timeout = '{IDLE_IN_TRANSACTION_SECONDS}s'")
     connection.commit()

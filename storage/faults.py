@@ -26,8 +26,8 @@ _SQLITE_FULL = ("SQLITE_FULL", "SQLITE_IOERR_WRITE", "SQLITE_IOERR_SHMSIZE")
 _SQLITE_BUSY = ("SQLITE_BUSY", "SQLITE_LOCKED")
 # Classes of SQLSTATE: connection, invalid authorization, no such database, resources, operator intervention, system.
 _POSTGRES_GONE = ("08", "28", "3D", "53", "57P", "58", "XX")
-# Serialisation failure, deadlock, lock not available, a standby that takes no writes.
-_POSTGRES_BUSY = ("40001", "40P01", "55P03", "25006")
+# Serialisation failure, deadlock, lock not available, a standby that takes no writes, a statement over its time.
+_POSTGRES_BUSY = ("40001", "40P01", "55P03", "25006", "57014")
 # Values that a column does not take, SQLSTATE class 22 among them; U+0000 is refused before it has a state.
 _POSTGRES_REFUSED = ("DataError", "StringDataRightTruncation", "NumericValueOutOfRange")
 _UPGRADE = "Run `rankwise db upgrade`, then try again."

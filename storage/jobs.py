@@ -6,18 +6,29 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from sqlalchemy import and_, func, or_, select
+from sqlalchemy import and_, func, or_, select, text
 from sqlalchemy.orm import Session
 
-from artifacts.errors import FieldError, NotFound, QueueFull, RequestInvalid, StateConflict
-from storage import database
+from artifacts.errors import FieldError, NotFound, QueueFull, QuotaExceeded, RequestInvalid, StateConflict
+from storage import database, queues
 from storage.ids import new_id
 from storage.pagination import DEFAULT_LIMIT, Page, page_of
-from storage.tables import JOB_STATES, TERMINAL_STATES, JobAttemptRow, JobEventRow, JobRow
+from storage.queues import count_change
+from storage.tables import (
+    ANONYMOUS,
+    JOB_STATES,
+    TERMINAL_STATES,
+    ApiKeyRow,
+    JobAttemptRow,
+    JobEventRow,
+    JobQueueRow,
+    JobRow,
+)
 from storage.text import is_storable, storable
-from storage.transitions import change_state, lock_job
+from storage.transitions import append_event, change_state, lock_job
 
 MAX_QUEUED = 1000
+RETRY_SECONDS = 10
 _LARGEST_SEQUENCE = 2**31 - 1
 
 
@@ -36,30 +47,41 @@ def create_job(
     *,
     resources: Mapping[str, Any] | None = None,
     priority: int = 0,
+    affinity: str | None = None,
     created_by: str | None = None,
     request_id: str | None = None,
     retry_of: str | None = None,
+    schedule_id: str | None = None,
     max_queued: int = MAX_QUEUED,
 ) -> JobRow:
-    """A new queued job and its first event. A higher `priority` is served first.
+    """A new queued job and its first event.
+
+    Args:
+        resources: {devices: number of device slots (default 1), timeout_seconds: longest run of an attempt}.
+        priority: of the jobs of one owner, the highest is served first.
+        affinity: id of the base model that the job will load.
+        created_by: the API key that asked for it, which owns it.
+        max_queued: jobs of all owners that may wait.
 
     Raises:
-        QueueFull: `max_queued` jobs wait already (a limit on load: submissions at the same instant may pass it).
-        RequestInvalid: the parameters can not be stored.
+        QueueFull: `max_queued` jobs wait already.
+        QuotaExceeded: as many jobs of this API key wait as it may have waiting.
+        RequestInvalid: the parameters can not be stored, or more devices than this API key's jobs may ever hold.
     """
-    waiting = session.scalar(select(func.count()).select_from(JobRow).where(JobRow.state == "queued")) or 0
-    if waiting >= max_queued:
-        raise QueueFull(f"{waiting} jobs are waiting; at most {max_queued} may", hint="Try again when some have run.")
     moment = database.now(session)
     job = JobRow(
         id=new_id("job"),
         kind=storable(kind, "/kind", 24),
+        owner=created_by or ANONYMOUS,
+        devices=int((resources or {}).get("devices", 1)),
+        affinity=None if affinity is None else storable(affinity, "/affinity", 64),
         params=dict(params),
         resources=dict(resources or {}),
         state="queued",
-        priority=priority,
+        precedence=-priority,
         attempt=0,
         failures=0,
+        restarts=0,
         available_at=moment,
         cancel_requested=False,
         fraction=0.0,
@@ -68,13 +90,46 @@ def create_job(
         created_by=created_by,
         request_id=None if request_id is None else storable(request_id, "/request_id", 64),
         retry_of=retry_of,
+        schedule_id=schedule_id,
         created_at=moment,
     )
     session.add(job)
     session.flush()
-    change_state(session, job, "queued", moment)
+    append_event(session, job, "state", {"state": "queued", "attempt": 0}, moment)
+    count_change(session, job, None, "queued")  # locks the owner's counter: what is read now stays true
     session.flush()
+    _check_limits(session, job, max_queued)
     return job
+
+
+def _check_limits(session: Session, job: JobRow, max_queued: int) -> None:
+    """Refuse the new job, which the counters have already, when too many wait or it could never run."""
+    waiting = queues.waiting_in_all(session) - 1
+    if waiting >= max_queued:
+        raise QueueFull(
+            f"{waiting} jobs are waiting; at most {max_queued} may",
+            hint="Try again when some have run.",
+            retry_after=RETRY_SECONDS,
+        )
+    key = session.get(ApiKeyRow, job.created_by) if job.created_by is not None else None
+    if key is None:
+        return
+    if key.max_running is not None and job.devices > key.max_running:
+        problem = f"{job.devices} devices; the jobs of the API key {key.name!r} may hold {key.max_running} at once"
+        raise RequestInvalid(
+            f"the job asks for {problem}",
+            hint="Ask for fewer devices, or for a larger limit.",
+            errors=[FieldError("/resources/devices", problem)],
+        )
+    if key.max_queued is None:
+        return
+    own = queues.waiting_of(session, job.owner) - 1
+    if own >= key.max_queued:
+        raise QuotaExceeded(
+            f"{own} jobs of the API key {key.name!r} are waiting; at most {key.max_queued} may",
+            hint="Try again when some have run, or ask for a larger limit.",
+            retry_after=RETRY_SECONDS,
+        )
 
 
 def get_job(session: Session, job_id: str) -> JobRow:
@@ -153,6 +208,7 @@ def retry_job(
         old.params,
         resources=old.resources,
         priority=old.priority,
+        affinity=old.affinity,
         created_by=created_by,
         request_id=request_id,
         retry_of=old.id,
@@ -189,16 +245,28 @@ def count_by_state(session: Session) -> dict[str, int]:
 
 
 def queue_position(session: Session, row: JobRow) -> int | None:
-    """The place in the queue: 1 is served next. None if the job does not wait."""
+    """The place in the queue: 1 is served next. None if the job does not wait.
+
+    Owners take turns, so before a job with n others of its owner ahead go at most n + 1 of every other owner that
+    waits; with one owner, or equal ones, the place is exact.
+    """
     if row.state != "queued":
         return None
     ahead = or_(
-        JobRow.priority > row.priority,
-        and_(JobRow.priority == row.priority, JobRow.created_at < row.created_at),
-        and_(JobRow.priority == row.priority, JobRow.created_at == row.created_at, JobRow.id < row.id),
+        JobRow.precedence < row.precedence,
+        and_(JobRow.precedence == row.precedence, JobRow.created_at < row.created_at),
+        and_(JobRow.precedence == row.precedence, JobRow.created_at == row.created_at, JobRow.id < row.id),
     )
-    waiting = select(func.count()).select_from(JobRow).where(JobRow.state == "queued", ahead)
-    return 1 + (session.scalar(waiting) or 0)
+    own = session.scalar(
+        select(func.count()).select_from(JobRow).where(text("jobs.state = 'queued'"), JobRow.owner == row.owner, ahead)
+    )
+    before = own or 0
+    others = session.execute(
+        select(JobQueueRow.owner, func.sum(JobQueueRow.queued))
+        .where(JobQueueRow.owner != row.owner, text("job_queues.queued > 0"))
+        .group_by(JobQueueRow.owner)
+    )
+    return 1 + before + sum(min(queued, before + 1) for _, queued in others)
 
 
 def _lock(session: Session, job_id: str) -> JobRow:

@@ -6,7 +6,8 @@ import hashlib
 import hmac
 import re
 import secrets
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from datetime import datetime, timedelta
 
 from sqlalchemy import or_, select, update
@@ -24,16 +25,38 @@ TOUCH_INTERVAL = timedelta(minutes=1)
 _SECRET = re.compile(r"rw_([0-9a-f]{12})_[A-Za-z0-9_-]{43}")
 _TRIES = 3
 _NO_KEY = "0" * 64
+_LOWEST = {"max_queued": 0, "max_running": 1, "max_bytes": 0}  # with no slot at all, jobs would wait for ever
+_HIGHEST = {"max_queued": 2**31 - 1, "max_running": 2**31 - 1, "max_bytes": 2**63 - 1}
+
+
+@dataclass(frozen=True, slots=True)
+class KeyLimits:
+    """What a key may use at once; None does not limit.
+
+    Args:
+        max_queued: jobs that may wait.
+        max_running: device slots that its jobs may hold.
+        max_bytes: bytes of the live adapters that it made.
+    """
+
+    max_queued: int | None = None
+    max_running: int | None = None
+    max_bytes: int | None = None
 
 
 def create_key(
-    session: Session, name: str, scopes: Iterable[str], expires_at: datetime | None = None
+    session: Session,
+    name: str,
+    scopes: Iterable[str],
+    expires_at: datetime | None = None,
+    limits: KeyLimits | None = None,
 ) -> tuple[ApiKeyRow, str]:
     """A new key and its secret `rw_<prefix>_<32 random bytes>`, which is never to be seen again.
 
     Raises:
-        RequestInvalid: an empty name, no scope or an unknown one, an expiry that is past.
+        RequestInvalid: an empty name, no scope or an unknown one, an expiry that is past, a limit out of range.
     """
+    allowed = _checked(asdict(limits or KeyLimits()))
     if not name.strip():
         raise _invalid("/name", "must not be empty")
     wanted = set(scopes)
@@ -53,6 +76,8 @@ def create_key(
             scopes=[scope for scope in SCOPES if scope in wanted],
             created_at=moment,
             expires_at=expires_at,
+            stored_bytes=0,
+            **allowed,
         )
         try:
             with session.begin_nested():
@@ -111,13 +136,42 @@ def revoke_key(session: Session, key_id: str) -> ApiKeyRow:
     Raises:
         NotFound
     """
-    row = session.get(ApiKeyRow, key_id) if is_storable(key_id) else None
-    if row is None:
-        raise NotFound(f"there is no API key {key_id!r}")
+    row = get_key(session, key_id)
     if row.revoked_at is None:
         row.revoked_at = database.now(session)
         session.flush()
     return row
+
+
+def get_key(session: Session, key_id: str) -> ApiKeyRow:
+    """Raises NotFound."""
+    row = session.get(ApiKeyRow, key_id) if is_storable(key_id) else None
+    if row is None:
+        raise NotFound(f"there is no API key {key_id!r}")
+    return row
+
+
+def set_limits(session: Session, key_id: str, changes: Mapping[str, int | None]) -> ApiKeyRow:
+    """Change the limits that `changes` names, as fields of `KeyLimits`; None takes one away.
+
+    A limit below what is used already takes nothing back: it only refuses more.
+
+    Raises:
+        NotFound
+        RequestInvalid: a limit out of range.
+    """
+    row = get_key(session, key_id)
+    for name, value in _checked(changes).items():
+        setattr(row, name, value)
+    session.flush()
+    return row
+
+
+def _checked(limits: Mapping[str, int | None]) -> dict[str, int | None]:
+    for name, value in limits.items():
+        if value is not None and not _LOWEST[name] <= value <= _HIGHEST[name]:
+            raise _invalid(f"/{name}", f"must be between {_LOWEST[name]} and {_HIGHEST[name]}, not {value}")
+    return dict(limits)
 
 
 def _digest(secret: str) -> str:

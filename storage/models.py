@@ -13,6 +13,7 @@ from sqlalchemy.orm import Session, defer
 from artifacts.base_model import BaseModelRef
 from artifacts.errors import Conflict, NotFound
 from storage import database
+from storage.domain_events import publish
 from storage.ids import new_id
 from storage.pagination import DEFAULT_LIMIT, Page, page_of
 from storage.tables import ModelRow
@@ -105,14 +106,20 @@ def update_model(
 ) -> ModelRow:
     """Set or clear (None) when the model is deprecated and when it is removed.
 
+    A date that was not set before is a domain event, in the same transaction; moving it is none.
+
     Raises:
         NotFound
     """
     row = get_model(session, model_id)
-    if not isinstance(deprecated_at, Unchanged):
-        row.deprecated_at = deprecated_at
-    if not isinstance(removed_at, Unchanged):
-        row.removed_at = removed_at
+    session.refresh(row, with_for_update=True)  # of two that set the date at once, one is the first
+    for name, moment in (("deprecated_at", deprecated_at), ("removed_at", removed_at)):
+        if isinstance(moment, Unchanged):
+            continue
+        if moment is not None and getattr(row, name) is None:
+            data = {"name": row.name, name: moment.isoformat()}
+            publish(session, f"base_model.{name.removesuffix('_at')}", row.id, data)
+        setattr(row, name, moment)
     session.flush()
     return row
 

@@ -11,16 +11,19 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any, Generic, TypeVar
 
-from sqlalchemy import Select, and_, or_
+from sqlalchemy import ColumnElement, Select, SQLColumnExpression, literal, tuple_
 from sqlalchemy.orm import InstrumentedAttribute, Session
 
 from artifacts.errors import FieldError, RequestInvalid
+from storage.columns import UtcDateTime
 from storage.text import is_storable
 
 MAX_LIMIT = 200
 DEFAULT_LIMIT = 50
 
 Row = TypeVar("Row")
+Key = tuple[datetime, str]
+"""When a row was created, and its id: rows are listed by it, descending."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,19 +53,42 @@ def page_of(
     Raises:
         RequestInvalid: the limit is out of range, or the cursor is not one of ours or of another query.
     """
-    if not 1 <= limit <= MAX_LIMIT:
-        raise _invalid("limit", f"must be between 1 and {MAX_LIMIT}, not {limit}")
     created_at, identifier = keys
-    if cursor is not None:
-        moment, last = _decode(cursor, filters)
-        statement = statement.where(or_(created_at < moment, and_(created_at == moment, identifier < last)))
+    start = start_of(cursor, limit, filters)
+    if start is not None:
+        statement = statement.where(behind(created_at, identifier, start))
     rows: Sequence[Row] = session.scalars(
         statement.order_by(created_at.desc(), identifier.desc()).limit(limit + 1)
     ).all()
     items = tuple(rows[:limit])
     if len(rows) <= limit:
         return Page(items, None)
-    return Page(items, _encode(getattr(items[-1], created_at.key), getattr(items[-1], identifier.key), filters))
+    return Page(items, cursor_at((getattr(items[-1], created_at.key), getattr(items[-1], identifier.key)), filters))
+
+
+def start_of(cursor: str | None, limit: int, filters: Mapping[str, Any]) -> Key | None:
+    """The key of the last row that the reader has seen; None at the start of the list.
+
+    Raises:
+        RequestInvalid: as for `page_of`.
+    """
+    if not 1 <= limit <= MAX_LIMIT:
+        raise _invalid("limit", f"must be between 1 and {MAX_LIMIT}, not {limit}")
+    return None if cursor is None else _decode(cursor, filters)
+
+
+def behind(
+    created_at: SQLColumnExpression[datetime], identifier: SQLColumnExpression[str], key: Key
+) -> ColumnElement[bool]:
+    """The rows that come after `key`. One comparison of rows: both databases then seek its place in an index."""
+    moment, last = key
+    return tuple_(created_at, identifier) < tuple_(literal(moment, UtcDateTime()), literal(last))
+
+
+def cursor_at(key: Key, filters: Mapping[str, Any]) -> str:
+    """The cursor of the page that begins behind the row `key`."""
+    moment, identifier = key
+    return _encode(moment, identifier, filters)
 
 
 def _encode(moment: datetime, identifier: str, filters: Mapping[str, Any]) -> str:

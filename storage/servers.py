@@ -15,7 +15,13 @@ from storage.tables import ServerRow
 
 
 def register_server(
-    session: Session, server_id: str, boot_id: str, host: str, slots: Sequence[Mapping[str, Any]]
+    session: Session,
+    server_id: str,
+    boot_id: str,
+    host: str,
+    slots: Sequence[Mapping[str, Any]],
+    *,
+    pool: str = "local",
 ) -> ServerRow:
     """Write that a supervisor has started, as this boot, with these slots; replaces what its earlier boot wrote."""
     moment = database.now(session)
@@ -23,7 +29,7 @@ def register_server(
     if row is None:
         row = ServerRow(id=server_id)
         session.add(row)
-    row.boot_id, row.host, row.slots = boot_id, host, [dict(slot) for slot in slots]
+    row.boot_id, row.host, row.pool, row.slots = boot_id, host, pool, [dict(slot) for slot in slots]
     row.started_at = row.seen_at = moment
     session.flush()
     return row

@@ -2,64 +2,55 @@
 
 from __future__ import annotations
 
-from datetime import UTC, datetime
+from datetime import datetime
 from typing import Any
 
 from sqlalchemy import (
-    JSON,
     BigInteger,
     Boolean,
     CheckConstraint,
-    DateTime,
     Float,
     ForeignKey,
     Index,
     Integer,
-    MetaData,
     String,
     Text,
-    TypeDecorator,
     UniqueConstraint,
-    text,
 )
-from sqlalchemy.dialects.postgresql import JSONB
-from sqlalchemy.engine import Dialect
-from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column, relationship
+from sqlalchemy.orm import Mapped, mapped_column, relationship
 
+from storage.automation_tables import DomainEventRow, FiringRow, ScheduleRow, WebhookDeliveryRow, WebhookRow
+from storage.columns import Base, partial_index
 
-class UtcDateTime(TypeDecorator[datetime]):
-    """An aware UTC datetime on every database; SQLite drops the zone, so it is put back on reading."""
+__all__ = [
+    "ANONYMOUS",
+    "JOB_STATES",
+    "TERMINAL_STATES",
+    "AdapterFileRow",
+    "AdapterRow",
+    "AdapterTagRow",
+    "ApiKeyRow",
+    "Base",
+    "BlobRow",
+    "DatasetRow",
+    "DomainEventRow",
+    "FiringRow",
+    "IdempotencyRow",
+    "JobAttemptRow",
+    "JobEventRow",
+    "JobLogRow",
+    "JobQueueRow",
+    "JobRow",
+    "LineageRow",
+    "ModelRow",
+    "ScheduleRow",
+    "ServerRow",
+    "WebhookDeliveryRow",
+    "WebhookRow",
+]
 
-    impl = DateTime(timezone=True)
-    cache_ok = True
-
-    def process_bind_param(self, value: datetime | None, dialect: Dialect) -> datetime | None:
-        if value is None:
-            return None
-        if value.tzinfo is None:
-            raise ValueError("a naive datetime can not be stored")
-        return value.astimezone(UTC)
-
-    def process_result_value(self, value: datetime | None, dialect: Dialect) -> datetime | None:
-        if value is None:
-            return None
-        return value.replace(tzinfo=UTC) if value.tzinfo is None else value.astimezone(UTC)
-
-
-Json = JSON(none_as_null=True).with_variant(JSONB(none_as_null=True), "postgresql")
-
-
-class Base(DeclarativeBase):
-    metadata = MetaData(
-        naming_convention={
-            "ix": "ix_%(table_name)s_%(column_0_N_name)s",
-            "uq": "uq_%(table_name)s_%(column_0_N_name)s",
-            "ck": "ck_%(table_name)s_%(constraint_name)s",
-            "fk": "fk_%(table_name)s_%(column_0_name)s",
-            "pk": "pk_%(table_name)s",
-        }
-    )
-    type_annotation_map = {dict[str, Any]: Json, list[str]: Json, list[Any]: Json, datetime: UtcDateTime}  # noqa: RUF012
+ANONYMOUS = "anonymous"
+"""The owner of what was asked for without an API key."""
 
 
 class ApiKeyRow(Base):
@@ -72,6 +63,10 @@ class ApiKeyRow(Base):
     prefix: Mapped[str] = mapped_column(String(16), unique=True)
     sha256: Mapped[str] = mapped_column(String(64))
     scopes: Mapped[list[str]]
+    max_queued: Mapped[int | None] = mapped_column(Integer)  # jobs that may wait; null: as many as the service allows
+    max_running: Mapped[int | None] = mapped_column(Integer)  # device slots that its jobs may hold at once
+    max_bytes: Mapped[int | None] = mapped_column(BigInteger)  # of stored files
+    stored_bytes: Mapped[int] = mapped_column(BigInteger, default=0)  # of the live adapters that it made
     created_at: Mapped[datetime]
     expires_at: Mapped[datetime | None]
     last_used_at: Mapped[datetime | None]
@@ -110,6 +105,10 @@ class ModelRow(Base):
     removed_at: Mapped[datetime | None]
 
 
+def _live_index(name: str, *columns: str) -> Index:
+    return partial_index(name, *columns, "deleted_at", where="deleted_at IS NULL")
+
+
 class AdapterRow(Base):
     """An immutable adapter. Deleting sets `deleted_at`; only a live row blocks a second upload of the same content."""
 
@@ -134,7 +133,7 @@ class AdapterRow(Base):
     size: Mapped[int] = mapped_column(BigInteger)
     mergeable: Mapped[bool] = mapped_column(Boolean)
     refusal: Mapped[str | None] = mapped_column(Text)
-    weights_digest: Mapped[str] = mapped_column(String(64), index=True)
+    weights_digest: Mapped[str] = mapped_column(String(64))
     identity_digest: Mapped[str] = mapped_column(String(64))
     config: Mapped[dict[str, Any]]
     modules: Mapped[list[Any]]  # LoraModule as dicts
@@ -148,15 +147,25 @@ class AdapterRow(Base):
     files: Mapped[list[AdapterFileRow]] = relationship(order_by="AdapterFileRow.path", lazy="selectin")
 
     __table_args__ = (
-        Index(
-            "uq_adapters_live_identity",
-            "identity_digest",
-            unique=True,
-            sqlite_where=text("deleted_at IS NULL"),
-            postgresql_where=text("deleted_at IS NULL"),
-        ),
-        Index("ix_adapters_created", "created_at", "id"),
+        partial_index("uq_adapters_live_identity", "identity_digest", where="deleted_at IS NULL", unique=True),
+        # The first columns are a filter and the order of the list. The others are what is looked at on the way, so that
+        # the table, whose rows are large, is not; SQLite wants the column of the condition among them.
+        _live_index("ix_adapters_created", "created_at", "id", "name_folded"),
+        _live_index("ix_adapters_base_model", "base_model", "created_at", "id", "method", "name_folded"),
+        _live_index("ix_adapters_model_id", "model_id", "created_at", "id", "method", "name_folded"),
+        _live_index("ix_adapters_method", "method", "created_at", "id", "base_model", "model_id", "name_folded"),
+        _live_index("ix_adapters_weights_digest", "weights_digest", "created_at", "id"),
     )
+
+
+class AdapterTagRow(Base):
+    """A tag of an adapter, with the adapter's age: one index gives the newest of a tag."""
+
+    __tablename__ = "adapter_tags"
+
+    tag: Mapped[str] = mapped_column(String(200), primary_key=True)
+    created_at: Mapped[datetime] = mapped_column(primary_key=True)  # of the adapter
+    adapter_id: Mapped[str] = mapped_column(ForeignKey("adapters.id"), primary_key=True, index=True)
 
 
 class AdapterFileRow(Base):
@@ -164,9 +173,12 @@ class AdapterFileRow(Base):
 
     adapter_id: Mapped[str] = mapped_column(ForeignKey("adapters.id"), primary_key=True)
     path: Mapped[str] = mapped_column(String(300), primary_key=True)
-    sha256: Mapped[str] = mapped_column(ForeignKey("blobs.sha256"), index=True)
+    sha256: Mapped[str] = mapped_column(ForeignKey("blobs.sha256"))
     size: Mapped[int] = mapped_column(BigInteger)
     media_type: Mapped[str] = mapped_column(String(100))
+    created_at: Mapped[datetime]  # of the adapter: one index gives the newest that have a file
+
+    __table_args__ = (Index("ix_adapter_files_content", "sha256", "created_at", "adapter_id"),)
 
 
 class LineageRow(Base):
@@ -207,18 +219,24 @@ class JobRow(Base):
 
     id: Mapped[str] = mapped_column(String(48), primary_key=True)
     kind: Mapped[str] = mapped_column(String(24))
+    owner: Mapped[str] = mapped_column(String(48), default=ANONYMOUS)  # API key id: claims are fair between owners
+    devices: Mapped[int] = mapped_column(Integer, default=1)  # device slots that it needs, all of one host
+    affinity: Mapped[str | None] = mapped_column(String(64))  # the base model that it loads: its models.id
     params: Mapped[dict[str, Any]]
     resources: Mapped[dict[str, Any]]
     state: Mapped[str] = mapped_column(String(12))
-    priority: Mapped[int] = mapped_column(Integer, default=0)
+    precedence: Mapped[int] = mapped_column(Integer, default=0)  # lowest first; minus what users call priority
     attempt: Mapped[int] = mapped_column(Integer, default=0)
     failures: Mapped[int] = mapped_column(Integer, default=0)  # infrastructure failures so far
+    restarts: Mapped[int] = mapped_column(Integer, default=0)  # servers that died while they ran it
     available_at: Mapped[datetime]  # not claimed before: back-off
     cancel_requested: Mapped[bool] = mapped_column(Boolean, default=False)
     server_id: Mapped[str | None] = mapped_column(String(48))
     boot_id: Mapped[str | None] = mapped_column(String(48))
     slot: Mapped[str | None] = mapped_column(String(40))
     lease_expires_at: Mapped[datetime | None]
+    held_by: Mapped[str | None] = mapped_column(String(48))  # the server that keeps slots free for it
+    held_until: Mapped[datetime | None]
     fraction: Mapped[float] = mapped_column(Float, default=0.0)
     step: Mapped[int | None] = mapped_column(Integer)
     total: Mapped[int | None] = mapped_column(Integer)
@@ -227,17 +245,43 @@ class JobRow(Base):
     result: Mapped[dict[str, Any] | None]
     error: Mapped[dict[str, Any] | None]
     retry_of: Mapped[str | None] = mapped_column(ForeignKey("jobs.id"))
+    schedule_id: Mapped[str | None] = mapped_column(ForeignKey("schedules.id"))
     created_by: Mapped[str | None] = mapped_column(ForeignKey("api_keys.id"))
     request_id: Mapped[str | None] = mapped_column(String(64))
     created_at: Mapped[datetime]
     started_at: Mapped[datetime | None]
     finished_at: Mapped[datetime | None]
 
+    @property
+    def priority(self) -> int:
+        """Of the jobs of one owner, the highest is served first."""
+        return -self.precedence
+
     __table_args__ = (
         CheckConstraint(f"state IN {JOB_STATES!r}", name="state"),
-        Index("ix_jobs_claim", "state", "priority", "created_at", "id"),
+        partial_index("ix_jobs_queue", "owner", "devices", "precedence", "created_at", "id", where="state = 'queued'"),
+        partial_index("ix_jobs_active", "server_id", "lease_expires_at", where="state IN ('running', 'cancelling')"),
         Index("ix_jobs_created", "created_at", "id"),
+        Index("ix_jobs_kind", "kind", "created_at", "id"),
+        Index("ix_jobs_state", "state", "created_at", "id"),
+        Index("ix_jobs_kind_state", "kind", "state", "created_at", "id"),
+        partial_index("ix_jobs_schedule", "schedule_id", "created_at", "id", where="schedule_id IS NOT NULL"),
     )
+
+
+class JobQueueRow(Base):
+    """How many jobs of one owner and size wait and run: kept by every change of state, so that nobody has to count.
+
+    `served_at` is when one of them was last claimed.
+    """
+
+    __tablename__ = "job_queues"
+
+    owner: Mapped[str] = mapped_column(String(48), primary_key=True)
+    devices: Mapped[int] = mapped_column(Integer, primary_key=True)
+    queued: Mapped[int] = mapped_column(Integer, default=0)
+    running: Mapped[int] = mapped_column(Integer, default=0)  # also those being cancelled
+    served_at: Mapped[datetime | None]
 
 
 class JobEventRow(Base):
@@ -269,6 +313,18 @@ class JobAttemptRow(Base):
     log_sha256: Mapped[str | None] = mapped_column(String(64))
 
 
+class JobLogRow(Base):
+    """A piece of the log of an attempt that runs; the whole is in the blob store once it has ended."""
+
+    __tablename__ = "job_logs"
+
+    job_id: Mapped[str] = mapped_column(ForeignKey("jobs.id"), primary_key=True)
+    attempt: Mapped[int] = mapped_column(Integer, primary_key=True)
+    sequence: Mapped[int] = mapped_column(Integer, primary_key=True)
+    text: Mapped[str] = mapped_column(Text)
+    created_at: Mapped[datetime]
+
+
 class ServerRow(Base):
     """A supervisor: who it is now (`boot_id`), what slots it has and when it last gave a sign of life."""
 
@@ -277,7 +333,8 @@ class ServerRow(Base):
     id: Mapped[str] = mapped_column(String(48), primary_key=True)
     boot_id: Mapped[str] = mapped_column(String(48))
     host: Mapped[str] = mapped_column(String(300))
-    slots: Mapped[list[Any]]  # [{name, device, pid, job_id, attempt, warm}]
+    pool: Mapped[str] = mapped_column(String(16), default="local")  # the provider of its workers
+    slots: Mapped[list[Any]]  # [{name, device, host, state, pid, job_id, attempt, warm}]
     started_at: Mapped[datetime]
     seen_at: Mapped[datetime]
 

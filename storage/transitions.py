@@ -9,6 +9,8 @@ from sqlalchemy import select, update
 from sqlalchemy.orm import Session
 
 from artifacts.errors import AttemptCancelled, AttemptStale
+from storage import webhooks
+from storage.queues import count_change
 from storage.tables import TERMINAL_STATES, JobAttemptRow, JobEventRow, JobRow
 
 
@@ -55,16 +57,19 @@ def append_event(session: Session, job: JobRow, kind: str, data: dict[str, Any],
 
 
 def change_state(session: Session, job: JobRow, state: str, moment: datetime, **details: Any) -> None:
-    """Move a locked job to `state` and tell it in an event, with `details` that are not None."""
+    """Move a locked job to `state`, count it there and tell it in an event, with `details` that are not None."""
     if job.state in TERMINAL_STATES:
         raise AssertionError(f"{job.id} has ended as {job.state} and can not become {state}")
-    job.state = state
+    before, job.state = job.state, state
     if state in TERMINAL_STATES:
         job.finished_at = moment
     if state in TERMINAL_STATES or state == "queued":
         job.boot_id = job.slot = job.lease_expires_at = None
     shown = {name: value for name, value in details.items() if value is not None}
     append_event(session, job, "state", {"state": state, "attempt": job.attempt} | shown, moment)
+    count_change(session, job, before, state)
+    if state in TERMINAL_STATES:
+        webhooks.enqueue_job_end(session, job, moment)
 
 
 def close_attempt(session: Session, job: JobRow, outcome: str, ended: dict[str, Any] | None, moment: datetime) -> None:

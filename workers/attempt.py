@@ -17,11 +17,13 @@ class AttemptSpec:
     Attributes:
         attempt: the fencing token.
         function: what runs the kind of job, as "module:function".
-        device: what torch calls the device inside the worker process ("cpu", "cuda:0").
+        device: what torch calls the (first) device inside the worker process ("cpu", "cuda:0").
+        devices: number of devices; with more than one the process forks a rank for each (`workers.ranks`).
         scratch: a folder of this attempt alone, removed when it ends.
         cache: a folder for downloaded blobs, shared by all workers of the machine.
         log: the file that gets the attempt's standard output and error; "" leaves them alone.
         model_roots: folders under which local base models may lie.
+        warm_bytes: base models that the worker may keep in memory, bytes; None: a share of what the device has.
         resources: the job's own wishes and the hints of earlier attempts (`reduce_memory`).
     """
 
@@ -38,6 +40,8 @@ class AttemptSpec:
     model_roots: tuple[str, ...]
     function: str
     log: str = ""
+    devices: int = 1
+    warm_bytes: int | None = None
     resources: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -50,9 +54,11 @@ class Outcome:
         error: {code, detail, hint, errors} of a failure.
         retry: whether trying again can help, by the cause of the failure.
         peak_memory: largest resident set of the process during the attempt, bytes.
+        warm: ids of the base models that the process now holds.
     """
 
     state: State
     error: dict[str, Any] | None = None
     retry: Retry = "never"
     peak_memory: int | None = None
+    warm: tuple[str, ...] = ()

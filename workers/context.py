@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import structlog
 
@@ -14,12 +14,17 @@ from artifacts import intake
 from artifacts.base_model import BaseModelRef
 from artifacts.errors import AttemptCancelled, BlobMissing, DatabaseUnavailable
 from artifacts.manifest import AdapterManifest
-from storage import adapters, claims
+from storage import adapters, claims, models
 from storage.adapters import Parent
 from storage.blobs import BlobStore
 from storage.database import Database
+from workers import base_models
 from workers.attempt import AttemptSpec
 from workers.cache import place
+from workers.warm_models import WarmModels
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 PROGRESS_SECONDS = 0.25
 _FETCH_TRIES = 3
@@ -29,10 +34,14 @@ log = structlog.get_logger(__name__)
 
 @dataclass(slots=True)
 class Interruption:
-    """Set by the signal handler of the worker process: `wanted` once the attempt shall stop."""
+    """Set by the signal handler of the worker process: `wanted` once the attempt shall stop.
+
+    `forward` passes the wish on to the other ranks of an attempt on several devices.
+    """
 
     attempt_runs: bool = False
     wanted: bool = False
+    forward: Callable[[], None] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,10 +80,20 @@ class JobOutcome:
 class JobContext:
     """One attempt, as the job's function sees it."""
 
-    def __init__(self, spec: AttemptSpec, database: Database, blobs: BlobStore, interruption: Interruption) -> None:
+    def __init__(
+        self,
+        spec: AttemptSpec,
+        database: Database,
+        blobs: BlobStore,
+        interruption: Interruption,
+        warm: WarmModels | None = None,
+        rank: int = 0,
+    ) -> None:
         self.spec = spec
         self.database = database
         self.blobs = blobs
+        self.rank = rank
+        self._warm = warm if warm is not None else WarmModels()
         self.scratch = Path(spec.scratch)
         self._interruption = interruption
         self._last_progress = float("-inf")
@@ -89,6 +108,11 @@ class JobContext:
         return self.spec.device
 
     @property
+    def world_size(self) -> int:
+        """Number of ranks, one for each device; this process is number `rank` of them."""
+        return self.spec.devices
+
+    @property
     def reduce_memory(self) -> bool:
         """An earlier attempt ran out of the device's memory: use less of it this time."""
         return bool(self.spec.resources.get("reduce_memory"))
@@ -99,7 +123,7 @@ class JobContext:
             raise AttemptCancelled(f"attempt {self.spec.attempt} of {self.spec.job_id} was asked to stop")
 
     def progress(self, fraction: float, message: str, step: int | None = None, total: int | None = None) -> None:
-        """Tell how far the job is (fraction from 0 to 1); written at most every `PROGRESS_SECONDS`.
+        """Tell how far the job is (fraction from 0 to 1); written at most every `PROGRESS_SECONDS`, by rank 0 only.
 
         A database that does not answer for a while costs the progress, not the job: the lease decides over that.
 
@@ -109,7 +133,7 @@ class JobContext:
         """
         self.check_cancelled()
         now = time.monotonic()
-        if now - self._last_progress < PROGRESS_SECONDS:
+        if self.rank != 0 or now - self._last_progress < PROGRESS_SECONDS:
             return
         try:
             with self.database.write() as session:
@@ -147,6 +171,27 @@ class JobContext:
         for entry in stored.manifest.files:
             self._fetch(entry.sha256, directory / entry.path)
         return stored, directory
+
+    def base_model(self, model_id: str, dtype: str = "auto") -> PreTrainedModel:
+        """The registered base model in evaluation mode on the attempt's device, with no gradients.
+
+        Other attempts of this process get the same object while it is kept: whoever changes it must put it back.
+
+        Args:
+            dtype: a torch dtype's name, or "auto": as stored.
+
+        Raises:
+            NotFound: there is no such model, or its files are gone.
+            RequestInvalid: it lies outside of the folders that models may lie in, or can not be loaded.
+        """
+        with self.database.read() as session:
+            row = models.get_model(session, model_id)
+        source = base_models.locate(row, self.spec.model_roots)
+        key = (row.id, dtype, self.device)
+        limit = self.spec.warm_bytes if self.spec.warm_bytes is not None else base_models.default_limit(self.device)
+        return self._warm.get(
+            key, limit, source.size, lambda: base_models.load(source, dtype=dtype, device=self.device)
+        )
 
     def _fetch(self, sha256: str, destination: Path) -> None:
         destination.parent.mkdir(parents=True, exist_ok=True)

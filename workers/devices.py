@@ -6,6 +6,7 @@ import ctypes
 import importlib.util
 import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 from artifacts.errors import FieldError, RequestInvalid
@@ -116,16 +117,16 @@ def _nvml_device_count() -> int:
     return count.value if status == 0 else 0
 
 
-def worker_environment(slot: Slot) -> dict[str, str]:
-    """Environment variables that bind a worker process to its slot: it sees its own CUDA device and no other."""
-    if not slot.device.startswith("cuda:"):
+def worker_environment(slots: Sequence[Slot]) -> dict[str, str]:
+    """Environment variables that bind a worker process to its slots: it sees their CUDA devices and no other."""
+    indices = [int(slot.device.removeprefix("cuda:")) for slot in slots if slot.device.startswith("cuda:")]
+    if not indices:
         return {"CUDA_VISIBLE_DEVICES": ""}
-    index = int(slot.device.removeprefix("cuda:"))
     visible = visible_devices()
     return {
         # NVML counts by bus id; CUDA's own default order puts the fastest device first.
         "CUDA_DEVICE_ORDER": os.environ.get("CUDA_DEVICE_ORDER", "PCI_BUS_ID"),
-        "CUDA_VISIBLE_DEVICES": str(index) if visible is None else visible[index],
+        "CUDA_VISIBLE_DEVICES": ",".join(str(index) if visible is None else visible[index] for index in indices),
     }
 
 

@@ -14,6 +14,9 @@ from workers.attempt import Outcome, Retry
 # Failures of the surroundings: the same attempt may succeed later or elsewhere.
 _INFRASTRUCTURE = (DiskFull, BlobStoreUnavailable, DatabaseUnavailable)
 _CUDA_OOM_TEXTS = ("CUDA out of memory", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+PEER_LOST = "rank_lost"
+_PEER_LOST_TEXTS = ("Connection closed by peer", "Connection reset by peer", "NCCL", "[c10d]", "gloo")
+_LOST_HINT = "Ray's dashboard and `ray list nodes` tell what became of the node; what the job had written is gone."
 _LOG_HINT = "The attempt's log has the traceback; its last lines are in error.log."
 
 
@@ -34,6 +37,8 @@ def _describe(error: BaseException) -> tuple[dict[str, Any], Retry]:
         return _error("cuda_out_of_memory", _first_line(error), "Use a smaller job or a device with more memory."), (
             "out_of_memory"
         )
+    if is_peer_lost(error):
+        return _error(PEER_LOST, "Another rank of the attempt was lost.", _LOG_HINT), "infrastructure"
     if isinstance(error, OSError) and is_disk_full(error):
         where = f" while writing {error.filename}" if error.filename else ""
         return _error(DiskFull.code, f"The disk of the worker is full{where}.", "Free some space."), "infrastructure"
@@ -51,8 +56,18 @@ def is_cuda_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(text in str(error) for text in _CUDA_OOM_TEXTS)
 
 
+def is_peer_lost(error: BaseException) -> bool:
+    """Whether a collective operation failed because another rank is not there any more."""
+    if "torch.distributed" not in sys.modules or not isinstance(error, RuntimeError):
+        return False
+    distributed = sys.modules["torch.distributed"]
+    return isinstance(error, distributed.DistError) or any(text in str(error) for text in _PEER_LOST_TEXTS)
+
+
 def crashed(ended: dict[str, Any]) -> dict[str, Any]:
-    """The error of an attempt whose process ended without a word."""
+    """The error of an attempt whose process ended without a word, or on a host that was lost."""
+    if "lost" in ended:
+        return _error("worker_lost", f"The worker was lost in the middle of the job: {ended['lost']}.", _LOST_HINT)
     number = ended["signal"]
     if number is None:
         return _error(
@@ -73,6 +88,11 @@ def interrupted() -> dict[str, Any]:
     return _error(
         "worker_interrupted", "The worker process was asked to stop (SIGTERM) from outside of the pool.", None
     )
+
+
+def not_started(why: str) -> dict[str, Any]:
+    """The error of an attempt for which no process could be started."""
+    return _error("worker_not_started", f"A process for the attempt could not be started: {why}.", None)
 
 
 def lease_not_renewed() -> dict[str, Any]:

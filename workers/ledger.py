@@ -8,7 +8,7 @@ from typing import Any, Literal
 from sqlalchemy import select
 
 from storage import claims, servers
-from storage.claims import Claim, Renewal
+from storage.claims import Claims, Renewal, SlotOffer
 from storage.database import Database
 from storage.tables import JobRow
 from storage.transitions import lock_attempt
@@ -30,10 +30,10 @@ class Ledger:
         self._boot_id = boot_id
         self._lease_seconds = lease_seconds
 
-    def register(self, host: str, slots: Sequence[Mapping[str, Any]]) -> int:
+    def register(self, host: str, slots: Sequence[Mapping[str, Any]], pool: str) -> int:
         """Enter this boot and take back what the previous ones ran. Returns the number of jobs taken back."""
         with self._database.write() as session:
-            servers.register_server(session, self._server_id, self._boot_id, host, slots)
+            servers.register_server(session, self._server_id, self._boot_id, host, slots, pool=pool)
             return claims.release_previous_boots(session, self._server_id, self._boot_id)
 
     def beat(self, slots: Sequence[Mapping[str, Any]]) -> int:
@@ -42,24 +42,27 @@ class Ledger:
             servers.beat_server(session, self._server_id, slots)
             return claims.expire_leases(session, MAX_FAILURES)
 
-    def claim(self, slot: str, pid: int | None) -> Claim | None:
-        """Take the next job for `slot`, whose worker is process `pid`; None if none is due."""
+    def claim(self, slots: Sequence[SlotOffer], capacity: Mapping[str, int], hold: str | None) -> Claims:
+        """Give the idle `slots` the jobs that are next (`storage.claiming`)."""
         with self._database.write() as session:
-            claim = claims.claim_next(
+            return claims.claim_many(
                 session,
                 server_id=self._server_id,
                 boot_id=self._boot_id,
-                slot=slot,
+                slots=slots,
                 lease_seconds=self._lease_seconds,
+                capacity=capacity,
+                hold=hold,
             )
-            if claim is not None and pid is not None:
-                claims.record_pid(session, claim.job_id, claim.attempt, pid)
-            return claim
+
+    def record_pid(self, key: Key, pid: int) -> None:
+        with self._database.write() as session:
+            claims.record_pid(session, *key, pid)
 
     def work_waits(self) -> bool:
         """Whether any job is queued: a read, so that an idle server takes no write lock each time it looks."""
         with self._database.read() as session:
-            return session.scalar(select(JobRow.id).where(JobRow.state == "queued").limit(1)) is not None
+            return claims.waits(session)
 
     def renew(self, keys: Sequence[Key]) -> None:
         """Prolong the leases of those that are still current; `standing` tells which are not."""
@@ -108,4 +111,4 @@ class Ledger:
     def release_all(self) -> int:
         """Queue again whatever this server still holds, with no failure counted: its attempts have been stopped."""
         with self._database.write() as session:
-            return claims.release_previous_boots(session, self._server_id, boot_id="")
+            return claims.release_previous_boots(session, self._server_id, boot_id="", graceful=True)

@@ -22,13 +22,16 @@ import psutil
 import structlog
 
 from workers.attempt import AttemptSpec, Outcome
-from workers.devices import worker_environment
+from workers.devices import threads_per_slot, worker_environment
 from workers.forkserver import LineReader
+from workers.log_shipping import LogKeeper
 from workers.logs import read_tail
 from workers.provider import Slot, WorkerStartError
 
 PRELOAD = ("torch", "workers.runtime", "workers.jobs.merge", "merge.methods.lego")
 FORKSERVER_EXIT_SECONDS = 15.0
+LOG_SECONDS = 5.0  # for the logs that are not in the blob store yet, when the provider is closed
+HOST = socket.gethostname()
 
 log = structlog.get_logger(__name__)
 
@@ -37,9 +40,9 @@ class LocalWorker:
     """A worker process of the fork server. The event thread writes its state, the supervisor reads it."""
 
     def __init__(
-        self, slot: Slot, notify: Callable[[], None], channel: Connection, forkserver: ForkServerProcess
+        self, slots: Sequence[Slot], notify: Callable[[], None], channel: Connection, forkserver: ForkServerProcess
     ) -> None:
-        self.slot = slot
+        self.slots = tuple(slots)
         self.channel = channel
         self._notify = notify
         self._forkserver = forkserver
@@ -52,6 +55,7 @@ class LocalWorker:
         self._peak_memory: int | None = None
         self._ended: dict[str, Any] | None = None
         self._spec: AttemptSpec | None = None
+        self._warm: tuple[str, ...] = ()
 
     @property
     def pid(self) -> int | None:
@@ -60,6 +64,14 @@ class LocalWorker:
     @property
     def ready(self) -> bool:
         return self._ready and self._ended is None
+
+    @property
+    def host(self) -> str:
+        return HOST
+
+    @property
+    def warm(self) -> tuple[str, ...]:
+        return self._warm if self._ended is None else ()
 
     def submit(self, spec: AttemptSpec) -> None:
         """Hand the attempt to the process. If that has just died, `alive` tells."""
@@ -90,8 +102,9 @@ class LocalWorker:
         return read_tail(Path(self._spec.log), lines) if self._spec is not None and self._spec.log else []
 
     def discard(self) -> None:
-        if self._spec is not None and self._spec.log:
-            Path(self._spec.log).unlink(missing_ok=True)
+        spec = self._spec
+        if spec is not None and spec.log:
+            self._forkserver.logs.keep(Path(spec.log), spec.database_url, spec.blob_url)
 
     def _send_signal(self, number: signal.Signals) -> None:
         if self._pid is not None and self._ended is None:
@@ -109,6 +122,7 @@ class LocalWorker:
     def on_message(self, message: Outcome | str) -> None:
         if isinstance(message, Outcome):
             self._peak_memory = message.peak_memory
+            self._warm = message.warm
             self._outcome = message
         else:
             self._ready = True
@@ -138,7 +152,8 @@ class LocalWorker:
 class ForkServerProcess:
     """A running fork server, seen from the server: requests go out, one thread takes in what happens."""
 
-    def __init__(self, preload: Sequence[str], threads: int) -> None:
+    def __init__(self, preload: Sequence[str], threads: int, logs: LogKeeper) -> None:
+        self.logs = logs
         self._tokens = itertools.count()
         self._workers: dict[int, LocalWorker] = {}
         self._by_pid: dict[int, LocalWorker] = {}
@@ -168,7 +183,7 @@ class ForkServerProcess:
     def pid(self) -> int:
         return self._process.pid
 
-    def fork(self, slot: Slot, notify: Callable[[], None]) -> LocalWorker:
+    def fork(self, slots: Sequence[Slot], notify: Callable[[], None]) -> LocalWorker:
         """Ask for a worker process.
 
         Raises:
@@ -177,9 +192,9 @@ class ForkServerProcess:
         ours, theirs = socket.socketpair()
         with theirs:
             token = next(self._tokens)
-            worker = LocalWorker(slot, notify, Connection(ours.detach()), self)
+            worker = LocalWorker(slots, notify, Connection(ours.detach()), self)
             self._workers[token] = worker
-            line = json.dumps({"fork": token, "environment": worker_environment(slot)}).encode() + b"\n"
+            line = json.dumps({"fork": token, "environment": worker_environment(slots)}).encode() + b"\n"
             try:
                 with self._send_lock:
                     socket.send_fds(self._control, [line], [theirs.fileno()])
@@ -229,6 +244,8 @@ class ForkServerProcess:
                     self._on_event(selector, lines.messages.popleft()[0])
 
     def _take_message(self, selector: selectors.BaseSelector, worker: LocalWorker) -> None:
+        if worker.channel.closed:  # its end came in the same batch of events, and before this one
+            return
         try:
             message = worker.channel.recv()
         except (EOFError, OSError):
@@ -284,31 +301,40 @@ class LocalProvider:
     """Worker processes on this machine. A fork server that has died is replaced by the next `start`.
 
     Args:
+        slots: the device slots of this machine.
         preload: modules that the fork server imports before it forks.
         threads: threads for the numeric libraries of each worker.
     """
 
-    def __init__(self, *, preload: Sequence[str] = PRELOAD, threads: int = 1) -> None:
+    def __init__(
+        self, slots: Sequence[Slot] = (), *, preload: Sequence[str] = PRELOAD, threads: int | None = None
+    ) -> None:
+        self._slots = tuple(slots)
         self._preload = tuple(preload)
-        self._threads = threads
+        self._threads = threads_per_slot(len(self._slots)) if threads is None else threads
         self._forkserver: ForkServerProcess | None = None
+        self.logs = LogKeeper()
 
-    def start(self, slot: Slot, notify: Callable[[], None]) -> LocalWorker:
+    def slots(self) -> tuple[Slot, ...]:
+        return self._slots
+
+    def start(self, slots: Sequence[Slot], notify: Callable[[], None]) -> LocalWorker:
         if self._forkserver is None or self._forkserver.lost:
             if self._forkserver is not None:
                 log.error("fork_server_lost", pid=self._forkserver.pid)
                 self._forkserver.close()
             try:
-                self._forkserver = ForkServerProcess(self._preload, self._threads)
+                self._forkserver = ForkServerProcess(self._preload, self._threads, self.logs)
             except OSError as error:
                 self._forkserver = None
                 raise WorkerStartError(f"the fork server could not be started: {error}") from error
-        return self._forkserver.fork(slot, notify)
+        return self._forkserver.fork(slots, notify)
 
     def close(self) -> None:
         if self._forkserver is not None:
             self._forkserver.close()
             self._forkserver = None
+        self.logs.flush(LOG_SECONDS)
 
 
 # The fork server sees the same packages as the server, however that was started.

@@ -6,7 +6,7 @@ the supervisor knows slots, outcomes and exits, and no process, socket or cluste
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -15,7 +15,7 @@ from workers.attempt import AttemptSpec, Outcome
 
 @dataclass(frozen=True, slots=True)
 class Slot:
-    """A place where one attempt runs at a time.
+    """A place for one device's work: an attempt runs on one slot, or on several of one host.
 
     Attributes:
         name: unique in its server, e.g. "cpu:0" or "cuda:1".
@@ -27,7 +27,7 @@ class Slot:
 
 
 class Worker(Protocol):
-    """One worker process, bound to a slot. No call blocks, and none raises because the process has died."""
+    """One worker process, bound to its slots. No call blocks, and none raises because the process has died."""
 
     @property
     def pid(self) -> int | None:
@@ -36,6 +36,14 @@ class Worker(Protocol):
     @property
     def ready(self) -> bool:
         """Whether it has told that it takes attempts."""
+
+    @property
+    def host(self) -> str:
+        """The machine that it runs on; "" until that is known."""
+
+    @property
+    def warm(self) -> tuple[str, ...]:
+        """Ids of the base models that it holds in memory, as it told with its last outcome."""
 
     def submit(self, spec: AttemptSpec) -> None:
         """Start an attempt. The worker must be ready and without one."""
@@ -59,14 +67,19 @@ class Worker(Protocol):
         """The last lines that the newest attempt wrote."""
 
     def discard(self) -> None:
-        """The end of the newest attempt has been written: drop its log."""
+        """The end of the newest attempt has been written: its log goes where it is kept."""
 
 
 class WorkerProvider(Protocol):
     """Starts worker processes."""
 
-    def start(self, slot: Slot, notify: Callable[[], None]) -> Worker:
-        """Start a worker for `slot`, without waiting for it.
+    def slots(self) -> tuple[Slot, ...]:
+        """What it can serve now. In a cluster this changes as machines come and go."""
+
+    def start(self, slots: Sequence[Slot], notify: Callable[[], None]) -> Worker:
+        """Start one worker process that has the devices of all these slots, without waiting for it.
+
+        Usually that is one slot; for a job that needs n devices it is n, and they end up on one host.
 
         `notify` is called, from any thread, whenever the worker became ready, has an outcome or has ended.
 

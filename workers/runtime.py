@@ -13,8 +13,8 @@ import shutil
 import signal
 import sys
 import traceback
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -29,10 +29,14 @@ from workers import failures
 from workers.attempt import AttemptSpec, Outcome
 from workers.cache import prune
 from workers.context import Interruption, JobContext, JobOutcome, publish
+from workers.log_shipping import LogShipper
 from workers.logs import captured_output
+from workers.ranks import RankFailedError, Ranks, is_follow_up, process_group, rank_spec
+from workers.warm_models import WarmModels
 
 READY = "ready"
 CACHE_BYTES = 20 * 1024**3
+RANK_END_SECONDS = 5.0
 _RSS_UNIT = 1 if sys.platform == "darwin" else 1024
 
 log = structlog.get_logger(__name__)
@@ -65,6 +69,8 @@ def _handle_signals(interruption: Interruption) -> None:
         if not interruption.attempt_runs:
             raise SystemExit(0)
         interruption.wanted = True
+        if interruption.forward is not None:
+            interruption.forward()
 
     signal.signal(signal.SIGTERM, stop)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -77,22 +83,70 @@ def run_attempt(spec: AttemptSpec, interruption: Interruption) -> Outcome:
     try:
         with captured_output(Path(spec.log)) if spec.log else nullcontext():
             scratch.mkdir(parents=True, exist_ok=True)
-            outcome = _run(spec, interruption)
+            # The ranks are forked while this process has no other thread, whose locks they would inherit.
+            with _other_ranks(spec, interruption) as ranks, _shipped_log(spec):
+                outcome = _run(spec, interruption, ranks)
+                if ranks is not None and is_follow_up(outcome):
+                    outcome = ranks.cause(wait=RANK_END_SECONDS) or outcome
+            ranks_memory = 0 if ranks is None else ranks.peak_memory
     except OSError as error:  # the log or the scratch folder could not be made
-        outcome = failures.failed(error)
+        outcome, ranks_memory = failures.failed(error), 0
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     prune(Path(spec.cache), CACHE_BYTES)
-    return replace(outcome, peak_memory=peak_memory())
+    return replace(outcome, peak_memory=ranks_memory + peak_memory(), warm=warm_models().ids)
 
 
-def _run(spec: AttemptSpec, interruption: Interruption) -> Outcome:
+@contextmanager
+def _shipped_log(spec: AttemptSpec) -> Iterator[None]:
+    """What the attempt's log file gets goes on to who reads it now."""
+    if not spec.log:
+        yield
+        return
+    shipper = LogShipper(
+        Path(spec.log), spec.job_id, spec.attempt, lambda: _stores(spec.database_url, spec.blob_url)[0]
+    )
+    with shipper:
+        yield
+    if shipper.failure is not None:
+        log.warning("log_not_shipped", job_id=spec.job_id, attempt=spec.attempt, error=shipper.failure)
+
+
+@contextmanager
+def _other_ranks(spec: AttemptSpec, interruption: Interruption) -> Iterator[Ranks | None]:
+    """The ranks beside this process, which is number 0; None for an attempt on one device."""
+    if spec.devices == 1:
+        yield None
+        return
+
+    def run_other(rank: int) -> Outcome:
+        Path(rank_spec(spec, rank).scratch).mkdir()
+        return _run(spec, interruption, None, rank)
+
+    ranks = Ranks(spec, run_other)
+    interruption.forward = ranks.interrupt
+    try:
+        yield ranks
+    finally:
+        interruption.forward = None
+        ranks.close()
+
+
+def _run(spec: AttemptSpec, interruption: Interruption, ranks: Ranks | None, rank: int = 0) -> Outcome:
+    """Run the job's function; rank 0 publishes what it returns when all the others have ended well."""
     try:
         function = load_function(spec.function)
         database, blobs = _stores(spec.database_url, spec.blob_url)
-        context = JobContext(spec, database, blobs, interruption)
+        context = JobContext(rank_spec(spec, rank), database, blobs, interruption, warm_models(), rank)
         context.check_cancelled()
-        publish(context, function(context))
+        with process_group(spec, rank) if spec.devices > 1 else nullcontext():
+            result = function(context)
+        if rank == 0:
+            if ranks is not None:
+                ranks.join()
+            publish(context, result)
+    except RankFailedError as error:
+        return error.outcome
     except AttemptCancelled as error:
         log.info("attempt_cancelled", job_id=spec.job_id, attempt=spec.attempt, detail=error.detail)
         return Outcome("cancelled")
@@ -104,6 +158,12 @@ def _run(spec: AttemptSpec, interruption: Interruption) -> Outcome:
         traceback.print_exc()
         return failures.failed(error)
     return Outcome("succeeded")
+
+
+@functools.lru_cache(maxsize=1)
+def warm_models() -> WarmModels:
+    """The base models that this process keeps in memory from one attempt to the next."""
+    return WarmModels()
 
 
 def load_function(name: str) -> Callable[[JobContext], JobOutcome]:

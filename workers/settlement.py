@@ -44,6 +44,7 @@ def settle(
     ended: dict[str, Any],
     *,
     resources: Mapping[str, Any],
+    start_problem: str | None = None,
 ) -> Settlement:
     """Decide from what the worker said, what the supervisor did to it, and how its process ended.
 
@@ -52,6 +53,7 @@ def settle(
         stop: why the supervisor stopped it, if it did.
         ended: {code, signal, peak_memory} of the process.
         resources: the job's, with the hints of earlier attempts.
+        start_problem: why there was no process for it, if that is so.
     """
     if stop is Stop.LOST or (outcome is not None and outcome.state in ("succeeded", "stale")):
         return Settlement("nothing")
@@ -66,6 +68,8 @@ def settle(
             return Settlement("release")
         case Stop.EXPIRED:
             return Settlement("requeue", failures.lease_not_renewed())
+        case _ if start_problem is not None:
+            return Settlement("requeue", failures.not_started(start_problem))
         case _:
             # Of its own accord. If the job is being cancelled, requeueing it cancels it.
             return Settlement("requeue", failures.interrupted() if outcome is not None else failures.crashed(ended))

@@ -6,7 +6,6 @@ know: after its death the next boot of the same server, or any other server, goe
 
 from __future__ import annotations
 
-import shutil
 import socket
 import threading
 import time
@@ -21,19 +20,22 @@ from artifacts.errors import AttemptStale, DatabaseUnavailable, DiskFull, StateC
 from storage.claims import Claim
 from storage.database import Database
 from storage.ids import new_id
-from workers import failures
+from workers import base_models, failures
 from workers.attempt import AttemptSpec
-from workers.devices import device_in_worker, parse_devices, threads_per_slot
+from workers.devices import device_in_worker
 from workers.identity import ServerLock
 from workers.kinds import KINDS
-from workers.lane import Lane, Running
+from workers.lane import NO_PROCESS, Lane, Running
 from workers.ledger import Ledger
-from workers.local import LocalProvider
+from workers.log_shipping import LOG_FOLDER, LogKeeper, clear_work
+from workers.observer import PoolObserver, Unobserved
 from workers.outage import Outage
-from workers.provider import WorkerProvider
+from workers.provider import Slot, WorkerProvider
+from workers.providers import PoolName, RaySettings, make_provider
 from workers.settlement import Settlement, Stop, back_off, settle
 
 DRAIN_MARGIN_SECONDS = 15.0
+LEFT_LOG_SECONDS = 1.0
 
 log = structlog.get_logger(__name__)
 
@@ -44,7 +46,9 @@ class PoolSettings:
 
     Attributes:
         server_id: see `workers.identity.read_server_id`.
-        devices: see `workers.devices.parse_devices`.
+        devices: see `workers.devices.parse_devices`, and `workers.ray_slots.SlotRules` for Ray.
+        pool: what runs the worker processes.
+        warm_bytes: base models that a worker may keep in memory; None: a share of what its device has.
         retry_seconds: wait before the second attempt after a failure of the infrastructure; doubles with each one.
         kinds: kind of job → "module:function".
     """
@@ -54,11 +58,14 @@ class PoolSettings:
     blob_url: str
     data_dir: Path
     devices: str = "auto"
+    pool: PoolName = "local"
+    ray: RaySettings = field(default_factory=RaySettings)
     lease_seconds: float = 60.0
     beat_seconds: float = 15.0
     grace_seconds: float = 30.0
     poll_seconds: float = 1.0
     model_roots: Sequence[str | Path] = ()
+    warm_bytes: int | None = None
     retry_seconds: float = 1.0
     kinds: Mapping[str, str] = field(default_factory=lambda: KINDS)
 
@@ -67,24 +74,37 @@ class Supervisor:
     """The pool of one server, in a thread of its process.
 
     Args:
-        provider: what runs the worker processes; made, and closed, by the supervisor unless given.
+        provider: what runs the worker processes. One that is given is not closed here; by default the settings say.
+        observer: is told what happens.
     """
 
-    def __init__(self, settings: PoolSettings, provider: WorkerProvider | None = None) -> None:
+    def __init__(
+        self,
+        settings: PoolSettings,
+        provider: WorkerProvider | None = None,
+        *,
+        observer: PoolObserver | None = None,
+    ) -> None:
         self._settings = settings
-        self._slots = parse_devices(settings.devices)
-        self._given_provider = provider
-        self._lanes: tuple[Lane, ...] = ()
+        self._provider_is_ours = provider is None
+        self._provider = provider or make_provider(settings.pool, settings.devices, settings.ray)
+        self._known_slots: tuple[Slot, ...] = ()
+        self._observer = observer or Unobserved()
+        self._lanes: dict[str, Lane] = {}
+        self._hold: str | None = None
         self._lock = ServerLock(settings.data_dir, settings.server_id)
         self._work_dir = settings.data_dir / "work" / settings.server_id
         self._database = Database(settings.database_url)
         self._ledger = Ledger(self._database, settings.server_id, new_id("run"), settings.lease_seconds)
+        self._left_logs = LogKeeper()
         self._outage = Outage()
         self._wake = threading.Event()
+        self._asked_to_look = threading.Event()
         self._stopping = threading.Event()
         self._thread: threading.Thread | None = None
         self._registered = False
         self._beat_at = 0.0
+        self._look_at = 0.0
 
     def start(self) -> None:
         """Begin to serve, without waiting for the database or the workers.
@@ -96,10 +116,10 @@ class Supervisor:
             raise StateConflict("This supervisor has been started before.", hint="Make a new one.")
         self._lock.acquire()
         # Left by a boot that was killed: its worker processes died with it.
-        shutil.rmtree(self._work_dir, ignore_errors=True)
-        provider = self._given_provider or LocalProvider(threads=threads_per_slot(len(self._slots)))
-        self._lanes = tuple(Lane(slot, provider, self._wake.set, self._settings.grace_seconds) for slot in self._slots)
-        self._thread = threading.Thread(target=self._run, args=(provider,), name="supervisor", daemon=True)
+        clear_work(self._work_dir)
+        self._left_logs.keep_folder(self._work_dir / LOG_FOLDER, self._settings.database_url, self._settings.blob_url)
+        self._match_lanes(self._provider)
+        self._thread = threading.Thread(target=self._run, args=(self._provider,), name="supervisor", daemon=True)
         self._thread.start()
 
     def stop(self) -> None:
@@ -114,7 +134,12 @@ class Supervisor:
 
     def wake(self) -> None:
         """Look at the database now: a job was submitted or cancelled."""
+        self._asked_to_look.set()
         self._wake.set()
+
+    @property
+    def server_id(self) -> str:
+        return self._settings.server_id
 
     @property
     def alive(self) -> bool:
@@ -122,45 +147,62 @@ class Supervisor:
         return self._thread is not None and self._thread.is_alive()
 
     def status(self) -> list[dict[str, Any]]:
-        """The slots: {name, device, state, pid, job_id, attempt, warm}."""
-        return [lane.status() for lane in self._lanes]
+        """The slots: {name, device, host, state, pid, job_id, attempt, warm, problem, busy_seconds}."""
+        return [lane.status() for lane in list(self._lanes.values())]
 
     def _run(self, provider: WorkerProvider) -> None:
         try:
             while not self._stopping.is_set():
-                self._pass(time.monotonic())
+                self._pass(time.monotonic(), provider)
                 self._wait()
-            self._drain(time.monotonic())
+            self._drain(time.monotonic(), provider)
         finally:
-            if self._given_provider is None:
+            if self._provider_is_ours:
                 provider.close()
+            self._left_logs.flush(LEFT_LOG_SECONDS)
             self._database.dispose()
             self._lock.release()
 
     def _wait(self) -> None:
         now = time.monotonic()
-        events = [lane.next_event() for lane in self._lanes if lane.running is not None or not self._stopping.is_set()]
+        lanes = self._lanes.values()
+        events = [lane.next_event() for lane in lanes if lane.running is not None or not self._stopping.is_set()]
         due = min((moment for moment in events if moment is not None), default=now + self._settings.poll_seconds)
         self._wake.wait(max(0.0, min(due - now, self._settings.poll_seconds)))
         self._wake.clear()
 
-    def _pass(self, now: float) -> None:
+    def _pass(self, now: float, provider: WorkerProvider) -> None:
         """One round: act on the clock, talk to the database if it can be had, keep a worker on every slot."""
-        for lane in self._lanes:
+        if provider.slots() is not self._known_slots:
+            self._match_lanes(provider)
+        for lane in self._lanes.values():
             lane.step(now)
-        self._talk(now)
-        for lane in self._lanes:
+        self._talk(now, provider)
+        for lane in self._lanes.values():
             if not self._stopping.is_set():
                 lane.ensure_worker(now)
             elif lane.running is None:
                 lane.end_worker()
 
-    def _talk(self, now: float) -> None:
+    def _match_lanes(self, provider: WorkerProvider) -> None:
+        """One lane for each slot that the provider has now; those of slots that are gone end with their attempt."""
+        self._known_slots = provider.slots()
+        slots = {slot.name: slot for slot in self._known_slots}
+        for name, slot in slots.items():
+            if name not in self._lanes:
+                self._lanes[name] = Lane(slot, provider, self._wake.set, self._settings.grace_seconds)
+            self._lanes[name].retired = False
+        for name in self._lanes.keys() - slots.keys():
+            self._lanes[name].retired = True
+            if self._lanes[name].removable:
+                del self._lanes[name]
+
+    def _talk(self, now: float, provider: WorkerProvider) -> None:
         """All that needs the database. Its outages, and bugs, end this round, never the supervisor."""
         if not self._outage.may_try(now):
             return
         try:
-            self._exchange(now)
+            self._exchange(now, provider)
         except (DatabaseUnavailable, DiskFull) as error:
             self._outage.begin(now, error.detail)
         except Exception as error:
@@ -169,29 +211,30 @@ class Supervisor:
         else:
             self._outage.end()
 
-    def _exchange(self, now: float) -> None:
+    def _exchange(self, now: float, provider: WorkerProvider) -> None:
         if not self._registered:
             self._register()
-        self._renew_leases(now)
+        self._beat(now, provider)
         self._heed_standing(now)
-        for lane in self._lanes:
+        for lane in self._lanes.values():
             if lane.finished:
                 self._settle(lane)
         if not self._stopping.is_set():
             self._claim()
 
     def _register(self) -> None:
-        released = self._ledger.register(socket.gethostname(), self.status())
+        released = self._ledger.register(socket.gethostname(), self.status(), self._settings.pool)
         self._registered = True
         self._beat_at = 0.0
         log.info(
             "server_registered", server_id=self._settings.server_id, slots=len(self._lanes), jobs_released=released
         )
 
-    def _renew_leases(self, now: float) -> None:
-        """Every beat: renew what runs or waits to be settled, show a sign of life, take over from silent servers."""
+    def _beat(self, now: float, provider: WorkerProvider) -> None:
+        """Now and then: renew what runs or waits to be settled, show a sign of life, take over from silent servers."""
         if now < self._beat_at:
             return
+        self._match_lanes(provider)
         running = self._running()
         if running:
             asked_at = time.monotonic()
@@ -205,44 +248,64 @@ class Supervisor:
 
     def _heed_standing(self, now: float) -> None:
         """Stop attempts whose job is being cancelled or that count no more."""
-        running = self._running()
-        if not running:
+        if now < self._look_at and not self._asked_to_look.is_set():
             return
-        standing = self._ledger.standing([item.key for item in running])
-        for lane in self._lanes:
-            if lane.running is None:
-                continue
-            answer = standing[lane.running.key]
-            if answer == "cancel":
-                lane.stop(Stop.CANCEL, now)
-            elif answer == "lost":
-                lane.stop(Stop.LOST, now)
-            lane.step(now)
+        self._asked_to_look.clear()
+        running = self._running()
+        if running:
+            standing = self._ledger.standing([item.key for item in running])
+            for lane in self._lanes.values():
+                if lane.running is None:
+                    continue
+                answer = standing[lane.running.key]
+                if answer == "cancel":
+                    lane.stop(Stop.CANCEL, now)
+                elif answer == "lost":
+                    lane.stop(Stop.LOST, now)
+                lane.step(now)
+        self._look_at = now + self._settings.poll_seconds
 
     def _running(self) -> list[Running]:
-        return [lane.running for lane in self._lanes if lane.running is not None]
+        return [lane.running for lane in self._lanes.values() if lane.running is not None]
 
     def _claim(self) -> None:
-        """Give every idle slot a job, while jobs wait."""
-        for lane in self._lanes:
-            if not lane.idle or lane.worker is None:
-                continue
-            if not self._ledger.work_waits():
-                return
-            asked_at = time.monotonic()
-            claim = self._ledger.claim(lane.slot.name, lane.worker.pid)
-            if claim is None:
-                return
-            self._assign(lane, claim, asked_at)
+        """Give the idle slots the jobs that are next."""
+        idle = {name: lane for name, lane in self._lanes.items() if lane.idle}
+        if not idle or not self._ledger.work_waits():
+            return
+        capacity: dict[str, int] = {}
+        for lane in self._lanes.values():
+            if not lane.retired:
+                capacity[lane.host] = capacity.get(lane.host, 0) + 1
+        asked_at = time.monotonic()
+        found = self._ledger.claim([lane.offer() for lane in idle.values()], capacity, self._hold)
+        self._observer.claim_took(time.monotonic() - asked_at)
+        self._hold = found.hold
+        for claim in found.claims:
+            self._observer.claimed(claim.kind, claim.waited_seconds)
+            self._assign([idle[name] for name in claim.slots], claim, asked_at)
 
-    def _assign(self, lane: Lane, claim: Claim, asked_at: float) -> None:
+    def _assign(self, lanes: Sequence[Lane], claim: Claim, asked_at: float) -> None:
+        lane, *partners = lanes
         function = self._settings.kinds.get(claim.kind)
         if function is None:
-            self._ledger.fail((claim.job_id, claim.attempt), failures.unknown_kind(claim.kind), _NO_PROCESS)
+            self._ledger.fail((claim.job_id, claim.attempt), failures.unknown_kind(claim.kind), NO_PROCESS)
             return
-        name = f"{claim.job_id}-{claim.attempt}"
         timeout = claim.resources.get("timeout_seconds")
-        spec = AttemptSpec(
+        now = time.monotonic()
+        lane.assign(
+            claim,
+            self._spec(lane, claim, function),
+            now=now,
+            lease_ends=asked_at + self._settings.lease_seconds,
+            deadline=now + float(timeout) if timeout is not None else None,
+            partners=partners,
+        )
+        log.info("attempt_started", job_id=claim.job_id, attempt=claim.attempt, slots=claim.slots, kind=claim.kind)
+
+    def _spec(self, lane: Lane, claim: Claim, function: str) -> AttemptSpec:
+        name = f"{claim.job_id}-{claim.attempt}"
+        return AttemptSpec(
             job_id=claim.job_id,
             attempt=claim.attempt,
             kind=claim.kind,
@@ -255,35 +318,42 @@ class Supervisor:
             cache=str(self._settings.data_dir / "cache" / "blobs"),
             model_roots=tuple(str(root) for root in self._settings.model_roots),
             function=function,
-            log=str(self._work_dir / "logs" / f"{name}.log"),
+            log=str(self._work_dir / LOG_FOLDER / f"{name}.log"),
+            devices=claim.devices,
+            warm_bytes=self._warm_bytes(lane),
             resources=claim.resources,
         )
-        lane.assign(
-            claim,
-            spec,
-            lease_ends=asked_at + self._settings.lease_seconds,
-            deadline=time.monotonic() + float(timeout) if timeout is not None else None,
-        )
-        log.info("attempt_started", job_id=claim.job_id, attempt=claim.attempt, slot=lane.slot.name, kind=claim.kind)
+
+    def _warm_bytes(self, lane: Lane) -> int | None:
+        """What its worker may keep; workers without a device of their own share the main memory."""
+        if self._settings.warm_bytes is not None or lane.slot.device != "cpu":
+            return self._settings.warm_bytes
+        neighbours = sum(other.host == lane.host for other in self._lanes.values())
+        return base_models.host_limit() // max(1, neighbours)
 
     def _settle(self, lane: Lane) -> None:
         """Write how the attempt ended. The slot is free afterwards; while the database is away, it is not."""
-        running, worker = lane.running, lane.worker
+        running = lane.running
         assert running is not None
-        assert worker is not None
-        ended = worker.exit()
-        outcome = lane.outcome
-        settlement = settle(outcome, running.stop, ended, resources=running.claim.resources)
+        ended, outcome = lane.exit, lane.outcome
+        settlement = settle(
+            outcome, running.stop, ended, resources=running.claim.resources, start_problem=lane.start_problem
+        )
         error = dict(settlement.error or {})
-        if outcome is None or outcome.retry != "never" or error.get("code") == "internal_error":
-            error["log"] = worker.log_tail()
-        known = log.bind(job_id=running.claim.job_id, attempt=running.claim.attempt, slot=lane.slot.name)
+        if error and (outcome is None or outcome.retry != "never" or error.get("code") == "internal_error"):
+            error["log"] = lane.log_tail()
+        claim = running.claim
+        known = log.bind(job_id=claim.job_id, attempt=claim.attempt, slot=lane.slot.name)
         try:
             state = self._write(settlement, running, error, ended)
         except AttemptStale as stale:
             known.warning("attempt_was_stale", detail=stale.detail)
+            state = "lost"
         else:
             known.info("attempt_ended", state=state, error=error.get("code"), detail=error.get("detail"), exit=ended)
+        if state == "queued":
+            self._observer.retried(claim.kind, str(error.get("code")))
+        self._observer.ended(claim.kind, state, time.monotonic() - running.began)
         lane.clear()
 
     def _write(self, settlement: Settlement, running: Running, error: dict[str, Any], ended: dict[str, Any]) -> str:
@@ -307,13 +377,13 @@ class Supervisor:
             case "nothing":
                 return "succeeded" if running.stop is not Stop.LOST else "lost"
 
-    def _drain(self, now: float) -> None:
+    def _drain(self, now: float, provider: WorkerProvider) -> None:
         """Stop the attempts, reap every worker, and give the jobs back."""
-        for lane in self._lanes:
+        for lane in self._lanes.values():
             lane.stop(Stop.DRAIN, now)
         give_up_at = now + self._settings.grace_seconds + DRAIN_MARGIN_SECONDS
         while self._busy() and now < give_up_at:
-            self._pass(now)
+            self._pass(now, provider)
             if self._busy():
                 self._wait()
             now = time.monotonic()
@@ -327,9 +397,4 @@ class Supervisor:
             log.info("server_stopped", jobs_released=released)
 
     def _busy(self) -> bool:
-        return any(
-            lane.running is not None or (lane.worker is not None and lane.worker.alive()) for lane in self._lanes
-        )
-
-
-_NO_PROCESS: dict[str, Any] = {"code": None, "signal": None, "peak_memory": None}
+        return any(lane.busy for lane in self._lanes.values())

@@ -86,11 +86,11 @@ class Client:
     def post(self, path: str, document: Any = None) -> Any:
         return self._json("POST", path, json=document)
 
-    def patch(self, path: str, document: Any) -> Any:
-        return self._json("PATCH", path, json=document)
+    def patch(self, path: str, document: Any, headers: Mapping[str, str] | None = None) -> Any:
+        return self._json("PATCH", path, json=document, headers=headers)
 
-    def delete(self, path: str) -> None:
-        self._json("DELETE", path)
+    def delete(self, path: str, headers: Mapping[str, str] | None = None) -> None:
+        self._json("DELETE", path, headers=headers)
 
     def upload(
         self, files: Sequence[Path], form: Mapping[str, Any], advance: Callable[[int], None]
@@ -124,6 +124,14 @@ class Client:
                     stream.write(chunk)
                     advance(len(chunk), int(total) if total else None)
         return name, target
+
+    def text(self, path: str, **params: Any) -> Iterator[str]:
+        """The text of an answer, piece by piece as it comes."""
+        given = {name: value for name, value in params.items() if value is not None}
+        with self._connected(), self._http.stream("GET", path, params=given) as answer:
+            if answer.is_error:
+                answer.read()
+            yield from self._checked(answer).iter_text()
 
     def events(self, job_id: str) -> Iterator[tuple[str, dict[str, Any]]]:
         """The job's events as (type, data) until it has ended; a broken stream is taken up where it broke.

@@ -1,27 +1,32 @@
-"""`rankwise jobs`: list, look at, follow, cancel, retry."""
+"""`rankwise jobs`: list, look at, follow, read the logs, cancel, retry."""
 
 from __future__ import annotations
 
+import sys
 from typing import Annotated, Any
 
 import typer
 
+from app.cli.client import Client
 from app.cli.options import Cursor, JobId, Json, Limit
-from app.cli.output import fields, moment, note, print_json, stdout, table
+from app.cli.output import duration, fields, moment, note, print_json, size, stdout, table
 from app.cli.progress import require_success, watch
 from app.cli.reports import print_report
 
-app = typer.Typer(help="Jobs: list, look at, follow, cancel, retry.", no_args_is_help=True)
+app = typer.Typer(help="Jobs: list, look at, follow, read the logs, cancel, retry.", no_args_is_help=True)
 
 
 def summary(job: dict[str, Any]) -> dict[str, Any]:
     """The fields of a job that a person looks for first, in order."""
     progress, error, result = job.get("progress") or {}, job.get("error") or {}, job.get("result") or {}
+    waiting, eta = job.get("waiting") or {}, job.get("eta_seconds")
     return {
         "id": job["id"],
         "kind": job["kind"],
         "state": job["state"],
         "position": job.get("position"),
+        "waits for": f"[{waiting['reason']}] {waiting['detail']}" if waiting else None,
+        "done in about": duration(eta) if eta is not None else None,
         "attempt": job.get("attempt"),
         "progress": f"{progress.get('fraction') or 0:.0%} {progress.get('message') or ''}".strip(),
         "params": job.get("params"),
@@ -90,6 +95,71 @@ def watch_job(context: typer.Context, job: JobId, as_json: Json = False) -> None
         found = watch(client, job)
     require_success(found)
     print_json(found) if as_json else show(found)
+
+
+@app.command("attempts")
+def attempts(context: typer.Context, job: JobId, as_json: Json = False) -> None:
+    """List the attempts of a job: where each ran and how it ended."""
+    with context.obj() as client:
+        found = client.get(f"/jobs/{job}/attempts")
+    if as_json:
+        print_json(found)
+        return
+    rows = [
+        (
+            item["attempt"],
+            item["outcome"] or "running",
+            item["server"],
+            item["slot"],
+            moment(item["started_at"]),
+            moment(item["finished_at"]),
+            _exit(item["exit"] or {}),
+            size((item["exit"] or {}).get("peak_memory")),
+            item["has_log"],
+        )
+        for item in found["items"]
+    ]
+    columns = ("#attempt", "outcome", "server", "slot", "started", "finished", "exit", "#peak memory", "log")
+    stdout().print(table(None, columns, rows))
+
+
+def _exit(ended: dict[str, Any]) -> str | None:
+    """How a worker process ended, in a word or two."""
+    if ended.get("signal") is not None:
+        return f"signal {ended['signal']}"
+    return f"code {ended['code']}" if ended.get("code") is not None else None
+
+
+@app.command("logs")
+def logs(
+    context: typer.Context,
+    job: JobId,
+    attempt: Annotated[int | None, typer.Option("--attempt", min=1, help="Which attempt; else the newest.")] = None,
+    follow: Annotated[
+        bool, typer.Option("--follow", help="Print what comes until the job (with --attempt, the attempt) has ended.")
+    ] = False,
+) -> None:
+    """Print what a job has written."""
+    with context.obj() as client:
+        if follow and attempt is None:
+            _follow(client, job)
+        else:
+            _print_log(client, job, attempt, follow=follow)
+
+
+def _print_log(client: Client, job: str, attempt: int | None, *, follow: bool) -> None:
+    for text in client.text(f"/jobs/{job}/logs", attempt=attempt, follow=follow):
+        sys.stdout.write(text)
+        sys.stdout.flush()
+
+
+def _follow(client: Client, job: str) -> None:
+    """The log of the newest attempt, and of those that come."""
+    first = int(client.get(f"/jobs/{job}")["attempt"])
+    for kind, data in client.events(job):
+        if kind == "state" and data.get("state") == "running" and int(data["attempt"]) >= first:
+            note(f"attempt {data['attempt']}")
+            _print_log(client, job, int(data["attempt"]), follow=True)
 
 
 @app.command("cancel")

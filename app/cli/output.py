@@ -94,6 +94,16 @@ def size(count: int | None) -> str:
     return f"{number:.1f} TB"
 
 
+def duration(seconds: float) -> str:
+    """A time span to two places: 42 s, 3 min 5 s, 2 h 10 min, 4 d 3 h."""
+    whole = round(seconds)
+    for large, small, names in ((86400, 3600, ("d", "h")), (3600, 60, ("h", "min")), (60, 1, ("min", "s"))):
+        if whole >= large:
+            rest = whole % large // small
+            return f"{whole // large} {names[0]}" + (f" {rest} {names[1]}" if rest else "")
+    return f"{whole} s"
+
+
 def moment(value: str | None) -> str:
     """An API time in the reader's own zone, to the second."""
     if not value:

@@ -9,7 +9,21 @@ from typing import Annotated
 import typer
 from rich.text import Text
 
-from app.cli import adapters, config, database, demonstration, jobs, keys, merging, methods, models, service
+from app.cli import (
+    adapters,
+    config,
+    database,
+    demonstration,
+    jobs,
+    keys,
+    merging,
+    methods,
+    models,
+    schedules,
+    service,
+    webhooks,
+    workers,
+)
 from app.cli.client import DEFAULT_SERVER, Client, ProblemError
 from app.cli.output import print_problem, remember_json, stderr
 from app.version import VERSION
@@ -30,7 +44,10 @@ app.add_typer(adapters.app, name="adapters")
 app.command("merge")(merging.merge)
 app.add_typer(jobs.app, name="jobs")
 app.add_typer(models.app, name="models")
+app.add_typer(schedules.app, name="schedules")
+app.add_typer(webhooks.app, name="webhooks")
 app.command("methods")(methods.methods)
+app.command("workers")(workers.workers)
 app.add_typer(keys.app, name="keys")
 app.add_typer(database.app, name="db")
 app.add_typer(config.app, name="config")

@@ -43,19 +43,22 @@ def serve(
 
 def worker(data_dir: DataDir = None, devices: Devices = None) -> None:
     """Work off jobs without serving HTTP, beside other servers of the same database and blob store."""
+    from app.chores import chores
+    from app.exporter import exported
     from app.logs import configure_logging
     from app.main import pool_settings
+    from app.metrics import Metrics
+    from app.service_state import service_figures, service_stored_figures
+    from storage.blobs import BlobStore
     from storage.database import Database
+    from workers.clockwork import Clockwork
     from workers.supervisor import Supervisor
 
     settings = load_settings(data_dir=data_dir, devices=devices)
     configure_logging(settings.log_level, settings.log_format)
     settings.data_dir.mkdir(parents=True, exist_ok=True)
     database = Database(settings.database_url)
-    try:
-        database.upgrade()
-    finally:
-        database.dispose()
+    database.upgrade()
     stopping = threading.Event()
 
     def stop(number: int, frame: FrameType | None) -> None:
@@ -63,13 +66,20 @@ def worker(data_dir: DataDir = None, devices: Devices = None) -> None:
 
     signal.signal(signal.SIGTERM, stop)
     signal.signal(signal.SIGINT, stop)
-    supervisor = Supervisor(pool_settings(settings))
+    metrics = Metrics()
+    metrics.observe_service(lambda: service_figures(database, settings), lambda: service_stored_figures(database))
+    supervisor = Supervisor(pool_settings(settings), observer=metrics.pool)
     supervisor.start()
+    clockwork = Clockwork(chores(settings, database, BlobStore(settings.blob_url), fired=lambda _: supervisor.wake()))
+    clockwork.start()
     try:
-        # In steps, so that the end of the supervisor's own thread is noticed.
-        while not stopping.wait(1.0) and supervisor.alive:
-            pass
+        with exported(metrics, settings.host, settings.metrics_port):
+            # In steps, so that the end of the supervisor's own thread is noticed.
+            while not stopping.wait(1.0) and supervisor.alive:
+                pass
     finally:
+        clockwork.stop()
         supervisor.stop()
+        database.dispose()
     if not stopping.is_set():
         raise typer.Exit(1)

@@ -44,7 +44,7 @@ _LOCATION = {"Location": {"description": "Path of the adapter.", "schema": {"typ
     responses={
         201: {"description": "A new adapter", "headers": _LOCATION},
         200: {"description": "The same content is here already", "model": Adapter, "headers": _LOCATION},
-        **problem_responses(409, 413, 415, 507),
+        **problem_responses(409, 413, 415, 429, 507),
     },
     openapi_extra={
         "requestBody": {

@@ -13,6 +13,7 @@ from app.dependencies import IdempotencyKey, JobId, JobRunner, Reader, ServicesD
 from app.events import EVENT_SCHEMA, job_events
 from app.idempotency import Answer, answer_once, request_key
 from app.job_answers import JOB_RESPONSES, accepted, answer_or_wait, job_body
+from app.job_kinds import check_submission
 from app.json_body import JsonRoute
 from app.problems import problem_responses
 from app.schemas.common import PageOf
@@ -32,7 +33,7 @@ def list_jobs(services: ServicesDep, principal: Reader, query: Annotated[JobQuer
         page = jobs.list_jobs(
             session, JobFilter(kind=query.kind, state=query.state), cursor=query.cursor, limit=query.limit
         )
-        items = [Job.of(session, row).body() for row in page.items]
+        items = [Job.in_list(row).body() for row in page.items]
     return JSONResponse({"items": items, "next": page.next})
 
 
@@ -90,7 +91,7 @@ async def retry_job(
     wait: WaitSeconds,
     idempotency_key: IdempotencyKey = None,
 ) -> JSONResponse:
-    """A new job with the same parameters."""
+    """A new job with the same parameters. What can no longer be done is refused, as when it was first submitted."""
     request_id: str = request.state.request_id
 
     def act(session: Session) -> Answer:
@@ -101,6 +102,8 @@ async def retry_job(
             request_id=request_id,
             max_queued=services.settings.max_queued_jobs,
         )
+        # After the old job's state was looked at; a refusal takes the new job with it.
+        check_submission(services.settings, session, job.kind, job.params, job.resources)
         return accepted(session, job)
 
     key = request_key(principal.owner, idempotency_key, f"POST /jobs/{job_id}/retry", None)

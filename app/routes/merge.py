@@ -13,15 +13,13 @@ from app.auth import Principal
 from app.dependencies import IdempotencyKey, JobRunner, ServicesDep, WaitSeconds
 from app.idempotency import Answer, answer_once, request_key
 from app.job_answers import JOB_RESPONSES, accepted, answer_or_wait
+from app.job_kinds import check_submission, pointers_below
 from app.json_body import JsonRoute
-from app.merge_inputs import merge_inputs
 from app.problems import problem_responses
 from app.schemas.common import as_json
 from app.schemas.jobs import Job
 from app.schemas.merge import MergeRequest
 from app.state import Services
-from merge.catalog import parse_parameters
-from merge.plan import plan_merge
 from storage import jobs
 
 router = APIRouter(tags=["merge"], route_class=JsonRoute)
@@ -58,31 +56,29 @@ def submit_merge(
     """Check the merge and create its job, together with its first event and its idempotency key.
 
     Raises:
-        RequestInvalid and its kin: see merge.plan.plan_merge.
-        QueueFull
+        RequestInvalid and its kin: see app.job_kinds.check_submission.
+        QueueFull, QuotaExceeded
     """
-    options = parse_parameters(body.method, body.parameters)
-    payload: dict[str, Any] = as_json(body)
+    params: dict[str, Any] = as_json(body, exclude={"resources"})
+    resources: dict[str, Any] = {} if body.resources is None else as_json(body.resources, exclude_none=True)
 
     def act(session: Session) -> Answer:
-        plan_merge(merge_inputs(session, body.adapters), body.method, options)
+        with pointers_below("", instead_of="/params"):
+            wanted = check_submission(services.settings, session, "merge", params, resources)
         job = jobs.create_job(
             session,
-            "merge",
-            {
-                "adapters": [{"id": item.id, "weight": item.weight} for item in body.adapters],
-                "method": body.method,
-                "parameters": body.parameters,
-                "name": body.name,
-            },
+            wanted.kind,
+            wanted.params,
+            resources=wanted.resources,
+            affinity=wanted.affinity,
             created_by=principal.key_id,
             request_id=request_id,
             max_queued=services.settings.max_queued_jobs,
         )
         return accepted(session, job)
 
+    payload = {**params, "resources": resources}
     answer = answer_once(services, request_key(principal.owner, idempotency_key, "POST /merge", payload), act)
     if not answer.replayed:
-        services.metrics.jobs_submitted.labels("merge").inc()
-        services.wake_pool()
+        services.job_made("merge")
     return answer

@@ -57,7 +57,7 @@ def readyz(services: ServicesDep) -> Readiness:
 
 
 def _check_pool(services: Services) -> None:
-    if services.settings.pool == "local" and (services.supervisor is None or not services.supervisor.alive):
+    if services.settings.pool != "off" and (services.supervisor is None or not services.supervisor.alive):
         raise NotReady("the pool of this server does not run")
 
 

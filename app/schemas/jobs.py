@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Any, Literal, Self
 
 from pydantic import BaseModel, Field
@@ -9,7 +10,7 @@ from sqlalchemy.orm import Session
 
 from app.dependencies import FilterText, PageQuery
 from app.schemas.common import Timestamp, as_json
-from storage import jobs
+from storage.outlook import Outlook, WaitReason, outlook_of, position_of
 from storage.tables import JobRow
 
 State = Literal["queued", "running", "cancelling", "succeeded", "failed", "cancelled"]
@@ -35,11 +36,33 @@ class JobResult(BaseModel):
     report: dict[str, Any]
 
 
+class JobFinding(BaseModel):
+    """One thing that is wrong, and where."""
+
+    pointer: str = Field(description="A JSON pointer into the parameters, or a file name or tensor key.")
+    message: str
+
+
 class JobError(BaseModel):
     code: str
     detail: str
     hint: str | None = None
     exit: dict[str, Any] | None = Field(None, description="Exit code, signal and peak memory of the worker process.")
+    errors: list[JobFinding] = Field(default_factory=list, description="The single findings, when there are several.")
+    log: list[str] | None = Field(
+        None, description="Last lines of the attempt's log, if they may explain the failure; null in lists."
+    )
+
+
+class JobWaiting(BaseModel):
+    """Why a job waits: of several reasons the one that has to go first."""
+
+    reason: WaitReason = Field(
+        description="back_off: an attempt failed, the next one comes later; no_server: none is alive; quota: its API "
+        "key's jobs hold all slots that they may; held: slots are kept free for it; devices: too few idle ones on one "
+        "host; slots_busy: all are; starting: workers are; next: it is about to be taken."
+    )
+    detail: str
 
 
 class Job(BaseModel):
@@ -56,11 +79,41 @@ class Job(BaseModel):
     created_at: Timestamp
     started_at: Timestamp | None
     finished_at: Timestamp | None
-    position: int | None = Field(None, description="Place in the queue, 1 is next; only while queued.")
+    position: int | None = Field(
+        None,
+        description="Place in the queue, 1 is next; only while queued, not in lists, and not beyond 10,000 jobs of the "
+        "same API key. API keys take turns: with several the place is an estimate.",
+    )
+    waiting: JobWaiting | None = Field(None, description="Why it waits; only of a single job that is queued.")
+    eta_seconds: float | None = Field(
+        None,
+        description="Estimated seconds until it ends; only of a single job. While it runs, from its progress and the "
+        "run times of the newest jobs of its kind; while it waits, from its position and the run times of the kinds "
+        "that wait. Null when these say too little.",
+    )
     cancel_requested: bool
 
     @classmethod
     def of(cls, session: Session, row: JobRow) -> Self:
+        """As the answer to a call that changes it: with its position."""
+        return cls._of(row, Outlook(position=position_of(session, row)), with_log=True)
+
+    @classmethod
+    def in_list(cls, row: JobRow) -> Self:
+        """Without what costs a query for every row, and without the lines of its log."""
+        return cls._of(row, Outlook(), with_log=False)
+
+    @classmethod
+    def in_full(cls, session: Session, row: JobRow, alive_within: float) -> Self:
+        """With all that lies ahead of it.
+
+        Args:
+            alive_within: see `outlook_of`.
+        """
+        return cls._of(row, outlook_of(session, row, alive_within), with_log=True)
+
+    @classmethod
+    def _of(cls, row: JobRow, outlook: Outlook, *, with_log: bool) -> Self:
         return cls(
             id=row.id,
             kind=row.kind,
@@ -69,14 +122,20 @@ class Job(BaseModel):
             progress=JobProgress(fraction=row.fraction, step=row.step, total=row.total, message=row.message),
             params=row.params,
             result=None if row.result is None else JobResult.model_validate(row.result),
-            error=None if row.error is None else JobError.model_validate(row.error),
+            error=None if row.error is None else _error(row.error, with_log),
             created_at=row.created_at,
             started_at=row.started_at,
             finished_at=row.finished_at,
-            position=jobs.queue_position(session, row),
+            position=outlook.position,
+            waiting=None if outlook.waiting is None else JobWaiting.model_validate(asdict(outlook.waiting)),
+            eta_seconds=outlook.eta_seconds,
             cancel_requested=row.cancel_requested,
         )
 
     def body(self) -> Any:
         """The JSON value; `position` is there only while the job waits."""
         return as_json(self, exclude={"position"} if self.position is None else None)
+
+
+def _error(found: dict[str, Any], with_log: bool) -> JobError:
+    return JobError.model_validate(found if with_log else {**found, "log": None})

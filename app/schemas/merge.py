@@ -1,4 +1,4 @@
-"""The body of POST /merge."""
+"""The body of POST /merge, and the parameters of a merge job."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pydantic import ConfigDict, Field, StringConstraints
 
 from app.dependencies import HEX_ID
 from app.schemas.common import Name, RequestModel
+from app.schemas.resources import Resources
 from merge.catalog import METHODS
 from merge.plan import MAX_ADAPTERS
 
@@ -21,8 +22,19 @@ class MergeAdapter(RequestModel):
     weight: Weight = Field(1.0, description="A factor in a sum; `parameters.normalize` divides by the sum of all.")
 
 
-class MergeRequest(RequestModel):
+class MergeParams(RequestModel):
     """Merge adapters of one base model into one adapter."""
+
+    adapters: list[MergeAdapter] = Field(min_length=1, max_length=MAX_ADAPTERS)
+    method: str = Field("lego", description="See GET /methods.", json_schema_extra={"enum": list(METHODS)})
+    parameters: dict[str, Any] = Field(
+        default_factory=dict, description="Options of the method; GET /methods/merge/{method} has their JSON Schema."
+    )
+    name: Name | None = Field(None, description="Name of the merged adapter.")
+
+
+class MergeRequest(MergeParams):
+    """A merge, and what it may ask of the machine that does it."""
 
     model_config = ConfigDict(
         json_schema_extra={
@@ -34,9 +46,4 @@ class MergeRequest(RequestModel):
         }
     )
 
-    adapters: list[MergeAdapter] = Field(min_length=1, max_length=MAX_ADAPTERS)
-    method: str = Field("lego", description="See GET /methods.", json_schema_extra={"enum": list(METHODS)})
-    parameters: dict[str, Any] = Field(
-        default_factory=dict, description="Options of the method; GET /methods/merge/{method} has their JSON Schema."
-    )
-    name: Name | None = Field(None, description="Name of the merged adapter.")
+    resources: Resources | None = None

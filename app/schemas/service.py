@@ -31,17 +31,20 @@ class MethodList(BaseModel):
 class Slot(BaseModel):
     name: str
     device: str
-    state: str = Field(description="What the slot does: idle, busy, …")
+    host: str = Field("", description="The machine or node that its worker runs on.")
+    state: str = Field(description="starting, idle, running or stopping.")
     pid: int | None = None
     job_id: str | None = None
     attempt: int | None = None
-    warm: list[str] = Field(default_factory=list, description="Base models that the worker holds in memory.")
+    warm: list[str] = Field(default_factory=list, description="Ids of the base models that its worker holds.")
+    problem: str | None = Field(None, description="Why no worker could be started.")
 
 
 class Server(BaseModel):
     id: str
     boot_id: str
     host: str
+    pool: str = Field(description="What runs its workers: local or ray.")
     started_at: Timestamp
     seen_at: Timestamp
     slots: list[Slot]

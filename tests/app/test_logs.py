@@ -27,6 +27,7 @@ def logging_restored() -> Iterator[None]:
 
 def test_redaction() -> None:
     assert redact(f"key {SECRET} here") == f"key {REDACTED} here"
+    assert redact("sign with whsec_QUJD+/xyz=, now") == f"sign with {REDACTED}, now"
     assert redact("postgresql://user:hunter2@host/db") == f"postgresql://user:{REDACTED}@host/db"
     assert redact("sqlite:////data/rankwise.db") == "sqlite:////data/rankwise.db"
     assert redact({"Authorization": "x", "api_key": "y", "X-API-Key": "z", "password": None, "path": "/a"}) == {

@@ -56,10 +56,10 @@ def test_workers_are_those_who_gave_a_sign_of_life(server: Any, fake_pool: Any) 
     assert server.client.get("/workers").json() == {"items": []}
     fake_pool(server)
     (item,) = server.client.get("/workers").json()["items"]
-    assert (item["id"], item["host"]) == ("srv_fake", "here")
-    assert item["slots"] == [
-        {"name": "cpu:0", "device": "cpu", "state": "idle", "pid": None, "job_id": None, "attempt": None, "warm": []}
-    ]
+    assert (item["id"], item["host"], item["pool"]) == ("srv_fake", "here", "local")
+    (slot,) = item["slots"]
+    assert {name: value for name, value in slot.items() if value} == {"name": "cpu:0", "device": "cpu", "state": "idle"}
+    assert slot.keys() == {"name", "device", "host", "state", "pid", "job_id", "attempt", "warm", "problem"}
 
 
 def test_metrics_count_by_route_template(server: Any, two_adapters: list[str], fake_pool: Any) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import socket
 import zipfile
 from typing import Any
 
@@ -26,7 +27,8 @@ def test_a_merge_from_upload_to_download(serve: Any, adapter_files: Any) -> None
     assert response.status_code == 200, job
     assert job["state"] == "succeeded", job
     (slots,) = [item["slots"] for item in server.client.get("/workers").json()["items"]]
-    assert [slot["name"] for slot in slots] == ["cpu:0"]
+    assert [(slot["name"], slot["warm"], slot["problem"]) for slot in slots] == [("cpu:0", [], None)]
+    assert slots[0]["host"] == socket.gethostname()
 
     merged = server.client.get(f"/adapters/{job['result']['adapters'][0]}").json()
     assert (merged["name"], merged["rank"], merged["origin"], merged["job_id"]) == ("merged", 6, "merge", job["id"])
@@ -41,6 +43,19 @@ def test_a_merge_from_upload_to_download(serve: Any, adapter_files: Any) -> None
         assert json.loads(files.read("adapter_config.json"))["r"] == 6
     again = server.upload([("file", ("merged.zip", archive.content))])
     assert (again.status_code, again.json()["id"]) == (200, merged["id"])
+
+    (attempt,) = server.client.get(f"/jobs/{job['id']}/attempts").json()["items"]
+    assert (attempt["outcome"], attempt["slot"]) == ("succeeded", "cpu:0")
+    assert server.client.get(f"/jobs/{job['id']}/logs").headers["x-attempt"] == "1"
+    metrics = server.client.get("/metrics").text.splitlines()
+    for expected in (
+        'rankwise_job_run_seconds_count{kind="merge",outcome="succeeded"} 1.0',
+        'rankwise_job_wait_seconds_count{kind="merge"} 1.0',
+        'rankwise_jobs{state="queued"} 0.0',
+        "rankwise_servers 1.0",
+    ):
+        assert expected in metrics
+    assert any(line.startswith('rankwise_slot_busy_seconds_total{device="cpu",server="srv_') for line in metrics)
 
     events = server.client.get(f"/jobs/{job['id']}/events").text
     assert '"state":"succeeded"' in events

@@ -1,4 +1,4 @@
-"""The pool's fixtures. Worker processes import `pool_kinds` by the path that is set here."""
+"""The pool's fixtures. Worker processes import `pool_kinds` and `chaos_kinds` by the paths that are set here."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "workers"))
+sys.path.insert(0, str(Path(__file__).parent))
 
 from pool_harness import (  # noqa: F401
     _exists,

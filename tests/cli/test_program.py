@@ -29,7 +29,7 @@ def test_help_names_every_command(cli: Callable[..., Any]) -> None:
     ("group", "words"),
     [
         ("adapters", ("add", "list", "get", "download", "delete", "lineage")),
-        ("jobs", ("list", "get", "watch", "cancel", "retry")),
+        ("jobs", ("list", "get", "watch", "attempts", "logs", "cancel", "retry")),
         ("models", ("add", "list", "get", "deprecate")),
         ("keys", ("create", "list", "revoke")),
         ("db", ("upgrade", "current", "sweep")),

@@ -197,6 +197,14 @@ def test_methods(cli: Callable[..., Any]) -> None:
     assert cli("methods", "nope", "--json").json["code"] == "not_found"
 
 
+def test_workers(cli: Callable[..., Any]) -> None:
+    (server,) = cli("workers", "--json").json["items"]
+    shown = cli("workers").out
+    assert server["id"] in shown
+    assert [slot["name"] for slot in server["slots"]] == ["cpu:0"]
+    assert "cpu:0" in shown
+
+
 def test_models(cli: Callable[..., Any], model_roots: Path) -> None:
     import torch
     from safetensors.torch import save_file

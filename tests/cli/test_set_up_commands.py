@@ -118,3 +118,40 @@ def test_keys_that_can_not_be(cli: Callable[..., Any], arguments: tuple[str, ...
     result = cli("keys", *arguments)
     assert result.code == 1
     assert "Traceback" not in result.err
+
+
+def test_limits_of_a_key(cli: Callable[..., Any]) -> None:
+    created = cli("keys", "create", "ci", "--max-queued", "5", "--max-bytes", "20GB", "--json").json
+    assert created["limits"] == {"max_queued": 5, "max_running": None, "max_bytes": 20 * 10**9}
+    assert created["use"] == {"queued": 0, "running": 0, "slots": 0, "bytes": 0}
+    changed = cli("keys", "limits", created["id"], "--max-running", "2", "--max-queued", "none", "--json")
+    assert changed.code == 0, changed.err
+    assert changed.json["limits"] == {"max_queued": None, "max_running": 2, "max_bytes": 20 * 10**9}
+    (listed,) = cli("keys", "list", "--json").json
+    assert listed["limits"] == changed.json["limits"]
+    assert "0 of 2" in cli("keys", "list").out
+    assert "0 B of 20.0 GB" in cli("keys", "list").out
+    assert "0 of 2" in cli("keys", "limits", created["id"]).out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code"),
+    [
+        (("--max-queued", "many"), 2),
+        (("--max-queued", "5GB"), 2),
+        (("--max-queued", "-1"), 2),
+        (("--max-bytes", "1.5GB"), 2),
+        (("--max-bytes", "9999999999999999999"), 1),
+        (("--max-running", "0"), 1),
+    ],
+)
+def test_limits_that_can_not_be(cli: Callable[..., Any], arguments: tuple[str, str], code: int) -> None:
+    key = cli("keys", "create", "ci", "--json").json["id"]
+    result = cli("keys", "limits", key, *arguments)
+    assert result.code == code
+    assert "Traceback" not in result.err
+    assert set(cli("keys", "list", "--json").json[0]["limits"].values()) == {None}
+
+
+def test_limits_of_a_key_that_is_not_there(cli: Callable[..., Any]) -> None:
+    assert cli("keys", "limits", "key_0", "--max-queued", "1", "--json").json["code"] == "not_found"

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
+import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,8 +20,20 @@ ROOT = Path(__file__).resolve().parents[2]
 STOP_SECONDS = 60
 
 
+@pytest.fixture
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+    return port
+
+
 def test_a_worker_beside_a_server_without_a_pool(
-    cli: Callable[..., Any], adapters: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    cli: Callable[..., Any],
+    adapters: tuple[Path, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    free_port: int,
 ) -> None:
     data = tmp_path / "data"
     with ServerProcess(data, {"POOL": "off"}, tmp_path / "server.log") as server:
@@ -33,6 +47,7 @@ def test_a_worker_beside_a_server_without_a_pool(
             "RANKWISE_DATABASE_URL": f"sqlite:///{data / 'rankwise.db'}",
             "RANKWISE_BLOB_URL": (data / "blobs").as_uri(),
             "RANKWISE_DEVICES": "cpu:1",
+            "RANKWISE_METRICS_PORT": str(free_port),
         }
         with (tmp_path / "worker.log").open("wb") as log:
             worker = subprocess.Popen(
@@ -40,6 +55,8 @@ def test_a_worker_beside_a_server_without_a_pool(
             )
         try:
             done = cli("jobs", "watch", job["id"], "--json")
+            with urllib.request.urlopen(f"http://127.0.0.1:{free_port}/metrics", timeout=30) as answer:
+                metrics = answer.read().decode()
             worker.send_signal(signal.SIGTERM)
             code = worker.wait(STOP_SECONDS)
         finally:
@@ -48,6 +65,8 @@ def test_a_worker_beside_a_server_without_a_pool(
     assert done.code == 0, (tmp_path / "worker.log").read_text(encoding="utf-8")
     assert done.json["state"] == "succeeded"
     assert code == 0, (tmp_path / "worker.log").read_text(encoding="utf-8")
+    assert 'rankwise_job_wait_seconds_count{kind="merge"} 1.0' in metrics
+    assert "rankwise_servers 1.0" in metrics
 
 
 def test_two_workers_of_one_folder(tmp_path: Path) -> None:

@@ -1,10 +1,14 @@
-"""A real server with something in every table, and a stand-in for the pool that ends every job at once."""
+"""A real server with something in every table, and a stand-in for the pool that ends every job at once.
+
+Also the fixtures of the pool, whose worker processes import `pool_kinds` by the path that is set here.
+"""
 
 from __future__ import annotations
 
 import json
 import socket
 import struct
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,8 +19,27 @@ import uvicorn
 
 from app.main import create_app
 from app.settings import Settings
+from app.state import Services
 from storage import claims, keys
-from storage.database import Database
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "workers"))
+
+from pool_harness import (  # noqa: F401
+    _exists,
+    _has_ended,
+    _wait_until,
+    database,
+    empty_database,
+    pool,
+    provider,
+)
+from ray_harness import (  # noqa: F401
+    make_ray_cluster,
+    make_ray_provider,
+    ray_cluster,
+    ray_provider,
+    ray_work_dir,
+)
 
 RANK, SIDE = 2, 4
 
@@ -24,9 +47,9 @@ RANK, SIDE = 2, 4
 class JobEnder(threading.Thread):
     """Claims every queued job and lets it succeed or fail in turn, as a pool would."""
 
-    def __init__(self, database: Database) -> None:
+    def __init__(self, services: Services) -> None:
         super().__init__(daemon=True)
-        self.database = database
+        self.database = services.database
         self.stopping = threading.Event()
         self.ended = 0
 
@@ -81,6 +104,10 @@ def seed(client: httpx.Client) -> None:
     for _ in range(2):
         merged = client.post("/merge", json={"adapters": [{"id": key} for key in ids], "method": "cat"})
         assert merged.status_code == 202, merged.text
+    job = {"kind": "merge", "params": {"adapters": [{"id": key} for key in ids], "method": "cat"}}
+    for trigger in ({"cron": "0 3 * * *", "timezone": "Europe/Berlin"}, {"event": "base_model.deprecated"}):
+        made = client.post("/schedules", json={"trigger": trigger, "job": job, "overlap": "queue"})
+        assert made.status_code == 201, made.text
 
 
 @pytest.fixture
@@ -100,7 +127,7 @@ def contract_server(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[
     server = uvicorn.Server(uvicorn.Config(app, log_config=None, access_log=False, timeout_graceful_shutdown=2))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
     thread.start()
-    ender = JobEnder(services.database)
+    ender = JobEnder(services)
     ender.start()
     url = f"http://127.0.0.1:{listener.getsockname()[1]}"
     headers = {"Authorization": f"Bearer {secret}"} if secret else {}

@@ -67,7 +67,9 @@ def test_the_document_is_valid_and_every_call_names_its_problems(tmp_path: Path)
 
 def test_request_bodies_refuse_unknown_fields(tmp_path: Path) -> None:
     document = create_app(Settings(data_dir=tmp_path, pool="off")).openapi()
-    for name in ("MergeRequest", "MergeAdapter", "ModelRequest", "ModelPatch", "LegoOptions", "SvdOptions"):
+    merges = ("MergeRequest", "MergeAdapter", "Resources", "LegoOptions", "SvdOptions")
+    schedules = ("ScheduleRequest", "ScheduleTrigger", "ScheduledJob", "SchedulePatch")
+    for name in (*merges, *schedules, "ModelRequest", "ModelPatch"):
         assert document["components"]["schemas"][name]["additionalProperties"] is False, name
 
 

@@ -83,7 +83,7 @@ def test_a_job_with_back_off_is_claimed_only_when_it_is_due(database: Database) 
     claimed = start(database)
     with database.write() as session:
         arguments = {"error": ERROR, "exit": EXIT}
-        assert claims.requeue(session, claimed.job_id, 1, delay_seconds=3600, **arguments) == "queued"
+        assert claims.requeue(session, claimed.job_id, 1, delay_seconds=300, **arguments) == "queued"
     with database.write() as session:
         assert claims.claim_next(session, server_id="s", boot_id="b", slot="c", lease_seconds=60) is None
         jobs.get_job(session, claimed.job_id).available_at = now(session) - timedelta(seconds=1)

@@ -188,3 +188,12 @@ def copied(template: Path, folder: Path) -> Path:
     target = folder / "r.db"
     target.write_bytes(template.read_bytes())
     return target
+
+
+@pytest.mark.postgres
+def test_a_statement_that_takes_too_long_is_given_up(postgres_database: Database) -> None:
+    with postgres_database.read() as session:
+        assert session.scalar(text("SHOW statement_timeout")) == "1min"
+    with pytest.raises(DatabaseUnavailable, match="statement timeout"), postgres_database.write() as session:
+        session.execute(text("SET LOCAL statement_timeout = '20ms'"))
+        session.execute(text("SELECT pg_sleep(5)"))

@@ -19,6 +19,7 @@ from storage.database import Database
 from storage.tables import Base
 
 TABLES = {table.name for table in Base.metadata.sorted_tables}
+SEARCH_TABLES = "adapter_name"  # how those begin that hold the index of names on SQLite
 
 
 @pytest.fixture(params=["sqlite", pytest.param("postgres", marks=pytest.mark.postgres)])
@@ -33,7 +34,8 @@ def empty(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Database]:
 
 
 def table_names(database: Database) -> set[str]:
-    return set(inspect(database.engine).get_table_names()) - {"alembic_version"}
+    names = set(inspect(database.engine).get_table_names()) - {"alembic_version"}
+    return {name for name in names if not name.startswith(SEARCH_TABLES)}
 
 
 def test_upgrade_makes_all_tables_and_again_changes_nothing(empty: Database) -> None:
@@ -60,10 +62,16 @@ def test_down_and_up_again(empty: Database) -> None:
     empty.check()
 
 
+def is_in_metadata(item: object, name: str | None, kind: str, reflected: bool, other: object) -> bool:
+    """Not the index of names: the metadata knows neither tables of FTS5 nor functions."""
+    return not (reflected and str(name).startswith((SEARCH_TABLES, "ix_adapters_name_grams")))
+
+
 def test_migrations_and_tables_do_not_drift_apart(empty: Database) -> None:
     empty.upgrade()
     with empty.engine.connect() as connection:
-        context = MigrationContext.configure(connection, opts={"compare_type": True})
+        options = {"compare_type": True, "include_object": is_in_metadata}
+        context = MigrationContext.configure(connection, opts=options)
         assert compare_metadata(context, Base.metadata) == []
 
 

@@ -19,3 +19,11 @@ from pool_harness import (  # noqa: F401
     torch_provider,
     write_adapter,
 )
+from ray_harness import (  # noqa: F401
+    make_ray_cluster,
+    make_ray_provider,
+    ray_cluster,
+    ray_provider,
+    ray_work_dir,
+)
+from webhook_receivers import receivers  # noqa: F401

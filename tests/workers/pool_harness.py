@@ -20,7 +20,9 @@ from storage import adapters, jobs
 from storage.blobs import BlobStore
 from storage.database import Database
 from storage.tables import JobAttemptRow, JobRow
+from workers.devices import parse_devices
 from workers.local import LocalProvider
+from workers.provider import Slot, WorkerProvider
 from workers.supervisor import PoolSettings, Supervisor
 
 DEADLINE_SECONDS = 30.0
@@ -62,6 +64,18 @@ def exists(pid: int) -> bool:
     return Path(f"/proc/{pid}").exists()
 
 
+class SlottedProvider:
+    """The provider that all tests share, with the slots of one test."""
+
+    def __init__(self, provider: WorkerProvider, slots: tuple[Slot, ...]) -> None:
+        self._provider, self._slots = provider, slots
+        self.start = provider.start
+        self.close = provider.close
+
+    def slots(self) -> tuple[Slot, ...]:
+        return self._slots
+
+
 @dataclass
 class Gate:
     """A FIFO that a job waits for."""
@@ -101,7 +115,8 @@ class Pool:
         return PoolSettings(**values | changes)
 
     def supervisor(self, **changes: Any) -> Supervisor:
-        supervisor = Supervisor(self.settings(**changes), self.provider)
+        settings = self.settings(**changes)
+        supervisor = Supervisor(settings, SlottedProvider(self.provider, parse_devices(settings.devices)))
         self.supervisors.append(supervisor)
         return supervisor
 
@@ -204,6 +219,8 @@ def pool(database: Database, tmp_path: Path, provider: LocalProvider) -> Iterato
     yield pool
     for supervisor in pool.supervisors:
         supervisor.stop()
+    for used in (provider, pool.provider):
+        used.logs.flush(10)
     left = [thread.name for thread in set(threading.enumerate()) - threads if thread.name != "worker-events"]
     assert left == []
 

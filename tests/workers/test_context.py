@@ -10,13 +10,13 @@ from typing import Any
 import pytest
 from sqlalchemy import select, update
 
-from artifacts.errors import AttemptCancelled, AttemptStale, BlobMissing, DatabaseUnavailable, NotFound
-from storage import adapters, claims
+from artifacts.errors import AttemptCancelled, AttemptStale, BlobMissing, DatabaseUnavailable, NotFound, QuotaExceeded
+from storage import adapters, claims, keys
 from storage.adapters import Parent
 from storage.blobs import BlobStore
-from storage.tables import AdapterRow, JobRow
+from storage.tables import AdapterRow, ApiKeyRow, JobRow
 from workers import context as module
-from workers import runtime
+from workers import failures, runtime
 from workers.attempt import AttemptSpec
 from workers.context import Interruption, JobContext, JobOutcome, NewAdapter, publish
 from workers.runtime import run_attempt
@@ -206,6 +206,27 @@ def test_a_result_that_can_not_be_stored_leaves_no_adapter(pool: Any, context: J
     with pool.database.read() as session:
         assert session.scalars(select(AdapterRow.id)).all() == []
     assert pool.job(context.spec.job_id).state == "running"
+
+
+@pytest.mark.parametrize("room", [10, 10**6])
+def test_a_result_counts_for_the_owner_of_its_job(
+    pool: Any, context: JobContext, write_adapter: Any, room: int
+) -> None:
+    with pool.database.write() as session:
+        key_id = keys.create_key(session, "ci", ["jobs"], limits=keys.KeyLimits(max_bytes=room))[0].id
+        session.execute(update(JobRow).where(JobRow.id == context.spec.job_id).values(created_by=key_id))
+    new = NewAdapter(write_adapter(context.scratch / "out", 5), "made")
+    if room == 10:
+        with pytest.raises(QuotaExceeded) as raised:
+            publish(context, JobOutcome((new,), {}))
+        assert failures.failed(raised.value).retry == "never"
+        assert pool.job(context.spec.job_id).state == "running", "nothing was published"
+    else:
+        publish(context, JobOutcome((new,), {}))
+    with pool.database.read() as session:
+        sizes = session.scalars(select(AdapterRow.size)).all()
+        assert session.get_one(ApiKeyRow, key_id).stored_bytes == sum(sizes)
+    assert len(sizes) == (0 if room == 10 else 1)
 
 
 def test_a_stale_attempt_runs_and_says_so(pool: Any, spec: AttemptSpec) -> None:

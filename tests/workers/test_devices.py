@@ -73,11 +73,11 @@ def test_only_visible_devices_count(gpus: pytest.MonkeyPatch, visible: str, coun
 
 def test_a_worker_sees_its_own_device_only(gpus: pytest.MonkeyPatch) -> None:
     slot = Slot("cuda:1", "cuda:1")
-    assert devices.worker_environment(slot)["CUDA_VISIBLE_DEVICES"] == "1"
-    assert devices.worker_environment(slot)["CUDA_DEVICE_ORDER"] == "PCI_BUS_ID"
+    assert devices.worker_environment([slot])["CUDA_VISIBLE_DEVICES"] == "1"
+    assert devices.worker_environment([slot])["CUDA_DEVICE_ORDER"] == "PCI_BUS_ID"
     gpus.setenv("CUDA_VISIBLE_DEVICES", "GPU-abc,GPU-def")
-    assert devices.worker_environment(slot)["CUDA_VISIBLE_DEVICES"] == "GPU-def"
-    assert devices.worker_environment(Slot("cpu:0", "cpu")) == {"CUDA_VISIBLE_DEVICES": ""}
+    assert devices.worker_environment([slot])["CUDA_VISIBLE_DEVICES"] == "GPU-def"
+    assert devices.worker_environment([Slot("cpu:0", "cpu")]) == {"CUDA_VISIBLE_DEVICES": ""}
     assert devices.device_in_worker(slot) == "cuda:0"
     assert devices.device_in_worker(Slot("cpu:0", "cpu")) == "cpu"
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -23,6 +23,8 @@ SPEC: Any = AttemptSpec("job_1", 1, "kind", {}, "cpu:0", "cpu", "", "", "", "", 
 class FakeWorker:
     def __init__(self) -> None:
         self.pid: int | None = 4711
+        self.host = "host"
+        self.warm: tuple[str, ...] = ()
         self.ready = True
         self.living = True
         self.outcome: Outcome | None = None
@@ -58,7 +60,10 @@ class FakeProvider:
         self.started: list[FakeWorker] = []
         self.refuse = False
 
-    def start(self, slot: Slot, notify: Callable[[], None]) -> FakeWorker:
+    def slots(self) -> tuple[Slot, ...]:
+        return (Slot("cpu:0", "cpu"),)
+
+    def start(self, slots: Sequence[Slot], notify: Callable[[], None]) -> FakeWorker:
         if self.refuse:
             raise WorkerStartError("no")
         self.started.append(FakeWorker())
@@ -86,7 +91,7 @@ def lane(provider: FakeProvider) -> Lane:
 def worker(lane: Lane, provider: FakeProvider) -> FakeWorker:
     """The lane's worker, with an attempt."""
     assert lane.idle
-    lane.assign(CLAIM, SPEC, lease_ends=LEASE_ENDS, deadline=None)
+    lane.assign(CLAIM, SPEC, now=0.0, lease_ends=LEASE_ENDS, deadline=None)
     return provider.started[0]
 
 
@@ -160,7 +165,7 @@ def test_the_end_of_the_lease_kills_at_once(lane: Lane, worker: FakeWorker) -> N
 
 
 def test_a_deadline_stops_with_grace(lane: Lane, provider: FakeProvider) -> None:
-    lane.assign(CLAIM, SPEC, lease_ends=LEASE_ENDS, deadline=50.0)
+    lane.assign(CLAIM, SPEC, now=0.0, lease_ends=LEASE_ENDS, deadline=50.0)
     assert lane.next_event() == 50.0
     lane.step(50.0)
     assert provider.started[0].calls == ["submit", "terminate"]
@@ -206,7 +211,7 @@ def test_attempts_that_crash_their_worker_do_not_delay_the_next_one(provider: Fa
         lane.ensure_worker(7.0)
         assert len(provider.started) == number
         # Claimed in the very round in which the worker became ready, and crashed before the next one.
-        lane.assign(CLAIM, SPEC, lease_ends=LEASE_ENDS, deadline=None)
+        lane.assign(CLAIM, SPEC, now=0.0, lease_ends=LEASE_ENDS, deadline=None)
         provider.started[-1].ready = provider.started[-1].living = False
         lane.clear()
 

@@ -49,7 +49,7 @@ def test_workers_have_torch_loaded_and_cuda_untouched(pool: Any) -> None:
 def test_a_module_that_can_not_be_preloaded_is_told_and_the_others_are_loaded(wait_until: Any) -> None:
     provider = LocalProvider(preload=("no_such_module", "workers.runtime"))
     with capture_logs() as logs:
-        worker = provider.start(SLOT, nothing)
+        worker = provider.start([SLOT], nothing)
         wait_until(lambda: worker.ready, "the worker is ready")
     provider.close()
     (failure,) = [entry for entry in logs if entry["event"] == "preload_failed"]
@@ -61,7 +61,7 @@ def test_closing_leaves_no_process_and_no_thread(wait_until: Any, exists: Any) -
     threads = threading.active_count()
     children = set(psutil.Process().children(recursive=True))
     provider = LocalProvider(preload=("workers.runtime",))
-    workers = [provider.start(SLOT, nothing) for _ in range(2)]
+    workers = [provider.start([SLOT], nothing) for _ in range(2)]
     wait_until(lambda: all(worker.ready for worker in workers), "the workers are ready")
     started = set(psutil.Process().children(recursive=True)) - children
     assert len(started) == 3
@@ -73,14 +73,14 @@ def test_closing_leaves_no_process_and_no_thread(wait_until: Any, exists: Any) -
 
 def test_workers_die_with_the_fork_server_and_the_next_start_makes_a_new_one(wait_until: Any, exists: Any) -> None:
     provider = LocalProvider(preload=("workers.runtime",))
-    worker = provider.start(SLOT, nothing)
+    worker = provider.start([SLOT], nothing)
     wait_until(lambda: worker.ready, "the worker is ready")
     assert worker.pid is not None
     os.kill(psutil.Process(worker.pid).ppid(), signal.SIGKILL)
     wait_until(lambda: not worker.alive(), "the worker is told to be dead")
     assert not exists(worker.pid)
     assert worker.exit()["signal"] == signal.SIGKILL
-    second = provider.start(SLOT, nothing)
+    second = provider.start([SLOT], nothing)
     wait_until(lambda: second.ready, "another worker is ready")
     provider.close()
 
@@ -88,7 +88,7 @@ def test_workers_die_with_the_fork_server_and_the_next_start_makes_a_new_one(wai
 def test_the_kernel_kills_a_worker_whose_fork_server_dies(wait_until: Any, has_ended: Any) -> None:
     """Without the provider's help: its event thread is told nothing until the worker is dead."""
     provider = LocalProvider(preload=("workers.runtime",))
-    worker = provider.start(SLOT, nothing)
+    worker = provider.start([SLOT], nothing)
     wait_until(lambda: worker.ready, "the worker is ready")
     assert worker.pid is not None
     forkserver = provider._forkserver
@@ -106,12 +106,12 @@ def test_the_kernel_kills_a_worker_whose_fork_server_dies(wait_until: Any, has_e
 
 def test_the_fork_server_outlives_a_signal_to_the_whole_service(wait_until: Any) -> None:
     provider = LocalProvider(preload=("workers.runtime",))
-    worker = provider.start(SLOT, nothing)
+    worker = provider.start([SLOT], nothing)
     wait_until(lambda: worker.ready, "the worker is ready")
     assert provider._forkserver is not None
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         os.kill(provider._forkserver.pid, number)
-    second = provider.start(SLOT, nothing)
+    second = provider.start([SLOT], nothing)
     wait_until(lambda: second.ready, "it still forks")
     assert worker.alive()
     provider.close()

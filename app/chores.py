@@ -1,0 +1,82 @@
+"""The chores of a server: what is done again and again beside serving requests and running jobs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import structlog
+
+from app.scheduling import Scheduler
+from app.settings import Settings
+from app.webhook_policy import egress_policy
+from storage import deliveries, idempotency
+from storage.blobs import BlobStore
+from storage.database import Database
+from storage.log_rescue import rescue_logs
+from storage.sweep import sweep_blobs
+from workers.clockwork import Chore
+from workers.courier import Courier
+
+SCHEDULE_SECONDS = 1.0
+WEBHOOK_SECONDS = 1.0
+HOUR_SECONDS = 3600.0
+AFTER_START_SECONDS = 60.0
+"""Cleaning up waits until a server that has just started is done with more urgent things."""
+
+_log = structlog.stdlib.get_logger(__name__)
+
+
+def _nobody(kind: str) -> None:
+    """Nobody wants to know of a job that a schedule has made."""
+
+
+def chores(
+    settings: Settings, database: Database, blobs: BlobStore, *, fired: Callable[[str], None] = _nobody
+) -> list[Chore]:
+    """The chores of every process that stays up: `rankwise serve`, with a pool or without, and `rankwise worker`.
+
+    Several servers do them side by side without harm.
+
+    Args:
+        fired: told the kind of every job that a schedule has made here.
+    """
+    scheduler = Scheduler(settings, database, fired)
+    courier = Courier(database, egress_policy(settings))
+    return [
+        Chore("schedules", SCHEDULE_SECONDS, scheduler.run),
+        Chore("webhooks", WEBHOOK_SECONDS, courier.run, interrupt=courier.close),
+        Chore("sweep", HOUR_SECONDS, lambda: _sweep(database, blobs), AFTER_START_SECONDS),
+        Chore("logs", HOUR_SECONDS, lambda: _rescue_logs(database, blobs), AFTER_START_SECONDS),
+        Chore("idempotency", HOUR_SECONDS, lambda: _forget_keys(database), AFTER_START_SECONDS),
+        Chore("deliveries", HOUR_SECONDS, lambda: _forget_deliveries(database), AFTER_START_SECONDS),
+    ]
+
+
+def _sweep(database: Database, blobs: BlobStore) -> None:
+    report = sweep_blobs(database, blobs)
+    _log.info("swept", scanned=report.scanned, deleted=len(report.deleted), bytes_freed=report.bytes_freed)
+
+
+def _rescue_logs(database: Database, blobs: BlobStore) -> None:
+    rescued = rescue_logs(database, blobs)
+    if rescued:
+        _log.info("logs_rescued", attempts=rescued)
+
+
+def _forget_keys(database: Database) -> None:
+    with database.write() as session:
+        dropped = idempotency.forget(session)
+    if dropped:
+        _log.info("idempotency_keys_forgotten", keys=dropped)
+
+
+def _forget_deliveries(database: Database) -> None:
+    forgotten = 0
+    while True:  # a batch a transaction, so that nobody waits long for the database
+        with database.write() as session:
+            batch = deliveries.forget_deliveries(session)
+        forgotten += batch
+        if not batch:
+            break
+    if forgotten:
+        _log.info("webhook_deliveries_forgotten", deliveries=forgotten)

@@ -1,0 +1,103 @@
+"""What can be submitted: job kind → how its parameters are checked. One table for every road that makes a job."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ValidationError
+from sqlalchemy.orm import Session
+
+from app import capacity
+from app.merge_inputs import merge_inputs
+from app.problems import pointer_of
+from app.schemas.common import as_json
+from app.schemas.merge import MergeParams
+from app.schemas.resources import Resources
+from app.settings import Settings
+from artifacts.errors import FieldError, RankwiseError, RequestInvalid
+from merge.catalog import parse_parameters
+from merge.plan import plan_merge
+
+Model = TypeVar("Model", bound=BaseModel)
+
+
+@dataclass(frozen=True, slots=True)
+class Submission:
+    """A job that can be made: what storage.jobs.create_job takes. `affinity` is the id of the base model it loads."""
+
+    kind: str
+    params: dict[str, Any]
+    resources: dict[str, Any]
+    affinity: str | None = None
+
+
+Check = Callable[[Session, Mapping[str, Any]], tuple[dict[str, Any], str | None]]
+"""Checks parameters; gives them as they are stored, and the affinity."""
+
+
+def check_submission(
+    settings: Settings, session: Session, kind: str, params: Mapping[str, Any], resources: Mapping[str, Any]
+) -> Submission:
+    """Check that a job can be run.
+
+    Raises:
+        RequestInvalid and its kin: an unknown kind (pointer `/kind`), parameters that its kind does not take or that
+            name what is not there (`/params/…`), devices that do not exist (`/resources/…`).
+    """
+    check = CHECKS.get(kind)
+    if check is None:
+        known = ", ".join(CHECKS)
+        raise RequestInvalid(
+            f"there is no job kind {kind[:40]!r}", errors=[FieldError("/kind", f"must be one of: {known}")]
+        )
+    asked = as_json(_parse(Resources, resources, "/resources"), exclude_none=True)
+    capacity.check_devices(session, settings, kind, asked)
+    with pointers_below("/params"):
+        stored, affinity = check(session, params)
+    return Submission(kind, stored, asked, affinity)
+
+
+def _check_merge(session: Session, params: Mapping[str, Any]) -> tuple[dict[str, Any], None]:
+    """A merge works on the factors alone: it loads no base model."""
+    request = _parse(MergeParams, params, "")
+    options = parse_parameters(request.method, request.parameters)
+    plan_merge(merge_inputs(session, request.adapters), request.method, options)
+    return as_json(request), None
+
+
+CHECKS: Mapping[str, Check] = MappingProxyType({"merge": _check_merge})
+
+
+@contextmanager
+def pointers_below(prefix: str, instead_of: str = "") -> Iterator[None]:
+    """Errors from inside point to below `prefix`: for `/a` of a value, `{prefix}/a` of the body that holds it.
+
+    Args:
+        instead_of: taken off first; pointers that do not begin with it stay as they are.
+    """
+    try:
+        yield
+    except RankwiseError as error:
+        # A finding may also be at a module or a file, whose name is no pointer.
+        error.errors = tuple(
+            FieldError(prefix + item.pointer.removeprefix(instead_of), item.message)
+            if item.pointer == instead_of or item.pointer.startswith(f"{instead_of}/")
+            else item
+            for item in error.errors
+        )
+        raise
+
+
+def _parse(model: type[Model], value: Mapping[str, Any], prefix: str) -> Model:
+    try:
+        return model.model_validate(dict(value))
+    except ValidationError as error:
+        findings = [
+            FieldError(prefix + pointer_of(item["loc"]), item["msg"].removeprefix("Value error, "))
+            for item in error.errors(include_url=False, include_context=False, include_input=False)
+        ]
+        raise RequestInvalid(f"{findings[0].pointer}: {findings[0].message}", errors=findings) from error

@@ -1,0 +1,128 @@
+"""Schedules at work: the job of a firing is checked as any other submission, and looked for every second."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from datetime import datetime
+
+import structlog
+from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.orm import Session
+
+from app.job_kinds import check_submission
+from app.settings import Settings
+from artifacts.errors import RankwiseError
+from storage import database as clock
+from storage import domain_events, firings, jobs
+from storage.database import Database
+from storage.tables import FiringRow, JobRow, ScheduleRow
+
+_log = structlog.stdlib.get_logger(__name__)
+
+
+def submit_scheduled(
+    settings: Settings,
+    session: Session,
+    row: ScheduleRow,
+    *,
+    created_by: str | None,
+    request_id: str | None = None,
+) -> JobRow:
+    """Check and create a schedule's job.
+
+    Raises:
+        RequestInvalid and its kin: what was possible when the schedule was made no longer is.
+        QueueFull, QuotaExceeded
+    """
+    wanted = check_submission(settings, session, row.job_kind, row.job_params, row.job_resources)
+    return jobs.create_job(
+        session,
+        wanted.kind,
+        wanted.params,
+        resources=wanted.resources,
+        affinity=wanted.affinity,
+        created_by=created_by,
+        request_id=request_id,
+        schedule_id=row.id,
+        max_queued=settings.max_queued_jobs,
+    )
+
+
+class Scheduler:
+    """Fires what is due. Any number of servers may do so at once: each firing happens on one of them.
+
+    Args:
+        fired: told the kind of every job that was made here, once it is there.
+    """
+
+    def __init__(self, settings: Settings, database: Database, fired: Callable[[str], None]) -> None:
+        self._settings = settings
+        self._database = database
+        self._fired = fired
+        self._seen: datetime | None = None
+        self._made: list[str] = []
+
+    def run(self) -> None:
+        """One turn: everything that is due now.
+
+        Raises:
+            DatabaseUnavailable, DiskFull: what was fired so far stays fired; the rest is still due.
+        """
+        with self._database.read() as session:
+            moment = clock.now(session)
+        if self._seen is None or moment < self._seen:
+            # At the start, too: the clock may have been set while no server ran.
+            with self._database.write() as session:
+                moved = firings.resettle(session)
+            if moved:
+                _log.warning("schedules_resettled", schedules=moved, clock=moment.isoformat())
+        self._seen = moment
+        self._work_off(firings.is_due, self._fire_due)
+        self._work_off(domain_events.any_open, self._fire_event)
+
+    def _work_off(self, waits: Callable[[Session], bool], fire: Callable[[Session], list[FiringRow]]) -> None:
+        """Fire one by one, until nothing is left or the rest is in the hands of other servers."""
+        while True:
+            with self._database.read() as session:  # a look costs no turn at writing
+                if not waits(session):
+                    return
+            self._made = []
+            with self._database.write() as session:
+                written = fire(session)
+            for firing in written:
+                _tell(firing)
+            for kind in self._made:
+                self._fired(kind)
+            if not written:
+                return
+
+    def _fire_due(self, session: Session) -> list[FiringRow]:
+        return firings.fire_due(session, self._submit)
+
+    def _fire_event(self, session: Session) -> list[FiringRow]:
+        firing = firings.fire_event(session, self._submit)
+        return [] if firing is None else [firing]
+
+    def _submit(self, session: Session, row: ScheduleRow) -> JobRow:
+        try:
+            job = submit_scheduled(self._settings, session, row, created_by=row.created_by)
+        except (RankwiseError, SQLAlchemyError):
+            raise
+        except Exception as error:
+            # One job that can not even be checked must not keep all other schedules from firing.
+            _log.exception("scheduled_job_not_checked", schedule=row.id, kind=row.job_kind)
+            raise RankwiseError("the job could not be checked; the server's log says why") from error
+        self._made.append(job.kind)
+        return job
+
+
+def _tell(firing: FiringRow) -> None:
+    tell = _log.info if firing.outcome == "job" else _log.warning
+    tell(
+        "schedule_fired",
+        schedule=firing.schedule_id,
+        occurrence=firing.occurrence,
+        outcome=firing.outcome,
+        job=firing.job_id,
+        detail=firing.detail,
+    )

@@ -1,0 +1,81 @@
+"""Rules 3 and 5: worker processes are forked, kept, and replaced; the sign of life does not come from the job."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from rule_kinds import KINDS
+
+from workers.forkserver import ForkServer
+from workers.local import LocalProvider
+
+
+def test_the_sign_of_life_goes_on_while_a_job_holds_its_process(pool: Any) -> None:
+    job_id = pool.submit("hold_the_gil", seconds=2.5)
+    pool.start(lease_seconds=1.0, beat_seconds=0.2, kinds=KINDS)
+    job = pool.ended(job_id)
+    assert (job.state, job.attempt, job.failures) == ("succeeded", 1, 0)
+    assert job.result["report"]["seconds"] >= 2.5
+
+
+def test_workers_are_forked_from_a_process_that_has_loaded_everything(pool: Any) -> None:
+    provider = LocalProvider(threads=1)
+    pool.provider = provider
+    try:
+        supervisor = pool.start(kinds=KINDS)
+        first, second = (pool.ended(pool.submit("origin", crashes=crashes)).result["report"] for crashes in (0, 1))
+        assert first["loaded"] == ["torch", "workers.jobs.merge"]
+        assert second["attempt"] == 2  # the first one's process was killed, and so replaced
+        assert second["pid"] != first["pid"]
+        assert second["parent"] == first["parent"]
+        fork_server = psutil.Process(first["parent"])
+        assert "workers.forkserver" in " ".join(fork_server.cmdline())
+        # A fork keeps the command of its parent; an interpreter of its own would have another.
+        assert psutil.Process(second["pid"]).cmdline() == fork_server.cmdline()
+        supervisor.stop()
+    finally:
+        provider.close()
+
+
+@pytest.mark.parametrize("stopped_by", ["a cancel", "a time-out"])
+def test_a_process_that_was_stopped_serves_no_other_attempt(
+    pool: Any, wait_until: Any, exists: Any, stopped_by: str
+) -> None:
+    note = pool.folder / "note"
+    resources = {"timeout_seconds": 0.3} if stopped_by == "a time-out" else None
+    job_id = pool.submit("overstay", resources=resources, note=str(note))
+    pool.start(kinds=KINDS)
+    pid = int(wait_until(lambda: note.exists() and note.read_text(), "the job runs"))
+    if stopped_by == "a cancel":
+        pool.cancel(job_id)
+    assert pool.ended(job_id).state == ("cancelled" if stopped_by == "a cancel" else "failed")
+    after = pool.ended(pool.submit("origin")).result["report"]
+    assert after["pid"] != pid
+    assert not exists(pid)
+
+
+def test_a_process_whose_job_was_refused_is_kept(pool: Any) -> None:
+    pool.start(kinds=KINDS)
+    before = pool.ended(pool.submit("origin")).result["report"]["pid"]
+    assert pool.ended(pool.submit("refuse")).state == "failed"
+    assert pool.ended(pool.submit("origin")).result["report"]["pid"] == before
+
+
+def test_a_preloaded_module_that_touches_cuda_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the reason, a forked worker could not use the device: the start says so, as for a broken import."""
+    import socket
+    import types
+
+    ours, theirs = socket.socketpair()
+    fake = types.ModuleType("torch")
+    fake.cuda = types.SimpleNamespace(is_initialized=lambda: True)  # type: ignore[attr-defined]
+    monkeypatch.setitem(__import__("sys").modules, "torch", fake)
+    monkeypatch.setattr("workers.forkserver.gc.freeze", lambda: None)
+    with ours, theirs:
+        ours.sendall(b'{"preload": []}\n')
+        ForkServer(theirs)._preload()
+        told = ours.recv(65536).decode()
+    assert "CUDA was initialised by a preloaded module" in told
