@@ -35,8 +35,15 @@ class Submission:
     affinity: str | None = None
 
 
-Check = Callable[[Session, Mapping[str, Any]], tuple[dict[str, Any], str | None]]
-"""Checks parameters; gives them as they are stored, and the affinity."""
+@dataclass(frozen=True, slots=True)
+class JobKind:
+    """How the parameters of a kind look, and the function that checks them against what is stored.
+
+    The function gives the affinity.
+    """
+
+    params: type[BaseModel]
+    check: Callable[[Session, Any], str | None]
 
 
 def check_submission(
@@ -48,28 +55,27 @@ def check_submission(
         RequestInvalid and its kin: an unknown kind (pointer `/kind`), parameters that its kind does not take or that
             name what is not there (`/params/…`), devices that do not exist (`/resources/…`).
     """
-    check = CHECKS.get(kind)
-    if check is None:
-        known = ", ".join(CHECKS)
+    found = JOB_KINDS.get(kind)
+    if found is None:
+        known = ", ".join(JOB_KINDS)
         raise RequestInvalid(
             f"there is no job kind {kind[:40]!r}", errors=[FieldError("/kind", f"must be one of: {known}")]
         )
     asked = as_json(_parse(Resources, resources, "/resources"), exclude_none=True)
     capacity.check_devices(session, settings, kind, asked)
+    request = _parse(found.params, params, "/params")
     with pointers_below("/params"):
-        stored, affinity = check(session, params)
-    return Submission(kind, stored, asked, affinity)
+        affinity = found.check(session, request)
+    return Submission(kind, as_json(request), asked, affinity)
 
 
-def _check_merge(session: Session, params: Mapping[str, Any]) -> tuple[dict[str, Any], None]:
+def _check_merge(session: Session, request: MergeParams) -> None:
     """A merge works on the factors alone: it loads no base model."""
-    request = _parse(MergeParams, params, "")
     options = parse_parameters(request.method, request.parameters)
     plan_merge(merge_inputs(session, request.adapters), request.method, options)
-    return as_json(request), None
 
 
-CHECKS: Mapping[str, Check] = MappingProxyType({"merge": _check_merge})
+JOB_KINDS: Mapping[str, JobKind] = MappingProxyType({"merge": JobKind(MergeParams, _check_merge)})
 
 
 @contextmanager

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from fastapi.routing import APIRoute
+from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
+from app.job_kinds import JOB_KINDS
 from app.problems import Problem
 from merge.catalog import METHODS
 
@@ -23,7 +25,6 @@ _SCHEDULE_CALLS = (
     "trigger_schedule",
     "list_upcoming",
     "list_firings",
-    "delete_schedule",
 )
 _WEBHOOK_CALLS = (
     "get_webhook",
@@ -44,7 +45,7 @@ _LINKS = (
     ("register_model", "201", _NEW, "model_id", _MODEL_CALLS),
     ("list_jobs", "200", _FIRST, "job_id", _JOB_CALLS),
     ("merge_adapters", "202", _NEW, "job_id", _JOB_CALLS),
-    ("create_schedule", "201", _NEW, "schedule_id", _SCHEDULE_CALLS),
+    ("create_schedule", "201", _NEW, "schedule_id", (*_SCHEDULE_CALLS, "delete_schedule")),
     ("list_schedules", "200", _FIRST, "schedule_id", _SCHEDULE_CALLS),
     ("trigger_schedule", "202", _NEW, "job_id", _JOB_CALLS),
     ("create_webhook", "201", _NEW, "webhook_id", _WEBHOOK_CALLS),
@@ -62,9 +63,9 @@ def complete(document: dict[str, Any], *, api_keys: bool) -> dict[str, Any]:
     components = document.setdefault("components", {})
     schemas = components.setdefault("schemas", {})
     schemas.update(_definitions())
-    parameters = schemas["MergeRequest"]["properties"]["parameters"]
-    del parameters["additionalProperties"]  # each method's options say what they take
-    parameters["anyOf"] = [{"$ref": REF_TEMPLATE.format(model=row.options.__name__)} for row in METHODS.values()]
+    for name in ("MergeRequest", "MergeParams"):
+        _one_of_these(schemas[name]["properties"]["parameters"], [row.options for row in METHODS.values()])
+    _one_of_these(schemas["ScheduledJob"]["properties"]["params"], [kind.params for kind in JOB_KINDS.values()])
     operations = dict(_operations(document))
     for operation in operations.values():
         _drop_null_parameters(operation)
@@ -85,7 +86,16 @@ def _definitions() -> dict[str, Any]:
     _, options = models_json_schema(
         [(row.options, "validation") for row in METHODS.values()], by_alias=False, ref_template=REF_TEMPLATE
     )
-    return {**problems["$defs"], **options["$defs"]}
+    _, kinds = models_json_schema(
+        [(kind.params, "validation") for kind in JOB_KINDS.values()], ref_template=REF_TEMPLATE
+    )
+    return {**problems["$defs"], **options["$defs"], **kinds["$defs"]}
+
+
+def _one_of_these(schema: dict[str, Any], models: Sequence[type[BaseModel]]) -> None:
+    """What is an object for FastAPI is one of `models`, each of which says what it takes."""
+    del schema["additionalProperties"]
+    schema["anyOf"] = [{"$ref": REF_TEMPLATE.format(model=model.__name__)} for model in models]
 
 
 def _drop_null_parameters(operation: dict[str, Any]) -> None:

@@ -228,7 +228,7 @@ def _supervisors(folder: Path, url: str, slots: Sequence[int]) -> Iterator[list[
                 raise RuntimeError("a supervisor did not start")
         yield processes
     finally:
-        for process in processes:
+        for process in processes:  # the end of its input ends it, too
             process.communicate(timeout=120)
 
 
@@ -262,7 +262,7 @@ def supervise(folder: Path, url: str, server_id: str, slots: int) -> None:
         data_dir=folder / server_id,
         kinds={"sleep": "benchmarks.pool_cluster:nothing"},
     )
-    supervisor = Supervisor(settings, provider, pool="fake", observer=times)
+    supervisor = Supervisor(settings, provider, observer=times)
     print("ready", flush=True)
     sys.stdin.readline()
     supervisor.start()

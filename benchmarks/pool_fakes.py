@@ -89,7 +89,7 @@ class FakeMachine:
         self._send_lock = threading.Lock()
         context = multiprocessing.get_context("spawn")
         self._channel, theirs = context.Pipe()
-        self._process = context.Process(target=run_workers, args=(theirs, database_url), name="fake-workers")
+        self._process = context.Process(target=run_workers, args=(theirs, database_url), daemon=True)
         self._process.start()
         theirs.close()
         self.runs: list[Run] = []

@@ -28,22 +28,26 @@ LATENCY_GOAL_MS = 60.0
 RATE_GOAL = 25.0
 CLIENTS = 4
 PAUSE_SECONDS = 0.02
+WARM_UP = 5
 DEADLINE_SECONDS = 600.0
 TERMINAL = ("succeeded", "failed", "cancelled")
 
 
 def latency(pool: str, count: int) -> list[Figure]:
     """From the call that creates a job to the first line of the job's function in a warm worker, one job at a time."""
-    with scratch_folder() as folder, database_url("sqlite", folder) as url, migrated(url) as database:
-        provider = _provider(pool)
-        supervisor = Supervisor(_settings(folder, url, "srv_bench"), provider, pool=pool)
+    with (
+        scratch_folder() as folder,
+        database_url("sqlite", folder) as url,
+        migrated(url) as database,
+        _provider(pool, folder) as provider,
+    ):
+        supervisor = Supervisor(_settings(folder, url, "srv_bench"), provider)
         supervisor.start()
         try:
             _await_idle(supervisor)
-            waits = [_begin_one(database, supervisor) for _ in range(count + 5)][5:]
+            waits = [_begin_one(database, supervisor) for _ in range(count + WARM_UP)][WARM_UP:]
         finally:
             supervisor.stop()
-            provider.close()
     detail = {"jobs": count, "p99_ms": percentile(waits, 0.99), "max_ms": max(waits), "database": "sqlite"}
     return [Figure(f"submit to running, {pool}", median(waits), "ms", LATENCY_GOAL_MS, detail=detail)]
 
@@ -67,12 +71,19 @@ def _begin_one(database: Database, supervisor: Supervisor) -> float:
     raise RuntimeError(f"{job_id} has not ended")
 
 
-def _provider(pool: str) -> WorkerProvider:
-    if pool == "local":
-        return LocalProvider(parse_devices("cpu:1"), threads=1)
-    from benchmarks.pool_ray import ray_provider
+@contextmanager
+def _provider(pool: str, folder: Path) -> Iterator[WorkerProvider]:
+    if pool == "ray":
+        from benchmarks.pool_ray import ray_provider
 
-    return ray_provider()
+        with ray_provider(folder) as provider:
+            yield provider
+        return
+    local = LocalProvider(parse_devices("cpu:1"), threads=1)
+    try:
+        yield local
+    finally:
+        local.close()
 
 
 def _settings(folder: Path, url: str, server_id: str) -> PoolSettings:

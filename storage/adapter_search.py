@@ -20,9 +20,9 @@ from sqlalchemy import ColumnElement, Select, func, select
 from sqlalchemy.orm import InstrumentedAttribute, Session, defer
 
 from artifacts.errors import FieldError, RequestInvalid
-from storage.adapter_names import find_by_name, has_part
+from storage.adapter_names import GRAM, find_by_name, has_part
 from storage.ids import is_id
-from storage.pagination import DEFAULT_LIMIT, Key, Page, behind, cursor_at, start_of
+from storage.pagination import DEFAULT_LIMIT, Key, Page, cursor_at, in_order, start_of
 from storage.tables import AdapterFileRow, AdapterRow, AdapterTagRow
 from storage.text import fold, is_storable
 
@@ -78,7 +78,7 @@ class _Stream:
 
     created_at: InstrumentedAttribute[Any]
     id: InstrumentedAttribute[str]
-    where: tuple[ColumnElement[bool], ...]
+    fixed: tuple[tuple[InstrumentedAttribute[Any], str], ...] = ()
 
     @property
     def is_of_adapters(self) -> bool:
@@ -91,16 +91,11 @@ class _Stream:
 
     def select(self, after: Key | None, last: Key | None = None) -> Select[Any]:
         """Keys behind `after`, up to and with `last`."""
-        statement = select(self.created_at, self.id).where(*self.where)
-        if self.of_files:
-            statement = statement.distinct()
+        statement = select(self.created_at, self.id)
         if self.is_of_adapters:
             statement = statement.where(_LIVE)
-        if after is not None:
-            statement = statement.where(behind(self.created_at, self.id, after))
-        if last is not None:
-            statement = statement.where(~behind(self.created_at, self.id, last))
-        return statement.order_by(self.created_at.desc(), self.id.desc())
+        ordered: Select[Any] = in_order(statement, (self.created_at, self.id), after, last, fixed=self.fixed)
+        return ordered
 
 
 class _Search:
@@ -121,11 +116,11 @@ class _Search:
         if filters.sha256 is not None:
             self._streams["sha256"] = self._with_digest(filters.sha256.lower())
         if filters.tag is not None:
-            is_tag = AdapterTagRow.tag == filters.tag
-            self._streams["tag"] = (_Stream(AdapterTagRow.created_at, AdapterTagRow.adapter_id, (is_tag,)),)
+            tag = ((AdapterTagRow.tag, filters.tag),)
+            self._streams["tag"] = (_Stream(AdapterTagRow.created_at, AdapterTagRow.adapter_id, tag),)
             self._conditions["tag"] = _there_is(
                 AdapterTagRow.adapter_id,
-                is_tag,
+                AdapterTagRow.tag == filters.tag,
                 AdapterTagRow.created_at == AdapterRow.created_at,
                 AdapterTagRow.adapter_id == AdapterRow.id,
             )
@@ -138,13 +133,13 @@ class _Search:
             self._conditions["name"] = has_part(AdapterRow.name_folded, self._name, sqlite=self._sqlite)
 
     def _equals(self, name: str, column: InstrumentedAttribute[Any], value: str) -> None:
-        self._streams[name] = (_Stream(AdapterRow.created_at, AdapterRow.id, (column == value,)),)
+        self._streams[name] = (_Stream(AdapterRow.created_at, AdapterRow.id, ((column, value),)),)
         # the appended nothing hides the column from SQLite's choice of an index: the leading one is chosen here
         self._conditions[name] = (column + "" if self._sqlite else column) == value
 
     def _with_digest(self, digest: str) -> tuple[_Stream, ...]:
         if re.fullmatch(r"[0-9a-f]{64}", digest):
-            weights = _Stream(AdapterRow.created_at, AdapterRow.id, (AdapterRow.weights_digest == digest,))
+            weights = _Stream(AdapterRow.created_at, AdapterRow.id, ((AdapterRow.weights_digest, digest),))
             return (weights, _of_file(digest))
         if re.fullmatch(rf"[0-9a-f]{{{AUTOV2_LENGTH}}}", digest):
             return tuple(_of_file(found) for found in self._digests_that_begin(digest))
@@ -164,7 +159,7 @@ class _Search:
         if self._impossible:
             return []
         leading = self._leading(after)
-        streams = self._streams.get(leading, (_Stream(AdapterRow.created_at, AdapterRow.id, ()),))
+        streams = self._streams.get(leading, (_Stream(AdapterRow.created_at, AdapterRow.id),))
         conditions = [condition for name, condition in self._conditions.items() if name != leading]
         if self._name is None or self._has_digest:
             return self._walk(streams, conditions, after, count)
@@ -188,12 +183,14 @@ class _Search:
         self, stream: _Stream, conditions: Sequence[ColumnElement[bool]], after: Key | None, count: int
     ) -> list[Key]:
         """A common part of a name soon fills a page from the top of the list; a rare one is found in its index."""
-        bottom = self._session.execute(stream.select(after).offset(WINDOW_ROWS).limit(1)).first()
-        last = None if bottom is None else (bottom[0], bottom[1])
-        keys = self._walk([stream], conditions, after, count, last)
-        if last is None or len(keys) == count:
-            return keys
         assert self._name is not None
+        # SQLite gives the matches of three characters and more one by one: there the index soon tells which it is
+        if not self._sqlite or len(self._name) < GRAM:
+            bottom = self._session.execute(stream.select(after).offset(WINDOW_ROWS).limit(1)).first()
+            last = None if bottom is None else (bottom[0], bottom[1])
+            keys = self._walk([stream], conditions, after, count, last)
+            if last is None or len(keys) == count:
+                return keys
         others = [condition for name, condition in self._conditions.items() if name != "name"]
         found = find_by_name(self._session, self._name, after, count, others)
         return self._walk([stream], conditions, after, count) if found is None else found
@@ -209,12 +206,15 @@ class _Search:
         """Look through the streams until `count` rows are found, or as far as `last`."""
         found: set[Key] = set()
         for stream in streams:
-            statement = stream.select(after, last).limit(count)
+            statement = stream.select(after, last)
+            if stream.of_files:
+                statement = statement.distinct()
             if stream.is_of_adapters:
                 statement = statement.where(*conditions)
             elif conditions or stream.of_files:
                 statement = statement.where(_there_is(AdapterRow.id, AdapterRow.id == stream.id, _LIVE, *conditions))
-            found.update((moment, identifier) for moment, identifier in self._session.execute(statement))
+            rows = self._session.execute(statement.limit(count))
+            found.update((moment, identifier) for moment, identifier in rows)
         return sorted(found, reverse=True)[:count]
 
 
@@ -227,4 +227,4 @@ def _there_is(column: InstrumentedAttribute[str], *conditions: ColumnElement[boo
 
 
 def _of_file(digest: str) -> _Stream:
-    return _Stream(AdapterFileRow.created_at, AdapterFileRow.adapter_id, (AdapterFileRow.sha256 == digest,))
+    return _Stream(AdapterFileRow.created_at, AdapterFileRow.adapter_id, ((AdapterFileRow.sha256, digest),))

@@ -111,6 +111,7 @@ class WebhookDeliveryRow(Base):
     finished_at: Mapped[datetime | None]
 
     __table_args__ = (
-        partial_index("ix_webhook_deliveries_pending", "available_at", where="state = 'pending'"),
+        partial_index("ix_webhook_deliveries_pending", "webhook_id", "available_at", "id", where="state = 'pending'"),
         Index("ix_webhook_deliveries_webhook", "webhook_id", "created_at", "id"),
+        Index("ix_webhook_deliveries_state", "webhook_id", "state", "created_at", "id"),
     )

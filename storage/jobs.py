@@ -149,16 +149,22 @@ def list_jobs(
         RequestInvalid: an unknown state, a bad cursor or limit.
     """
     chosen = filters or JobFilter()
-    statement = select(JobRow)
+    fixed: list[tuple[Any, str]] = []
     if chosen.kind is not None:
-        statement = statement.where(JobRow.kind == storable(chosen.kind, "/kind"))
+        fixed.append((JobRow.kind, storable(chosen.kind, "/kind")))
     if chosen.state is not None:
         if chosen.state not in JOB_STATES:
             problem = f"must be one of {', '.join(JOB_STATES)}, not {chosen.state!r}"
             raise RequestInvalid(f"state {problem}", errors=[FieldError("/state", problem)])
-        statement = statement.where(JobRow.state == chosen.state)
+        fixed.append((JobRow.state, chosen.state))
     return page_of(
-        session, statement, (JobRow.created_at, JobRow.id), filters=asdict(chosen), cursor=cursor, limit=limit
+        session,
+        select(JobRow),
+        (JobRow.created_at, JobRow.id),
+        filters=asdict(chosen),
+        cursor=cursor,
+        limit=limit,
+        fixed=fixed,
     )
 
 

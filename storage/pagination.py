@@ -42,11 +42,13 @@ def page_of(
     filters: Mapping[str, Any],
     cursor: str | None,
     limit: int,
+    fixed: Sequence[tuple[SQLColumnExpression[Any], Any]] = (),
 ) -> Page[Row]:
     """The page of `statement` after `cursor`, by (created_at, id) descending.
 
     Args:
         keys: the columns created_at and id.
+        fixed: see `in_order`.
         filters: what `statement` was filtered by; a cursor is good only for the same filters.
         limit: rows on the page, 1 to 200.
 
@@ -55,11 +57,8 @@ def page_of(
     """
     created_at, identifier = keys
     start = start_of(cursor, limit, filters)
-    if start is not None:
-        statement = statement.where(behind(created_at, identifier, start))
-    rows: Sequence[Row] = session.scalars(
-        statement.order_by(created_at.desc(), identifier.desc()).limit(limit + 1)
-    ).all()
+    ordered = in_order(statement, (created_at, identifier), start, fixed=fixed)
+    rows: Sequence[Row] = session.scalars(ordered.limit(limit + 1)).all()
     items = tuple(rows[:limit])
     if len(rows) <= limit:
         return Page(items, None)
@@ -77,12 +76,51 @@ def start_of(cursor: str | None, limit: int, filters: Mapping[str, Any]) -> Key 
     return None if cursor is None else _decode(cursor, filters)
 
 
+def in_order(
+    statement: Any,
+    keys: tuple[SQLColumnExpression[datetime], SQLColumnExpression[str]],
+    after: Key | None,
+    last: Key | None = None,
+    *,
+    fixed: Sequence[tuple[SQLColumnExpression[Any], Any]] = (),
+) -> Any:
+    """`statement` by (created_at, id) descending, from behind `after`, up to and with `last`.
+
+    Both bounds are comparisons of rows, whose place both databases seek in an index.
+
+    Args:
+        fixed: columns and the values that they have in all rows of the list: those that an index has before
+            created_at and id. As parts of the bounds and of the order they leave PostgreSQL no other index: with a
+            plain condition it may walk through the whole table in the order of the list, expecting what it looks for
+            to be spread evenly, and find it at the far end.
+    """
+    leading = tuple(column for column, _ in fixed)
+    values = tuple(literal(value, column.type) for column, value in fixed)
+    if after is not None:
+        statement = statement.where(_row(leading + keys) < _row(values + _literals(after)))
+    elif fixed:
+        statement = statement.where(_row(leading) <= _row(values))
+    if last is not None:
+        statement = statement.where(_row(leading + keys) >= _row(values + _literals(last)))
+    elif fixed:
+        statement = statement.where(_row(leading) >= _row(values))
+    return statement.order_by(*(column.desc() for column in leading + keys))
+
+
 def behind(
     created_at: SQLColumnExpression[datetime], identifier: SQLColumnExpression[str], key: Key
 ) -> ColumnElement[bool]:
-    """The rows that come after `key`. One comparison of rows: both databases then seek its place in an index."""
-    moment, last = key
-    return tuple_(created_at, identifier) < tuple_(literal(moment, UtcDateTime()), literal(last))
+    """The rows that come after `key`."""
+    return _row((created_at, identifier)) < _row(_literals(key))
+
+
+def _row(columns: Sequence[Any]) -> Any:
+    return columns[0] if len(columns) == 1 else tuple_(*columns)
+
+
+def _literals(key: Key) -> tuple[Any, Any]:
+    moment, identifier = key
+    return literal(moment, UtcDateTime()), literal(identifier)
 
 
 def cursor_at(key: Key, filters: Mapping[str, Any]) -> str:

@@ -6,7 +6,8 @@ process id, so a signal never reaches a stranger. `multiprocessing`'s own fork s
 server's main module into every child and swallows errors of the modules that it preloads.
 
 Death follows from parent to child. The server's end, however it came, closes the control socket: the fork server then
-kills every worker's process group and exits. If the fork server itself is killed, PR_SET_PDEATHSIG ends the workers.
+kills every worker's process group and exits. If the fork server itself is killed, PR_SET_PDEATHSIG ends the workers,
+and its guardian ends what they have started.
 
 Protocol: JSON lines over a UNIX stream socket. In: {preload} first, then {fork, environment} with one file
 descriptor each, and {signal, pid}. Out: loaded, forked, fork_failed, exited.
@@ -29,6 +30,8 @@ import traceback
 from collections import deque
 from collections.abc import Sequence
 from typing import Any, NoReturn
+
+from workers.guardian import Guardian
 
 _PR_SET_PDEATHSIG = 1
 _RSS_UNIT = 1 if sys.platform == "darwin" else 1024
@@ -55,6 +58,7 @@ class ForkServer:
         self._lines = LineReader()
         self._workers: set[int] = set()
         self._private_fds: tuple[int, ...] = ()
+        self._guardian: Guardian | None = None
 
     def run(self) -> None:
         """Raises ControlLostError when the server has gone."""
@@ -67,9 +71,11 @@ class ForkServer:
             os.set_blocking(fd, False)
         signal.set_wakeup_fd(wake_write, warn_on_full_buffer=False)
         signal.signal(signal.SIGCHLD, lambda *_: None)
+        # Before anything is loaded: it stays as small as this process is now.
+        self._guardian = Guardian((self._control.fileno(), wake_read, wake_write))
         self._preload()
         with selectors.PollSelector() as selector:
-            self._private_fds = (self._control.fileno(), wake_read, wake_write)
+            self._private_fds = (self._control.fileno(), wake_read, wake_write, self._guardian.fd)
             selector.register(self._control, selectors.EVENT_READ)
             selector.register(wake_read, selectors.EVENT_READ)
             while True:
@@ -86,8 +92,12 @@ class ForkServer:
         """Kill every process group that is left and reap its leader."""
         for pid in self._workers:
             _kill_group(pid)
+            if self._guardian is not None:
+                self._guardian.forget(pid)
         for pid in self._workers:
             os.waitpid(pid, 0)
+        if self._guardian is not None:
+            self._guardian.close()
 
     def _preload(self) -> None:
         while not self._lines.messages:
@@ -148,6 +158,8 @@ class ForkServer:
             _become_worker(parent, channel_fd, environment, self._private_fds)
         os.close(channel_fd)
         self._workers.add(pid)
+        if self._guardian is not None:
+            self._guardian.watch(pid)
         self._send(event="forked", token=token, pid=pid)
 
     def _reap(self) -> None:
@@ -156,6 +168,8 @@ class ForkServer:
                 continue
             # Not reaped yet, so the group's number still belongs to it: whatever it started ends with it.
             _kill_group(pid)
+            if self._guardian is not None:
+                self._guardian.forget(pid)
             _, status, usage = os.wait4(pid, 0)
             self._workers.discard(pid)
             code = os.waitstatus_to_exitcode(status)

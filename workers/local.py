@@ -142,9 +142,9 @@ class LocalWorker:
     def on_orphaned(self) -> None:
         """The fork server is gone, so the kernel kills this process; wait until it has."""
         if self._process is not None:
+            # Also when it has ended already: what its job has started is in its group, and may be left.
             with contextlib.suppress(ProcessLookupError, PermissionError):
-                if self._process.is_running():
-                    os.killpg(self._process.pid, signal.SIGKILL)
+                os.killpg(self._process.pid, signal.SIGKILL)
             psutil.wait_procs([self._process], timeout=FORKSERVER_EXIT_SECONDS)
         self.on_ended(None, int(signal.SIGKILL), None)
 

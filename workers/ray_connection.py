@@ -31,13 +31,17 @@ def explain_loss(error: BaseException, node: str) -> str:
     return f"the node {node} or the actor on it was lost: {first_line(error)}"
 
 
-def explain_refusal(error: BaseException, address: str) -> Unreachable:
-    """Why the cluster can not be reached, and what to do."""
+def explain_refusal(error: BaseException, address: str, output: str) -> Unreachable:
+    """Why the cluster can not be reached, and what to do.
+
+    Args:
+        output: what this process has written so far: Ray's C++ part tells there what the exception does not.
+    """
     detail = f"The Ray cluster at {address} can not be used: {first_line(error)}"
-    text = str(error).lower()
-    if isinstance(error, AuthenticationError) or "unauthenticated" in text or "authentication" in text:
+    text = f"{error} {output}".lower()
+    if isinstance(error, AuthenticationError) or "unauthenticated" in text or "authentication token" in text:
         return Unreachable(
-            detail,
+            f"The Ray cluster at {address} can not be used: it wants a token, and got none or another one",
             "Set RAY_AUTH_MODE=token and give the cluster's token in RAY_AUTH_TOKEN or in a file named by "
             "RAY_AUTH_TOKEN_PATH; with no token on the cluster, set RAY_AUTH_MODE=disabled.",
         )

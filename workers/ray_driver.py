@@ -13,9 +13,11 @@ import asyncio
 import os
 import select
 import signal
+import stat
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Coroutine
 from multiprocessing.connection import Connection
 from typing import Any
@@ -39,6 +41,7 @@ from workers.ray_messages import (
 )
 
 EXIT_UNREACHABLE = 3
+EXIT_FAILED = 4
 NODES_SECONDS = 1.0
 KILL_SECONDS = 10.0
 PENDING_SECONDS = 30.0
@@ -54,7 +57,6 @@ class RayDriver:
         self._workers: dict[int, DrivenWorker] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._closing = asyncio.Event()
-        self._failed: BaseException | None = None
 
     async def run(self) -> None:
         """Serve until the server is gone or says that it closes."""
@@ -64,8 +66,6 @@ class RayDriver:
         await self._closing.wait()
         loop.remove_reader(self._channel.fileno())
         await asyncio.gather(*(self._close_host(host) for host in list(self._hosts.values())))
-        if self._failed is not None:
-            raise self._failed
 
     def _receive(self) -> None:
         try:
@@ -95,14 +95,15 @@ class RayDriver:
             os._exit(0)
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
-        """Run it beside the rest. What it raises is a bug, and ends this process: the server then starts another."""
+        """Run it beside the rest. What it raises ends this process at once: the server then starts another."""
 
         async def guarded() -> None:
             try:
                 await work
-            except Exception as error:
-                self._failed = error
-                self._closing.set()
+            except Exception:
+                traceback.print_exc()
+                sys.stderr.flush()
+                os._exit(EXIT_FAILED)
 
         task = asyncio.get_running_loop().create_task(guarded())
         self._tasks.add(task)
@@ -110,7 +111,13 @@ class RayDriver:
         return task
 
     async def _watch_nodes(self) -> None:
-        """Tell which nodes live, whenever that changes."""
+        """Tell which nodes live, whenever that changes.
+
+        Raises:
+            ConnectionError: the node through which this process is connected is lost. Ray then starts no actors for
+                it any more, and does not always say so.
+        """
+        own = ray.get_runtime_context().get_node_id()
         known: tuple[ClusterNode, ...] | None = None
         answers = True
         while not self._closing.is_set():
@@ -122,6 +129,8 @@ class RayDriver:
                 answers = False
             else:
                 answers = True
+                if own not in {node.id for node in nodes}:
+                    raise ConnectionError(f"the node {own}, through which this server is connected, is lost")
                 if nodes != known:
                     known = nodes
                     self._send(Nodes(nodes))
@@ -247,6 +256,14 @@ def end_with(channel: Connection) -> None:
     threading.Thread(target=wait, daemon=True).start()
 
 
+def own_output() -> str:
+    """What this process has written so far, of which the server keeps a file; "" when it writes elsewhere."""
+    sys.stderr.flush()
+    if not stat.S_ISREG(os.fstat(2).st_mode):
+        return ""
+    return os.pread(2, 65536, 0).decode("utf-8", errors="replace")
+
+
 def main(channel_fd: int) -> int:
     """Serve one server. Returns the exit code."""
     channel = Connection(channel_fd)
@@ -257,7 +274,7 @@ def main(channel_fd: int) -> int:
     try:
         connect(request.address)
     except (*LOST, OSError, RuntimeError, ValueError) as error:
-        channel.send(explain_refusal(error, request.address))
+        channel.send(explain_refusal(error, request.address, own_output()))
         return EXIT_UNREACHABLE
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # Ray has set a handler; the server says when it is over
     channel.send(Connected(request.address))

@@ -16,7 +16,7 @@ from workers.ray_actor import SlotHost
 from workers.ray_messages import Notice, Order, Plan, Seat, Start
 
 CLOSE_SECONDS = 10.0
-UNAVAILABLE_SECONDS = 60.0
+UNAVAILABLE_SECONDS = 20.0  # Ray itself holds a node for lost after about as long
 # Ray kills the children of an actor's process with it. The fork server must be left to end the process groups of its
 # workers, which it does as soon as the actor is gone.
 ACTOR_ENVIRONMENT = {"RAY_kill_child_processes_on_worker_exit": "false"}

@@ -348,15 +348,23 @@ class RayProvider:
             self._failures += 1
             self._retry_at = now + back_off(self._failures, FIRST_RECONNECT_SECONDS)
         if self._driver is None and now >= self._retry_at and not self._closed:
-            self._driver = DriverProcess(self._request, self._catalogue, _DRIVER_ENVIRONMENT)
+            self._driver = DriverProcess(self._request, self._catalogue, _driver_environment())
         return self._driver
 
 
 _CONNECTION_LOST = "the connection to the Ray cluster was lost"
 _LEVELS = {"info": 20, "warning": 30, "error": 40}
-_DRIVER_ENVIRONMENT = {"RAY_USAGE_STATS_ENABLED": "0"}
 # It sees the same packages as the server, however that was started.
 _PROGRAM = (
     "import sys; channel = int(sys.argv[1]); sys.path[:] = sys.argv[2:]; sys.argv[1:] = []; "
     "from workers.ray_driver import main; sys.exit(main(channel))"
 )
+
+
+def _driver_environment() -> dict[str, str]:
+    """What the driver's environment has beside the server's. A token that is given is meant to be used."""
+    environment = {"RAY_USAGE_STATS_ENABLED": "0"}
+    given = "RAY_AUTH_TOKEN" in os.environ or "RAY_AUTH_TOKEN_PATH" in os.environ
+    if given and "RAY_AUTH_MODE" not in os.environ:
+        environment["RAY_AUTH_MODE"] = "token"
+    return environment

@@ -166,11 +166,12 @@ def upgrade() -> None:
     with op.batch_alter_table("webhook_deliveries", schema=None) as batch_op:
         batch_op.create_index(
             "ix_webhook_deliveries_pending",
-            ["available_at"],
+            ["webhook_id", "available_at", "id"],
             unique=False,
             **_where("state = 'pending'"),
         )
         batch_op.create_index("ix_webhook_deliveries_webhook", ["webhook_id", "created_at", "id"], unique=False)
+        batch_op.create_index("ix_webhook_deliveries_state", ["webhook_id", "state", "created_at", "id"], unique=False)
 
     op.create_table(
         "adapter_tags",
@@ -334,6 +335,7 @@ def downgrade() -> None:
 
     op.drop_table("adapter_tags")
     with op.batch_alter_table("webhook_deliveries", schema=None) as batch_op:
+        batch_op.drop_index("ix_webhook_deliveries_state")
         batch_op.drop_index("ix_webhook_deliveries_webhook")
         batch_op.drop_index(
             "ix_webhook_deliveries_pending",

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, StringConstraints, model_validator
 
 from app.dependencies import HEX_ID, PLAIN
-from app.job_kinds import CHECKS
+from app.job_kinds import JOB_KINDS
 from app.schemas.common import Name, RequestModel, Timestamp, as_json
 from app.schemas.resources import Resources
 from storage import schedules
@@ -69,7 +69,7 @@ class ScheduleTrigger(RequestModel):
 class ScheduledJob(RequestModel):
     """The job that every firing makes; checked now, and again whenever it is made."""
 
-    kind: str = Field(description="merge …", json_schema_extra={"enum": list(CHECKS)})
+    kind: str = Field(description="merge …", json_schema_extra={"enum": list(JOB_KINDS)})
     params: dict[str, Any] = Field(description="As the kind's own call takes them: those of POST /merge.")
     resources: Resources | None = None
 

@@ -15,9 +15,9 @@ WebhookEvent = Literal["job.succeeded", "job.failed", "job.cancelled", "*"]
 DeliveryState = Literal["pending", "delivered", "failed"]
 MAX_DESCRIPTION = 1000
 
-# No blanks, no control characters, no credentials; what else makes a URL is checked with words of its own.
+# No blanks and no control characters; what else makes a URL that is allowed is checked with words of its own.
 WebhookUrl = Annotated[
-    str, StringConstraints(min_length=9, max_length=URL_LIMIT, pattern=r"^https?://[^\s@#\x00-\x20\x7f]+$")
+    str, StringConstraints(min_length=9, max_length=URL_LIMIT, pattern=r"^https?://[^\s\x00-\x20\x7f]+$")
 ]
 Events = Annotated[list[WebhookEvent], Field(min_length=1, max_length=4)]
 Description = Annotated[str, StringConstraints(max_length=MAX_DESCRIPTION, pattern=r"^[^\x00]*$")]

@@ -182,7 +182,10 @@ def test_a_follower_waits_for_the_last_pieces(server: Any, job: str, pool: Any, 
     keeping.join()
 
 
-def test_a_reader_right_after_the_end_gets_the_whole_log(server: Any, job: str, pool: Any, writer: Writer) -> None:
+def test_a_reader_right_after_the_end_gets_the_whole_log(
+    server: Any, job: str, pool: Any, writer: Writer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reading, "EMPTY_AFTER_SECONDS", 30.0)
     pool.succeed(writer.key)
     keeping = threading.Timer(0.5, writer.keep, [b"one\n"])
     keeping.start()

@@ -56,6 +56,19 @@ def test_loopback_needs_none(host: str, tmp_path: Path) -> None:
     assert Settings(data_dir=tmp_path, host=host).api_keys is False
 
 
+def test_networks_of_webhooks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert Settings(data_dir=tmp_path).webhook_allowed_networks == ()
+    monkeypatch.setenv("RANKWISE_WEBHOOK_ALLOWED_NETWORKS", "10.0.0.0/8, ::1 ,")
+    settings = Settings(data_dir=tmp_path)
+    assert [str(network) for network in settings.webhook_allowed_networks] == ["10.0.0.0/8", "::1/128"]
+    monkeypatch.setenv("RANKWISE_WEBHOOK_ALLOWED_NETWORKS", '["127.0.0.1"]')
+    assert [str(network) for network in Settings(data_dir=tmp_path).webhook_allowed_networks] == ["127.0.0.1/32"]
+    for wrong in ("10.0.0.1/8", "example.com", "10.0.0.0/33"):
+        monkeypatch.setenv("RANKWISE_WEBHOOK_ALLOWED_NETWORKS", wrong)
+        with pytest.raises(ValidationError):
+            Settings(data_dir=tmp_path)
+
+
 @pytest.mark.parametrize(
     "values",
     [{"port": 70_000}, {"pool": "cloud"}, {"max_upload_bytes": 0}, {"colour": "red"}, {"beat_seconds": 40}],

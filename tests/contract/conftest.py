@@ -101,6 +101,9 @@ def seed(client: httpx.Client) -> None:
         assert created.status_code == 201, created.text
         ids.append(created.json()["id"])
     assert client.post("/models", json={"hub_id": "acme/tiny", "revision": "a" * 40}).status_code == 201
+    hook = client.post("/webhooks", json={"url": "https://hooks.invalid/in"})
+    assert hook.status_code == 201, hook.text
+    assert client.post(f"{hook.headers['location']}/test").status_code == 202
     for _ in range(2):
         merged = client.post("/merge", json={"adapters": [{"id": key} for key in ids], "method": "cat"})
         assert merged.status_code == 202, merged.text

@@ -1,13 +1,16 @@
 from __future__ import annotations
 
+import shutil
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
+from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from sqlalchemy import select, update
+from sqlalchemy import event, select, update
 
 from artifacts.errors import NotFound, RequestInvalid, StateConflict
 from storage import deliveries, webhooks
@@ -42,6 +45,11 @@ def must_claim(database: Database, row: WebhookRow, lease_seconds: float = 30) -
 def stored(database: Database, identifier: str) -> WebhookDeliveryRow:
     with database.read() as session:
         return session.get_one(WebhookDeliveryRow, identifier)
+
+
+def deliveries_of(database: Database, row: WebhookRow, state: str) -> list[str]:
+    with database.read() as session:
+        return [item.id for item in deliveries.list_deliveries(session, row.id, OWNER, state).items]
 
 
 def make_due(database: Database) -> None:
@@ -299,6 +307,38 @@ def test_disabling_and_410_at_once_do_not_lock_each_other_out(database: Database
             future.result(60)
     with database.read() as session:
         assert {item.state for item in session.scalars(select(WebhookDeliveryRow))} == {"failed"}
+
+
+def test_what_has_ended_costs_the_sender_nothing(sqlite_template: Path, tmp_path: Path) -> None:
+    """The statements of every second find what is due by an index that holds nothing else."""
+    shutil.copyfile(sqlite_template, tmp_path / "plan.db")
+    database = Database(f"sqlite:///{tmp_path / 'plan.db'}")
+    row = create(database, 2)
+    seen: list[tuple[str, Any]] = []
+
+    def note(_connection: Any, _cursor: Any, statement: str, parameters: Any, *_: Any) -> None:
+        if statement.startswith("SELECT") and "FROM webhook_deliveries" in statement:
+            seen.append((statement, parameters))
+
+    event.listen(database.engine, "before_cursor_execute", note)
+    with database.write() as session:
+        deliveries.due_webhooks(session)
+        deliveries.claim_due(session, row.id, 30)
+    due, claimed = seen
+    deliveries_of(database, row, "failed")
+    listed = seen[-1]
+    event.remove(database.engine, "before_cursor_execute", note)
+    plans = []
+    with database.engine.connect() as connection:
+        for statement, parameters in (due, claimed, listed):
+            steps = connection.exec_driver_sql(f"EXPLAIN QUERY PLAN {statement}", parameters)
+            plans.append(" | ".join(step[3] for step in steps))
+    database.dispose()
+    assert "INDEX ix_webhook_deliveries_pending" in plans[0]
+    assert "INDEX ix_webhook_deliveries_pending (webhook_id=? AND available_at<?)" in plans[1]
+    assert "B-TREE" not in plans[1]
+    assert "INDEX ix_webhook_deliveries_state (webhook_id=? AND state=?)" in plans[2]
+    assert "B-TREE" not in plans[2]
 
 
 @given(attempts=st.integers(-3, 50))

@@ -53,6 +53,9 @@ class RayCluster:
 
     def stop(self) -> list[str]:
         """End it; returns the processes that are left."""
+        if self._process.poll() is not None:
+            self._log.close()
+            return [f"the cluster's own process ended before with {self._process.returncode}"]
         left: list[str] = self._ask(stop=True)["left"]
         with self._process as process:
             assert process.wait(30) == 0
@@ -74,20 +77,24 @@ class RayCluster:
         return answer
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture
 def make_ray_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., RayCluster]]:
-    """Starts clusters that a test stops."""
+    """Starts clusters, which end when the tests that use them have ended."""
+    made = []
 
     def make(*nodes: dict[str, Any], environment: dict[str, str] | None = None) -> RayCluster:
-        return RayCluster(tmp_path_factory.mktemp("ray") / "cluster.log", *nodes, environment=environment)
+        made.append(RayCluster(tmp_path_factory.mktemp("ray") / "cluster.log", *nodes, environment=environment))
+        return made[-1]
 
-    return make
+    yield make
+    assert [left for cluster in made for left in cluster.stop()] == []
 
 
 @pytest.fixture(scope="session")
-def ray_cluster(make_ray_cluster: Callable[..., RayCluster]) -> Iterator[RayCluster]:
+def ray_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RayCluster]:
     """One node with two slots."""
-    cluster = make_ray_cluster({"num_cpus": 2, "resources": {"rankwise_slot": 2}})
+    log = tmp_path_factory.mktemp("ray") / "cluster.log"
+    cluster = RayCluster(log, {"num_cpus": 2, "resources": {"rankwise_slot": 2}})
     yield cluster
     assert cluster.stop() == []
 
@@ -98,20 +105,26 @@ def ray_work_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("ray-node")
 
 
+@pytest.fixture
+def make_ray_provider(request: pytest.FixtureRequest, ray_work_dir: Path) -> Iterator[Callable[..., RayProvider]]:
+    """Makes providers, without torch as the local one of these tests, on the shared cluster or another one."""
+    made = []
+
+    def make(address: str | None = None) -> RayProvider:
+        if address is None:
+            address = request.getfixturevalue("ray_cluster").address
+        made.append(RayProvider(address, SlotRules(), work_dir=str(ray_work_dir), preload=("workers.runtime",)))
+        return made[-1]
+
+    yield make
+    for provider in made:
+        provider.close()
+
+
 @pytest.fixture(scope="session")
-def make_ray_provider(ray_cluster: RayCluster, ray_work_dir: Path) -> Callable[..., RayProvider]:
-    """Makes providers on the cluster, without torch as the local one of these tests; the test closes them."""
-
-    def make(address: str = ray_cluster.address, rules: SlotRules | None = None) -> RayProvider:
-        return RayProvider(address, rules, work_dir=str(ray_work_dir), preload=("workers.runtime",))
-
-    return make
-
-
-@pytest.fixture(scope="session")
-def ray_provider(make_ray_provider: Callable[..., RayProvider]) -> Iterator[RayProvider]:
+def ray_provider(ray_cluster: RayCluster, ray_work_dir: Path) -> Iterator[RayProvider]:
     """A provider that tests share."""
-    provider = make_ray_provider()
+    provider = RayProvider(ray_cluster.address, work_dir=str(ray_work_dir), preload=("workers.runtime",))
     wait_until(provider.slots, "the cluster's slots are known")
     yield provider
     provider.close()

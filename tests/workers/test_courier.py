@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from sqlalchemy import update
+from sqlalchemy.orm import Session
 from standardwebhooks import Webhook
 from structlog.testing import capture_logs
 from webhook_receivers import (
@@ -24,8 +25,10 @@ from webhook_receivers import (
     wait_for,
 )
 
+from artifacts.errors import DatabaseUnavailable
 from storage import deliveries, jobs, webhooks
 from storage.database import Database
+from storage.deliveries import Dispatch
 from storage.tables import WebhookDeliveryRow, WebhookRow
 from workers import courier as courier_module
 from workers.courier import Courier
@@ -271,6 +274,36 @@ def test_close_ends_a_round_and_the_message_waits_for_the_next_server(
     receiver.hold.set()
     send(database)
     assert states(database, row) == ["delivered"]
+
+
+def test_a_database_that_goes_away_costs_no_answer_of_the_others(
+    database: Database, receivers: Callable[..., Receiver], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    quick, slow = receivers(), receivers(hold=threading.Event())
+    lost, kept = create(database, quick.url), create(database, slow.url)
+    record, failed = deliveries.record_delivered, threading.Event()
+
+    def away_once(session: Session, sent: Dispatch, status: int) -> bool:
+        if sent.webhook_id == lost.id and not failed.is_set():
+            failed.set()
+            raise DatabaseUnavailable("gone for a moment")
+        return record(session, sent, status)
+
+    monkeypatch.setattr(deliveries, "record_delivered", away_once)
+    with ThreadPoolExecutor(1) as pool:
+        running = pool.submit(send, database, timeout_seconds=DEADLINE)
+        wait_for(lambda: failed.is_set() and len(slow.got) == 1)
+        assert slow.hold is not None
+        slow.hold.set()
+        with pytest.raises(DatabaseUnavailable):
+            running.result(DEADLINE)
+    assert states(database, kept) == ["delivered"]
+    assert states(database, lost) == ["pending"]
+    make_due(database)
+    send(database)
+    assert states(database, lost) == ["delivered"]
+    assert len(set(quick.ids())) == 1
+    assert len(quick.got) == 2, "at least once: sent again with the same id"
 
 
 def test_secrets_are_not_logged(database: Database, receivers: Callable[..., Receiver]) -> None:

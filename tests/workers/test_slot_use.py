@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
+
+from storage.claims import Claim
+from workers.lane import Lane
+from workers.provider import Slot
 
 
 def test_a_slot_counts_the_time_for_which_it_is_held(pool: Any, wait_until: Any) -> None:
@@ -30,9 +35,47 @@ def test_a_slot_counts_the_time_for_which_it_is_held(pool: Any, wait_until: Any)
     wait_until(lambda: busy() > held, "the next attempt is added")
 
 
-def test_every_slot_of_a_wide_job_is_held(pool: Any, wait_until: Any) -> None:
-    supervisor = pool.start(devices="cpu:2")
-    pool.ended(pool.submit("exits", resources={"devices": 2}, code=3))
-    wait_until(lambda: all(slot["state"] == "idle" for slot in supervisor.status()), "both slots are free")
-    one, two = (slot["busy_seconds"] for slot in supervisor.status())
-    assert one == two > 0.0
+class IdleProcess:
+    """A worker process that lives until it is killed."""
+
+    pid, host, warm, ready = 1, "here", (), True
+
+    def __init__(self) -> None:
+        self.living = True
+
+    def alive(self) -> bool:
+        return self.living
+
+    def kill(self) -> None:
+        self.living = False
+
+    def discard(self) -> None:
+        return
+
+
+class Provider:
+    def start(self, slots: Any, notify: Any) -> IdleProcess:
+        return IdleProcess()
+
+
+def test_every_slot_of_a_wide_job_is_held() -> None:
+    provider: Any = Provider()
+    first, second, other = (Lane(Slot(f"cpu:{number}", "cpu"), provider, lambda: None, 1.0) for number in range(3))
+    for lane in (first, second, other):
+        lane.ensure_worker(0.0)
+    spec: Any = None
+    began = time.monotonic() - 50.0
+    first.assign(
+        Claim("job_1", 1, "kind", {}, {}, devices=2),
+        spec,
+        now=began,
+        lease_ends=float("inf"),
+        deadline=None,
+        partners=[second],
+    )
+    running = [lane.status()["busy_seconds"] for lane in (first, second, other)]
+    first.clear()
+    ended = [lane.status()["busy_seconds"] for lane in (first, second, other)]
+    for seconds in (running, ended):
+        assert all(50.0 <= value < 80.0 for value in seconds[:2])
+        assert seconds[2] == 0.0

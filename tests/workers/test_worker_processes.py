@@ -2,6 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +17,8 @@ import pytest
 from rule_kinds import KINDS
 
 from workers.forkserver import ForkServer
-from workers.local import LocalProvider
+from workers.guardian import Guardian
+from workers.local import LocalProvider, LocalWorker
 
 
 def test_the_sign_of_life_goes_on_while_a_job_holds_its_process(pool: Any) -> None:
@@ -79,3 +87,75 @@ def test_a_preloaded_module_that_touches_cuda_is_told(tmp_path: Path, monkeypatc
         ForkServer(theirs)._preload()
         told = ours.recv(65536).decode()
     assert "CUDA was initialised by a preloaded module" in told
+
+
+@pytest.mark.parametrize("helper", ["the server", "the guardian"])
+def test_what_a_job_has_started_dies_with_the_fork_server(
+    pool: Any, exists: Any, wait_until: Any, monkeypatch: pytest.MonkeyPatch, helper: str
+) -> None:
+    """The kernel ends the workers then, but nothing that they have started. Each of two sees to that alone."""
+    if helper == "the guardian":  # as when the server is frozen, or has been killed too
+        monkeypatch.setattr(LocalWorker, "on_orphaned", lambda worker: worker.on_ended(None, 9, None))
+    provider = LocalProvider(preload=("workers.runtime",))
+    pool.provider = provider
+    note = pool.folder / "child"
+    try:
+        pool.submit("stubborn", child=str(note))
+        supervisor = pool.start()
+        child = int(wait_until(lambda: note.exists() and note.read_text(), "the job has a child"))
+        (worker,) = [slot["pid"] for slot in supervisor.status()]
+        fork_server = psutil.Process(psutil.Process(worker).parent().pid)
+        (guardian,) = [process for process in fork_server.children() if process.name() == "guardian"]
+        if helper == "the server":
+            guardian.kill()
+        fork_server.kill()
+        wait_until(lambda: not exists(worker) and not exists(child), "both are gone")
+        wait_until(lambda: not exists(guardian.pid), "the guardian ends too")
+        supervisor.stop()
+    finally:
+        provider.close()
+
+
+def test_a_group_is_killed_although_its_leader_has_gone_before(exists: Any, wait_until: Any) -> None:
+    program = "import os, signal, sys\nif os.fork() == 0:\n    print(os.getpid(), flush=True)\n    signal.pause()\nsys.stdin.read()"
+    leader = subprocess.Popen(
+        [sys.executable, "-c", program],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    assert leader.stdout is not None
+    member = int(leader.stdout.readline())
+    ours, theirs = socket.socketpair()
+    theirs.close()
+    worker = LocalWorker([], lambda: None, Connection(ours.detach()), None)  # type: ignore[arg-type]
+    worker.on_forked(leader.pid)
+    leader.communicate()  # it ends, and is reaped
+    assert exists(member)
+    worker.on_orphaned()
+    assert not worker.alive()
+    wait_until(lambda: not exists(member), "its group is gone")
+
+
+def test_the_guardian_ends_with_the_fork_server_and_leaves_alone_what_was_reaped(exists: Any, wait_until: Any) -> None:
+    def group() -> int:
+        return subprocess.Popen(["sleep", "600"], start_new_session=True).pid
+
+    watched, forgotten = group(), group()
+    try:
+        maker = os.fork()
+        if maker == 0:  # the fork server
+            guardian = Guardian(())
+            guardian.watch(watched)
+            guardian.watch(forgotten)
+            guardian.forget(forgotten)
+            os._exit(0)  # without a word, as when it is killed
+        os.waitpid(maker, 0)
+        os.waitpid(watched, 0)  # returns, since it is killed
+        assert exists(forgotten)
+    finally:
+        for pid in (watched, forgotten):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+                os.waitpid(pid, 0)
