@@ -43,7 +43,7 @@ def chores(
     scheduler = Scheduler(settings, database, fired)
     courier = Courier(database, egress_policy(settings))
     return [
-        Chore("schedules", SCHEDULE_SECONDS, scheduler.run),
+        Chore("schedules", SCHEDULE_SECONDS, scheduler.run, interrupt=scheduler.interrupt),
         Chore("webhooks", WEBHOOK_SECONDS, courier.run, interrupt=courier.close),
         Chore("sweep", HOUR_SECONDS, lambda: _sweep(database, blobs), AFTER_START_SECONDS),
         Chore("logs", HOUR_SECONDS, lambda: _rescue_logs(database, blobs), AFTER_START_SECONDS),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from datetime import datetime
 
@@ -61,6 +62,7 @@ class Scheduler:
         self._fired = fired
         self._seen: datetime | None = None
         self._made: list[str] = []
+        self._interrupted = threading.Event()
 
     def run(self) -> None:
         """One turn: everything that is due now.
@@ -80,9 +82,13 @@ class Scheduler:
         self._work_off(firings.is_due, self._fire_due)
         self._work_off(domain_events.any_open, self._fire_event)
 
+    def interrupt(self) -> None:
+        """Let the present turn end after the firing that it is at. Safe from any thread."""
+        self._interrupted.set()
+
     def _work_off(self, waits: Callable[[Session], bool], fire: Callable[[Session], list[FiringRow]]) -> None:
         """Fire one by one, until nothing is left or the rest is in the hands of other servers."""
-        while True:
+        while not self._interrupted.is_set():
             with self._database.read() as session:  # a look costs no turn at writing
                 if not waits(session):
                     return

@@ -40,12 +40,12 @@ def growth(kind: str, sizes: Sizes, rounds: int) -> list[Figure]:
     """
     with scratch_folder() as folder, database_url(kind, folder, durable=False) as url, migrated(url) as database:
         pool_rows.load(database, SMALL)
-        small = _claim_times(database)
+        small = claim_times(database, CLAIMS)
     with scratch_folder() as folder, database_url(kind, folder, durable=False) as url, migrated(url) as database:
         began = time.monotonic()
         pool_rows.load(database, sizes)
         loading = time.monotonic() - began
-        large = _claim_times(database)
+        large = claim_times(database, min(CLAIMS, sizes.queued_jobs - WARM_UP))
         times = list_times(database, sizes, rounds)
     every = [value for values in times.values() for value in values]
     slowest = sorted(((percentile(values, 0.99), name) for name, values in times.items()), reverse=True)[:10]
@@ -72,10 +72,10 @@ def growth(kind: str, sizes: Sizes, rounds: int) -> list[Figure]:
     ]
 
 
-def _claim_times(database: Database) -> list[float]:
+def claim_times(database: Database, count: int) -> list[float]:
     """Milliseconds of whole claim transactions, each of one job for one slot; the jobs end in between, unmeasured."""
     times: list[float] = []
-    for number in range(CLAIMS + WARM_UP):
+    for number in range(WARM_UP + count):
         began = time.perf_counter()
         with database.write() as session:
             found = claims.claim_many(
@@ -89,8 +89,6 @@ def _claim_times(database: Database) -> list[float]:
         (claim,) = found.claims
         with database.write() as session:
             claims.finish_succeeded(session, claim.job_id, claim.attempt, {"adapters": [], "images": [], "report": {}})
-        if number % 10 == 0:
-            database.dispose()  # also first statements of new connections are part of the figure
     return times[WARM_UP:]
 
 

@@ -146,9 +146,11 @@ def database_url(kind: str, folder: Path, *, durable: bool = True) -> Iterator[s
 @contextmanager
 def migrated(url: str) -> Iterator[Database]:
     database = Database(url)
-    database.upgrade()
-    yield database
-    database.dispose()
+    try:
+        database.upgrade()
+        yield database
+    finally:
+        database.dispose()
 
 
 @contextmanager

@@ -176,7 +176,7 @@ def double_claims(count: int, supervisors: int = 4) -> list[Figure]:
         "states": states,
         "runs": sum(runs.values()),
         "attempts": len(attempts),
-        "attempts_by_server": Counter(server for _, server in attempts),
+        "attempts_by_server": dict(Counter(server for _, server in attempts)),
         "jobs_per_second": count / seconds,
     }
     if states != {"succeeded": count} or len(runs) != count:

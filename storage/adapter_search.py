@@ -186,7 +186,8 @@ class _Search:
         assert self._name is not None
         # SQLite gives the matches of three characters and more one by one: there the index soon tells which it is
         if not self._sqlite or len(self._name) < GRAM:
-            bottom = self._session.execute(stream.select(after).offset(WINDOW_ROWS).limit(1)).first()
+            window = WINDOW_ROWS if stream.is_of_adapters else WINDOW_ROWS // FETCH_COST
+            bottom = self._session.execute(stream.select(after).offset(window).limit(1)).first()
             last = None if bottom is None else (bottom[0], bottom[1])
             keys = self._walk([stream], conditions, after, count, last)
             if last is None or len(keys) == count:
@@ -208,13 +209,15 @@ class _Search:
         for stream in streams:
             statement = stream.select(after, last)
             if stream.of_files:
-                statement = statement.distinct()
+                statement = statement.add_columns(
+                    AdapterFileRow.sha256
+                ).distinct()  # the order of the index, so no sort
             if stream.is_of_adapters:
                 statement = statement.where(*conditions)
             elif conditions or stream.of_files:
                 statement = statement.where(_there_is(AdapterRow.id, AdapterRow.id == stream.id, _LIVE, *conditions))
             rows = self._session.execute(statement.limit(count))
-            found.update((moment, identifier) for moment, identifier in rows)
+            found.update((row[0], row[1]) for row in rows)
         return sorted(found, reverse=True)[:count]
 
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from sqlalchemy import and_, func, or_, select, text
+from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from artifacts.errors import FieldError, NotFound, QueueFull, QuotaExceeded, RequestInvalid, StateConflict
@@ -21,7 +21,6 @@ from storage.tables import (
     ApiKeyRow,
     JobAttemptRow,
     JobEventRow,
-    JobQueueRow,
     JobRow,
 )
 from storage.text import is_storable, storable
@@ -240,39 +239,6 @@ def attempts_of(session: Session, job_id: str) -> Sequence[JobAttemptRow]:
     return session.scalars(
         select(JobAttemptRow).where(JobAttemptRow.job_id == job_id).order_by(JobAttemptRow.attempt)
     ).all()
-
-
-def count_by_state(session: Session) -> dict[str, int]:
-    """How many jobs are in each state; all states are there."""
-    counted = dict.fromkeys(JOB_STATES, 0)
-    for state, number in session.execute(select(JobRow.state, func.count()).group_by(JobRow.state)):
-        counted[state] = number
-    return counted
-
-
-def queue_position(session: Session, row: JobRow) -> int | None:
-    """The place in the queue: 1 is served next. None if the job does not wait.
-
-    Owners take turns, so before a job with n others of its owner ahead go at most n + 1 of every other owner that
-    waits; with one owner, or equal ones, the place is exact.
-    """
-    if row.state != "queued":
-        return None
-    ahead = or_(
-        JobRow.precedence < row.precedence,
-        and_(JobRow.precedence == row.precedence, JobRow.created_at < row.created_at),
-        and_(JobRow.precedence == row.precedence, JobRow.created_at == row.created_at, JobRow.id < row.id),
-    )
-    own = session.scalar(
-        select(func.count()).select_from(JobRow).where(text("jobs.state = 'queued'"), JobRow.owner == row.owner, ahead)
-    )
-    before = own or 0
-    others = session.execute(
-        select(JobQueueRow.owner, func.sum(JobQueueRow.queued))
-        .where(JobQueueRow.owner != row.owner, text("job_queues.queued > 0"))
-        .group_by(JobQueueRow.owner)
-    )
-    return 1 + before + sum(min(queued, before + 1) for _, queued in others)
 
 
 def _lock(session: Session, job_id: str) -> JobRow:

@@ -42,7 +42,7 @@ def page_of(
     filters: Mapping[str, Any],
     cursor: str | None,
     limit: int,
-    fixed: Sequence[tuple[SQLColumnExpression[Any], Any]] = (),
+    fixed: Sequence[tuple[InstrumentedAttribute[Any], Any]] = (),
 ) -> Page[Row]:
     """The page of `statement` after `cursor`, by (created_at, id) descending.
 
@@ -82,7 +82,7 @@ def in_order(
     after: Key | None,
     last: Key | None = None,
     *,
-    fixed: Sequence[tuple[SQLColumnExpression[Any], Any]] = (),
+    fixed: Sequence[tuple[InstrumentedAttribute[Any], Any]] = (),
 ) -> Any:
     """`statement` by (created_at, id) descending, from behind `after`, up to and with `last`.
 
@@ -111,7 +111,8 @@ def behind(
     created_at: SQLColumnExpression[datetime], identifier: SQLColumnExpression[str], key: Key
 ) -> ColumnElement[bool]:
     """The rows that come after `key`."""
-    return _row((created_at, identifier)) < _row(_literals(key))
+    condition: ColumnElement[bool] = _row((created_at, identifier)) < _row(_literals(key))
+    return condition
 
 
 def _row(columns: Sequence[Any]) -> Any:

@@ -52,7 +52,7 @@ class Lane:
         self.worker: Worker | None = None
         self.running: Running | None = None
         self.retired = False
-        self.host = ""
+        self._last_host = ""
         self._provider = provider
         self._notify = notify
         self._grace_seconds = grace_seconds
@@ -65,6 +65,11 @@ class Lane:
         self._waiting_spec: AttemptSpec | None = None  # of several devices, until their process is ready
         self._shared_worker = False
         self._busy_seconds = 0.0  # of the attempts that have ended
+
+    @property
+    def host(self) -> str:
+        """The machine of its worker, or of its last one; "" until that is known."""
+        return (self.worker.host if self.worker is not None else "") or self._last_host
 
     @property
     def idle(self) -> bool:
@@ -152,7 +157,7 @@ class Lane:
         if self._shared_worker or self.retired:
             worker.kill()
         elif worker.ready:
-            self.host = worker.host
+            self._last_host = worker.host
             self._note_ready()
 
     def _start_worker(self, now: float, slots: Sequence[Slot]) -> None:

@@ -420,6 +420,17 @@ def test_one_bad_job_does_not_stop_the_others(
     ]
 
 
+def test_a_server_that_stops_leaves_the_rest_due(server: Any, two_adapters: list[str], scheduler: Scheduler) -> None:
+    made = [server.client.post("/schedules", json=body(two_adapters, overlap="queue")).json() for _ in range(3)]
+    for item in made:
+        make_due(server, item)
+    scheduler._fired = lambda kind: scheduler.interrupt()
+    scheduler.run()
+    assert sum(len(firings(server, item)) for item in made) == 1
+    Scheduler(server.services.settings, server.services.database, lambda kind: None).run()
+    assert [len(firings(server, item)) for item in made] == [1, 1, 1]
+
+
 def test_a_database_that_goes_away_keeps_what_is_due(
     server: Any, schedule: dict[str, Any], scheduler: Scheduler, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -21,6 +21,7 @@ ROOT = Path(__file__).resolve().parents[2]
 LAUNCHER = Path(__file__).with_name("chaos_server.py")
 RUN = "RANKWISE_CHAOS_RUN"
 SERVER = "RANKWISE_CHAOS_SERVER"
+GUARDIAN = "guardian"  # of a fork server: it only waits, and killing it does nothing as long as that lives
 
 
 @dataclass
@@ -133,7 +134,7 @@ class Fleet:
         for parent in self.fork_servers(name):
             with contextlib.suppress(psutil.NoSuchProcess):
                 found += parent.children(recursive=True)
-        return sorted(found, key=lambda process: process.pid)
+        return sorted((process for process in found if _name(process) != GUARDIAN), key=lambda process: process.pid)
 
     def _children(self, name: str) -> list[psutil.Process]:
         process = self.servers[name].process
@@ -215,6 +216,13 @@ def _free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
+
+
+def _name(process: psutil.Process) -> str:
+    try:
+        return process.name()
+    except (psutil.NoSuchProcess, psutil.ZombieProcess):
+        return ""
 
 
 def _for_ever(seconds: tuple[float, ...]) -> Iterator[float]:

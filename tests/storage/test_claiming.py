@@ -14,7 +14,7 @@ from sqlalchemy import delete, func, select, update
 from sqlalchemy.orm import Session
 
 from artifacts.errors import QueueFull, QuotaExceeded
-from storage import claiming, claims, jobs, keys, queues
+from storage import claiming, claims, jobs, keys, outlook, queues
 from storage.claims import Claim, Claims, SlotOffer
 from storage.database import Database, now
 from storage.tables import ApiKeyRow, Base, JobQueueRow, JobRow
@@ -259,7 +259,7 @@ def test_positions_follow_the_turns(database: Database) -> None:
     mine = [submit(database, first) for _ in range(3)]
     submit(database, second)
     with database.read() as session:
-        positions = [jobs.queue_position(session, jobs.get_job(session, job_id)) for job_id in mine]
+        positions = [outlook.position_of(session, jobs.get_job(session, job_id)) for job_id in mine]
     assert positions == [2, 3, 4]
 
 

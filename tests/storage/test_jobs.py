@@ -4,7 +4,7 @@ import pytest
 from sqlalchemy import select
 
 from artifacts.errors import NotFound, QueueFull, RequestInvalid, StateConflict
-from storage import claims, jobs
+from storage import claims, jobs, outlook
 from storage.database import Database
 from storage.ids import is_id
 from storage.jobs import JobFilter
@@ -151,17 +151,8 @@ def test_positions_follow_priority_then_age(database: Database) -> None:
     first, second = create(database), create(database)
     urgent = create(database, priority=5)
     with database.read() as session:
-        assert [jobs.queue_position(session, row) for row in (urgent, first, second)] == [1, 2, 3]
+        assert [outlook.position_of(session, row) for row in (urgent, first, second)] == [1, 2, 3]
     assert claim(database).job_id == urgent.id
     with database.read() as session:
-        assert jobs.queue_position(session, jobs.get_job(session, urgent.id)) is None
-        assert jobs.queue_position(session, first) == 1
-
-
-def test_counts_name_every_state(database: Database) -> None:
-    create(database)
-    create(database)
-    claim(database)
-    with database.read() as session:
-        counted = jobs.count_by_state(session)
-    assert counted == {"queued": 1, "running": 1, "cancelling": 0, "succeeded": 0, "failed": 0, "cancelled": 0}
+        assert outlook.position_of(session, jobs.get_job(session, urgent.id)) is None
+        assert outlook.position_of(session, first) == 1

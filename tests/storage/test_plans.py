@@ -22,6 +22,7 @@ from storage.database import Database
 from storage.jobs import JobFilter
 from storage.pagination import cursor_at
 
+PROBE_ROWS, WINDOW_ROWS = 300, 500  # as much smaller than in production as these tables are
 SIZES = pool_rows.Sizes(adapters=12_000, finished_jobs=12_000, queued_jobs=2_000)
 LARGE = "adapters|adapter_files|adapter_tags|adapter_names|jobs|job_attempts|job_events"
 FEW_ROWS = 200  # PostgreSQL may sort so many instead of reading them in order
@@ -42,6 +43,12 @@ def filled(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     pool_rows.load(database, SIZES)
     yield database
     database.dispose()
+
+
+@pytest.fixture(autouse=True)
+def small_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("storage.adapter_search.PROBE_ROWS", PROBE_ROWS)
+    monkeypatch.setattr("storage.adapter_search.WINDOW_ROWS", WINDOW_ROWS)
 
 
 @contextmanager
@@ -112,8 +119,7 @@ ADAPTER_LISTS: dict[str, tuple[AdapterFilter, tuple[str, ...]]] = {
     "base model": (AdapterFilter(base_model="org-1/base-001"), ("ix_adapters_base_model",)),
     "rare base model": (AdapterFilter(base_model="org-12/base-199"), ("ix_adapters_base_model",)),
     "registered model": (AdapterFilter(base_model=pool_rows.MODELS[0]), ("ix_adapters_model_id",)),
-    # most adapters have this one: in the order of the whole list a page of them is there as soon
-    "common method": (AdapterFilter(method="lora"), ("ix_adapters_method", "ix_adapters_created")),
+    "common method": (AdapterFilter(method="lora"), ("ix_adapters_method",)),
     "rare method": (AdapterFilter(method="loftq"), ("ix_adapters_method",)),
     "tag": (AdapterFilter(tag="tag-000"), TAG_INDEX),
     "rare tag": (AdapterFilter(tag="tag-499"), TAG_INDEX),
@@ -145,10 +151,7 @@ def keys_only(found: list[str]) -> list[str]:
 
 
 @pytest.mark.parametrize("name", ["0004242", "zzzqqq", "ж", "qz"])
-def test_a_rare_part_of_a_name_is_found_in_the_index_of_names(
-    filled: Database, name: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("storage.adapter_search.WINDOW_ROWS", 500)
+def test_a_rare_part_of_a_name_is_found_in_the_index_of_names(filled: Database, name: str) -> None:
     found = plans(filled, lambda session: adapters.list_adapters(session, AdapterFilter(name=name), None, 20))
     for plan in found:
         assert full_scans(plan) == [], plan
@@ -167,11 +170,11 @@ def test_looking_through_names_does_not_read_the_table(filled: Database) -> None
 
 JOB_LISTS: dict[str, tuple[JobFilter, tuple[str, ...]]] = {
     "all": (JobFilter(), ("ix_jobs_created",)),
-    "kind": (JobFilter(kind="train"), ("ix_jobs_kind", "ix_jobs_created")),
+    "kind": (JobFilter(kind="train"), ("ix_jobs_kind",)),
     "unknown kind": (JobFilter(kind="none"), ("ix_jobs_kind",)),
     "queued": (JobFilter(state="queued"), ("ix_jobs_state",)),
     "running": (JobFilter(state="running"), ("ix_jobs_state",)),
-    "succeeded": (JobFilter(state="succeeded"), ("ix_jobs_state", "ix_jobs_created")),
+    "succeeded": (JobFilter(state="succeeded"), ("ix_jobs_state",)),
     "kind and state": (JobFilter(kind="merge", state="cancelled"), ("ix_jobs_kind_state",)),
 }
 
@@ -205,7 +208,8 @@ def test_a_sign_of_life_looks_at_running_jobs_only(filled: Database) -> None:
 def test_a_submission_counts_no_jobs(filled: Database) -> None:
     found = plans(filled, lambda session: jobs.create_job(session, "merge", {}, max_queued=10**6))
     for plan in found:
-        assert not re.search(r"(SCAN|SEARCH|Scan on) jobs\b", plan), plan
+        assert full_scans(plan) == [], plan
+        assert "ix_jobs" not in plan, plan
 
 
 def test_models_are_listed_without_their_fingerprints(filled: Database) -> None:

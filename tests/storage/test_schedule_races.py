@@ -11,7 +11,7 @@ from multiprocessing.queues import SimpleQueue
 from multiprocessing.synchronize import Barrier
 
 import pytest
-from sqlalchemy import select
+from sqlalchemy import select, text, update
 from sqlalchemy.orm import Session
 
 from artifacts.base_model import BaseModelRef
@@ -158,3 +158,48 @@ def test_two_triggers_at_once_have_one_job_under_skip(database: Database, round_
 
     run_threads(2, trigger)
     assert sorted(outcomes) == ["conflict", "job"]
+
+
+@pytest.mark.postgres
+@pytest.mark.parametrize("database", ["postgres"], indirect=True)
+def test_what_another_server_has_in_hand_is_passed_over(database: Database) -> None:
+    """Not waited for: the others that are due fire at once."""
+    made = make(database, Trigger(cron="* * * * *"), 2) + make(database, Trigger(event="base_model.deprecated"), 1)
+    with database.write() as session:
+        model, _ = models.add_model(session, BaseModelRef.named("acme/tiny"))
+        models.update_model(session, model.id, deprecated_at=START)
+    moment = START + timedelta(minutes=1)
+    with database.write() as other:
+        (held,) = firings.fire_due(other, submit, moment=moment)
+        firings.fire_event(other, submit, moment=moment)
+        with database.write() as session:
+            session.execute(text("SET LOCAL lock_timeout = '1s'"))
+            (fired,) = firings.fire_due(session, submit_nothing, limit=5, moment=moment)
+            assert {held.schedule_id, fired.schedule_id} == set(made[:2])
+            assert firings.fire_event(session, submit_nothing, moment=moment) is None
+
+
+def submit_nothing(session: Session, row: ScheduleRow) -> JobRow:
+    """A job would wait for the counters of the queue, which belong to the other transaction."""
+    raise StateConflict("not now")
+
+
+@pytest.mark.postgres
+@pytest.mark.parametrize("database", ["postgres"], indirect=True)
+def test_settling_does_not_undo_a_firing_in_between(database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
+    (schedule_id,) = make(database, Trigger(cron="0 * * * *"), 1)
+    with database.write() as session:
+        session.execute(update(ScheduleRow).values(next_fire_at=START + timedelta(days=1)))
+    real = schedules.next_fire_at
+
+    def fire_in_between(row: ScheduleRow, moment: datetime) -> datetime | None:
+        monkeypatch.setattr(schedules, "next_fire_at", real)
+        with database.write() as other:
+            firings.fire_due(other, submit, moment=START + timedelta(days=1))
+        return real(row, moment)
+
+    monkeypatch.setattr(schedules, "next_fire_at", fire_in_between)
+    with database.write() as session:
+        assert firings.resettle(session, moment=START) == 0
+    with database.read() as session:
+        assert schedules.get_schedule(session, schedule_id).next_fire_at == START + timedelta(days=1, hours=1)

@@ -64,7 +64,7 @@ def test_closing_leaves_no_process_and_no_thread(wait_until: Any, exists: Any) -
     workers = [provider.start([SLOT], nothing) for _ in range(2)]
     wait_until(lambda: all(worker.ready for worker in workers), "the workers are ready")
     started = set(psutil.Process().children(recursive=True)) - children
-    assert len(started) == 3
+    assert len(started) == 4  # the fork server, its guardian and the workers
     provider.close()
     assert not any(exists(process.pid) for process in started)
     assert not any(worker.alive() for worker in workers)

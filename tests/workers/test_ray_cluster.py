@@ -213,13 +213,14 @@ def test_a_lost_node_takes_its_slot_along_and_its_job_succeeds_on_the_other(
 ) -> None:
     head = {"num_cpus": 0, "_system_config": QUICK_LOSS}
     two_nodes = make_ray_cluster(head, {"resources": SLOT}, {"resources": SLOT})
-    supervisor = Supervisor(pool.settings(pool="ray"), make_ray_provider(two_nodes.address))
+    provider = make_ray_provider(two_nodes.address)
+    supervisor = Supervisor(pool.settings(pool="ray"), provider)
     pool.supervisors.append(supervisor)
     supervisor.start()
     job_id = pool.submit("wait_once", gate=str(pool.gate().path))
     pid = pool.running_pid(job_id)
     (busy,) = [slot for slot in supervisor.status() if slot["job_id"] == job_id]
-    number = next(n for n, node in enumerate(two_nodes.nodes) if node.startswith(busy["host"]))
+    number = next(n for n, node in enumerate(two_nodes.nodes) if node.startswith(busy["name"].partition("@")[2]))
     assert two_nodes.lose(number) == []
     wait_until(lambda: pool.job(job_id).state == "succeeded", "the job succeeds on the other node", 90)
     job = pool.job(job_id)
@@ -229,13 +230,15 @@ def test_a_lost_node_takes_its_slot_along_and_its_job_succeeds_on_the_other(
     assert first.slot.partition("@")[2] != second.slot.partition("@")[2]
     reason = next(event["reason"] for event in pool.events(job_id) if event.get("reason"))
     assert reason["code"] == "worker_lost"
-    assert busy["host"] in reason["detail"]
+    assert busy["name"].partition("@")[2] in reason["detail"]
     wait_until(lambda: has_ended(pid), "the first attempt's process is gone")
     wait_until(lambda: len(supervisor.status()) == 1, "the slot is gone")
     two_nodes.add(resources=SLOT)
     wait_until(lambda: len(supervisor.status()) == 2, "a new node brings a slot")
     again = [pool.submit("succeed") for _ in range(4)]
     assert {pool.ended(item).state for item in again} == {"succeeded"}
+    supervisor.stop()
+    provider.close()
 
 
 @pytest.mark.slow

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
 import signal
 import socket
 import subprocess
@@ -17,7 +15,6 @@ import pytest
 from rule_kinds import KINDS
 
 from workers.forkserver import ForkServer
-from workers.guardian import Guardian
 from workers.local import LocalProvider, LocalWorker
 
 
@@ -116,46 +113,55 @@ def test_what_a_job_has_started_dies_with_the_fork_server(
         provider.close()
 
 
+LEADER = """
+import os, signal, sys
+if os.fork() == 0:
+    print(os.getpid(), flush=True)
+    signal.pause()
+sys.stdin.read()
+"""
+
+
 def test_a_group_is_killed_although_its_leader_has_gone_before(exists: Any, wait_until: Any) -> None:
-    program = "import os, signal, sys\nif os.fork() == 0:\n    print(os.getpid(), flush=True)\n    signal.pause()\nsys.stdin.read()"
-    leader = subprocess.Popen(
-        [sys.executable, "-c", program],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
-    assert leader.stdout is not None
-    member = int(leader.stdout.readline())
-    ours, theirs = socket.socketpair()
-    theirs.close()
-    worker = LocalWorker([], lambda: None, Connection(ours.detach()), None)  # type: ignore[arg-type]
-    worker.on_forked(leader.pid)
-    leader.communicate()  # it ends, and is reaped
-    assert exists(member)
-    worker.on_orphaned()
-    assert not worker.alive()
-    wait_until(lambda: not exists(member), "its group is gone")
+    pipe = subprocess.PIPE
+    command = [sys.executable, "-c", LEADER]
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, start_new_session=True) as leader:
+        assert leader.stdin is not None
+        assert leader.stdout is not None
+        member = int(leader.stdout.readline())
+        ours, theirs = socket.socketpair()
+        theirs.close()
+        worker = LocalWorker([], lambda: None, Connection(ours.detach()), None)  # type: ignore[arg-type]
+        worker.on_forked(leader.pid)
+        leader.stdin.close()
+        assert leader.wait(30) == 0
+        assert exists(member)
+        worker.on_orphaned()
+        assert not worker.alive()
+        wait_until(lambda: not exists(member), "its group is gone")
 
 
-def test_the_guardian_ends_with_the_fork_server_and_leaves_alone_what_was_reaped(exists: Any, wait_until: Any) -> None:
-    def group() -> int:
-        return subprocess.Popen(["sleep", "600"], start_new_session=True).pid
+FORK_SERVER = """
+import os, sys
+from workers.guardian import Guardian
+guardian = Guardian(())
+watched, forgotten = map(int, sys.argv[1:])
+guardian.watch(watched)
+guardian.watch(forgotten)
+guardian.forget(forgotten)
+os._exit(0)  # without a word, as when it is killed
+"""
 
-    watched, forgotten = group(), group()
-    try:
-        maker = os.fork()
-        if maker == 0:  # the fork server
-            guardian = Guardian(())
-            guardian.watch(watched)
-            guardian.watch(forgotten)
-            guardian.forget(forgotten)
-            os._exit(0)  # without a word, as when it is killed
-        os.waitpid(maker, 0)
-        os.waitpid(watched, 0)  # returns, since it is killed
-        assert exists(forgotten)
-    finally:
-        for pid in (watched, forgotten):
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-                os.waitpid(pid, 0)
+
+def test_the_guardian_kills_what_was_not_reaped_and_nothing_else() -> None:
+    with (
+        subprocess.Popen(["sleep", "600"], start_new_session=True) as watched,
+        subprocess.Popen(["sleep", "600"], start_new_session=True) as forgotten,
+    ):
+        try:
+            subprocess.run([sys.executable, "-c", FORK_SERVER, str(watched.pid), str(forgotten.pid)], check=True)
+            assert watched.wait(30) == -signal.SIGKILL
+            assert forgotten.poll() is None
+        finally:
+            watched.kill()
+            forgotten.kill()
