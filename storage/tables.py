@@ -265,7 +265,13 @@ class JobRow(Base):
         Index("ix_jobs_kind", "kind", "created_at", "id"),
         Index("ix_jobs_state", "state", "created_at", "id"),
         Index("ix_jobs_kind_state", "kind", "state", "created_at", "id"),
-        partial_index("ix_jobs_schedule", "schedule_id", "created_at", "id", where="schedule_id IS NOT NULL"),
+        partial_index(
+            "ix_jobs_schedule",
+            "schedule_id",
+            "created_at",
+            "id",
+            where="schedule_id IS NOT NULL AND state IN ('queued', 'running', 'cancelling')",
+        ),
     )
 
 

@@ -239,7 +239,7 @@ def upgrade() -> None:
             "ix_jobs_schedule",
             ["schedule_id", "created_at", "id"],
             unique=False,
-            **_where("schedule_id IS NOT NULL"),
+            **_where("schedule_id IS NOT NULL AND state IN ('queued', 'running', 'cancelling')"),
         )
         batch_op.create_index("ix_jobs_state", ["state", "created_at", "id"], unique=False)
         batch_op.create_foreign_key(batch_op.f("fk_jobs_schedule_id"), "schedules", ["schedule_id"], ["id"])
@@ -290,7 +290,7 @@ def downgrade() -> None:
         batch_op.drop_index("ix_jobs_state")
         batch_op.drop_index(
             "ix_jobs_schedule",
-            **_where("schedule_id IS NOT NULL"),
+            **_where("schedule_id IS NOT NULL AND state IN ('queued', 'running', 'cancelling')"),
         )
         batch_op.drop_index("ix_jobs_kind_state")
         batch_op.drop_index("ix_jobs_kind")

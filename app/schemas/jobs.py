@@ -10,6 +10,7 @@ from sqlalchemy.orm import Session
 
 from app.dependencies import FilterText, PageQuery
 from app.schemas.common import Timestamp, as_json
+from app.schemas.resources import Resources
 from storage.outlook import Outlook, WaitReason, outlook_of, position_of
 from storage.tables import JobRow
 
@@ -74,8 +75,11 @@ class Job(BaseModel):
     attempt: int
     progress: JobProgress
     params: dict[str, Any]
+    resources: dict[str, Any] = Field(description="devices and timeout_seconds, as asked for.")
     result: JobResult | None
     error: JobError | None
+    retry_of: str | None = Field(description="The job that this one runs again.")
+    schedule_id: str | None = Field(description="The schedule that made it.")
     created_at: Timestamp
     started_at: Timestamp | None
     finished_at: Timestamp | None
@@ -121,6 +125,9 @@ class Job(BaseModel):
             attempt=row.attempt,
             progress=JobProgress(fraction=row.fraction, step=row.step, total=row.total, message=row.message),
             params=row.params,
+            resources={name: value for name, value in row.resources.items() if name in Resources.model_fields},
+            retry_of=row.retry_of,
+            schedule_id=row.schedule_id,
             result=None if row.result is None else JobResult.model_validate(row.result),
             error=None if row.error is None else _error(row.error, with_log),
             created_at=row.created_at,

@@ -22,7 +22,7 @@ def test_a_merge_is_a_queued_job(server: Any, two_adapters: list[str]) -> None:
     assert response.headers["location"] == f"/jobs/{job['id']}"
     assert set(job) == {
         "id", "kind", "state", "attempt", "progress", "params", "result", "error", "created_at", "started_at",
-        "finished_at", "position", "waiting", "eta_seconds", "cancel_requested",
+        "finished_at", "position", "waiting", "eta_seconds", "cancel_requested", "resources", "retry_of", "schedule_id",
     }  # fmt: skip
     assert (job["kind"], job["state"], job["attempt"], job["position"]) == ("merge", "queued", 0, 1)
     assert job["progress"] == {"fraction": 0.0, "step": None, "total": None, "message": ""}

@@ -12,7 +12,7 @@ from artifacts.errors import RequestInvalid
 from workers import providers
 from workers.failures import crashed
 from workers.local import LocalProvider
-from workers.provider import Slot
+from workers.provider import Slot, WorkerStartError
 from workers.providers import RaySettings, make_provider
 from workers.ray_actor import NodeFolder, local_slots
 from workers.ray_messages import Plan
@@ -90,14 +90,8 @@ def test_a_worker_takes_slots_of_one_node_that_is_there(ray_catalogue_of: Any) -
         ([Slot("gpu:7@x", "cuda:7")], "gone"),
         ([first, second], "one Ray node"),
     ):
-        with pytest.raises(providers_error(), match=why):
+        with pytest.raises(WorkerStartError, match=why):
             provider.start(slots, lambda: None)
-
-
-def providers_error() -> type[Exception]:
-    from workers.provider import WorkerStartError
-
-    return WorkerStartError
 
 
 @pytest.fixture
@@ -121,7 +115,7 @@ def ray_catalogue_of(monkeypatch: pytest.MonkeyPatch) -> Any:
 def test_halves_of_a_gpu_do_not_serve_one_job_together(ray_catalogue_of: Any) -> None:
     provider = ray_catalogue_of({"a" * 56: {"GPU": 1.0}})
     assert len(provider.slots()) == 2
-    with pytest.raises(providers_error(), match="share a GPU"):
+    with pytest.raises(WorkerStartError, match="share a GPU"):
         provider.start(provider.slots(), lambda: None)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import selectors
 import signal
 import socket
 import subprocess
@@ -15,7 +16,7 @@ import pytest
 from rule_kinds import KINDS
 
 from workers.forkserver import ForkServer
-from workers.local import LocalProvider, LocalWorker
+from workers.local import ForkServerProcess, LocalProvider, LocalWorker
 
 
 def test_the_sign_of_life_goes_on_while_a_job_holds_its_process(pool: Any) -> None:
@@ -165,3 +166,14 @@ def test_the_guardian_kills_what_was_not_reaped_and_nothing_else() -> None:
         finally:
             watched.kill()
             forgotten.kill()
+
+
+def test_a_message_that_comes_with_the_end_of_its_worker_harms_no_other() -> None:
+    """The end is taken in first when both are there at once; the closed channel must not end the thread of all."""
+    ours, theirs = socket.socketpair()
+    with selectors.DefaultSelector() as selector, Connection(theirs.detach()) as far_end:
+        worker = LocalWorker([], lambda: None, Connection(ours.detach()), None)  # type: ignore[arg-type]
+        far_end.send("ready")
+        worker.on_ended(0, None, None)
+        ForkServerProcess._take_message(object.__new__(ForkServerProcess), selector, worker)
+    assert not worker.alive()
