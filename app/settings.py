@@ -151,7 +151,7 @@ class Settings(BaseSettings):
         ):
             if value.startswith(local):
                 raise ValueError(
-                    f"with pool=ray the nodes of the cluster must reach the {name}, and {value.partition(':')[0]}: "
+                    f"with pool=ray the nodes of the cluster must reach the {name}, and {value.partition(':')[0]} "
                     "is of this machine alone. Set RANKWISE_DATABASE_URL to a PostgreSQL database and "
                     "RANKWISE_BLOB_URL to s3://, gs:// or az://."
                 )

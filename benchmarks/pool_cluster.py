@@ -29,15 +29,20 @@ from benchmarks.pool_figures import Figure, median, percentile
 from benchmarks.pool_service import ROOT, migrated, postgres, quiet_logs, scratch_folder
 from storage.database import Database
 from storage.ids import new_id
-from storage.tables import JobRow
+from storage.tables import JobQueueRow, JobRow
 from workers.observer import Unobserved
 from workers.supervisor import PoolSettings, Supervisor
 
 BUSY_GOAL = 95.0
-PAUSE_SECONDS = 0.5
+PAUSE_SECONDS = 0.1
 OWNERS = 20
 SPREAD = 0.5  # the times of the jobs lie this share below and above their mean
 STALL_SECONDS = 120.0
+ACTIVITY = (
+    "SELECT CASE WHEN state = 'active' THEN COALESCE(wait_event_type || ': ' || wait_event, 'works') "
+    "ELSE 'waits for its client' END, count(*) FROM pg_stat_activity "
+    "WHERE datname = current_database() AND pid <> pg_backend_pid() AND state <> 'idle' GROUP BY 1"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,6 +114,7 @@ def _explain(size: Cluster, found: dict[str, Any]) -> dict[str, Any]:
         "claim_median_ms": median(took) * 1e3,
         "claim_p99_ms": percentile(took, 0.99) * 1e3,
         "jobs_per_claim": size.jobs / max(len(took), 1),
+        "connections_in_a_transaction": found["waits"],
     }
 
 
@@ -135,7 +141,7 @@ def simulate(size: Cluster) -> dict[str, Any]:
             before, began = _postgres_work(url), time.monotonic()
             for process in processes:
                 _tell(process, "go")
-            _await_end(database, size.jobs)
+            waits = _await_end(database, size.jobs, url)
             seconds = time.monotonic() - began
             after = _postgres_work(url)
             reports = [json.loads(_tell(process, "stop", answer=True)) for process in processes]
@@ -150,6 +156,7 @@ def simulate(size: Cluster) -> dict[str, Any]:
         "runs": runs,
         "reports": reports,
         "seconds": seconds,
+        "waits": waits,
         "postgres_seconds": after[0] - before[0],
         "transactions": after[1] - before[1],
     }
@@ -186,16 +193,23 @@ def _fill(database: Database, size: Cluster) -> None:
     )
 
 
-def _await_end(database: Database, count: int) -> None:
+def _await_end(database: Database, count: int, url: str) -> dict[str, float]:
+    """Gives what the connections in a transaction did on average: their numbers by what they waited for."""
     ended, changed = 0, time.monotonic()
-    while ended < count:
-        time.sleep(PAUSE_SECONDS)
-        with database.read() as session:
-            found = session.scalar(select(func.count()).select_from(JobRow).where(JobRow.state == "succeeded")) or 0
-        if found != ended:
-            ended, changed = found, time.monotonic()
-        elif time.monotonic() - changed > STALL_SECONDS:
-            raise RuntimeError(f"{ended} of {count} jobs have ended, and no more do")
+    samples, seen = 0, Counter[str]()
+    with psycopg.connect(url, autocommit=True) as connection:
+        while ended < count:
+            time.sleep(PAUSE_SECONDS)
+            seen.update(dict(connection.execute(ACTIVITY).fetchall()))
+            samples += 1
+            with database.read() as session:
+                statement = select(func.sum(JobQueueRow.queued + JobQueueRow.running))
+                found = count - (session.scalar(statement) or 0)
+            if found != ended:
+                ended, changed = found, time.monotonic()
+            elif time.monotonic() - changed > STALL_SECONDS:
+                raise RuntimeError(f"{ended} of {count} jobs have ended, and no more do")
+    return {name: number / samples for name, number in seen.most_common()}
 
 
 def _postgres_work(url: str) -> tuple[float, int]:

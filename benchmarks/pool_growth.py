@@ -75,7 +75,7 @@ def growth(kind: str, sizes: Sizes, rounds: int) -> list[Figure]:
 def claim_times(database: Database, count: int) -> list[float]:
     """Milliseconds of whole claim transactions, each of one job for one slot; the jobs end in between, unmeasured."""
     times: list[float] = []
-    for number in range(WARM_UP + count):
+    for _ in range(WARM_UP + count):
         began = time.perf_counter()
         with database.write() as session:
             found = claims.claim_many(

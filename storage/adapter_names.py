@@ -16,7 +16,7 @@ from storage.tables import AdapterRow
 GRAM = 3  # characters
 MAX_GRAMS = 12  # of a query: more of them narrow no further
 MAX_TERMS = 200
-MAX_MATCHES = 5_000  # more are not sorted: a page of them is soon found in the list itself
+MAX_MATCHES = 2_000  # more are not sorted: a page of them is soon found in the list itself
 
 _names = table(
     "adapter_names", column("number"), column("adapter_id"), column("created_at", UtcDateTime()), column("name_folded")

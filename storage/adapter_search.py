@@ -16,8 +16,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from sqlalchemy import ColumnElement, Select, func, select
-from sqlalchemy.orm import InstrumentedAttribute, Session, defer
+from sqlalchemy import ColumnElement, Select, func, or_, select
+from sqlalchemy.orm import InstrumentedAttribute, Session, aliased, defer
 
 from artifacts.errors import FieldError, RequestInvalid
 from storage.adapter_names import GRAM, find_by_name, has_part
@@ -27,7 +27,7 @@ from storage.tables import AdapterFileRow, AdapterRow, AdapterTagRow
 from storage.text import fold, is_storable
 
 AUTOV2_LENGTH = 10  # civitai's AutoV2: so many of the first hex digits of the file's SHA-256
-PROBE_ROWS = 20_000  # an index with more rows than this is not counted any further
+PROBE_ROWS = 10_000  # an index with more rows than this is not counted any further
 WINDOW_ROWS = 30_000  # how far down the list a part of a name is looked for before the index of names is asked
 FETCH_COST = 10  # what it costs to look a row up in its table, in rows of an index that is read in order
 
@@ -105,7 +105,6 @@ class _Search:
         self._session = session
         self._sqlite = session.get_bind().dialect.name == "sqlite"
         self._name = fold(filters.name) if filters.name else None
-        self._has_digest = filters.sha256 is not None
         self._impossible = not all(value is None or is_storable(value) for value in asdict(filters).values())
         self._streams: dict[str, tuple[_Stream, ...]] = {}  # filter → the indexes that have its adapters
         self._conditions: dict[str, ColumnElement[bool]] = {}  # filter → how it is checked on a row of `adapters`
@@ -114,7 +113,7 @@ class _Search:
 
     def _use(self, filters: AdapterFilter) -> None:
         if filters.sha256 is not None:
-            self._streams["sha256"] = self._with_digest(filters.sha256.lower())
+            self._use_digest(filters.sha256.lower())
         if filters.tag is not None:
             tag = ((AdapterTagRow.tag, filters.tag),)
             self._streams["tag"] = (_Stream(AdapterTagRow.created_at, AdapterTagRow.adapter_id, tag),)
@@ -137,14 +136,27 @@ class _Search:
         # the appended nothing hides the column from SQLite's choice of an index: the leading one is chosen here
         self._conditions[name] = (column + "" if self._sqlite else column) == value
 
-    def _with_digest(self, digest: str) -> tuple[_Stream, ...]:
+    def _use_digest(self, digest: str) -> None:
+        streams: tuple[_Stream, ...] = ()
+        checks: tuple[ColumnElement[bool], ...] = ()
         if re.fullmatch(r"[0-9a-f]{64}", digest):
-            weights = _Stream(AdapterRow.created_at, AdapterRow.id, ((AdapterRow.weights_digest, digest),))
-            return (weights, _of_file(digest))
-        if re.fullmatch(rf"[0-9a-f]{{{AUTOV2_LENGTH}}}", digest):
-            return tuple(_of_file(found) for found in self._digests_that_begin(digest))
-        problem = f"must be 64 hex digits, or the first {AUTOV2_LENGTH} (AutoV2), not {digest!r}"
-        raise RequestInvalid(f"sha256 {problem}", errors=[FieldError("/sha256", problem)])
+            files = [digest]
+            streams = (_Stream(AdapterRow.created_at, AdapterRow.id, ((AdapterRow.weights_digest, digest),)),)
+            again = aliased(AdapterRow)  # looked up, so that the leading index is read without its table
+            checks = (_there_is(again.id, again.id == AdapterRow.id, again.weights_digest == digest),)
+        elif re.fullmatch(rf"[0-9a-f]{{{AUTOV2_LENGTH}}}", digest):
+            files = list(self._digests_that_begin(digest))
+        else:
+            problem = f"must be 64 hex digits, or the first {AUTOV2_LENGTH} (AutoV2), not {digest!r}"
+            raise RequestInvalid(f"sha256 {problem}", errors=[FieldError("/sha256", problem)])
+        has_file = _there_is(
+            AdapterFileRow.adapter_id,
+            AdapterFileRow.sha256.in_(files),
+            AdapterFileRow.created_at == AdapterRow.created_at,
+            AdapterFileRow.adapter_id == AdapterRow.id,
+        )
+        self._streams["sha256"] = (*streams, *(_of_file(found) for found in files))
+        self._conditions["sha256"] = or_(has_file, *checks)
 
     def _digests_that_begin(self, prefix: str) -> Iterable[str]:
         """Digests of files, one step in their index each; forty bits are rarely shared by two."""
@@ -161,17 +173,15 @@ class _Search:
         leading = self._leading(after)
         streams = self._streams.get(leading, (_Stream(AdapterRow.created_at, AdapterRow.id),))
         conditions = [condition for name, condition in self._conditions.items() if name != leading]
-        if self._name is None or self._has_digest:
+        if self._name is None or leading == "sha256":
             return self._walk(streams, conditions, after, count)
         return self._walk_names(streams[0], conditions, after, count)
 
     def _leading(self, after: Key | None) -> str:
         """The name of the filter whose rows behind `after` are the quickest to look through."""
-        if self._has_digest:
-            return "sha256"
         if len(self._streams) < 2:
             return next(iter(self._streams), "")
-        costs = {name: self._cost(streams[0], after) for name, streams in self._streams.items()}
+        costs = {name: sum(self._cost(stream, after) for stream in found) for name, found in self._streams.items()}
         return min(costs, key=lambda name: costs[name])
 
     def _cost(self, stream: _Stream, after: Key | None) -> int:

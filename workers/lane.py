@@ -146,10 +146,12 @@ class Lane:
             return
         self._return_partners()
         if self.worker is not None:
-            log.info("worker_ended", slot=self.slot.name, pid=self.worker.pid, **self.worker.exit())
+            ended = self.worker.exit()
+            log.info("worker_ended", slot=self.slot.name, pid=self.worker.pid, **ended)
             self.worker = None
             if not self._was_ready:
-                self._count_failed_start(now, "the worker process ended before it was ready")
+                problem = ended.get("lost") or "the worker process ended before it was ready"
+                self._count_failed_start(now, problem)
         if now >= self._restart_at and not self.retired:
             self._start_worker(now, [self.slot])
 

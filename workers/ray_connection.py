@@ -28,7 +28,10 @@ def explain_loss(error: BaseException, node: str) -> str:
     """Why a worker is lost, for the job's error."""
     if isinstance(error, RayTaskError):
         return f"the actor on node {node} failed: {_last_line(error)}"
-    return f"the node {node} or the actor on it was lost: {first_line(error)}"
+    if isinstance(error, ValueError):
+        return f"Ray can not reserve what the slot wants: {first_line(error)}"
+    causes = [line.strip() for line in str(error).splitlines() if "because" in line]
+    return f"the node {node} or the actor on it was lost: {causes[0][:500] if causes else first_line(error)}"
 
 
 def explain_refusal(error: BaseException, address: str, output: str) -> Unreachable:

@@ -44,6 +44,7 @@ EXIT_UNREACHABLE = 3
 EXIT_FAILED = 4
 NODES_SECONDS = 1.0
 KILL_SECONDS = 10.0
+DRAIN_SECONDS = 10.0
 PENDING_SECONDS = 30.0
 
 
@@ -145,7 +146,7 @@ class RayDriver:
                 await self._watch(worker)
             else:
                 self._finish(worker, lost=refusal)
-        except LOST as error:
+        except (*LOST, ValueError) as error:  # ValueError: Ray can not reserve such an amount
             if worker.host is not None:
                 self._drop(worker.host)
             self._finish(worker, lost=explain_loss(error, worker.seats[0].node))
@@ -169,6 +170,8 @@ class RayDriver:
         """The actor of exactly these slots: the one that is there, or a new one in place of those that hold them."""
         slots = tuple(seat.slot for seat in worker.seats)
         host = self._hosts.get(slots)
+        if host is not None and not await self._forget(host.worker):
+            self._drop(host)
         if host is None or host.gone:
             others = [other for other in self._hosts.values() if set(other.slots) & set(slots)]
             for other in others:
@@ -176,20 +179,23 @@ class RayDriver:
             host = self._hosts[slots] = HostActor(worker.seats, self._plan, self._send)
             # Its resources are free once these are gone; until then it waits.
             await asyncio.gather(*(self._close_host(other) for other in others))
-        else:
-            await self._forget(host.worker)
         host.worker = worker.number
         return host
 
-    async def _forget(self, number: int | None) -> None:
-        """The worker has ended and another one takes its place, once its last orders are carried out."""
-        worker = self._workers.get(number) if number is not None else None
-        if worker is not None:
-            await worker.drained()
+    async def _forget(self, number: int | None) -> bool:
+        """Once its last orders are carried out, or not within a while: then the answer is False."""
+        worker = self._workers.pop(number, None) if number is not None else None
+        if worker is None:
+            return True
+        try:
+            await asyncio.wait_for(worker.drained(), DRAIN_SECONDS)
+        except TimeoutError:
+            return False
+        finally:
             worker.close_orders()
             if worker.passing is not None:
                 worker.passing.cancel()
-            del self._workers[worker.number]
+        return True
 
     async def _close_host(self, host: HostActor) -> None:
         await self._forget(host.worker)

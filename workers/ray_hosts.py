@@ -34,7 +34,7 @@ class HostActor:
         self.worker: int | None = None
         self.opened = False
         self.gone = False
-        wanted = {name: amount * len(seats) for name, amount in seats[0].resources.items()}
+        wanted = {name: round(amount * len(seats), 4) for name, amount in seats[0].resources.items()}
         self._actor: Any = (
             ray.remote(SlotHost)
             .options(

@@ -203,6 +203,8 @@ class DriverProcess:
     def close(self) -> None:
         """End the process, and with it every actor and worker."""
         self._closing = True
+        if not self.connected:  # it waits for the cluster, not for us
+            self._process.kill()
         self.send(Close())
         try:
             self._process.wait(CLOSE_SECONDS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -127,8 +128,10 @@ def _kind_of(nodes: Sequence[ClusterNode]) -> Kind:
 
 def _check_resources(resources: Mapping[str, Any]) -> None:
     for name, amount in resources.items():
-        if isinstance(amount, bool) or not isinstance(amount, int | float) or not amount > 0:
+        if isinstance(amount, bool) or not isinstance(amount, int | float) or not 0 < amount < math.inf:
             raise _refused(resources, f"{name} must be a number above 0")
+        if amount > 1 and amount != int(amount):
+            raise _refused(resources, f"Ray wants a whole number for {name}, or one below 1")
     if resources.get("GPU", 0) > 1:
         raise _refused(resources, "a slot has one GPU or a part of one; jobs on several devices take several slots")
 

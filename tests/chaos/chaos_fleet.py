@@ -181,13 +181,14 @@ class Fleet:
 
     def strangers(self) -> list[psutil.Process]:
         """Processes of this round that belong to no server that runs now."""
+        marked = marked_processes(self.run)  # first: what is forked after it can not be missing among the known
         known: set[int] = set()
         for server in self.servers.values():
             if server.process is not None:
                 with contextlib.suppress(psutil.NoSuchProcess):
                     parent = psutil.Process(server.process.pid)
                     known |= {parent.pid, *(child.pid for child in parent.children(recursive=True))}
-        return [process for process in marked_processes(self.run) if process.pid not in known]
+        return [process for process in marked if process.pid not in known and _is_alive(process)]
 
 
 def marked_processes(run: str) -> list[psutil.Process]:
@@ -199,10 +200,15 @@ def marked_processes(run: str) -> list[psutil.Process]:
             continue
         with contextlib.suppress(OSError, psutil.NoSuchProcess):
             if mark in (folder / "environ").read_bytes().split(b"\0"):
-                process = psutil.Process(int(folder.name))
-                if process.status() != psutil.STATUS_ZOMBIE:
-                    found.append(process)
-    return found
+                found.append(psutil.Process(int(folder.name)))
+    return [process for process in found if _is_alive(process)]
+
+
+def _is_alive(process: psutil.Process) -> bool:
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 def _command(process: psutil.Process) -> list[str]:

@@ -17,6 +17,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import chaos_clock
@@ -55,7 +56,9 @@ def on_slot(function: Job) -> Job:
                 taken = [context.spec.slot] if context.world_size == 1 else [f"cpu:{n}" for n in range(SLOTS)]
                 for slot in taken:
                     locks.enter_context(slot_lock(context, slot))
-            return function(context)
+            outcome = function(context)
+        # Whose result it is, so that one of an attempt that counted no more is found out.
+        return replace(outcome, report={**outcome.report, "attempt": context.spec.attempt})
 
     return run
 
@@ -70,7 +73,7 @@ def pause(context: JobContext, seconds: float) -> None:
 
 @on_slot
 def quiet(context: JobContext) -> JobOutcome:
-    return JobOutcome(report={"attempt": context.spec.attempt})
+    return JobOutcome()
 
 
 @on_slot
@@ -93,7 +96,7 @@ def steps(context: JobContext) -> JobOutcome:
 @on_slot
 def slow(context: JobContext) -> JobOutcome:
     pause(context, float(context.params["seconds"]))
-    return JobOutcome(report={"attempt": context.spec.attempt})
+    return JobOutcome()
 
 
 @on_slot
@@ -106,7 +109,7 @@ def gated(context: JobContext) -> JobOutcome:
             context.check_cancelled()
     finally:
         os.close(gate)
-    return JobOutcome(report={"attempt": context.spec.attempt})
+    return JobOutcome()
 
 
 @on_slot
@@ -114,7 +117,7 @@ def crash_once(context: JobContext) -> JobOutcome:
     if context.spec.attempt == 1:
         print("about to crash", flush=True)
         os.kill(os.getpid(), context.params["signal"])
-    return JobOutcome(report={"attempt": context.spec.attempt})
+    return JobOutcome()
 
 
 @on_slot
@@ -127,7 +130,7 @@ def crash_always(context: JobContext) -> JobOutcome:
 def infrastructure_once(context: JobContext) -> JobOutcome:
     if context.spec.attempt == 1:
         raise OSError(errno.ENOSPC, "No space left on device", "/somewhere/file")
-    return JobOutcome(report={"attempt": context.spec.attempt})
+    return JobOutcome()
 
 
 @on_slot
@@ -161,7 +164,7 @@ def stubborn(context: JobContext) -> JobOutcome:
     child.wait()
     child.stdout.close()
     signal.signal(signal.SIGTERM, before)
-    return JobOutcome(report={"attempt": context.spec.attempt})
+    return JobOutcome()
 
 
 @on_slot

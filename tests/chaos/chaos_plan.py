@@ -55,9 +55,9 @@ class Plan:
 
 # kind → how many of a hundred jobs
 _MIX = {
-    "quiet": 20,
+    "quiet": 14,
     "chatty": 8,
-    "steps": 12,
+    "steps": 18,
     "slow": 12,
     "gated": 2,
     "crash_once": 6,
@@ -128,9 +128,9 @@ def _params(generator: random.Random, kind: str, number: int, gates: int, *, cal
         case "chatty":
             return {"lines": generator.choice((1, 30, 500))}
         case "steps":
-            return {"steps": generator.randint(2, 8) if calm else generator.randint(2, 25)}
+            return {"steps": generator.randint(2, 8) if calm else generator.choice((5, 10, 15, 60))}
         case "slow":
-            return {"seconds": round(generator.uniform(0.05, 1.0 if calm else 4.0), 3)}
+            return {"seconds": 0.5 if calm else generator.choice((0.2, 1.0, 2.0, 7.0))}
         case "stubborn":
             return {"seconds": round(generator.uniform(0.2, 2.0), 3)}
         case "all_reduce":
@@ -160,7 +160,8 @@ def _acts(generator: random.Random, seconds: float, lease: float, restartable: b
     acts += [Act(moment(), "kill fork server", worker(), generator.random()) for _ in range(2)]
     acts += [Act(moment(), "kill server", generator.choice(SERVERS[1:])) for _ in range(3)]
     acts += [Act(moment(), "kill server", SERVERS[0]) for _ in range(2)]
-    acts += [Act(moment(), "freeze", worker(), amount=lease * generator.uniform(1.2, 2.0)) for _ in range(2)]
+    # Long enough for another server to take over what the frozen one's workers go on with.
+    acts += [Act(moment(), "freeze", worker(), amount=lease * generator.uniform(2.0, 3.5)) for _ in range(4)]
     acts += [Act(moment(), "fill the disk", amount=generator.uniform(0.3, 1.5)) for _ in range(2)]
     acts += [
         Act(moment(), "jump", amount=lease * generator.uniform(1.1, 3.0)),

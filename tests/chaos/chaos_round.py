@@ -24,7 +24,7 @@ from chaos_disk import Disk
 from chaos_fleet import Fleet, marked_processes
 from chaos_invariants import Expected, Violation, check_blobs, check_folders, check_outcome, check_rows
 from chaos_plan import Plan, PlannedJob, canaries
-from sqlalchemy import select
+from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
 from storage import jobs
@@ -32,7 +32,7 @@ from storage.blobs import BlobStore
 from storage.database import Database
 from storage.log_rescue import rescue_logs
 from storage.sweep import sweep_blobs
-from storage.tables import TERMINAL_STATES, JobRow
+from storage.tables import TERMINAL_STATES, JobEventRow, JobRow
 
 LEASE_SECONDS = 2.0
 SETTINGS = {
@@ -42,7 +42,7 @@ SETTINGS = {
     "MAX_QUEUED_JOBS": "100000",
     "LOG_LEVEL": "info",
 }
-RECOVERY_SECONDS = 150.0
+RECOVERY_SECONDS = 100.0
 STOP_SECONDS = 30.0
 LOG_LINES = 40
 
@@ -94,10 +94,10 @@ class Round:
             self._await("the users have said all", lambda: users.done)
             self._await("every event is handled", self._all_handled)
             self._await("no schedule fires any more", self._stop_schedules)
-            self._await("every job has ended", self._all_ended)
+            self._await("every job has ended", lambda: self._left() == 0, self._left)
             calm_users.start()
             self._await("the users have said all", lambda: calm_users.done)
-            self._await("every job has ended", self._all_ended)
+            self._await("every job has ended", lambda: self._left() == 0, self._left)
             self._await("every log is kept", self._logs_kept)
         finally:
             users.close()
@@ -184,31 +184,42 @@ class Round:
     def _logs_kept(self) -> bool:
         return not any(path for folder in self.fleet.data_dirs for path in (folder / "work").glob("*/logs/*"))
 
-    def _all_ended(self) -> bool:
+    def _left(self) -> int:
+        """The number of jobs that have not ended."""
         with self.database.read() as session:
-            left = session.scalar(select(JobRow.id).where(JobRow.state.not_in(TERMINAL_STATES)).limit(1))
-        return left is None
+            unfinished = select(func.count()).select_from(JobRow).where(JobRow.state.not_in(TERMINAL_STATES))
+            return session.scalar(unfinished) or 0
 
     def _busy_slots(self) -> list[str]:
         """Slots that do not wait for a job, of all servers, as the service tells them."""
-        answer = httpx.get(f"{self.fleet.url}/workers", timeout=5, trust_env=False).json()
-        slots = [slot for server in answer["items"] for slot in server["slots"]]
-        return [slot["name"] for slot in slots if slot["state"] != "idle"] if len(answer["items"]) == 3 else ["?"]
+        answer = httpx.get(f"{self.fleet.url}/workers", timeout=5, trust_env=False)
+        servers = answer.json()["items"] if answer.status_code == 200 else []
+        if len(servers) < len(self.fleet.servers):
+            return ["those of a server that does not answer"]
+        return [slot["name"] for server in servers for slot in server["slots"] if slot["state"] != "idle"]
 
-    def _await(self, what: str, condition: Callable[[], Any]) -> None:
-        """Keep the servers running until `condition` holds; an outage is not yet an answer."""
+    def _await(self, what: str, condition: Callable[[], Any], left: Callable[[], int] = lambda: 0) -> None:
+        """Keep the servers running until `condition` holds; an outage is not yet an answer.
+
+        Args:
+            left: how much there is still to do; as long as it becomes less, it is only slow.
+        """
         pause = threading.Event()
         deadline = time.monotonic() + RECOVERY_SECONDS
+        least: int | None = None
         while True:
             self.fleet.keep()
             try:
+                now_left = left()
+                if least is None or now_left < least:
+                    least, deadline = now_left, time.monotonic() + RECOVERY_SECONDS
                 if condition():
                     self.timeline.tell(what)
                     return
             except (*OUTAGES, httpx.TransportError) as error:
                 self.timeline.tell(f"while waiting: {error!r}")
             if time.monotonic() > deadline:
-                self._fail(f"not within {RECOVERY_SECONDS:g} s: {what}", self._unfinished())
+                self._fail(f"no progress for {RECOVERY_SECONDS:g} s: {what}", self._unfinished())
             pause.wait(0.1)
 
     def _unfinished(self) -> list[Violation]:
@@ -240,8 +251,9 @@ def _summary(session: Session) -> str:
     """How the jobs ended, to see that there was something to see."""
     jobs_ = session.scalars(select(JobRow)).all()
     ends = Counter(f"{job.state} {job.error['code'] if job.error is not None else ''}".strip() for job in jobs_)
-    again = sum(job.attempt > 1 for job in jobs_)
-    return f"{len(jobs_)} jobs, {again} of them in several attempts: {dict(ends.most_common())}"
+    told = session.scalars(select(JobEventRow.data).where(JobEventRow.type == "state"))
+    again = Counter(data["reason"]["code"] for data in told if "reason" in data)
+    return f"{len(jobs_)} jobs ended as {dict(ends.most_common())}, were run again for {dict(again.most_common())}"
 
 
 def expected_of(job: PlannedJob) -> Expected:

@@ -60,8 +60,19 @@ def _second_success(session: Session, job_id: str) -> None:
     session.execute(update(JobAttemptRow).where(JobAttemptRow.attempt == 1).values(outcome="succeeded"))
 
 
+def _result_of_another_attempt(session: Session, job_id: str) -> None:
+    job = session.get_one(JobRow, job_id)
+    job.result = {**(job.result or {}), "report": {"attempt": 1}}
+
+
+def _progress_of_another_attempt(session: Session, job_id: str) -> None:
+    event = session.get_one(JobEventRow, (job_id, 5))
+    assert event.type == "progress"
+    event.data = {**event.data, "attempt": 1}
+
+
 def _second_adapter(session: Session, job_id: str) -> None:
-    session.execute(update(JobRow).where(JobRow.id == job_id).values(result={"adapters": []}))
+    session.execute(update(JobRow).where(JobRow.id == job_id).values(result={"adapters": [], "report": {}}))
 
 
 def _gap(session: Session, job_id: str) -> None:
@@ -90,7 +101,9 @@ def _state_after_the_end(session: Session, job_id: str) -> None:
 def _progress_after_the_end(session: Session, job_id: str) -> None:
     job = session.get_one(JobRow, job_id)
     session.add(
-        JobEventRow(job_id=job_id, sequence=job.last_event + 1, type="progress", data={}, created_at=job.created_at)
+        JobEventRow(
+            job_id=job_id, sequence=job.last_event + 1, type="progress", data={"attempt": 2}, created_at=job.created_at
+        )
     )
     job.last_event += 1
 
@@ -133,6 +146,8 @@ def _log_left(session: Session, job_id: str) -> None:
     [
         (_second_success, "no job publishes twice"),
         (_second_adapter, "no job publishes twice"),
+        (_result_of_another_attempt, "a stale attempt writes nothing"),
+        (_progress_of_another_attempt, "a stale attempt writes nothing"),
         (_gap, "event sequences have no gaps"),
         (_missing_last_event, "event sequences have no gaps"),
         (_state_after_the_end, "terminal states never change"),

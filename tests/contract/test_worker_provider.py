@@ -35,7 +35,7 @@ class Bell:
     def wait_for(self, condition: Any, what: str) -> Any:
         """Looks only when the bell has rung: a provider that forgets to ring fails."""
         while not (value := condition()):
-            assert self.rung.wait(30.0), f"no notification: {what}"
+            assert self.rung.wait(90.0), f"no notification: {what}"
             self.rung.clear()
         return value
 

@@ -1,4 +1,4 @@
-"""Fixtures: a small Ray cluster on loopback for the whole run, and providers on it."""
+"""Fixtures: a small Ray cluster on loopback for a module of tests, and providers on it."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def make_ray_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Calla
     assert [left for cluster in made for left in cluster.stop()] == []
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def ray_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RayCluster]:
     """One node with two slots."""
     log = tmp_path_factory.mktemp("ray") / "cluster.log"
@@ -99,7 +99,7 @@ def ray_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RayCluster
     assert cluster.stop() == []
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def ray_work_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder that actors work in."""
     return tmp_path_factory.mktemp("ray-node")
@@ -121,7 +121,7 @@ def make_ray_provider(request: pytest.FixtureRequest, ray_work_dir: Path) -> Ite
         provider.close()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def ray_provider(ray_cluster: RayCluster, ray_work_dir: Path) -> Iterator[RayProvider]:
     """A provider that tests share."""
     provider = RayProvider(ray_cluster.address, work_dir=str(ray_work_dir), preload=("workers.runtime",))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import sys
 import time
 from typing import Any
@@ -59,6 +60,7 @@ class Nodes:
         deadline = time.monotonic() + DEADLINE_SECONDS
         while (left := _processes_of(session)) and time.monotonic() < deadline:
             time.sleep(0.05)
+        shutil.rmtree(session, ignore_errors=True)
         return {"left": left}
 
 

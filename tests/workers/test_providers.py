@@ -7,6 +7,7 @@ import sys
 from typing import Any
 
 import pytest
+from structlog.testing import capture_logs
 
 from artifacts.errors import RequestInvalid
 from workers import providers
@@ -147,3 +148,15 @@ def test_left_over_folders_go_and_those_in_use_stay(tmp_path: Any) -> None:
     assert second.path != first.path
     for folder in (first, second):
         folder.remove()
+
+
+def test_a_cluster_that_is_not_there_is_told_once_per_try(wait_until: Any) -> None:
+    provider = RayProvider("127.0.0.1:1")
+    with capture_logs() as logs:
+        assert provider.slots() == ()
+        wait_until(lambda: provider.slots() == () and provider._failures == 1, "the failure is seen")
+        provider.close()
+    (refusal,) = [entry for entry in logs if entry["log_level"] == "error"]
+    assert refusal["event"] == "ray_unreachable"
+    assert "127.0.0.1:1" in refusal["detail"]
+    assert "RANKWISE_RAY_ADDRESS" in refusal["hint"]

@@ -102,6 +102,8 @@ def test_devices_of_another_form_are_refused(devices: str) -> None:
         ({"CPU": -1}, "auto", "above 0"),
         ({"CPU": True}, "auto", "above 0"),
         ({"CPU": float("nan")}, "auto", "above 0"),
+        ({"CPU": 1.5}, "auto", "whole number"),
+        ({"CPU": float("inf")}, "auto", "above 0"),
         ({"CPU": 1}, "gpu:2", "do not fit"),
         ({"GPU": 1}, "cpu:2", "do not fit"),
     ],

@@ -46,6 +46,7 @@ RULES: dict[int, dict[str, tuple[str, ...]]] = {
             "test_a_process_that_was_stopped_serves_no_other_attempt",
             "test_a_process_whose_job_was_refused_is_kept",
             "test_a_preloaded_module_that_touches_cuda_is_told",
+            "test_a_message_that_comes_with_the_end_of_its_worker_harms_no_other",
         ),
         "workers/test_supervisor.py": (
             "test_a_worker_serves_one_attempt_after_another",
@@ -110,6 +111,11 @@ RULES: dict[int, dict[str, tuple[str, ...]]] = {
             "test_a_merge_goes_on_after_the_restart",
             "test_children_of_a_job_die_with_the_server",
             "test_servers_killed_again_and_again_lose_nothing_and_publish_once",
+        ),
+        "workers/test_worker_processes.py": (
+            "test_what_a_job_has_started_dies_with_the_fork_server",
+            "test_a_group_is_killed_although_its_leader_has_gone_before",
+            "test_the_guardian_kills_what_was_not_reaped_and_nothing_else",
         ),
         "chaos/test_job_kills_server.py": ("test_a_job_that_kills_its_server_ends_as_failed",),
         "workers/test_supervisor_leases.py": ("test_a_restarted_server_takes_its_jobs_back_at_once",),
