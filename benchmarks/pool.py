@@ -21,6 +21,8 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import signal
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -115,4 +117,5 @@ def main(words: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that its servers and folders go with it
     raise SystemExit(main())

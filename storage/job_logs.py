@@ -45,6 +45,7 @@ def append_pieces(session: Session, job_id: str, attempt: int, pieces: Sequence[
         False if the attempt is not the current one any more; nothing was written.
     """
     current = select(JobRow.id).where(JobRow.id == job_id, JobRow.attempt == attempt, _IS_ACTIVE)
+    current = current.with_for_update(read=True)  # until these pieces are there, nobody ends the attempt
     if session.scalar(current) is None:
         return False
     moment = database.now(session)
