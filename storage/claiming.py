@@ -3,8 +3,9 @@
 Between owners (API keys) the one that holds the fewest devices is served first, and among equals the one that was
 served longest ago; so nobody waits behind another's thousand jobs. Inside an owner the order is priority, then age.
 
-Claims of one owner queue up behind each other, on the rows of its counters; a job that somebody else has locked, to
-cancel it, is skipped. So no job is given away twice, and a limit on running jobs is exact.
+Jobs are taken with SKIP LOCKED: claims of several servers go on side by side, and none gives away what another one
+does. Only while jobs of an owner wait that may hold so many devices and no more do they queue up, on the rows of the
+counters, so that such a limit is exact. One claim takes as many jobs as there are idle slots, in a few statements.
 
 A job that needs several devices gets them on one host. When it is next in line and too few are free, the jobs behind
 it may pass for `PATIENCE_SECONDS`; then one server keeps its slots free for it as they become idle.
@@ -12,7 +13,7 @@ it may pass for `PATIENCE_SECONDS`; then one server keeps its slots free for it 
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict, deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
@@ -22,7 +23,7 @@ from sqlalchemy import ColumnElement, or_, select, text
 from sqlalchemy.orm import Session
 
 from storage import database
-from storage.queues import count_change
+from storage.queues import count_claims
 from storage.tables import ApiKeyRow, JobAttemptRow, JobEventRow, JobQueueRow, JobRow
 
 PATIENCE_SECONDS = 10.0
@@ -141,31 +142,30 @@ class _Round:
         self._moment = database.now(session)
         self._claims: list[Claim] = []
         self._hold: str | None = None
+        self._heads: dict[tuple[str, int], deque[JobRow]] = {}
+        self._taken: Counter[tuple[str, int]] = Counter()
 
     def run(self, hold: str | None) -> Claims:
-        owners = self._lock_owners()
-        if hold is not None:
-            self._serve_held(hold, owners)
-        while owners and any(self._idle.values()):
-            owner = min(owners, key=_Owner.turn)
-            job = self._next_job(owner)
-            if job is None:
-                owners.remove(owner)
-                continue
-            self._claim(job, owner)
+        with self._session.no_autoflush:  # what was taken is written at the end, all at once
+            owners = self._waiting_owners()
+            if hold is not None:
+                self._serve_held(hold, owners)
+            while owners and any(self._idle.values()):
+                owner = min(owners, key=_Owner.turn)
+                job = self._next_job(owner)
+                if job is None:
+                    owners.remove(owner)
+                    continue
+                self._claim(job, owner)
+        self._session.flush()
+        count_claims(self._session, self._taken, self._moment)
         return Claims(tuple(self._claims), self._hold)
 
-    def _lock_owners(self) -> list[_Owner]:
-        """The owners whose jobs wait. Their counters stay locked, in one order for all, until the claims are there."""
-        waited_for = select(JobQueueRow.owner).where(_IS_WAITED_FOR)
-        rows = self._session.execute(
-            select(JobQueueRow, ApiKeyRow.max_running)
-            .outerjoin(ApiKeyRow, ApiKeyRow.id == JobQueueRow.owner)
-            .where(JobQueueRow.owner.in_(waited_for))
-            .order_by(JobQueueRow.owner, JobQueueRow.devices)
-            .with_for_update(of=JobQueueRow)
-            .execution_options(populate_existing=True)
-        ).all()
+    def _waiting_owners(self) -> list[_Owner]:
+        """The owners whose jobs wait. If one has a limit, the counters stay locked until the claims are written."""
+        rows = self._counters(lock=False)
+        if any(limit is not None for _, limit in rows):
+            rows = self._counters(lock=True)
         owners: dict[str, _Owner] = {}
         for row, limit in rows:
             owner = owners.setdefault(row.owner, _Owner(row.owner, limit))
@@ -175,6 +175,20 @@ class _Round:
             if row.queued > 0:
                 owner.sizes.append(row.devices)
         return [owner for owner in owners.values() if owner.sizes]
+
+    def _counters(self, *, lock: bool) -> Sequence[tuple[JobQueueRow, int | None]]:
+        """The counters of the owners whose jobs wait, with the limit of each; locked in one order for all."""
+        waited_for = select(JobQueueRow.owner).where(_IS_WAITED_FOR)
+        statement = (
+            select(JobQueueRow, ApiKeyRow.max_running)
+            .outerjoin(ApiKeyRow, ApiKeyRow.id == JobQueueRow.owner)
+            .where(JobQueueRow.owner.in_(waited_for))
+            .order_by(JobQueueRow.owner, JobQueueRow.devices)
+            .execution_options(populate_existing=True)
+        )
+        if lock:
+            statement = statement.with_for_update(of=JobQueueRow)
+        return [(row, limit) for row, limit in self._session.execute(statement)]
 
     def _next_job(self, owner: _Owner) -> JobRow | None:
         """The owner's next job that can run now, locked; may begin to hold slots for one that can not."""
@@ -189,14 +203,23 @@ class _Round:
         return None
 
     def _head(self, owner: _Owner, devices: int) -> JobRow | None:
-        return self._session.scalars(
-            select(JobRow)
-            .where(_IS_QUEUED, JobRow.owner == owner.name, JobRow.devices == devices, self._is_due())
-            .order_by(JobRow.precedence, JobRow.created_at, JobRow.id)
-            .limit(1)
-            .with_for_update(skip_locked=True)
-            .execution_options(populate_existing=True)
-        ).one_or_none()
+        """The next job of that size, of which as many are read and locked at once as could be taken."""
+        key = (owner.name, devices)
+        if key not in self._heads:
+            room = sum(len(slots) for slots in self._idle.values())
+            statement = (
+                select(JobRow)
+                .where(_IS_QUEUED, JobRow.owner == owner.name, JobRow.devices == devices, self._is_due())
+                .order_by(JobRow.precedence, JobRow.created_at, JobRow.id)
+                .limit(max(1, room // devices))
+                .with_for_update(skip_locked=True)
+                .execution_options(populate_existing=True)
+            )
+            self._heads[key] = deque(self._session.scalars(statement))
+        heads = self._heads[key]
+        while heads and heads[0].state != "queued":  # taken in this round
+            heads.popleft()
+        return heads[0] if heads else None
 
     def _is_due(self) -> ColumnElement[bool]:
         return or_(JobRow.available_at <= self._moment, JobRow.available_at > self._moment + CLOCK_JUMP)
@@ -219,7 +242,9 @@ class _Round:
             .order_by(JobRow.created_at, JobRow.id)
             .limit(WARM_WINDOW)
         )
-        chosen = next((job_id for job_id, affinity in self._session.execute(window) if affinity in warm), None)
+        taken = {claim.job_id for claim in self._claims}
+        found = (job_id for job_id, affinity in self._session.execute(window) if affinity in warm)
+        chosen = next((job_id for job_id in found if job_id not in taken), None)
         return None if chosen is None else self._lock_queued(chosen)
 
     def _lock_queued(self, job_id: str) -> JobRow | None:
@@ -266,7 +291,6 @@ class _Round:
         self._idle.pop(max(idle, key=lambda host: (idle[host], host)), None)
         job.held_by = self._server_id
         job.held_until = self._moment + timedelta(seconds=self._lease_seconds)
-        self._session.flush()
         self._hold = job.id
 
     def _claim(self, job: JobRow, owner: _Owner) -> None:
@@ -296,8 +320,7 @@ class _Round:
                 JobEventRow(job_id=job.id, sequence=job.last_event, type="state", data=data, created_at=moment),
             ]
         )
-        count_change(self._session, job, "queued", "running", moment)
-        self._session.flush()
+        self._taken[job.owner, job.devices] += 1
         owner.running += job.devices
         owner.served_at = moment
         self._claims.append(

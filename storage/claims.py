@@ -249,7 +249,6 @@ def expire_leases(session: Session, max_failures: int = MAX_FAILURES) -> int:
     jobs = session.scalars(
         select(JobRow)
         .where(_IS_ACTIVE, over)
-        .order_by(JobRow.id)
         .with_for_update(skip_locked=True)
         .execution_options(populate_existing=True)
     ).all()

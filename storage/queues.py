@@ -7,7 +7,7 @@ not wait for each other.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from datetime import datetime
 from typing import TypeVar
 
@@ -21,21 +21,21 @@ T = TypeVar("T", bound=JobRow)
 _COUNTED = {"queued": "queued", "running": "running", "cancelling": "running"}
 
 
-def count_change(
-    session: Session, job: JobRow, before: str | None, after: str | None, served_at: datetime | None = None
-) -> None:
-    """Count a job that went from one state to another; None is "not there".
-
-    Args:
-        served_at: when it was claimed, if it was.
-    """
+def count_change(session: Session, job: JobRow, before: str | None, after: str | None) -> None:
+    """Count a job that went from one state to another; None is "not there"."""
     changes = {"queued": 0, "running": 0}
     if before in _COUNTED:
         changes[_COUNTED[before]] -= 1
     if after in _COUNTED:
         changes[_COUNTED[after]] += 1
     if any(changes.values()):
-        _add(session, job.owner, job.devices, changes, served_at)
+        _add(session, job.owner, job.devices, changes, None)
+
+
+def count_claims(session: Session, taken: Mapping[tuple[str, int], int], served_at: datetime) -> None:
+    """Count jobs that were claimed: (owner, devices) → how many."""
+    for (owner, devices), number in sorted(taken.items()):
+        _add(session, owner, devices, {"queued": -number, "running": number}, served_at)
 
 
 def _add(session: Session, owner: str, devices: int, changes: dict[str, int], served_at: datetime | None) -> None:

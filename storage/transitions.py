@@ -67,9 +67,9 @@ def change_state(session: Session, job: JobRow, state: str, moment: datetime, **
         job.boot_id = job.slot = job.lease_expires_at = None
     shown = {name: value for name, value in details.items() if value is not None}
     append_event(session, job, "state", {"state": state, "attempt": job.attempt} | shown, moment)
-    count_change(session, job, before, state)
     if state in TERMINAL_STATES:
         webhooks.enqueue_job_end(session, job, moment)
+    count_change(session, job, before, state)  # last: others wait for the counter until the transaction ends
 
 
 def close_attempt(session: Session, job: JobRow, outcome: str, ended: dict[str, Any] | None, moment: datetime) -> None:

@@ -54,7 +54,7 @@ def serve(channel_fd: int) -> None:
     while True:
         try:
             spec: AttemptSpec = channel.recv()
-        except EOFError:
+        except (EOFError, ConnectionResetError):  # the server has gone
             return
         interruption.attempt_runs = True
         outcome = run_attempt(spec, interruption)
