@@ -208,7 +208,8 @@ def list_deliveries(
         statement = statement.where(WebhookDeliveryRow.state == state)
     keys = (WebhookDeliveryRow.created_at, WebhookDeliveryRow.id)
     filters = {"webhook": hook.id, "state": state}
-    return page_of(session, statement, keys, filters=filters, cursor=cursor, limit=limit)
+    fixed = [(WebhookDeliveryRow.webhook_id, hook.id)]
+    return page_of(session, statement, keys, filters=filters, cursor=cursor, limit=limit, fixed=fixed)
 
 
 def forget_deliveries(session: Session, older_than: timedelta = KEEP, limit: int = 1000) -> int:

@@ -162,7 +162,8 @@ def list_firings(
     schedules.get_schedule(session, schedule_id)
     statement = select(FiringRow).where(FiringRow.schedule_id == schedule_id)
     keys = (FiringRow.created_at, FiringRow.occurrence)
-    return page_of(session, statement, keys, filters={"schedule": schedule_id}, cursor=cursor, limit=limit)
+    fixed = [(FiringRow.schedule_id, schedule_id)]
+    return page_of(session, statement, keys, filters={"schedule": schedule_id}, cursor=cursor, limit=limit, fixed=fixed)
 
 
 def _fire_times(session: Session, row: ScheduleRow, submit: Submit, moment: datetime) -> list[FiringRow]:

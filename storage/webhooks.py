@@ -90,7 +90,15 @@ def list_webhooks(
     """
     statement = select(WebhookRow).where(WebhookRow.owner == owner, WebhookRow.deleted_at.is_(None))
     keys = (WebhookRow.created_at, WebhookRow.id)
-    return page_of(session, statement, keys, filters={"owner": owner}, cursor=cursor, limit=limit)
+    return page_of(
+        session,
+        statement,
+        keys,
+        filters={"owner": owner},
+        cursor=cursor,
+        limit=limit,
+        fixed=[(WebhookRow.owner, owner)],
+    )
 
 
 def update_webhook(
