@@ -43,9 +43,10 @@ class Example:
 
 @dataclass(frozen=True, slots=True)
 class Encoded:
-    """The rows of one part of the data; `dropped` are the numbers of the rows that were too long, `cut` those cut."""
+    """Rows as examples, with their numbers; `dropped` are the numbers of those that were too long, `cut` those cut."""
 
     examples: tuple[Example, ...]
+    numbers: tuple[int, ...]
     dropped: tuple[int, ...] = ()
     cut: tuple[int, ...] = ()
 
@@ -67,6 +68,7 @@ def encode_rows(
             loss would count nothing; the first 20 are named, with their number in all.
     """
     examples: list[Example] = []
+    numbers: list[int] = []
     dropped: list[int] = []
     cut: list[int] = []
     problems: list[FieldError] = []
@@ -91,13 +93,14 @@ def encode_rows(
                 problems.append(FieldError(f"row {number}", str(error)))
         else:
             examples.append(example)
+            numbers.append(number)
     if problems:
         raise FileBroken(
             f"{count} rows of the dataset can not be used; the first is {problems[0].pointer}: {problems[0].message}.",
             hint="Correct them, raise task.max_length, or choose task.overlong drop or truncate.",
             errors=problems,
         )
-    return Encoded(tuple(examples), tuple(dropped), tuple(cut))
+    return Encoded(tuple(examples), tuple(numbers), tuple(dropped), tuple(cut))
 
 
 def encode_row(row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, task: CausalLmTask) -> Example:
@@ -181,9 +184,9 @@ def row_limit(task: CausalLmTask, config: Any) -> int:
     return task.max_length if made_for is None else min(task.max_length, int(made_for))
 
 
-def check_enough(encoded: Encoded, what: str) -> None:
+def check_enough(examples: Sequence[Example], what: str) -> None:
     """Raises RequestInvalid when no row is left."""
-    if not encoded.examples:
+    if not examples:
         raise RequestInvalid(
             f"No {what} row is left.",
             hint="The dataset is too small for this validation_fraction, or all its rows were too long.",

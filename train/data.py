@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from train.causal_lm import Encoded, Example, check_enough, encode_rows
+from train.causal_lm import Example, check_enough, encode_rows
 from train.rows import Format, iter_rows
 from train.settings import CausalLmTask, EvaluationSettings
 from train.splits import split_of
@@ -47,32 +47,35 @@ def read_examples(
         RequestInvalid: no row is left to train on, or none to measure with although a fraction was asked for.
     """
 
-    def rows() -> Iterator[tuple[int, Mapping[str, Any]]]:
-        yield from enumerate(iter_rows(file.path, file.format), 1)
-
     fraction = evaluation.validation_fraction
-    held_out = (
-        {number for number, row in rows() if split_of(dict(row), fraction) == "validation"} if fraction else set()
-    )
-    encoded = encode_rows(((number, row) for number, row in rows() if number not in held_out), tokenizer, task, limit)
-    check_enough(encoded, "training")
-    measured = encode_rows(((number, row) for number, row in rows() if number in held_out), tokenizer, task, limit)
+    held_out: set[int] = set()
+
+    def rows() -> Iterator[tuple[int, Mapping[str, Any]]]:
+        for number, row in enumerate(iter_rows(file.path, file.format), 1):
+            if split_of(row, fraction) == "validation":
+                held_out.add(number)
+            yield number, row
+
+    encoded = encode_rows(rows(), tokenizer, task, limit)
+    pairs = list(zip(encoded.numbers, encoded.examples, strict=True))
+    train = tuple(example for number, example in pairs if number not in held_out)
+    validation = tuple(example for number, example in pairs if number in held_out)
+    check_enough(train, "training")
     if fraction:
-        check_enough(measured, "validation")
+        check_enough(validation, "validation")
     report = {
-        "training_rows": len(encoded.examples),
-        "validation_rows": len(measured.examples),
-        "measured_rows": min(len(measured.examples), evaluation.max_rows),
-        "training_tokens": sum(len(example.ids) for example in encoded.examples),
-        "counted_tokens": sum(example.counted for example in encoded.examples),
-        "longest_row": max(len(example.ids) for example in encoded.examples),
+        "training_rows": len(train),
+        "validation_rows": len(validation),
+        "measured_rows": min(len(validation), evaluation.max_rows),
+        "training_tokens": sum(len(example.ids) for example in train),
+        "counted_tokens": sum(example.counted for example in train),
+        "longest_row": max(len(example.ids) for example in train),
         "row_limit": limit,
-        "dropped_rows": _listed(encoded, measured, "dropped"),
-        "cut_rows": _listed(encoded, measured, "cut"),
+        "dropped_rows": _listed(encoded.dropped),
+        "cut_rows": _listed(encoded.cut),
     }
-    return Examples(encoded.examples, measured.examples[: evaluation.max_rows], report)
+    return Examples(train, validation[: evaluation.max_rows], report)
 
 
-def _listed(first: Encoded, second: Encoded, what: str) -> dict[str, Any]:
-    numbers = sorted((*getattr(first, what), *getattr(second, what)))
-    return {"count": len(numbers), "first": numbers[:20]}
+def _listed(numbers: Sequence[int]) -> dict[str, Any]:
+    return {"count": len(numbers), "first": list(numbers[:20])}

@@ -13,6 +13,7 @@ from train.targets import Target
 FLOAT32_BYTES = 4
 ADAM_STATE_BYTES = 8  # two moments in float32, per trainable parameter
 WEIGHT_BYTES: Mapping[str, int] = {"float32": 4, "bfloat16": 2, "float16": 2}
+EMBEDDINGS = frozenset({"embed_tokens", "word_embeddings", "wte"})
 _KEPT_PER_LAYER = 2.0  # activations that the backward pass needs, in multiples of the layers' inputs and outputs
 
 
@@ -55,7 +56,9 @@ def estimate(
     """
     rank = options.rank if isinstance(options, LowRankOptions) else 0
     trainable = sum(rank * (target.d_in + target.d_out) for target in targets)
-    parameters = parameter_count or sum(d_out * d_in for d_out, d_in in linear.values())
+    parameters = parameter_count or sum(
+        d_out * d_in for path, (d_out, d_in) in linear.items() if not _tied(path, linear)
+    )
     width = WEIGHT_BYTES[training.precision]
     tokens = training.batch_size * task.max_length
     per_token = sum(d_out + d_in for d_out, d_in in linear.values())
@@ -67,6 +70,13 @@ def estimate(
         optimizer_bytes=trainable * ADAM_STATE_BYTES,
         activation_bytes=int(kept / 4 if training.gradient_checkpointing else kept),
     )
+
+
+def _tied(path: str, linear: Mapping[str, tuple[int, int]]) -> bool:
+    """Whether it may be an output head that shares the weight of the embedding: then it takes nothing."""
+    if path.rpartition(".")[2] != "lm_head":
+        return False
+    return any(other.rpartition(".")[2] in EMBEDDINGS and linear[other] == linear[path] for other in linear)
 
 
 def check_fits(needed: Estimate, memory_bytes: int, where: str) -> None:

@@ -11,17 +11,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import TrainerControl, TrainerState
 
-from artifacts.errors import TrainingDiverged
+from artifacts.errors import DiskFull, TrainingDiverged
 from train.causal_lm import Example, collate
 from train.checkpoints import CARRIED, STATE
 from train.protocol import TrainMethod
 from train.settings import TrainingSettings
 
 SCHEDULES: Mapping[str, str] = {"constant": "constant_with_warmup", "linear": "linear", "cosine": "cosine"}
+_NO_SPACE_BYTES = 1024 * 1024
 
 
 class Observer(Protocol):
@@ -182,6 +184,15 @@ class _Trainer(Trainer):  # type: ignore[misc]
         self.method.save(self.model, folder)
         (folder / STATE).write_text(json.dumps(self.method.state()), encoding="utf-8")
         (folder / CARRIED).write_text(json.dumps(dict(self.carried)), encoding="utf-8")
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        try:
+            super()._save_checkpoint(model, trial)
+        except (RuntimeError, SafetensorError) as error:
+            # What writes tensors tells a full disk in words of its own.
+            if shutil.disk_usage(self.args.output_dir).free >= _NO_SPACE_BYTES:
+                raise
+            raise DiskFull(f"The disk is full at the checkpoint of step {self.state.global_step}: {error}") from error
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         folder = Path(resume_from_checkpoint)
