@@ -69,7 +69,7 @@ class ApiKeyRow(Base):
     max_queued: Mapped[int | None] = mapped_column(Integer)  # jobs that may wait; null: as many as the service allows
     max_running: Mapped[int | None] = mapped_column(Integer)  # device slots that its jobs may hold at once
     max_bytes: Mapped[int | None] = mapped_column(BigInteger)  # of stored files
-    stored_bytes: Mapped[int] = mapped_column(BigInteger, default=0)  # of the live adapters that it made
+    stored_bytes: Mapped[int] = mapped_column(BigInteger, default=0)  # of the live adapters and datasets that it made
     created_at: Mapped[datetime]
     expires_at: Mapped[datetime | None]
     last_used_at: Mapped[datetime | None]
