@@ -120,6 +120,33 @@ def test_a_dataset_that_jobs_need_is_not_deleted(database: Database) -> None:
     assert page(database) == []
 
 
+def test_a_job_that_is_being_made_keeps_its_dataset(database: Database) -> None:
+    dataset_id, _ = add(database, "wanted")
+    locked, deleting, ended = threading.Event(), threading.Event(), []
+
+    def delete() -> None:
+        locked.wait(30)
+        deleting.set()
+        try:
+            with database.write() as session:
+                datasets.delete_dataset(session, dataset_id)
+        except StateConflict as error:
+            ended.append(error)
+
+    thread = threading.Thread(target=delete)
+    thread.start()
+    with database.write() as session:
+        datasets.get_dataset(session, dataset_id, lock=True)
+        locked.set()
+        assert deleting.wait(30)
+        thread.join(0.3)  # would let a deletion that does not wait go through
+        assert thread.is_alive()
+        jobs.create_job(session, "train", {"dataset": dataset_id})
+    thread.join(60)
+    assert len(ended) == 1
+    assert page(database) == ["wanted"]
+
+
 def test_bytes_are_charged_and_given_back(database: Database) -> None:
     with database.write() as session:
         key = keys.create_key(session, "k", ["admin"], limits=KeyLimits(max_bytes=25))[0].id
