@@ -10,13 +10,26 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import ValidationError
 
 from artifacts.errors import FieldError, RequestInvalid
-from train.options import DoraOptions, LoraOptions, RsloraOptions, TrainOptions
+from train.options import (
+    AdaloraOptions,
+    DoraOptions,
+    EvaOptions,
+    LoraFaOptions,
+    LoraOptions,
+    LoraPlusOptions,
+    MissOptions,
+    OloraOptions,
+    PissaOptions,
+    RsloraOptions,
+    TrainOptions,
+    VeraOptions,
+)
 
 if TYPE_CHECKING:
     from train.protocol import TrainMethod
 
 Task = Literal["causal-lm"]
-Export = Literal["lora", "dora"]
+Export = Literal["lora", "dora", "vera", "miss"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +100,89 @@ _ROWS = (
         arxiv="2402.09353",
         reference_url="https://arxiv.org/abs/2402.09353",
         capabilities=Capabilities(exports="dora", mergeable=False, step_cost=2.0),
+    ),
+    Method(
+        name="pissa",
+        title="PiSSA",
+        summary="Trains the principal singular components of the weights. Learns faster than LoRA at first; exported "
+        "as a plain LoRA of twice the rank.",
+        options=PissaOptions,
+        implementation="train.methods.pissa:Pissa",
+        arxiv="2404.02948",
+        reference_url="https://arxiv.org/abs/2404.02948",
+        capabilities=Capabilities(exports="lora", mergeable=True, step_cost=1.0),
+    ),
+    Method(
+        name="olora",
+        title="OLoRA",
+        summary="Trains an orthonormal start from a QR decomposition of the weights; exported as a plain LoRA of "
+        "twice the rank.",
+        options=OloraOptions,
+        implementation="train.methods.olora:Olora",
+        arxiv="2406.01775",
+        reference_url="https://arxiv.org/abs/2406.01775",
+        capabilities=Capabilities(exports="lora", mergeable=True, step_cost=1.0),
+    ),
+    Method(
+        name="eva",
+        title="EVA",
+        summary="Starts A at the main directions of the layers' inputs on your data, and gives more rank to layers "
+        "whose inputs vary more.",
+        options=EvaOptions,
+        implementation="train.methods.eva:Eva",
+        arxiv="2410.07170",
+        reference_url="https://arxiv.org/abs/2410.07170",
+        capabilities=Capabilities(exports="lora", mergeable=True, step_cost=1.0),
+    ),
+    Method(
+        name="adalora",
+        title="AdaLoRA",
+        summary="Begins with more rank than wanted and takes away, layer by layer, what matters least.",
+        options=AdaloraOptions,
+        implementation="train.methods.adalora:Adalora",
+        arxiv="2303.10512",
+        reference_url="https://arxiv.org/abs/2303.10512",
+        capabilities=Capabilities(exports="lora", mergeable=True, step_cost=1.5),
+    ),
+    Method(
+        name="lora-plus",
+        title="LoRA+",
+        summary="LoRA in which B learns faster than A. Try it when LoRA learns slowly on wide models.",
+        options=LoraPlusOptions,
+        implementation="train.methods.lora_plus:LoraPlus",
+        arxiv="2402.12354",
+        reference_url="https://arxiv.org/abs/2402.12354",
+        capabilities=Capabilities(exports="lora", mergeable=True, step_cost=1.0),
+    ),
+    Method(
+        name="lora-fa",
+        title="LoRA-FA",
+        summary="LoRA with a frozen A: less memory for optimiser and activations.",
+        options=LoraFaOptions,
+        implementation="train.methods.lora_fa:LoraFa",
+        arxiv="2308.03303",
+        reference_url="https://arxiv.org/abs/2308.03303",
+        capabilities=Capabilities(exports="lora", mergeable=True, step_cost=1.0),
+    ),
+    Method(
+        name="vera",
+        title="VeRA",
+        summary="Learns two vectors per layer around shared random matrices: the fewest trained parameters.",
+        options=VeraOptions,
+        implementation="train.methods.vera:Vera",
+        arxiv="2310.11454",
+        reference_url="https://arxiv.org/abs/2310.11454",
+        capabilities=Capabilities(exports="vera", mergeable=False, step_cost=1.5),
+    ),
+    Method(
+        name="miss",
+        title="MiSS",
+        summary="Learns one matrix per layer that acts on sums of groups of inputs: one factor instead of two.",
+        options=MissOptions,
+        implementation="train.methods.miss:Miss",
+        arxiv="2409.15371",
+        reference_url="https://arxiv.org/abs/2409.15371",
+        capabilities=Capabilities(exports="miss", mergeable=False, step_cost=1.0),
     ),
 )
 

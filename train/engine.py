@@ -106,7 +106,7 @@ def train_adapter(
     carried = _carried(inputs.resume)
     before = bench.scores(model, "before", (PREPARING, BEFORE)) if carried is None else _scores(carried)
     set_seed(plan.seed)
-    trainable = _prepare(plan, method, model, targets, examples, bench.padding)
+    trainable = _prepare(plan, method, model, targets, examples, bench.padding, inputs.resume)
     result = _run(plan, method, trainable, inputs, bench, before)
     if observer.stop_wanted():
         raise AttemptCancelled(f"the training was asked to stop after step {result.steps}")
@@ -144,6 +144,7 @@ def _prepare(
     targets: Sequence[Target],
     examples: Examples,
     padding: int,
+    checkpoint: Path | None,
 ) -> nn.Module:
     size = plan.training.batch_size
 
@@ -156,7 +157,7 @@ def _prepare(
         model.enable_input_require_grads()
     model.config.use_cache = False
     total = total_steps(len(examples.train), plan.training)
-    context = MethodContext([target.path for target in targets], total, batches)
+    context = MethodContext([target.path for target in targets], total, batches, plan.seed, checkpoint)
     return method.prepare(model, context)
 
 

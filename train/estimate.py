@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 
 from artifacts.errors import FieldError, RequestInvalid
-from train.options import LowRankOptions, TrainOptions
+from train.options import TrainOptions
 from train.settings import CausalLmTask, TrainingSettings
 from train.targets import Target
 
@@ -54,8 +54,7 @@ def estimate(
         linear: path → (d_out, d_in) of all weights of the base model.
         parameter_count: of the base model; unknown, it is counted from `linear`.
     """
-    rank = options.rank if isinstance(options, LowRankOptions) else 0
-    trainable = sum(rank * (target.d_in + target.d_out) for target in targets)
+    trainable = sum(options.parameters_of(target.d_out, target.d_in) for target in targets)
     parameters = parameter_count or sum(
         d_out * d_in for path, (d_out, d_in) in linear.items() if not _tied(path, linear)
     )

@@ -27,11 +27,16 @@ class MethodContext:
         targets: paths of the linear layers to adapt, sorted.
         total_steps: optimiser steps of the whole training.
         batches: gives an iterator over the training batches, on the model's device, in an order of its own.
+        seed: of the training.
+        checkpoint: what `save` wrote, if the training goes on from there: for a method whose preparation costs much,
+            or would not give the same values on another machine.
     """
 
     targets: Sequence[str]
     total_steps: int
     batches: Callable[[], Iterator[Mapping[str, Tensor]]]
+    seed: int = 0
+    checkpoint: Path | None = None
 
 
 class TrainMethod(ABC, Generic[Options]):

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from artifacts.errors import FieldError, RequestInvalid
-from train.options import LowRankOptions, TrainOptions
+from train.options import TrainOptions
 
 # The ends of the paths of what looks like a linear layer in a checkpoint and is none, and of output heads.
 NOT_ADAPTED = frozenset(
@@ -81,19 +81,21 @@ def check_rank(options: TrainOptions, targets: Sequence[Target]) -> None:
     """Refuse a rank above the smaller side of a weight.
 
     Raises:
-        RequestInvalid: at /parameters/rank, naming the layer.
+        RequestInvalid: at the parameter that holds it, naming the layer.
     """
-    if not isinstance(options, LowRankOptions):
+    rank = options.largest_rank
+    if rank is None:
         return
     smallest = min(targets, key=lambda target: min(target.d_out, target.d_in))
     limit = min(smallest.d_out, smallest.d_in)
-    if options.rank > limit:
+    if rank > limit:
+        name = "rank" if "rank" in type(options).model_fields else "initial_rank"
         sides = f"{smallest.d_out}×{smallest.d_in}"
-        problem = f"rank {options.rank} is above {limit}, the smaller side of {smallest.path} ({sides})"
+        problem = f"rank {rank} is above {limit}, the smaller side of {smallest.path} ({sides})"
         raise RequestInvalid(
             f"{problem[0].upper()}{problem[1:]}.",
             hint=f"Take a rank of at most {limit}, or leave that layer out of target_modules.",
-            errors=[FieldError("/parameters/rank", problem)],
+            errors=[FieldError(f"/parameters/{name}", problem)],
         )
 
 

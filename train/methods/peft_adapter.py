@@ -33,9 +33,13 @@ class PeftMethod(TrainMethod[Options]):
     def prepare(self, model: nn.Module, context: MethodContext) -> nn.Module:
         config = self.config(context)
         config.base_model_name_or_path = str(getattr(model, "name_or_path", "") or "")
+        return self.wrap(model, config)
+
+    def wrap(self, model: nn.Module, config: PeftConfig, *, empty: bool = False) -> nn.Module:
+        """The model with the adapter; `empty` leaves its factors without memory, for what fills them at once."""
         with peft_deprecations_ignored():
-            prepared: nn.Module = get_peft_model(model, config, adapter_name=ADAPTER)
-        return prepared
+            wrapped: nn.Module = get_peft_model(model, config, adapter_name=ADAPTER, low_cpu_mem_usage=empty)
+        return wrapped
 
     def save(self, model: nn.Module, directory: Path) -> None:
         save_file(adapter_tensors(model), directory / WEIGHTS, metadata={"format": "pt"})
