@@ -13,11 +13,11 @@ from storage.blob_reader import open_blob
 from storage.blobs import BlobStore
 from storage.tables import DatasetRow
 from train.rows import Format, canonical, iter_stored
+from train.text_lines import GZIP_MAGIC
 
 PREVIEW_BYTES = 4 * 1024**2
 GZIP_TYPE = "application/gzip"
 MEDIA_TYPES = {"jsonl": "application/jsonl", "csv": "text/csv", "parquet": "application/vnd.apache.parquet"}
-_GZIP_MAGIC = b"\x1f\x8b"
 
 
 def preview(blobs: BlobStore, row: DatasetRow, offset: int, limit: int) -> DatasetRows:
@@ -50,7 +50,7 @@ def download(blobs: BlobStore, row: DatasetRow) -> Download:
             f"The bytes of the dataset {row.id} (sha256 {row.sha256}) are missing from the blob store.",
             hint="Restore them from a backup, or upload the dataset again.",
         )
-    packed = b"".join(blobs.stream(row.sha256, 0, min(2, row.size))) == _GZIP_MAGIC
+    packed = b"".join(blobs.stream(row.sha256, 0, min(2, row.size))) == GZIP_MAGIC
     name = re.sub(r"[^A-Za-z0-9._-]+", "-", row.name).strip("-.")[:80] or row.id
     return Download(
         (BlobSlice(row.sha256, 0, row.size),),

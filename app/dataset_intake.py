@@ -17,9 +17,12 @@ from app.uploads import Upload, UploadedFile
 from artifacts.errors import FieldError, RequestInvalid
 from storage import datasets
 from storage.blob_rows import reserve_blobs
+from train.inspection import inspect_apart
 from train.rows import DatasetInfo, Format, Limits, find_format, inspect
+from train.text_lines import GZIP_MAGIC
 
 TEXT_FIELDS = frozenset({"name", "format"})
+SMALL_BYTES = 1024**2
 _SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".parquet")
 
 
@@ -81,9 +84,19 @@ def default_name(file_name: str) -> str:
     return "".join(character for character in stem if character.isprintable()).strip()[:200] or "dataset"
 
 
+def _is_small_text(file: UploadedFile, found: Format) -> bool:
+    """Whether the file is read so soon, and so safely, that a process of its own is not worth the wait."""
+    if found == "parquet" or file.size > SMALL_BYTES:
+        return False
+    with file.path.open("rb") as stream:
+        return stream.read(2) != GZIP_MAGIC
+
+
 def _prepare(services: Services, file: UploadedFile, form: DatasetForm) -> _Prepared:
     found = find_format(file.path, file.name, form.format)
-    info = inspect(file.path, found, Limits(max_bytes=services.settings.max_upload_bytes))
+    limits = Limits(max_bytes=services.settings.max_upload_bytes)
+    read = inspect if _is_small_text(file, found) else inspect_apart
+    info = read(file.path, found, limits)
     with services.database.write() as session:
         reserve_blobs(session, [datasets.file_entry(file.sha256, file.size)])
     services.blobs.put_file(file.path, file.sha256)

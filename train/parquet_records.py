@@ -20,6 +20,7 @@ _BATCH_ROWS = 1024
 _PIECE_ROWS = 64
 """As many rows as become values of Python at once although their text may be as long as the limit."""
 
+_READ_BYTES = 1024**2  # of a column, at once
 _THRIFT_LIMIT = 16 * 1024**2  # bytes of text in the file's own description; its lists have at most 1/16 as many items
 
 
@@ -93,7 +94,9 @@ def _open(file: BinaryIO, limits: Limits) -> Any:
     # Repeated text stays one value with many references until its row is looked at.
     leaves = pq.read_metadata(file).schema
     texts = [leaf.path for leaf in map(leaves.column, range(len(leaves.names))) if leaf.physical_type == "BYTE_ARRAY"]
-    source = pq.ParquetFile(file, read_dictionary=texts, page_checksum_verification=True, **options)
+    source = pq.ParquetFile(
+        file, read_dictionary=texts, page_checksum_verification=True, buffer_size=_READ_BYTES, **options
+    )
     for group in range(source.metadata.num_row_groups):
         _check_row_group(source.metadata.row_group(group), group + 1, limits)
     return source

@@ -107,13 +107,17 @@ def delete_dataset(services: ServicesDep, principal: Writer, dataset_id: Dataset
 
 
 @router.get("/datasets/{dataset_id}/rows", summary="Look into a dataset", responses=problem_responses(404))
-def list_rows(
+async def list_rows(
     services: ServicesDep, principal: Reader, dataset_id: DatasetId, query: Annotated[RowQuery, Query()]
 ) -> DatasetRows:
     """Some rows in the order of the file, from among the first million. For all of them, download the file."""
-    with services.database.read() as session:
-        row = datasets.get_dataset(session, dataset_id)
-    return preview(services.blobs, row, query.offset, query.limit)
+
+    def look() -> DatasetRows:
+        with services.database.read() as session:
+            row = datasets.get_dataset(session, dataset_id)
+        return preview(services.blobs, row, query.offset, query.limit)
+
+    return await anyio.to_thread.run_sync(look, limiter=services.preview_limiter)
 
 
 _DOWNLOAD_RESPONSES = file_responses((*MEDIA_TYPES.values(), GZIP_TYPE))

@@ -13,9 +13,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from app import dataset_intake
 from storage import jobs, keys
 from storage.keys import KeyLimits
 from storage.tables import ApiKeyRow, DatasetRow
+from train.rows import inspect
 
 ROWS = [{"text": f"text {number}", "label": number % 2} for number in range(50)]
 JSONL = b"".join(json.dumps(row).encode() + b"\n" for row in ROWS)
@@ -79,6 +81,24 @@ def test_csv_and_parquet_hold_the_same_rows(server: Any) -> None:
             "total": 50,
             "next": None,
         }
+
+
+def test_large_and_packed_files_are_validated_in_a_process_of_their_own(
+    server: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    apart: list[str] = []
+
+    def note(path: Any, kind: Any, limits: Any) -> Any:
+        apart.append(kind)
+        return inspect(path, kind, limits)
+
+    monkeypatch.setattr(dataset_intake, "inspect_apart", note)
+    table = io.BytesIO()
+    pq.write_table(pa.Table.from_pylist(ROWS), table)
+    large = b'{"text": "%s"}\n' % (b"x" * 1000) * 1100
+    for content in (JSONL, large, gzip.compress(JSONL), table.getvalue()):
+        assert send(server, content).status_code == 201
+    assert apart == ["jsonl", "jsonl", "parquet"]
 
 
 def test_rows_are_pages(server: Any) -> None:
