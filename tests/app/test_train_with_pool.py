@@ -6,6 +6,7 @@ import io
 import json
 import subprocess
 import sys
+import time
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -46,9 +47,12 @@ def stock_losses(base: Path, adapter: Path, row: dict[str, str]) -> dict[str, fl
 
 
 def train(server: Any, body: dict[str, Any], seconds: int) -> dict[str, Any]:
-    response = server.client.post("/train", json=body, headers={"Prefer": f"wait={seconds}"}, timeout=seconds + 20)
+    response = server.client.post("/train", json=body)
     job: dict[str, Any] = response.json()
-    assert response.status_code == 200, job
+    assert response.status_code == 202, job
+    deadline = time.monotonic() + seconds
+    while job["finished_at"] is None and time.monotonic() < deadline:
+        job = server.client.get(f"/jobs/{job['id']}", headers={"Prefer": "wait=60"}, timeout=90).json()
     assert job["state"] == "succeeded", job
     return job
 
@@ -107,7 +111,7 @@ def test_smollm2_learns_to_answer_in_a_format_over_http(serve: Any, tmp_path: Pa
 
     base = base_model_directory()
     rows = [{"prompt": f"Code of item {n}:", "completion": f" <{n * 7 % 97:02d}-ok>"} for n in range(48)]
-    server = serve(pool="local", devices="cpu:1", max_wait_seconds=1500, model_roots=(base.parent,))
+    server = serve(pool="local", devices="cpu:1", max_wait_seconds=60, model_roots=(base.parent,))
     inputs = register(server, base, rows)
     body = {
         **inputs,
