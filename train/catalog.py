@@ -40,12 +40,10 @@ class Capabilities:
         exports: what the adapter is that comes out: "lora" is a plain LoRA, any other is PEFT's type of that name.
         mergeable: the adapter can go into `POST /merge`.
         tasks: what it can be trained on.
-        step_cost: about how long a step takes against plain LoRA of the same rank.
     """
 
     exports: Export
     mergeable: bool
-    step_cost: float
     tasks: tuple[Task, ...] = ("causal-lm",)
 
 
@@ -78,7 +76,7 @@ _ROWS = (
         implementation="train.methods.lora:Lora",
         arxiv="2106.09685",
         reference_url="https://arxiv.org/abs/2106.09685",
-        capabilities=Capabilities(exports="lora", mergeable=True, step_cost=1.0),
+        capabilities=Capabilities(exports="lora", mergeable=True),
     ),
     Method(
         name="rslora",
@@ -88,7 +86,7 @@ _ROWS = (
         implementation="train.methods.rslora:RsLora",
         arxiv="2312.03732",
         reference_url="https://arxiv.org/abs/2312.03732",
-        capabilities=Capabilities(exports="lora", mergeable=True, step_cost=1.0),
+        capabilities=Capabilities(exports="lora", mergeable=True),
     ),
     Method(
         name="dora",
@@ -99,7 +97,7 @@ _ROWS = (
         implementation="train.methods.dora:Dora",
         arxiv="2402.09353",
         reference_url="https://arxiv.org/abs/2402.09353",
-        capabilities=Capabilities(exports="dora", mergeable=False, step_cost=2.0),
+        capabilities=Capabilities(exports="dora", mergeable=False),
     ),
     Method(
         name="pissa",
@@ -110,7 +108,7 @@ _ROWS = (
         implementation="train.methods.pissa:Pissa",
         arxiv="2404.02948",
         reference_url="https://arxiv.org/abs/2404.02948",
-        capabilities=Capabilities(exports="lora", mergeable=True, step_cost=1.0),
+        capabilities=Capabilities(exports="lora", mergeable=True),
     ),
     Method(
         name="olora",
@@ -121,7 +119,7 @@ _ROWS = (
         implementation="train.methods.olora:Olora",
         arxiv="2406.01775",
         reference_url="https://arxiv.org/abs/2406.01775",
-        capabilities=Capabilities(exports="lora", mergeable=True, step_cost=1.0),
+        capabilities=Capabilities(exports="lora", mergeable=True),
     ),
     Method(
         name="eva",
@@ -132,7 +130,7 @@ _ROWS = (
         implementation="train.methods.eva:Eva",
         arxiv="2410.07170",
         reference_url="https://arxiv.org/abs/2410.07170",
-        capabilities=Capabilities(exports="lora", mergeable=True, step_cost=1.0),
+        capabilities=Capabilities(exports="lora", mergeable=True),
     ),
     Method(
         name="adalora",
@@ -142,7 +140,7 @@ _ROWS = (
         implementation="train.methods.adalora:Adalora",
         arxiv="2303.10512",
         reference_url="https://arxiv.org/abs/2303.10512",
-        capabilities=Capabilities(exports="lora", mergeable=True, step_cost=1.5),
+        capabilities=Capabilities(exports="lora", mergeable=True),
     ),
     Method(
         name="lora-plus",
@@ -152,7 +150,7 @@ _ROWS = (
         implementation="train.methods.lora_plus:LoraPlus",
         arxiv="2402.12354",
         reference_url="https://arxiv.org/abs/2402.12354",
-        capabilities=Capabilities(exports="lora", mergeable=True, step_cost=1.0),
+        capabilities=Capabilities(exports="lora", mergeable=True),
     ),
     Method(
         name="lora-fa",
@@ -162,7 +160,7 @@ _ROWS = (
         implementation="train.methods.lora_fa:LoraFa",
         arxiv="2308.03303",
         reference_url="https://arxiv.org/abs/2308.03303",
-        capabilities=Capabilities(exports="lora", mergeable=True, step_cost=1.0),
+        capabilities=Capabilities(exports="lora", mergeable=True),
     ),
     Method(
         name="vera",
@@ -172,7 +170,7 @@ _ROWS = (
         implementation="train.methods.vera:Vera",
         arxiv="2310.11454",
         reference_url="https://arxiv.org/abs/2310.11454",
-        capabilities=Capabilities(exports="vera", mergeable=False, step_cost=1.5),
+        capabilities=Capabilities(exports="vera", mergeable=False),
     ),
     Method(
         name="miss",
@@ -182,7 +180,7 @@ _ROWS = (
         implementation="train.methods.miss:Miss",
         arxiv="2409.15371",
         reference_url="https://arxiv.org/abs/2409.15371",
-        capabilities=Capabilities(exports="miss", mergeable=False, step_cost=1.0),
+        capabilities=Capabilities(exports="miss", mergeable=False),
     ),
 )
 
