@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -14,8 +14,10 @@ from app.cli.jobs import show
 from app.cli.options import Json
 from app.cli.output import note, print_json, stdout
 from app.cli.progress import require_success, steps, watch
-from app.cli.recipe import Recipe, read_recipe
 from app.cli.train_report import print_train_report
+
+if TYPE_CHECKING:
+    from app.cli.recipe import Recipe
 
 
 def train(
@@ -37,6 +39,8 @@ def train(
     A base model that is a folder, with a dataset that is a file, is trained here, with no service. Otherwise the
     training is a job of the service; its dataset may still be a file, which is uploaded first.
     """
+    from app.cli.recipe import read_recipe  # with the schemas of the service, which `--help` shall not wait for
+
     found = read_recipe(recipe)
     if found.model_folder is None:
         with context.obj() as client:

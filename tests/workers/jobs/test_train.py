@@ -75,8 +75,8 @@ def test_a_training_stores_an_adapter_with_its_report_and_its_series(
 
 def kill_and_compare(pool: Any, tiny_base: Path, base_id: str, dataset_id: str, method: str, wait_until: Any) -> Any:
     """Run the same training twice, once killed after its first checkpoint; returns the killed job."""
-    options = {"dropout": 0.1} if "dropout" in METHODS[method].options.model_fields else {}
-    changes = {"method": method, "parameters": {"rank": 4, **options}}
+    sizes = {"initial_rank": 4, "target_rank": 2} if method == "adalora" else {"rank": 4}
+    changes = {"method": method, "parameters": {**sizes, "dropout": 0.1}}
     whole = pool.submit("train", **params_of(base_id, dataset_id, training=TRAINING, **changes))
     start(pool, tiny_base)
     assert pool.ended(whole).error is None
