@@ -123,7 +123,10 @@ def test_smollm2_learns_to_answer_in_a_format_over_http(serve: Any, tmp_path: Pa
     }
     job = train(server, body, 1500)
     report = job["result"]["report"]
-    assert report["reload"]["largest_difference"] < 1e-3
+    # PiSSA rounds W − s·B₀·A₀ to float32, and no low-rank export can take that rounding back: on logits of about 40 it
+    # is seen at 1e-4, so its bound is relative. LoRA leaves W alone.
+    bound = 1e-5 * report["reload"]["largest_logit"] if method == "pissa" else 1e-4
+    assert report["reload"]["largest_difference"] <= bound, report["reload"]
     assert report["evaluation"]["difference"]["loss"]["high"] < -0.5
     folder, _ = unpacked(server, job["result"]["adapters"][0], tmp_path / "downloaded")
     losses = stock_losses(base, folder, rows[3])
