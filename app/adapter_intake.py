@@ -7,12 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from pydantic import ValidationError
 from sqlalchemy.orm import Session
 
 from app.auth import Principal
+from app.form_fields import form_of, once
 from app.idempotency import Answer, answer_after, request_key
-from app.problems import pointer_of
 from app.schemas.adapters import Adapter, AdapterForm
 from app.schemas.common import as_json
 from app.state import Services
@@ -84,18 +83,9 @@ def parse_form(fields: dict[str, list[str]]) -> AdapterForm:
         if name == "tags":
             parts = (part.strip() for text in given for part in text.split(","))
             values[name] = list(dict.fromkeys(part for part in parts if part))
-        elif len(given) > 1:
-            raise RequestInvalid(
-                f"The field {name!r} is given {len(given)} times.",
-                errors=[FieldError(f"/{name}", "must be given once")],
-            )
         else:
-            values[name] = given[0]
-    try:
-        return AdapterForm.model_validate(values)
-    except ValidationError as error:
-        findings = [FieldError(pointer_of(item["loc"]), item["msg"]) for item in error.errors(include_input=False)]
-        raise RequestInvalid(f"{findings[0].pointer}: {findings[0].message}", errors=findings) from error
+            values[name] = once(name, given)
+    return form_of(AdapterForm, values)
 
 
 def default_name(file_names: Sequence[str]) -> str:

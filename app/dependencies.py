@@ -25,6 +25,7 @@ JobRunner = Annotated[Principal, Depends(require("jobs"))]
 
 HEX_ID = "[0-9a-f]{32}"
 AdapterId = Annotated[str, Path(pattern=f"^adp_{HEX_ID}$", description="Id of the adapter.")]
+DatasetId = Annotated[str, Path(pattern=f"^dat_{HEX_ID}$", description="Id of the dataset.")]
 JobId = Annotated[str, Path(pattern=f"^job_{HEX_ID}$", description="Id of the job.")]
 ModelId = Annotated[str, Path(pattern=f"^mdl_{HEX_ID}$", description="Id of the base model.")]
 ScheduleId = Annotated[str, Path(pattern=f"^sch_{HEX_ID}$", description="Id of the schedule.")]

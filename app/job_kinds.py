@@ -17,7 +17,9 @@ from app.problems import pointer_of
 from app.schemas.common import as_json
 from app.schemas.merge import MergeParams
 from app.schemas.resources import Resources
+from app.schemas.train import TrainParams
 from app.settings import Settings
+from app.train_inputs import check_train
 from artifacts.errors import FieldError, RankwiseError, RequestInvalid
 from merge.catalog import parse_parameters
 from merge.plan import plan_merge
@@ -43,7 +45,7 @@ class JobKind:
     """
 
     params: type[BaseModel]
-    check: Callable[[Session, Any], str | None]
+    check: Callable[[Settings, Session, Any], str | None]
 
 
 def check_submission(
@@ -65,17 +67,19 @@ def check_submission(
     capacity.check_devices(session, settings, kind, asked)
     request = _parse(found.params, params, "/params")
     with pointers_below("/params"):
-        affinity = found.check(session, request)
+        affinity = found.check(settings, session, request)
     return Submission(kind, as_json(request), asked, affinity)
 
 
-def _check_merge(session: Session, request: MergeParams) -> None:
+def _check_merge(_: Settings, session: Session, request: MergeParams) -> None:
     """A merge works on the factors alone: it loads no base model."""
     options = parse_parameters(request.method, request.parameters)
     plan_merge(merge_inputs(session, request.adapters), request.method, options)
 
 
-JOB_KINDS: Mapping[str, JobKind] = MappingProxyType({"merge": JobKind(MergeParams, _check_merge)})
+JOB_KINDS: Mapping[str, JobKind] = MappingProxyType(
+    {"merge": JobKind(MergeParams, _check_merge), "train": JobKind(TrainParams, check_train)}
+)
 
 
 @contextmanager

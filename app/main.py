@@ -18,7 +18,20 @@ from app.logs import configure_logging
 from app.metrics import Metrics
 from app.middleware import BodyLimitMiddleware, RequestMiddleware
 from app.openapi import complete, operation_id
-from app.routes import adapters, attempts, jobs, merge, methods, models, schedules, service, webhooks, workers
+from app.routes import (
+    adapters,
+    attempts,
+    datasets,
+    jobs,
+    merge,
+    methods,
+    models,
+    schedules,
+    service,
+    train,
+    webhooks,
+    workers,
+)
 from app.service_state import service_figures, service_stored_figures
 from app.settings import Settings
 from app.staging import sweep_staging
@@ -77,13 +90,26 @@ def create_app(settings: Settings | None = None) -> RankwiseAPI:
             Middleware(
                 BodyLimitMiddleware,
                 limit=settings.max_body_bytes,
-                routes={("POST", "/adapters"): upload_limit},
+                routes={("POST", "/adapters"): upload_limit, ("POST", "/datasets"): upload_limit},
             ),
         ],
     )
     app.state.services = services
     problems.install(app)
-    for room in (service, adapters, merge, models, jobs, attempts, schedules, webhooks, methods, workers):
+    for room in (
+        service,
+        adapters,
+        datasets,
+        merge,
+        train,
+        models,
+        jobs,
+        attempts,
+        schedules,
+        webhooks,
+        methods,
+        workers,
+    ):
         app.include_router(room.router)
     return app
 

@@ -40,7 +40,10 @@ class Metrics:
             "rankwise_upload_bytes_total", "Bytes of uploaded files that were staged.", registry=self.registry
         )
         self.uploads = Counter(
-            "rankwise_uploads_total", "Adapter uploads by outcome.", ("outcome",), registry=self.registry
+            "rankwise_uploads_total",
+            "Uploads of adapters and datasets by outcome.",
+            ("outcome",),
+            registry=self.registry,
         )
         self.jobs_submitted = Counter(
             "rankwise_jobs_submitted_total", "Jobs that were accepted, by kind.", ("kind",), registry=self.registry

@@ -11,14 +11,25 @@ from pydantic.json_schema import models_json_schema
 
 from app.job_kinds import JOB_KINDS
 from app.problems import Problem
-from merge.catalog import METHODS
+from merge.catalog import METHODS as MERGE_METHODS
+from train.catalog import METHODS as TRAIN_METHODS
 
 REF_TEMPLATE = "#/components/schemas/{model}"
 PUBLIC_OPERATIONS = frozenset({"index", "healthz", "readyz", "list_problems", "get_problem"})
 
 _ADAPTER_CALLS = ("get_adapter", "get_lineage", "download_adapter", "head_download", "delete_adapter")
+_DATASET_CALLS = ("get_dataset", "list_rows", "download_dataset", "head_dataset", "delete_dataset")
 _MODEL_CALLS = ("get_model", "patch_model")
-_JOB_CALLS = ("get_job", "follow_job", "list_attempts", "get_log", "cancel_job", "retry_job")
+_JOB_CALLS = (
+    "get_job",
+    "follow_job",
+    "list_attempts",
+    "get_log",
+    "get_metrics",
+    "get_loss_curve",
+    "cancel_job",
+    "retry_job",
+)
 _SCHEDULE_CALLS = (
     "get_schedule",
     "patch_schedule",
@@ -40,11 +51,15 @@ _LINKS = (
     ("list_adapters", "200", _FIRST, "adapter_id", _ADAPTER_CALLS),
     ("upload_adapter", "200", _NEW, "adapter_id", _ADAPTER_CALLS),
     ("upload_adapter", "201", _NEW, "adapter_id", _ADAPTER_CALLS),
+    ("list_datasets", "200", _FIRST, "dataset_id", _DATASET_CALLS),
+    ("upload_dataset", "200", _NEW, "dataset_id", _DATASET_CALLS),
+    ("upload_dataset", "201", _NEW, "dataset_id", _DATASET_CALLS),
     ("list_models", "200", _FIRST, "model_id", _MODEL_CALLS),
     ("register_model", "200", _NEW, "model_id", _MODEL_CALLS),
     ("register_model", "201", _NEW, "model_id", _MODEL_CALLS),
     ("list_jobs", "200", _FIRST, "job_id", _JOB_CALLS),
     ("merge_adapters", "202", _NEW, "job_id", _JOB_CALLS),
+    ("train_adapter", "202", _NEW, "job_id", _JOB_CALLS),
     ("create_schedule", "201", _NEW, "schedule_id", (*_SCHEDULE_CALLS, "delete_schedule")),
     ("list_schedules", "200", _FIRST, "schedule_id", _SCHEDULE_CALLS),
     ("trigger_schedule", "202", _NEW, "job_id", _JOB_CALLS),
@@ -63,8 +78,11 @@ def complete(document: dict[str, Any], *, api_keys: bool) -> dict[str, Any]:
     components = document.setdefault("components", {})
     schemas = components.setdefault("schemas", {})
     schemas.update(_definitions())
-    for name in ("MergeRequest", "MergeParams"):
-        _one_of_these(schemas[name]["properties"]["parameters"], [row.options for row in METHODS.values()])
+    merges = [row.options for row in MERGE_METHODS.values()]
+    trainings = [row.options for row in TRAIN_METHODS.values()]
+    for names, options in ((("MergeRequest", "MergeParams"), merges), (("TrainRequest", "TrainParams"), trainings)):
+        for name in names:
+            _one_of_these(schemas[name]["properties"]["parameters"], options)
     _one_of_these(schemas["ScheduledJob"]["properties"]["params"], [kind.params for kind in JOB_KINDS.values()])
     operations = dict(_operations(document))
     for operation in operations.values():
@@ -84,7 +102,9 @@ def _operations(document: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]
 def _definitions() -> dict[str, Any]:
     _, problems = models_json_schema([(Problem, "serialization")], ref_template=REF_TEMPLATE)
     _, options = models_json_schema(
-        [(row.options, "validation") for row in METHODS.values()], by_alias=False, ref_template=REF_TEMPLATE
+        [(row.options, "validation") for menu in (MERGE_METHODS, TRAIN_METHODS) for row in menu.values()],
+        by_alias=False,
+        ref_template=REF_TEMPLATE,
     )
     _, kinds = models_json_schema(
         [(kind.params, "validation") for kind in JOB_KINDS.values()], ref_template=REF_TEMPLATE

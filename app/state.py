@@ -20,6 +20,10 @@ INTAKES_AT_ONCE = 4
 """Uploads that are unpacked and inspected at the same time; the others wait with all their bytes on disk."""
 
 
+PREVIEWS_AT_ONCE = 4
+"""Looks into datasets at the same time: of a Parquet file each may take as much memory as a row group does."""
+
+
 @dataclass(slots=True)
 class Services:
     """The parts of a running server. `supervisor` is None while the pool is off or not yet started.
@@ -35,6 +39,7 @@ class Services:
     supervisor: Supervisor | None = None
     clockwork: Clockwork | None = None
     intake_limiter: CapacityLimiter = field(default_factory=lambda: CapacityLimiter(INTAKES_AT_ONCE))
+    preview_limiter: CapacityLimiter = field(default_factory=lambda: CapacityLimiter(PREVIEWS_AT_ONCE))
     crc32: Crc32Cache = field(init=False)
 
     def __post_init__(self) -> None:

@@ -13,6 +13,7 @@
     │   │   ├── BaseMismatch          422 base_model_mismatch    adapters of different base models
     │   │   ├── ShapeMismatch         422 shape_mismatch         the same module with other dimensions
     │   │   └── RankOutOfRange        422 rank_out_of_range      below 1 or above the sum of the ranks
+    │   ├── TrainingDiverged          422 training_diverged      the loss became NaN or infinite
     │   └── IdempotencyKeyReused      422 idempotency_key_reused same key, other body
     ├── MalformedRequest              400 malformed_request      not parseable as HTTP, JSON or multipart
     ├── Unauthenticated               401 unauthenticated
@@ -123,6 +124,10 @@ class ShapeMismatch(MergeRefused):
 
 class RankOutOfRange(MergeRefused):
     code, title = "rank_out_of_range", "The rank is out of range"
+
+
+class TrainingDiverged(RequestInvalid):
+    code, title = "training_diverged", "The training diverged"
 
 
 class IdempotencyKeyReused(RequestInvalid):

@@ -130,6 +130,54 @@ def method_part(name: str) -> str:
     return head + table(["parameter", "values", "default", "meaning"], rows)
 
 
+def training_part(_: str) -> str:
+    """The menu of training methods, and each with its parameters."""
+    from train.catalog import METHODS
+
+    rows = [
+        [
+            f"[`{row.name}`](#{row.name})",
+            row.summary,
+            f"[{row.arxiv}](https://arxiv.org/abs/{row.arxiv})" if row.arxiv else "",
+            row.capabilities.exports,
+            "yes" if row.capabilities.mergeable else "no",
+        ]
+        for row in METHODS.values()
+    ]
+    menu = table(["method", "what it does", "arXiv", "comes out as", "mergeable"], rows)
+    sections = [
+        f"## {row.title} {{ #{row.name} }}\n\n{inspect.getdoc(row.options)}\n\n{_parameters(row.options)}"
+        for row in METHODS.values()
+    ]
+    return "\n\n".join([menu, *sections])
+
+
+def recipe_part(name: str) -> str:
+    """The parameters that a training takes besides its method's."""
+    from train import settings
+
+    models = {
+        "task": settings.CausalLmTask,
+        "training": settings.TrainingSettings,
+        "evaluation": settings.EvaluationSettings,
+    }
+    return _parameters(models[name])
+
+
+def _parameters(model: Any) -> str:
+    schema = model.model_json_schema(by_alias=False)
+    rows = [
+        [
+            code(parameter),
+            values_of(field, schema.get("$defs", {})),
+            code(field.get("default")),
+            field.get("description", ""),
+        ]
+        for parameter, field in schema["properties"].items()
+    ]
+    return table(["parameter", "values", "default", "meaning"], rows)
+
+
 def values_of(field: Mapping[str, Any], definitions: Mapping[str, Any]) -> str:
     """The values that a JSON-Schema field takes, in words."""
     if "$ref" in field:
@@ -213,6 +261,8 @@ PARTS: Mapping[str, Callable[[str], str]] = {
     "method": method_part,
     "http": http_part,
     "cli": cli_part,
+    "training": training_part,
+    "recipe": recipe_part,
 }
 
 
@@ -220,7 +270,8 @@ def _print_all() -> None:
     from merge.catalog import METHODS
 
     for name, part in PARTS.items():
-        for argument in METHODS if name == "method" else [""]:
+        arguments = {"method": list(METHODS), "recipe": ["task", "training", "evaluation"]}
+        for argument in arguments.get(name, [""]):
             sys.stdout.write(f"<!-- {name} {argument} -->\n{part(argument)}\n\n")
 
 

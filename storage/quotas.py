@@ -51,7 +51,7 @@ def charge_bytes(session: Session, key_id: str | None, size: int) -> None:
     free = max(0, key.max_bytes - key.stored_bytes)
     raise QuotaExceeded(
         f"{size} bytes do not fit: the API key {key.name!r} may store {key.max_bytes} bytes, and {free} are free",
-        hint="Delete adapters that are no longer needed, or ask for a larger limit.",
+        hint="Delete adapters or datasets that are no longer needed, or ask for a larger limit.",
         retry_after=RETRY_SECONDS,
     )
 

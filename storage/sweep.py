@@ -1,4 +1,4 @@
-"""The sweep: removes blobs that nothing refers to, and what is left of adapters deleted a day ago."""
+"""The sweep: removes blobs that nothing refers to, and what is left of adapters and datasets deleted a day ago."""
 
 from __future__ import annotations
 
@@ -15,8 +15,19 @@ from sqlalchemy.orm import Session
 
 from storage import database as clock
 from storage.blobs import BlobInfo, BlobStore
+from storage.checkpoints import drop_ended
 from storage.database import Database
-from storage.tables import AdapterFileRow, AdapterRow, BlobRow, DatasetRow, JobAttemptRow, JobRow, LineageRow
+from storage.datasets import unfinished_jobs
+from storage.tables import (
+    AdapterFileRow,
+    AdapterRow,
+    BlobRow,
+    DatasetRow,
+    JobAttemptRow,
+    JobCheckpointRow,
+    JobRow,
+    LineageRow,
+)
 from storage.upsert import insert_or_ignore
 
 OLDER_THAN = timedelta(hours=24)
@@ -33,6 +44,7 @@ class SweepReport:
         scanned: blobs in the store.
         deleted: digests of the blobs removed; `bytes_freed` is their size.
         adapters_forgotten: deleted adapters whose files were given up; rows that others descend from stay.
+        datasets_forgotten: deleted datasets that were given up with their rows.
         staging_removed: entries of abandoned uploads.
     """
 
@@ -40,6 +52,7 @@ class SweepReport:
     deleted: tuple[str, ...]
     bytes_freed: int
     adapters_forgotten: int
+    datasets_forgotten: int
     staging_removed: int
     dry_run: bool
 
@@ -58,9 +71,13 @@ def sweep_blobs(
     with database.read() as session:
         cutoff = clock.now(session) - older_than
         forgotten = _forgettable(session, cutoff)
-        live = _live_digests(session, cutoff, forgotten)
+        datasets = _forgettable_datasets(session, cutoff)
+        live = _live_digests(session, cutoff, forgotten, datasets)
     if not dry_run:
         _forget_adapters(database, forgotten)
+        _forget_datasets(database, datasets)
+        with database.write() as session:
+            drop_ended(session, cutoff)
     scanned = 0
     candidates: list[BlobInfo] = []
     for blob in blobs.iter_blobs():
@@ -75,9 +92,29 @@ def sweep_blobs(
         deleted=tuple(sorted(blob.sha256 for blob in removed)),
         bytes_freed=sum(blob.size for blob in removed),
         adapters_forgotten=len(forgotten),
+        datasets_forgotten=len(datasets),
         staging_removed=blobs.remove_stale_staging(cutoff, dry_run=dry_run),
         dry_run=dry_run,
     )
+
+
+def remove_unused(database: Database, blobs: BlobStore, sha256: str) -> bool:
+    """Remove one blob now, if no row refers to it; whether it was removed.
+
+    For what is replaced often and large, such as checkpoints: the sweep would let a day's worth of them pile up.
+
+    Raises:
+        DatabaseUnavailable, BlobStoreUnavailable
+    """
+    with database.write() as session:
+        # What is put or reserved in this very moment is younger, and stays.
+        moment = clock.now(session)
+        unused = and_(BlobRow.sha256 == sha256, BlobRow.created_at < moment, ~_is_used())
+        if session.scalar(select(BlobRow.sha256).where(unused).with_for_update()) is None:
+            return False
+        blobs.delete(sha256)
+        session.execute(delete(BlobRow).where(BlobRow.sha256 == sha256))
+        return True
 
 
 def _forgettable(session: Session, cutoff: datetime) -> list[str]:
@@ -95,11 +132,20 @@ def _forgettable(session: Session, cutoff: datetime) -> list[str]:
     return [identifier for identifier in deleted if identifier not in needed]
 
 
-def _live_digests(session: Session, cutoff: datetime, forgotten: Sequence[str]) -> set[str]:
-    gone = set(forgotten)
+def _forgettable_datasets(session: Session, cutoff: datetime) -> list[str]:
+    """Datasets deleted before `cutoff` that no unfinished job names."""
+    needed = unfinished_jobs(session)
+    deleted = session.scalars(select(DatasetRow.id).where(DatasetRow.deleted_at < cutoff))
+    return [identifier for identifier in deleted if identifier not in needed]
+
+
+def _live_digests(session: Session, cutoff: datetime, forgotten: Sequence[str], datasets: Sequence[str]) -> set[str]:
+    gone, gone_datasets = set(forgotten), set(datasets)
     files = session.execute(select(AdapterFileRow.adapter_id, AdapterFileRow.sha256))
     live = {sha256 for adapter_id, sha256 in files if adapter_id not in gone}
-    live.update(session.scalars(select(DatasetRow.sha256)))
+    data = session.execute(select(DatasetRow.id, DatasetRow.sha256))
+    live.update(sha256 for dataset_id, sha256 in data if dataset_id not in gone_datasets)
+    live.update(session.scalars(select(JobCheckpointRow.sha256)))
     logs = session.scalars(select(JobAttemptRow.log_sha256).where(JobAttemptRow.log_sha256.is_not(None)))
     live.update(digest for digest in logs if digest is not None)
     live.update(session.scalars(select(BlobRow.sha256).where(BlobRow.created_at >= cutoff)))
@@ -123,6 +169,12 @@ def _forget_adapters(database: Database, forgotten: Sequence[str]) -> None:
         if not dropped:
             return
         remaining = [identifier for identifier in remaining if identifier not in dropped]
+
+
+def _forget_datasets(database: Database, forgotten: Sequence[str]) -> None:
+    for batch in _batches(forgotten):
+        with database.write() as session:
+            session.execute(delete(DatasetRow).where(DatasetRow.id.in_(batch)))
 
 
 def _remove(
@@ -159,6 +211,7 @@ def _is_used() -> ColumnElement[bool]:
         exists().where(AdapterFileRow.sha256 == BlobRow.sha256)
         | exists().where(DatasetRow.sha256 == BlobRow.sha256)
         | exists().where(JobAttemptRow.log_sha256 == BlobRow.sha256)
+        | exists().where(JobCheckpointRow.sha256 == BlobRow.sha256)
     )
 
 

@@ -21,6 +21,7 @@ from sqlalchemy.orm import Mapped, mapped_column, relationship
 
 from storage.automation_tables import DomainEventRow, FiringRow, ScheduleRow, WebhookDeliveryRow, WebhookRow
 from storage.columns import Base, partial_index
+from storage.training_tables import JobCheckpointRow, JobMetricRow
 
 __all__ = [
     "ANONYMOUS",
@@ -37,8 +38,10 @@ __all__ = [
     "FiringRow",
     "IdempotencyRow",
     "JobAttemptRow",
+    "JobCheckpointRow",
     "JobEventRow",
     "JobLogRow",
+    "JobMetricRow",
     "JobQueueRow",
     "JobRow",
     "LineageRow",
@@ -66,7 +69,7 @@ class ApiKeyRow(Base):
     max_queued: Mapped[int | None] = mapped_column(Integer)  # jobs that may wait; null: as many as the service allows
     max_running: Mapped[int | None] = mapped_column(Integer)  # device slots that its jobs may hold at once
     max_bytes: Mapped[int | None] = mapped_column(BigInteger)  # of stored files
-    stored_bytes: Mapped[int] = mapped_column(BigInteger, default=0)  # of the live adapters that it made
+    stored_bytes: Mapped[int] = mapped_column(BigInteger, default=0)  # of the live adapters and datasets that it made
     created_at: Mapped[datetime]
     expires_at: Mapped[datetime | None]
     last_used_at: Mapped[datetime | None]
@@ -194,18 +197,29 @@ class LineageRow(Base):
 
 
 class DatasetRow(Base):
+    """An immutable dataset: one file of rows, all of which were valid. As of adapters, a live one is there once."""
+
     __tablename__ = "datasets"
 
     id: Mapped[str] = mapped_column(String(48), primary_key=True)
     name: Mapped[str] = mapped_column(String(200))
-    format: Mapped[str] = mapped_column(String(16))
+    name_folded: Mapped[str] = mapped_column(Text)
+    format: Mapped[str] = mapped_column(String(16))  # "jsonl" | "csv" | "parquet"
     sha256: Mapped[str] = mapped_column(ForeignKey("blobs.sha256"))
-    size: Mapped[int] = mapped_column(BigInteger)
+    size: Mapped[int] = mapped_column(BigInteger)  # bytes of the file as it was sent
     rows: Mapped[int] = mapped_column(BigInteger)
-    columns: Mapped[list[Any]]
+    columns: Mapped[list[Any]]  # [{name, type, nulls, kinds}]
+    tasks: Mapped[list[Any]]  # [{task, form, columns, usable, reason}]
+    warnings: Mapped[list[str]]
     created_by: Mapped[str | None] = mapped_column(ForeignKey("api_keys.id"))
     created_at: Mapped[datetime]
     deleted_at: Mapped[datetime | None]
+
+    __table_args__ = (
+        partial_index("uq_datasets_live_content", "sha256", "format", where="deleted_at IS NULL", unique=True),
+        Index("ix_datasets_sha256", "sha256"),  # the sweep asks of each blob whether a dataset, deleted or not, has it
+        _live_index("ix_datasets_created", "created_at", "id", "name_folded"),
+    )
 
 
 JOB_STATES = ("queued", "running", "cancelling", "succeeded", "failed", "cancelled")

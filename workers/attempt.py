@@ -55,6 +55,7 @@ class Outcome:
         retry: whether trying again can help, by the cause of the failure.
         peak_memory: largest resident set of the process during the attempt, bytes.
         warm: ids of the base models that the process now holds.
+        spent: the process serves no other attempt.
     """
 
     state: State
@@ -62,3 +63,4 @@ class Outcome:
     retry: Retry = "never"
     peak_memory: int | None = None
     warm: tuple[str, ...] = ()
+    spent: bool = False

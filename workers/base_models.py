@@ -14,7 +14,7 @@ from artifacts.errors import NotFound, RequestInvalid
 from storage.tables import ModelRow
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 DEVICE_SHARE = 0.6  # of a CUDA device's memory, for models that wait to be used again
 HOST_SHARE = 0.25  # of the main memory
@@ -76,6 +76,26 @@ def load(source: ModelSource, *, dtype: str, device: str) -> PreTrainedModel:
         ) from error
     model.requires_grad_(False)
     return model.to(device).eval()
+
+
+def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
+    """Load the tokenizer that lies beside a model; no code of its repository is run.
+
+    Raises:
+        RequestInvalid: there is none, or it can not be loaded.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            source.location, revision=source.revision or "main", trust_remote_code=False
+        )
+    except (OSError, ValueError, KeyError) as error:
+        raise RequestInvalid(
+            f"The tokenizer of the base model {source.name!r} can not be loaded: {error}",
+            hint="Its folder needs the files of its tokenizer, such as tokenizer.json.",
+        ) from error
+    return tokenizer
 
 
 def default_limit(device: str) -> int:

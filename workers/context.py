@@ -6,25 +6,29 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import structlog
 
 from artifacts import intake
 from artifacts.base_model import BaseModelRef
-from artifacts.errors import AttemptCancelled, BlobMissing, DatabaseUnavailable
+from artifacts.errors import AttemptCancelled, BlobMissing, BlobStoreUnavailable, DatabaseUnavailable
 from artifacts.manifest import AdapterManifest
-from storage import adapters, claims, models
+from storage import adapters, checkpoints, claims, datasets, models
 from storage.adapters import Parent
 from storage.blobs import BlobStore
 from storage.database import Database
+from storage.sweep import remove_unused
 from workers import base_models
 from workers.attempt import AttemptSpec
+from workers.base_models import ModelSource
 from workers.cache import place
 from workers.warm_models import WarmModels
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+    from train.rows import Format
 
 PROGRESS_SECONDS = 0.25
 _FETCH_TRIES = 3
@@ -54,6 +58,26 @@ class StoredAdapter:
     base: BaseModelRef | None
     base_model: str | None
     model_id: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class StoredDataset:
+    """What the database knows of a dataset."""
+
+    id: str
+    name: str
+    format: Format
+    sha256: str
+    rows: int
+
+
+@dataclass(frozen=True, slots=True)
+class StoredModel:
+    """What the database knows of a base model."""
+
+    id: str
+    name: str
+    ref: BaseModelRef
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,6 +141,11 @@ class JobContext:
         """An earlier attempt ran out of the device's memory: use less of it this time."""
         return bool(self.spec.resources.get("reduce_memory"))
 
+    @property
+    def stop_wanted(self) -> bool:
+        """This process was asked to stop: there is time for a checkpoint, then `check_cancelled` ends the attempt."""
+        return self._interruption.wanted
+
     def check_cancelled(self) -> None:
         """Raises AttemptCancelled if this process was asked to stop. Costs nothing: call it in every loop."""
         if self._interruption.wanted:
@@ -169,7 +198,7 @@ class JobContext:
             )
         directory = self.scratch / "inputs" / adapter_id
         for entry in stored.manifest.files:
-            self._fetch(entry.sha256, directory / entry.path)
+            self.fetch(entry.sha256, directory / entry.path)
         return stored, directory
 
     def base_model(self, model_id: str, dtype: str = "auto") -> PreTrainedModel:
@@ -193,7 +222,39 @@ class JobContext:
             key, limit, source.size, lambda: base_models.load(source, dtype=dtype, device=self.device)
         )
 
-    def _fetch(self, sha256: str, destination: Path) -> None:
+    def dataset(self, dataset_id: str) -> tuple[StoredDataset, Path]:
+        """What is known of a dataset, and its file, whose digest was verified.
+
+        Raises:
+            NotFound: there is no such dataset, or it was deleted since the job was submitted.
+            BlobMissing, BlobCorrupt, BlobStoreUnavailable: its file can not be had.
+        """
+        with self.database.read() as session:
+            row = datasets.get_dataset(session, dataset_id)
+            # only `train.rows.FORMATS` are stored
+            stored = StoredDataset(row.id, row.name, cast("Format", row.format), row.sha256, row.rows)
+        path = self.scratch / "inputs" / dataset_id
+        self.fetch(stored.sha256, path)
+        return stored, path
+
+    def model_source(self, model_id: str) -> tuple[StoredModel, ModelSource]:
+        """What is known of a registered base model, and where its files are: for a job that changes its own copy.
+
+        Raises:
+            NotFound: there is no such model, or its files are gone.
+            RequestInvalid: it lies outside of the folders that models may lie in.
+        """
+        with self.database.read() as session:
+            row = models.get_model(session, model_id)
+            stored = StoredModel(row.id, row.name, models.ref_of(row))
+            return stored, base_models.locate(row, self.spec.model_roots)
+
+    def fetch(self, sha256: str, destination: Path) -> None:
+        """Have the blob's bytes, verified, at `destination`, which must not be changed.
+
+        Raises:
+            BlobMissing, BlobCorrupt, BlobStoreUnavailable, DiskFull
+        """
         destination.parent.mkdir(parents=True, exist_ok=True)
         cache = Path(self.spec.cache)
         for _ in range(_FETCH_TRIES):
@@ -249,4 +310,15 @@ def publish(context: JobContext, outcome: JobOutcome) -> dict[str, Any]:
             ids.append(row.id)
         result = {"adapters": ids, "images": [], "report": dict(outcome.report)}
         claims.finish_succeeded(session, spec.job_id, spec.attempt, result)
+        left = checkpoints.drop_checkpoint(session, spec.job_id)
+    if left is not None:
+        forget_blob(context, left)
     return result
+
+
+def forget_blob(context: JobContext, sha256: str) -> None:
+    """Remove a blob that no row names any more; what fails here is left to the sweep."""
+    try:
+        remove_unused(context.database, context.blobs, sha256)
+    except (DatabaseUnavailable, BlobStoreUnavailable) as error:
+        log.warning("blob_not_removed", sha256=sha256, error=error.detail)

@@ -5,4 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from types import MappingProxyType
 
-KINDS: Mapping[str, str] = MappingProxyType({"merge": "workers.jobs.merge:run"})
+KINDS: Mapping[str, str] = MappingProxyType({"merge": "workers.jobs.merge:run", "train": "workers.jobs.train:run"})
+SINGLE_USE = frozenset({"train"})
+"""Kinds whose worker process serves no other attempt afterwards: only its end surely returns a device's memory."""

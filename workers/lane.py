@@ -290,7 +290,7 @@ class Lane:
         self._shared_worker = False
 
     def _must_replace(self) -> bool:
-        """Whether the process may not serve another attempt: it was stopped, or its device's memory ran out."""
+        """Whether the process may not serve another attempt: stopped, spent, or out of its device's memory."""
         running, outcome = self.running, self.outcome
         if running is None or outcome is None:
             return False
@@ -298,6 +298,7 @@ class Lane:
             self._shared_worker
             or running.stop is not None
             or outcome.state in ("cancelled", "stale")
+            or outcome.spent
             or outcome.retry == "out_of_memory"
         )
 

@@ -29,6 +29,7 @@ from workers import failures
 from workers.attempt import AttemptSpec, Outcome
 from workers.cache import prune
 from workers.context import Interruption, JobContext, JobOutcome, publish
+from workers.kinds import SINGLE_USE
 from workers.log_shipping import LogShipper
 from workers.logs import captured_output
 from workers.ranks import RankFailedError, Ranks, is_follow_up, process_group, rank_spec
@@ -43,9 +44,9 @@ log = structlog.get_logger(__name__)
 
 
 def serve(channel_fd: int) -> None:
-    """Run attempts from the channel until it closes, or until an attempt was interrupted.
+    """Run attempts from the channel until it closes, or until an attempt was interrupted or trained a model.
 
-    An interrupted process is not used again: only its end gives back all that the attempt held.
+    Such a process is not used again: only its end gives back all that the attempt held.
     """
     channel = Connection(channel_fd)
     interruption = Interruption()
@@ -59,7 +60,7 @@ def serve(channel_fd: int) -> None:
         interruption.attempt_runs = True
         outcome = run_attempt(spec, interruption)
         channel.send(outcome)
-        if outcome.state in ("cancelled", "stale") or interruption.wanted:
+        if outcome.state in ("cancelled", "stale") or outcome.spent or interruption.wanted:
             return
         interruption.attempt_runs = False
 
@@ -94,7 +95,8 @@ def run_attempt(spec: AttemptSpec, interruption: Interruption) -> Outcome:
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     prune(Path(spec.cache), CACHE_BYTES)
-    return replace(outcome, peak_memory=ranks_memory + peak_memory(), warm=warm_models().ids)
+    spent = spec.kind in SINGLE_USE
+    return replace(outcome, peak_memory=ranks_memory + peak_memory(), warm=warm_models().ids, spent=spent)
 
 
 @contextmanager

@@ -93,16 +93,21 @@ class Client:
         self._json("DELETE", path, headers=headers)
 
     def upload(
-        self, files: Sequence[Path], form: Mapping[str, Any], advance: Callable[[int], None]
+        self,
+        files: Sequence[Path],
+        form: Mapping[str, Any],
+        advance: Callable[[int], None],
+        *,
+        to: str = "/adapters",
     ) -> tuple[dict[str, Any], bool]:
-        """POST /adapters. Returns the adapter, and whether it is new; `advance` is given the bytes of each read."""
+        """POST files. Returns what was made of them, and whether it is new; `advance` gets the bytes of each read."""
         with ExitStack() as stack:
             parts = [
                 ("file", (path.name, cast("IO[bytes]", _CountedFile(stack.enter_context(path.open("rb")), advance))))
                 for path in files
             ]
             with self._connected():
-                answer = self._http.post("/adapters", files=parts, data=dict(form))
+                answer = self._http.post(to, files=parts, data=dict(form))
         return self._checked(answer).json(), answer.status_code == 201
 
     def download(

@@ -61,7 +61,7 @@ def sweep(
     data_dir: DataDir = None,
     as_json: Json = False,
 ) -> None:
-    """Remove stored files that no adapter refers to any more; safe while the service runs."""
+    """Remove stored files that no adapter, dataset or job refers to any more; safe while the service runs."""
     from storage.blobs import BlobStore
     from storage.database import Database
     from storage.sweep import sweep_blobs

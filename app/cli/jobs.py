@@ -12,6 +12,7 @@ from app.cli.options import Cursor, JobId, Json, Limit
 from app.cli.output import duration, fields, moment, note, print_json, size, stdout, table
 from app.cli.progress import require_success, watch
 from app.cli.reports import print_report
+from app.cli.train_report import print_train_report
 
 app = typer.Typer(help="Jobs: list, look at, follow, read the logs, cancel, retry.", no_args_is_help=True)
 
@@ -45,7 +46,7 @@ def show(job: dict[str, Any]) -> None:
     stdout().print(fields(job["id"], summary(job)))
     report = (job.get("result") or {}).get("report")
     if report:
-        print_report(stdout(), report)
+        (print_train_report if job["kind"] == "train" else print_report)(stdout(), report)
 
 
 @app.command("list")

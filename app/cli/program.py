@@ -13,6 +13,7 @@ from app.cli import (
     adapters,
     config,
     database,
+    datasets,
     demonstration,
     jobs,
     keys,
@@ -21,6 +22,7 @@ from app.cli import (
     models,
     schedules,
     service,
+    training,
     webhooks,
     workers,
 )
@@ -42,8 +44,10 @@ app.command("worker")(service.worker)
 app.command("demo")(demonstration.demo)
 app.add_typer(adapters.app, name="adapters")
 app.command("merge")(merging.merge)
+app.command("train")(training.train)
 app.add_typer(jobs.app, name="jobs")
 app.add_typer(models.app, name="models")
+app.add_typer(datasets.app, name="datasets")
 app.add_typer(schedules.app, name="schedules")
 app.add_typer(webhooks.app, name="webhooks")
 app.command("methods")(methods.methods)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated
 
 import anyio.to_thread
 from fastapi import APIRouter, Query, Request
@@ -10,11 +10,11 @@ from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse, Response, StreamingResponse
 
 from app.adapter_intake import TEXT_FIELDS, store_upload
-from app.byte_ranges import ByteRange, etag_matches, parse_range, range_applies
 from app.dependencies import AdapterId, IdempotencyKey, Reader, ServicesDep, Writer
-from app.downloads import Download, peft_download, safetensors_download
+from app.downloads import SAFETENSORS_TYPE, ZIP_TYPE, peft_download, safetensors_download
+from app.file_answers import answer_file, file_responses, head_responses
 from app.json_body import JsonRoute
-from app.problems import problem_of, problem_responses
+from app.problems import problem_responses
 from app.schemas.adapters import (
     UPLOAD_FORM_SCHEMA,
     Adapter,
@@ -24,10 +24,9 @@ from app.schemas.adapters import (
     DownloadFormat,
 )
 from app.schemas.common import PageOf
-from app.segments import read_segments
 from app.state import Services
 from app.uploads import receive_upload
-from artifacts.errors import RangeInvalid, RankwiseError
+from artifacts.errors import RankwiseError
 from storage import adapters
 from storage.adapters import AdapterFilter
 
@@ -123,24 +122,7 @@ def get_lineage(services: ServicesDep, principal: Reader, adapter_id: AdapterId)
         return AdapterLineage.of(adapter_id, adapters.lineage(session, adapter_id))
 
 
-_BINARY: dict[str, Any] = {
-    "application/zip": {"schema": {"type": "string", "format": "binary"}},
-    "application/octet-stream": {"schema": {"type": "string", "format": "binary"}},
-}
-_DOWNLOAD_RESPONSES: dict[int | str, dict[str, Any]] = {
-    200: {
-        "description": "The whole file",
-        "content": _BINARY,
-        "headers": {"ETag": {"schema": {"type": "string"}}, "Accept-Ranges": {"schema": {"type": "string"}}},
-    },
-    206: {
-        "description": "The range that was asked for",
-        "content": _BINARY,
-        "headers": {"Content-Range": {"schema": {"type": "string"}}},
-    },
-    304: {"description": "The client has it already"},
-    **problem_responses(404, 416),
-}
+_DOWNLOAD_RESPONSES = file_responses((ZIP_TYPE, SAFETENSORS_TYPE))
 Format = Annotated[
     DownloadFormat, Query(alias="format", description="peft: a zip of a PEFT directory; safetensors: one file.")
 ]
@@ -163,11 +145,7 @@ def download_adapter(
     "/adapters/{adapter_id}/download",
     summary="Ask for the size and ETag of a download",
     response_class=Response,
-    responses={
-        status: {name: value for name, value in entry.items() if name != "content"}
-        for status, entry in _DOWNLOAD_RESPONSES.items()
-        if status != 206
-    },
+    responses=head_responses(_DOWNLOAD_RESPONSES),
 )
 def head_download(
     request: Request, services: ServicesDep, principal: Reader, adapter_id: AdapterId, layout: Format = "peft"
@@ -184,32 +162,4 @@ def _download(request: Request, services: Services, adapter_id: str, layout: Dow
         if layout == "peft"
         else safetensors_download(services.blobs, row)
     )
-    headers = {
-        "ETag": found.etag,
-        "Accept-Ranges": "bytes",
-        "Cache-Control": "private, no-cache",
-        "Content-Disposition": f'attachment; filename="{found.file_name}"',
-    }
-    if etag_matches(request.headers.get("if-none-match"), found.etag):
-        return Response(status_code=304, headers=headers)
-    part = None
-    if request.method == "GET" and range_applies(request.headers.get("if-range"), found.etag):
-        try:
-            part = parse_range(request.headers.get("range"), found.size)
-        except RangeInvalid as error:
-            return problem_of(request.scope, error, {"Content-Range": f"bytes */{found.size}"})
-    return _send(services, found, part, headers, body=request.method == "GET")
-
-
-def _send(
-    services: Services, found: Download, part: ByteRange | None, headers: dict[str, str], *, body: bool
-) -> Response:
-    start, stop = (part.start, part.stop) if part else (0, found.size)
-    headers["Content-Length"] = str(stop - start)
-    if part:
-        headers["Content-Range"] = part.content_range
-    status = 206 if part else 200
-    if not body:
-        return Response(status_code=status, headers=headers, media_type=found.media_type)
-    chunks = read_segments(services.blobs, found.segments, start, stop)
-    return StreamingResponse(chunks, status, headers, media_type=found.media_type)
+    return answer_file(request, services, found)

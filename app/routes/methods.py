@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict
-from typing import Annotated
+from typing import Annotated, Literal
 
 from fastapi import APIRouter, Path
 
@@ -11,16 +12,25 @@ from app.dependencies import Reader
 from app.problems import problem_responses
 from app.schemas.service import Method, MethodList, MethodSummary
 from artifacts.errors import NotFound
-from merge.catalog import METHODS, MergeMethod
+from merge.catalog import METHODS as MERGE_METHODS
+from merge.catalog import MergeMethod
+from train.catalog import METHODS as TRAIN_METHODS
+from train.catalog import Method as TrainMethod
 
 router = APIRouter(tags=["methods"])
 
 Word = Annotated[str, Path(pattern="^[a-z0-9_-]{1,64}$")]
 
 
-def _summary(row: MergeMethod) -> MethodSummary:
+MENUS: Mapping[Literal["merge", "train"], Mapping[str, MergeMethod | TrainMethod]] = {
+    "merge": MERGE_METHODS,
+    "train": TRAIN_METHODS,
+}
+
+
+def _summary(kind: Literal["merge", "train"], row: MergeMethod | TrainMethod) -> MethodSummary:
     return MethodSummary(
-        kind="merge",
+        kind=kind,
         name=row.name,
         title=row.title,
         summary=row.summary,
@@ -33,13 +43,16 @@ def _summary(row: MergeMethod) -> MethodSummary:
 @router.get("/methods", summary="List methods", responses=problem_responses())
 async def list_methods(principal: Reader) -> MethodList:
     """Every method of every kind of job."""
-    return MethodList(items=[_summary(row) for row in METHODS.values()])
+    return MethodList(items=[_summary(kind, row) for kind, menu in MENUS.items() for row in menu.values()])
 
 
 @router.get("/methods/{kind}/{name}", summary="Show a method", responses=problem_responses(404))
 async def get_method(principal: Reader, kind: Word, name: Word) -> Method:
     """Its parameters as JSON Schema, with defaults, ranges and sources."""
-    if kind != "merge" or name not in METHODS:
+    for known, menu in MENUS.items():
+        if known == kind and name in menu:
+            row = menu[name]
+            break
+    else:
         raise NotFound(f"There is no {kind} method {name!r}.", hint="GET /methods lists them.")
-    row = METHODS[name]
-    return Method(**_summary(row).model_dump(), parameters_schema=row.options.model_json_schema(by_alias=False))
+    return Method(**_summary(known, row).model_dump(), parameters_schema=row.options.model_json_schema(by_alias=False))

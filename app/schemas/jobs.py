@@ -20,7 +20,7 @@ State = Literal["queued", "running", "cancelling", "succeeded", "failed", "cance
 class JobQuery(PageQuery):
     """Filters of the list."""
 
-    kind: FilterText | None = Field(None, description="merge …")
+    kind: FilterText | None = Field(None, description="merge, train …")
     state: State | None = None
 
 

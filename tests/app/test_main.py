@@ -12,7 +12,7 @@ from app.main import create_app, pool_settings, start, stop
 from app.settings import Settings
 from artifacts.errors import DatabaseUnavailable
 
-HEAVY = ("torch", "transformers", "peft", "sklearn", "scipy", "numpy", "pandas", "accelerate")
+HEAVY = ("torch", "transformers", "peft", "sklearn", "scipy", "numpy", "pandas", "accelerate", "pyarrow")
 IMPORT_SECONDS = 1.5
 _PROGRAM = f"""
 import sys, time

@@ -42,7 +42,10 @@ def test_readiness_needs_the_pool_that_is_configured(server: Any) -> None:
 
 def test_methods_are_the_menus(untouched_server: Any) -> None:
     items = untouched_server.client.get("/methods").json()["items"]
-    assert [item["name"] for item in items] == ["lego", "cat", "svd", "linear"]
+    menus = {kind: [item["name"] for item in items if item["kind"] == kind] for kind in ("merge", "train")}
+    assert menus["merge"] == ["lego", "cat", "svd", "linear"]
+    assert menus["train"][:3] == ["lora", "rslora", "dora"]
+    assert len(items) == sum(map(len, menus.values()))
     lego = untouched_server.client.get("/methods/merge/lego").json()
     assert lego["arxiv"] == "2409.16167"
     properties = lego["parameters_schema"]["properties"]

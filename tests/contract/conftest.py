@@ -100,6 +100,9 @@ def seed(client: httpx.Client) -> None:
         created = client.post("/adapters", files=adapter_parts(number), data={"name": f"adapter {number}"})
         assert created.status_code == 201, created.text
         ids.append(created.json()["id"])
+    for text in ('{"text": "a", "label": 0}\n{"text": "b", "label": 1}\n', '{"prompt": "a", "completion": "b"}\n'):
+        stored = client.post("/datasets", files={"file": ("data.jsonl", text.encode())})
+        assert stored.status_code == 201, stored.text
     assert client.post("/models", json={"hub_id": "acme/tiny", "revision": "a" * 40}).status_code == 201
     hook = client.post("/webhooks", json={"url": "https://hooks.invalid/in"})
     assert hook.status_code == 201, hook.text

@@ -12,9 +12,10 @@ from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from artifacts.errors import AttemptStale
-from storage import claims, job_logs, jobs
+from storage import checkpoints, claims, job_logs, job_metrics, jobs
 from storage.database import Database
 from storage.job_logs import Piece
+from storage.job_metrics import Point
 from storage.tables import Base, JobAttemptRow
 
 ERROR = {"code": "worker_crashed", "detail": "killed"}
@@ -32,6 +33,12 @@ WRITES: dict[str, Callable[[Session, str], Any]] = {
     "claims.requeue": lambda session, job_id: claims.requeue(
         session, job_id, 1, delay_seconds=0, error=ERROR, exit=None
     ),
+    "checkpoints.record_checkpoint": lambda session, job_id: checkpoints.record_checkpoint(
+        session, job_id, 1, step=1, sha256="0" * 64, size=1
+    ),
+    "job_metrics.record_metrics": lambda session, job_id: job_metrics.record_metrics(
+        session, job_id, 1, [Point(1, {"loss": 1.0})]
+    ),
     "job_logs.append_pieces": lambda session, job_id: job_logs.append_pieces(session, job_id, 1, [Piece(0, "stale")]),
 }
 OWN_ROW_ONLY = {"claims.record_log", "job_logs.drop_pieces"}
@@ -45,11 +52,12 @@ def takes_an_attempt(module: ModuleType) -> set[str]:
         f"{name}.{function}"
         for function, value in inspect.getmembers(module, inspect.isfunction)
         if {"job_id", "attempt"} <= inspect.signature(value).parameters.keys() and not function.startswith("_")
-    } - {"claims.lock_attempt", "claims.lock_running", "claims.close_attempt"}  # imported; they lock, and write nothing
+    } - {f"{name}.{imported}" for imported in ("lock_attempt", "lock_running", "close_attempt")}  # they only lock
 
 
 def test_every_function_that_takes_an_attempt_is_known_here() -> None:
-    assert takes_an_attempt(claims) | takes_an_attempt(job_logs) == WRITES.keys() | OWN_ROW_ONLY | READS
+    modules = (claims, job_logs, checkpoints, job_metrics)
+    assert set().union(*map(takes_an_attempt, modules)) == WRITES.keys() | OWN_ROW_ONLY | READS
 
 
 @pytest.mark.parametrize("write", sorted(WRITES))

@@ -12,7 +12,7 @@ import pytest
 from sqlalchemy import select, update
 
 from artifacts.manifest import AdapterManifest, FileEntry
-from storage import adapters, claims, jobs, local_blobs
+from storage import adapters, claims, datasets, jobs, local_blobs
 from storage.adapters import Parent
 from storage.blobs import BlobStore, key_of
 from storage.database import Database, now
@@ -31,7 +31,8 @@ def age(database: Database, blobs: BlobStore, tmp_path: Path) -> Callable[[], No
         with database.write() as session:
             moment = now(session) - 2 * DAY
             session.execute(update(BlobRow).values(created_at=moment))
-            session.execute(update(AdapterRow).where(AdapterRow.deleted_at.is_not(None)).values(deleted_at=moment))
+            for table in (AdapterRow, DatasetRow):
+                session.execute(update(table).where(table.deleted_at.is_not(None)).values(deleted_at=moment))
         for digest in blobs.iter_digests():
             os.utime(tmp_path / "blob-store" / key_of(digest), (moment.timestamp(), moment.timestamp()))
 
@@ -179,14 +180,36 @@ def test_logs_and_datasets_stay(database: Database, blobs: BlobStore, age: Calla
         job = jobs.create_job(session, "merge", {})
         claims.claim_next(session, server_id="s", boot_id="b", slot="c", lease_seconds=60)
         claims.record_log(session, job.id, 1, log)
-        session.add(
-            DatasetRow(
-                id="dat_1", name="d", format="jsonl", sha256=data, size=4, rows=1, columns=[], created_at=now(session)
-            )
-        )
+        datasets.add_dataset(session, name="d", format="jsonl", sha256=data, size=4, rows=1, columns=[])
     age()
     assert sweep_blobs(database, blobs).deleted == ()
     assert set(blobs.iter_digests()) == {log, data}
+
+
+def test_a_deleted_dataset_goes_with_its_row_unless_a_job_needs_it(
+    database: Database, blobs: BlobStore, age: Callable[[], None]
+) -> None:
+    ids, digests = [], [blobs.put_bytes(text) for text in (b"kept", b"needed", b"deleted")]
+    with database.write() as session:
+        for digest in digests:
+            row, _ = datasets.add_dataset(session, name="d", format="csv", sha256=digest, size=4, rows=1, columns=[])
+            ids.append(row.id)
+    for dataset_id in ids[1:]:
+        with database.write() as session:
+            datasets.delete_dataset(session, dataset_id)
+    assert sweep_blobs(database, blobs).datasets_forgotten == 0, "it was deleted just now"
+    with database.write() as session:  # as a job would that was submitted in the moment of the deletion
+        job = jobs.create_job(session, "train", {"dataset": ids[1]})
+    age()
+    planned = sweep_blobs(database, blobs, dry_run=True)
+    report = sweep_blobs(database, blobs)
+    assert planned.datasets_forgotten == report.datasets_forgotten == 1
+    assert planned.deleted == report.deleted == (digests[2],)
+    with database.write() as session:
+        assert set(session.scalars(select(DatasetRow.id))) == set(ids[:2])
+        jobs.request_cancel(session, job.id)
+    assert sweep_blobs(database, blobs).deleted == (digests[1],)
+    assert set(blobs.iter_digests()) == {digests[0]}
 
 
 def test_a_reserved_blob_stays_until_the_reservation_is_old(

@@ -1,0 +1,94 @@
+"""A training of files on this machine with no service: the same engine that a job uses."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from app.cli.recipe import Recipe
+from artifacts.errors import RequestInvalid
+
+REPORT_FILE, CURVE_FILE = "train_report.json", "loss_curve.svg"
+
+
+class _Watcher:
+    """Shows progress and collects the series; the training is stopped by the keyboard."""
+
+    def __init__(self, advance: Callable[[float, str], None]) -> None:
+        self._advance = advance
+        self.series: list[tuple[int, Mapping[str, float]]] = []
+
+    def stop_wanted(self) -> bool:
+        return False
+
+    def step(self, step: int, total: int, values: Mapping[str, float]) -> None:
+        from train.engine import BEFORE, LOOP
+
+        self.series.append((step, dict(values)))
+        share = BEFORE + (LOOP - BEFORE) * step / total
+        self._advance(share, f"step {step} of {total}, loss {values['loss']:.4g}")
+
+    def checkpoint(self, folder: Path, step: int) -> None:
+        """A training at the terminal keeps none: it is not taken up again."""
+
+    def progress(self, fraction: float, message: str) -> None:
+        self._advance(fraction, message)
+
+
+def train_local(recipe: Recipe, output: Path, *, device: str, progress: Callable[[float, str], None]) -> dict[str, Any]:
+    """Train into the new folder `output` and return the report, which is also written beside the weights.
+
+    Nothing is left at `output` when the training fails.
+
+    Raises:
+        RankwiseError: whatever the job would end with.
+    """
+    assert recipe.model_folder is not None
+    assert recipe.dataset_file is not None
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise RequestInvalid(f"{output} is there already and not empty.", hint="Choose another -o, or remove it.")
+    from train.catalog import find_method, parse_parameters
+    from train.rows import find_format, inspect
+
+    request = recipe.request
+    options = parse_parameters(request.method, request.parameters)
+    data_format = find_format(recipe.dataset_file, recipe.dataset_file.name)
+    inspect(recipe.dataset_file, data_format)
+    progress(0.0, "load torch")
+    from train.data import DataFile
+    from train.engine import Inputs, Plan, train_adapter
+    from train.loss_curve import draw
+    from workers.base_models import ModelSource, load, load_tokenizer
+
+    source = ModelSource(recipe.model_folder.name, str(recipe.model_folder), None, 0)
+    plan = Plan(
+        method=request.method,
+        options=options,
+        task=request.full_task,
+        training=request.training,
+        evaluation=request.evaluation,
+        seed=request.seed,
+        device=device,
+    )
+    watcher = _Watcher(progress)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    # Beside the output, so that the last step is a rename inside one file system.
+    with tempfile.TemporaryDirectory(prefix=".rankwise-train-", dir=output.parent) as scratch:
+        result = Path(scratch) / "adapter"
+        inputs = Inputs(
+            load_base=lambda: load(source, dtype=request.training.precision, device=device),
+            tokenizer=load_tokenizer(source),
+            data=DataFile(recipe.dataset_file, data_format),
+            base_name=source.name,
+            folder=Path(scratch),
+        )
+        report = train_adapter(plan, find_method(request.method).load(options), inputs, result, watcher).to_dict()
+        (result / REPORT_FILE).write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        (result / CURVE_FILE).write_text(draw(watcher.series, request.name or recipe.dataset_file.stem), "utf-8")
+        if output.exists():
+            output.rmdir()
+        result.rename(output)
+    return report

@@ -1,0 +1,83 @@
+"""`rankwise train`: run a recipe on the service, or, when it names files of this machine, here."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from app.cli import datasets
+from app.cli.adapters import DownloadFormat, fetch
+from app.cli.client import Client
+from app.cli.jobs import show
+from app.cli.options import Json
+from app.cli.output import note, print_json, stdout
+from app.cli.progress import require_success, steps, watch
+from app.cli.train_report import print_train_report
+
+if TYPE_CHECKING:
+    from app.cli.recipe import Recipe
+
+
+def train(
+    context: typer.Context,
+    recipe: Annotated[
+        Path,
+        typer.Argument(metavar="RECIPE", exists=True, dir_okay=False, help="A YAML file: a body of POST /train."),
+    ],
+    output: Annotated[
+        Path | None,
+        typer.Option("-o", "--output", help="Folder of the adapter; needed if the base model is a folder."),
+    ] = None,
+    wait: Annotated[bool, typer.Option("--wait/--no-wait", help="Follow the job to its end.")] = True,
+    device: Annotated[str, typer.Option("--device", help="Device of a training of files: cpu or cuda:0.")] = "cpu",
+    as_json: Json = False,
+) -> None:
+    """Train an adapter.
+
+    A base model that is a folder, with a dataset that is a file, is trained here, with no service. Otherwise the
+    training is a job of the service; its dataset may still be a file, which is uploaded first.
+    """
+    from app.cli.recipe import read_recipe  # with the schemas of the service, which `--help` shall not wait for
+
+    found = read_recipe(recipe)
+    if found.model_folder is None:
+        with context.obj() as client:
+            _train_remotely(client, found, output, wait, as_json)
+        return
+    if found.dataset_file is None:
+        raise typer.BadParameter("a base model in a folder is trained here, on a dataset that is a file")
+    if output is None:
+        raise typer.BadParameter("a training of files needs a folder to write into", param_hint="-o")
+    if not wait:
+        raise typer.BadParameter("a training of files runs here and now", param_hint="--no-wait")
+    _train_here(found, output, device, as_json)
+
+
+def _train_remotely(client: Client, recipe: Recipe, output: Path | None, wait: bool, as_json: bool) -> None:
+    body = dict(recipe.body)
+    if recipe.dataset_file is not None:
+        dataset, _ = datasets.upload(client, recipe.dataset_file, {"name": recipe.dataset_file.stem})
+        body["dataset"] = dataset["id"]
+    job = client.post("/train", body)
+    if wait:
+        job = require_success(watch(client, job["id"]))
+    print_json(job) if as_json else show(job)
+    if not wait:
+        note(f"follow it: rankwise jobs watch {job['id']}")
+    elif output is not None:
+        target = fetch(client, job["result"]["adapters"][0], output, DownloadFormat.PEFT, unpack=True)
+        note(f"written to {target}")
+
+
+def _train_here(recipe: Recipe, output: Path, device: str, as_json: bool) -> None:
+    from app.cli.local_train import train_local
+
+    with steps("train") as advance:
+        report = train_local(recipe, output, device=device, progress=advance)
+    if as_json:
+        print_json({"path": str(output), "report": report})
+        return
+    print_train_report(stdout(), report)
+    note(f"written to {output}; load it with PeftModel.from_pretrained(base, {str(output)!r})")

@@ -1,0 +1,56 @@
+"""How a call that makes a job answers: checked, created with its idempotency key, and told."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sqlalchemy.orm import Session
+
+from app.auth import Principal
+from app.idempotency import Answer, answer_once, request_key
+from app.job_answers import accepted
+from app.job_kinds import check_submission, pointers_below
+from app.schemas.common import as_json
+from app.schemas.resources import Resources
+from app.state import Services
+from storage import jobs
+
+
+def submit(
+    services: Services,
+    principal: Principal,
+    kind: str,
+    params: dict[str, Any],
+    resources: Resources | None,
+    *,
+    idempotency_key: str | None,
+    request_id: str,
+) -> Answer:
+    """Check a job of `kind` and create it, together with its first event and its idempotency key.
+
+    Raises:
+        RequestInvalid and its kin: see app.job_kinds.check_submission; their pointers are those of the body.
+        QueueFull, QuotaExceeded
+    """
+    wishes: dict[str, Any] = {} if resources is None else as_json(resources, exclude_none=True)
+
+    def act(session: Session) -> Answer:
+        with pointers_below("", instead_of="/params"):
+            wanted = check_submission(services.settings, session, kind, params, wishes)
+        job = jobs.create_job(
+            session,
+            wanted.kind,
+            wanted.params,
+            resources=wanted.resources,
+            affinity=wanted.affinity,
+            created_by=principal.key_id,
+            request_id=request_id,
+            max_queued=services.settings.max_queued_jobs,
+        )
+        return accepted(session, job)
+
+    payload = {**params, "resources": wishes}
+    answer = answer_once(services, request_key(principal.owner, idempotency_key, f"POST /{kind}", payload), act)
+    if not answer.replayed:
+        services.job_made(kind)
+    return answer

@@ -1,0 +1,105 @@
+"""Whether a training can be done, from what the database knows of its base model and its dataset."""
+
+from __future__ import annotations
+
+import socket
+
+import psutil
+from sqlalchemy.orm import Session
+
+from app.schemas.train import TrainParams
+from app.service_state import alive_servers
+from app.settings import Settings
+from artifacts.errors import FieldError, NotFound, RequestInvalid
+from storage import database, datasets, models
+from storage.tables import DatasetRow, ModelRow
+from train.catalog import parse_parameters
+from train.estimate import Estimate, check_fits, estimate
+from train.settings import CausalLmTask
+from train.targets import check_rank, resolve_targets
+
+
+def check_train(settings: Settings, session: Session, request: TrainParams) -> str:
+    """Refuse what can never be trained.
+
+    Returns:
+        The id of the base model.
+
+    Raises:
+        RequestInvalid and its kin: an unknown or removed base model, an unknown dataset, parameters that do not fit the
+            layers of the base model, more memory than the machine has.
+    """
+    row = _base_model(session, request.base_model)
+    try:
+        dataset = datasets.get_dataset(session, request.dataset, lock=True)
+    except NotFound as error:
+        raise RequestInvalid(
+            f"There is no dataset {request.dataset}.",
+            hint="Upload one with POST /datasets.",
+            errors=[FieldError("/dataset", error.detail)],
+        ) from error
+    _check_suitable(dataset, request.full_task)
+    needed = _estimate(row, request)
+    memory = _memory_of_all(settings, session)
+    if needed is not None and memory is not None:
+        check_fits(needed, memory, "this machine")
+    return row.id
+
+
+def _check_suitable(dataset: DatasetRow, task: CausalLmTask) -> None:
+    """Refuse a dataset that was found unfit when it was uploaded, unless the task names columns of its own."""
+    forms = [item for item in dataset.tasks if item["task"] == task.type]
+    own_columns = any(name.endswith("_column") for name in task.model_fields_set)
+    if own_columns or not forms or any(item["usable"] for item in forms):
+        return
+    reasons = "; ".join(f"as {item['form']}: {item['reason']}" for item in forms)
+    problem = f"the dataset {dataset.name!r} can not serve {task.type}: {reasons}"
+    raise RequestInvalid(
+        f"T{problem[1:]}.",
+        hint="GET /datasets/{id} tells what a dataset can serve; task.…_column names other columns.",
+        errors=[FieldError("/dataset", problem)],
+    )
+
+
+def estimate_training(session: Session, request: TrainParams) -> Estimate | None:
+    """What the training will take; None when the base model's layers are not known yet.
+
+    Raises:
+        RequestInvalid and its kin: an unknown base model, or parameters that do not fit its layers.
+    """
+    return _estimate(_base_model(session, request.base_model), request)
+
+
+def _base_model(session: Session, name: str) -> ModelRow:
+    row = models.find_model(session, name)
+    if row is None:
+        problem = f"there is no base model {name!r}"
+        hint = "GET /models lists those that are registered."
+        raise RequestInvalid(f"T{problem[1:]}.", hint=hint, errors=[FieldError("/base_model", problem)])
+    if row.removed_at is not None and row.removed_at <= database.now(session):
+        problem = f"the base model {row.name!r} was removed on {row.removed_at:%Y-%m-%d}"
+        raise RequestInvalid(f"T{problem[1:]}.", errors=[FieldError("/base_model", problem)])
+    return row
+
+
+def _estimate(row: ModelRow, request: TrainParams) -> Estimate | None:
+    options = parse_parameters(request.method, request.parameters)
+    if row.fingerprint is None:
+        return None
+    linear = {str(path): (int(d_out), int(d_in)) for path, d_out, d_in in row.fingerprint}
+    targets = resolve_targets(linear, options.target_modules)
+    check_rank(options, targets)
+    return estimate(options, targets, linear, request.training, request.full_task, row.parameter_count)
+
+
+def _memory_of_all(settings: Settings, session: Session) -> int | None:
+    """The main memory, if every slot that is alive is a CPU of this machine; else nobody here knows."""
+    slots = [
+        (str(slot.get("host") or server.host), slot.get("device"))
+        for server in alive_servers(session, settings)
+        for slot in server.slots
+    ]
+    here = socket.gethostname()
+    if not slots or any(host != here or device != "cpu" for host, device in slots):
+        return None
+    return int(psutil.virtual_memory().total)

@@ -1,0 +1,64 @@
+"""Checkpoints of jobs: the newest of each is kept until its job has succeeded, or has ended otherwise a day ago."""
+
+from __future__ import annotations
+
+from datetime import datetime
+
+from sqlalchemy import delete, select
+from sqlalchemy.orm import Session
+
+from artifacts.manifest import FileEntry
+from storage import database
+from storage.blob_rows import reserve_blobs
+from storage.tables import TERMINAL_STATES, JobCheckpointRow, JobRow
+from storage.transitions import lock_running
+
+
+def record_checkpoint(session: Session, job_id: str, attempt: int, *, step: int, sha256: str, size: int) -> str | None:
+    """The blob is in the store: from now on the job goes on from it.
+
+    Returns:
+        The digest of the checkpoint that it replaces, whose blob nobody needs any more.
+
+    Raises:
+        AttemptStale: a newer attempt owns the job; nothing was written.
+        AttemptCancelled: the job is being cancelled.
+    """
+    lock_running(session, job_id, attempt)
+    # Again, in the same transaction: the row must be there, and the sweep must not take it for an old one.
+    reserve_blobs(session, [FileEntry(path="checkpoint.tar", sha256=sha256, size=size, media_type="application/x-tar")])
+    moment = database.now(session)
+    row = session.get(JobCheckpointRow, job_id)
+    if row is None:
+        values = {"attempt": attempt, "step": step, "sha256": sha256, "size": size, "created_at": moment}
+        session.add(JobCheckpointRow(job_id=job_id, **values))
+        session.flush()
+        return None
+    replaced = None if row.sha256 == sha256 else row.sha256
+    row.attempt, row.step, row.sha256, row.size, row.created_at = attempt, step, sha256, size, moment
+    session.flush()
+    return replaced
+
+
+def newest_checkpoint(session: Session, job_id: str) -> JobCheckpointRow | None:
+    """Where the job goes on; None: at its beginning."""
+    return session.get(JobCheckpointRow, job_id)
+
+
+def drop_checkpoint(session: Session, job_id: str) -> str | None:
+    """Forget the job's checkpoint; returns the digest of its blob, if there was one."""
+    row = session.get(JobCheckpointRow, job_id)
+    if row is None:
+        return None
+    session.delete(row)
+    session.flush()
+    return row.sha256
+
+
+def drop_ended(session: Session, cutoff: datetime) -> int:
+    """Forget the checkpoints of jobs that ended before `cutoff`; returns how many."""
+    ended = select(JobRow.id).where(JobRow.state.in_(TERMINAL_STATES), JobRow.finished_at < cutoff)
+    dropped = session.scalars(
+        delete(JobCheckpointRow).where(JobCheckpointRow.job_id.in_(ended)).returning(JobCheckpointRow.job_id)
+    )
+    return len(dropped.all())

@@ -1,0 +1,186 @@
+"""Datasets: add (the same content once), find, delete, and which jobs still need one."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from sqlalchemy import false, select
+from sqlalchemy.orm import Session
+
+from artifacts.errors import Conflict, NotFound, StateConflict
+from artifacts.manifest import FileEntry
+from storage import database
+from storage.adapter_names import has_part
+from storage.blob_rows import reserve_blobs
+from storage.ids import new_id
+from storage.pagination import DEFAULT_LIMIT, Page, page_of
+from storage.quotas import charge_bytes, release_bytes
+from storage.tables import DatasetRow, JobRow
+from storage.text import fold, is_storable, storable
+from storage.upsert import insert_or_ignore
+
+DATASET_ID = re.compile(r"dat_[0-9a-f]{32}")
+
+_TRIES = 5
+_LISTED_JOBS = 5
+_UNFINISHED = ("queued", "running", "cancelling")
+
+
+@dataclass(frozen=True, slots=True)
+class DatasetFilter:
+    """What a list of datasets is narrowed by; all of it must hold."""
+
+    name: str | None = None  # a part of it, in any case
+    format: str | None = None
+    sha256: str | None = None
+
+
+def file_entry(sha256: str, size: int) -> FileEntry:
+    """The file of a dataset, as reservations take it."""
+    return FileEntry("data", sha256, size, "application/octet-stream")
+
+
+def add_dataset(
+    session: Session,
+    *,
+    name: str,
+    format: str,  # noqa: A002 (the column's name)
+    sha256: str,
+    size: int,
+    rows: int,
+    columns: Sequence[Mapping[str, Any]],
+    tasks: Sequence[Mapping[str, Any]] = (),
+    warnings: Sequence[str] = (),
+    created_by: str | None = None,
+) -> tuple[DatasetRow, bool]:
+    """Store what is known of a file; its blob must be in the store already.
+
+    A live dataset of the same file and format is returned as it is, with False; its name does not change. Two calls at
+    once give one row: the later one waits for the earlier transaction.
+
+    Args:
+        columns, tasks: JSON objects, as the table keeps them.
+
+    Raises:
+        QuotaExceeded: a new dataset, and more bytes than the key that makes it may store.
+        RequestInvalid: a text that can not be stored.
+    """
+    reserve_blobs(session, [file_entry(sha256, size)])
+    values: dict[str, Any] = {
+        "id": new_id("dat"),
+        "name": storable(name, "/name", 200),
+        "name_folded": fold(name),
+        "format": storable(format, "/format", 16),
+        "sha256": sha256,
+        "size": size,
+        "rows": rows,
+        "columns": list(columns),
+        "tasks": list(tasks),
+        "warnings": list(warnings),
+        "created_by": created_by,
+        "created_at": database.now(session),
+    }
+    for _ in range(_TRIES):
+        added = insert_or_ignore(session, DatasetRow, values).returning(DatasetRow.id)
+        if session.scalar(added) is not None:
+            charge_bytes(session, created_by, size)
+            return get_dataset(session, values["id"]), True
+        same = session.scalars(
+            select(DatasetRow)
+            .where(DatasetRow.sha256 == sha256, DatasetRow.format == format, DatasetRow.deleted_at.is_(None))
+            .execution_options(populate_existing=True)
+        ).one_or_none()
+        if same is not None:
+            return same, False
+        # it was deleted between the two statements: try to add again
+    raise Conflict("the same dataset is being added and deleted over and over", hint="Try again.")
+
+
+def get_dataset(session: Session, dataset_id: str, *, lock: bool = False) -> DatasetRow:
+    """The dataset.
+
+    Args:
+        lock: keep it from being deleted until the transaction ends: for whoever makes a job that needs it.
+
+    Raises:
+        NotFound: no such dataset, or it was deleted.
+    """
+    row = None
+    if is_storable(dataset_id):
+        live = select(DatasetRow).where(DatasetRow.id == dataset_id, DatasetRow.deleted_at.is_(None))
+        statement = live.with_for_update(read=True) if lock else live
+        row = session.scalars(statement.execution_options(populate_existing=True)).one_or_none()
+    if row is None:
+        raise NotFound(f"there is no dataset {dataset_id!r}", hint="GET /datasets lists those that are there.")
+    return row
+
+
+def list_datasets(
+    session: Session,
+    filters: DatasetFilter = DatasetFilter(),
+    *,
+    cursor: str | None = None,
+    limit: int = DEFAULT_LIMIT,
+) -> Page[DatasetRow]:
+    """Those that were not deleted, newest first.
+
+    Raises:
+        RequestInvalid: a bad cursor or limit.
+    """
+    statement = select(DatasetRow).where(DatasetRow.deleted_at.is_(None))
+    if filters.name is not None:
+        sqlite = session.get_bind().dialect.name == "sqlite"
+        # no name has in it what can not be stored
+        storable_part = is_storable(filters.name)
+        part = has_part(DatasetRow.name_folded, fold(filters.name), sqlite=sqlite) if storable_part else false()
+        statement = statement.where(part)
+    if filters.format is not None:
+        statement = statement.where(DatasetRow.format == filters.format)
+    if filters.sha256 is not None:
+        statement = statement.where(DatasetRow.sha256 == filters.sha256)
+    asked = {"name": filters.name, "format": filters.format, "sha256": filters.sha256}
+    keys = (DatasetRow.created_at, DatasetRow.id)
+    return page_of(session, statement, keys, filters=asked, cursor=cursor, limit=limit)
+
+
+def delete_dataset(session: Session, dataset_id: str) -> None:
+    """Hide the dataset. Its row and its bytes go with a later sweep.
+
+    Raises:
+        NotFound: no such dataset, or deleted before.
+        StateConflict: jobs that wait or run need it.
+    """
+    row = None
+    if is_storable(dataset_id):
+        row = session.scalars(
+            select(DatasetRow)
+            .where(DatasetRow.id == dataset_id, DatasetRow.deleted_at.is_(None))
+            .with_for_update()
+            .execution_options(populate_existing=True)
+        ).one_or_none()
+    if row is None:
+        raise NotFound(f"there is no dataset {dataset_id!r}")
+    needed = unfinished_jobs(session).get(dataset_id, [])
+    if needed:
+        listed = ", ".join(needed[:_LISTED_JOBS]) + (" …" if len(needed) > _LISTED_JOBS else "")
+        raise StateConflict(
+            f"{len(needed)} unfinished jobs need the dataset {row.name!r}: {listed}",
+            hint="Wait until they have ended, or cancel them.",
+        )
+    row.deleted_at = database.now(session)
+    release_bytes(session, row.created_by, row.size)
+    session.flush()
+
+
+def unfinished_jobs(session: Session) -> dict[str, list[str]]:
+    """Dataset id → ids of the jobs that wait or run and whose parameters name it."""
+    found: dict[str, list[str]] = {}
+    unfinished = select(JobRow.id, JobRow.params).where(JobRow.state.in_(_UNFINISHED))
+    for job_id, params in session.execute(unfinished):
+        for dataset_id in set(DATASET_ID.findall(json.dumps(params))):
+            found.setdefault(dataset_id, []).append(job_id)
+    return found

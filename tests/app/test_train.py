@@ -1,0 +1,181 @@
+"""POST /train: what is accepted, what is refused and where it points; estimates, series and pictures."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import pytest
+
+from storage.job_metrics import Point, record_metrics
+from train.catalog import METHODS
+
+LAYERS = {
+    "model.embed_tokens": (32, 8),
+    "model.layers.0.self_attn.q_proj": (8, 8),
+    "model.layers.0.mlp.up_proj": (12, 8),
+}
+ROWS = [{"prompt": f"{number} and one is ", "completion": str(number + 1)} for number in range(20)]
+
+
+@pytest.fixture
+def training(serve: Any, tmp_path: Path, make_safetensors: Any) -> Any:
+    """A server with a base model and a dataset; returns (server, body of a training)."""
+    folder = tmp_path / "roots" / "tiny"
+    folder.mkdir(parents=True)
+    weights = {f"{path}.weight": ("F32", [out, in_], b"\1" * 4 * out * in_) for path, (out, in_) in LAYERS.items()}
+    (folder / "model.safetensors").write_bytes(make_safetensors(weights))
+    config = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 32}
+    (folder / "config.json").write_text(json.dumps(config))
+    server = serve(model_roots=(folder.parent,))
+    model = server.client.post("/models", json={"path": str(folder), "name": "tiny"})
+    assert model.status_code == 201, model.text
+    dataset = upload(server, ROWS)
+    return server, {"base_model": model.json()["id"], "dataset": dataset, "parameters": {"rank": 4}}
+
+
+def upload(server: Any, rows: list[dict[str, Any]]) -> str:
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    response = server.client.post("/datasets", files=[("file", ("rows.jsonl", text.encode()))])
+    assert response.status_code == 201, response.text
+    found: str = response.json()["id"]
+    return found
+
+
+def test_a_training_is_queued_once_under_a_key(training: Any) -> None:
+    server, body = training
+    first = server.client.post("/train", json=body, headers={"Idempotency-Key": "one"})
+    assert first.status_code == 202, first.text
+    job = first.json()
+    assert (job["kind"], job["state"]) == ("train", "queued")
+    assert first.headers["location"] == f"/jobs/{job['id']}"
+    assert job["params"]["method"] == "lora"
+    assert job["params"]["training"]["batch_size"] == 8
+    again = server.client.post("/train", json=body, headers={"Idempotency-Key": "one"})
+    assert (again.status_code, again.json()["id"]) == (202, job["id"])
+    other = server.client.post("/train", json={**body, "seed": 9}, headers={"Idempotency-Key": "one"})
+    assert (other.status_code, other.json()["code"]) == (422, "idempotency_key_reused")
+
+
+def test_a_base_model_may_be_named_and_a_task_written_out(training: Any) -> None:
+    server, body = training
+    task = {"type": "causal-lm", "max_length": 32, "overlong": "drop"}
+    response = server.client.post("/train", json={**body, "base_model": "tiny", "task": task})
+    assert response.status_code == 202, response.text
+
+
+@pytest.mark.parametrize(
+    ("changes", "pointer", "words"),
+    [
+        ({"method": "lara"}, "/method", "must be one of"),
+        ({"parameters": {"rank": 0}}, "/parameters/rank", "greater than or equal to 1"),
+        ({"parameters": {"rank": 9}}, "/parameters/rank", "rank 9 is above 8, the smaller side of model.layers.0"),
+        ({"parameters": {"ranks": 4}}, "/parameters/ranks", "ranks"),
+        (
+            {"parameters": {"target_modules": ["q_proj", "qproj"]}},
+            "/parameters/target_modules/1",
+            "no layer is called 'qproj'; did you mean 'q_proj'?",
+        ),
+        ({"base_model": "nobody/nothing"}, "/base_model", "there is no base model 'nobody/nothing'"),
+        ({"dataset": "dat_" + "0" * 32}, "/dataset", "there is no dataset"),
+        ({"dataset": "adp_" + "0" * 32}, "/dataset", "pattern"),
+        ({"task": "classification"}, "/task", "causal-lm"),
+        ({"training": {"steps": 3, "epochs": 1}}, "/training", "give steps or epochs, not both"),
+        ({"training": {"learning_rate": 0}}, "/training/learning_rate", "greater than 0"),
+        ({"training": {"speed": 3}}, "/training/speed", "Extra inputs"),
+        ({"evaluation": {"validation_fraction": 0.6}}, "/evaluation/validation_fraction", "less than or equal to 0.5"),
+        ({"seed": -1}, "/seed", "greater than or equal to 0"),
+        ({"resources": {"devices": 2}}, "/resources/devices", "a job of kind train can use 1, not 2"),
+    ],
+)
+def test_what_can_not_be_trained_is_refused_where_it_is_wrong(
+    training: Any, changes: dict[str, Any], pointer: str, words: str
+) -> None:
+    server, body = training
+    response = server.client.post("/train", json={**body, **changes})
+    assert response.status_code == 422, response.text
+    findings = {item["pointer"]: item["message"] for item in response.json()["errors"]}
+    near = [message for found, message in findings.items() if found.startswith(pointer)]
+    assert near, findings
+    assert any(words in message for message in near), findings
+    assert server.client.get("/jobs").json()["items"] == []
+
+
+def test_the_layers_of_the_base_model_are_listed_when_one_is_not_there(training: Any) -> None:
+    server, body = training
+    response = server.client.post("/train", json={**body, "parameters": {"target_modules": ["query"]}})
+    assert "q_proj, up_proj" in response.json()["hint"]
+
+
+def test_a_dataset_without_what_the_task_needs_is_refused(training: Any) -> None:
+    server, body = training
+    unfit = upload(server, [{"question": "a", "answer": "b"}, {"question": "c", "answer": "d"}])
+    response = server.client.post("/train", json={**body, "dataset": unfit})
+    assert response.status_code == 422
+    assert "there is no column `completion`" in response.json()["detail"] or "`prompt`" in response.json()["detail"]
+    named = {"type": "causal-lm", "prompt_column": "question", "completion_column": "answer"}
+    accepted = server.client.post("/train", json={**body, "dataset": unfit, "task": named})
+    assert accepted.status_code == 202, accepted.text
+
+
+def test_a_dataset_that_a_training_waits_for_can_not_be_deleted(training: Any) -> None:
+    server, body = training
+    assert server.client.post("/train", json=body).status_code == 202
+    response = server.client.delete(f"/datasets/{body['dataset']}")
+    assert (response.status_code, response.json()["code"]) == (409, "state_conflict")
+
+
+def test_an_estimate_counts_the_trainable_parameters(training: Any) -> None:
+    server, body = training
+    response = server.client.post("/train/estimate", json=body)
+    assert response.status_code == 200, response.text
+    found = response.json()
+    assert found["trainable_parameters"] == 4 * (8 + 8) + 4 * (12 + 8)
+    assert found["optimizer_bytes"] == 8 * found["trainable_parameters"]
+    assert found["base_bytes"] == 4 * sum(out * in_ for out, in_ in LAYERS.values())
+    assert found["floor_bytes"] < found["peak_bytes"]
+    half = server.client.post("/train/estimate", json={**body, "training": {"precision": "bfloat16"}}).json()
+    assert half["base_bytes"] * 2 == found["base_bytes"]
+    assert server.client.get("/jobs").json()["items"] == []
+
+
+def test_the_series_and_the_curve_of_a_job(training: Any, fake_pool: Any) -> None:
+    server, body = training
+    job_id = server.client.post("/train", json=body).json()["id"]
+    assert server.client.get(f"/jobs/{job_id}/metrics").json() == {"items": [], "next_step": None}
+    empty = ElementTree.fromstring(server.client.get(f"/jobs/{job_id}/loss-curve").text)
+    assert "no step has been measured yet" in "".join(empty.itertext())
+    claimed = fake_pool(server).claim()
+    points = [Point(step, {"loss": 3.0 / step, "learning_rate": 0.1}) for step in range(1, 8)]
+    with server.services.database.write() as session:
+        record_metrics(session, *claimed, points)
+        record_metrics(session, *claimed, [Point(2, {"loss": 1.25})])
+    first = server.client.get(f"/jobs/{job_id}/metrics", params={"limit": 4}).json()
+    assert [item["step"] for item in first["items"]] == [1, 2, 3, 4]
+    assert first["items"][1]["numbers"] == {"loss": 1.25}
+    rest = server.client.get(f"/jobs/{job_id}/metrics", params={"after": first["next_step"]}).json()
+    assert ([item["step"] for item in rest["items"]], rest["next_step"]) == ([5, 6, 7], None)
+    response = server.client.get(f"/jobs/{job_id}/loss-curve")
+    assert response.headers["content-type"].startswith("image/svg+xml")
+    lines = [item for item in ElementTree.fromstring(response.text).iter() if item.tag.endswith("polyline")]
+    assert [len(str(line.get("points")).split()) for line in lines] == [7, 7]
+    missing = server.client.get(f"/jobs/job_{'0' * 32}/metrics")
+    assert (missing.status_code, missing.json()["code"]) == (404, "not_found")
+
+
+def test_the_menu_has_the_training_methods(training: Any) -> None:
+    server, _ = training
+    listed = {item["name"] for item in server.client.get("/methods").json()["items"] if item["kind"] == "train"}
+    assert listed == set(METHODS)
+    for name in METHODS:
+        found = server.client.get(f"/methods/train/{name}").json()
+        assert found["capabilities"]["exports"]
+        assert all(field["description"] for field in found["parameters_schema"]["properties"].values())
+    assert server.client.get("/methods/train/lego").status_code == 404
+
+
+def test_only_keys_that_may_run_jobs_train(serve: Any) -> None:
+    server = serve(api_keys="on")
+    assert server.client.post("/train", json={}).status_code == 401

@@ -1,0 +1,114 @@
+"""Rows become tokens: which tokens the loss counts, what is refused and by which name."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from artifacts.errors import FileBroken
+from train.causal_lm import IGNORED, RowProblemError, collate, encode_row, encode_rows, padding_of
+from train.evaluation import row_losses
+from train.settings import CausalLmTask
+
+TASK = CausalLmTask()
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tiny_base: Path) -> Any:
+    return AutoTokenizer.from_pretrained(tiny_base)
+
+
+def counted(tokenizer: Any, example: Any) -> str:
+    return str(tokenizer.decode([label for label in example.labels if label != IGNORED]))
+
+
+def test_of_a_pair_the_completion_and_its_end_are_counted(tokenizer: Any) -> None:
+    example = encode_row({"prompt": "two and two is ", "completion": "four"}, tokenizer, TASK)
+    assert tokenizer.decode(example.ids) == "two and two is four<end>"
+    assert counted(tokenizer, example) == "four<end>"
+    assert tokenizer.decode(example.ids[: example.answer_start]) == "two and two is "
+    assert example.counted == 5
+
+
+def test_of_a_text_all_but_the_first_token_are_counted(tokenizer: Any) -> None:
+    example = encode_row({"text": "hello"}, tokenizer, TASK)
+    assert counted(tokenizer, example) == "hello<end>"
+    assert example.counted == 5
+
+
+def test_of_a_chat_only_the_assistants_turns_are_counted(tokenizer: Any) -> None:
+    messages = [
+        {"role": "system", "content": "Be short."},
+        {"role": "user", "content": "Hi"},
+        {"role": "assistant", "content": "Ho"},
+        {"role": "user", "content": "And?"},
+        {"role": "assistant", "content": "No."},
+    ]
+    example = encode_row({"messages": messages}, tokenizer, TASK)
+    assert counted(tokenizer, example).replace("\n", "") == "Ho<end>No.<end>"
+    assert tokenizer.decode(example.ids[: example.answer_start]).endswith("[user]And?<end>\n[assistant]")
+
+
+@pytest.mark.parametrize(
+    ("row", "words"),
+    [
+        ({"question": "a"}, "has none of the columns messages, completion and text"),
+        ({"prompt": 3, "completion": "a"}, "are texts"),
+        ({"text": 3}, "is no text"),
+        ({"messages": "hello"}, "is a list of"),
+        ({"messages": [{"role": "user"}]}, "is a list of"),
+        ({"messages": [{"role": "user", "content": "a"}]}, "no turn of the assistant"),
+    ],
+)
+def test_a_row_that_does_not_serve_says_why(tokenizer: Any, row: dict[str, Any], words: str) -> None:
+    with pytest.raises(RowProblemError, match=words):
+        encode_row(row, tokenizer, TASK)
+
+
+def rows(*lengths: int) -> list[tuple[int, dict[str, str]]]:
+    return [(number, {"prompt": "a" * length, "completion": "b"}) for number, length in enumerate(lengths, 1)]
+
+
+def test_overlong_rows_are_named_dropped_or_cut(tokenizer: Any) -> None:
+    found = rows(3, 30, 4, 40)
+    with pytest.raises(FileBroken, match="2 rows of the dataset can not be used") as caught:
+        encode_rows(found, tokenizer, TASK, 20)
+    assert [item.pointer for item in caught.value.errors] == ["row 2", "row 4"]
+    assert caught.value.errors[0].message == "32 tokens, 20 are allowed"
+    dropped = encode_rows(found, tokenizer, CausalLmTask(overlong="drop"), 20)
+    assert (dropped.dropped, dropped.numbers, len(dropped.examples)) == ((2, 4), (1, 3), 2)
+
+
+def test_a_cut_row_of_which_nothing_is_left_to_learn_is_refused(tokenizer: Any) -> None:
+    with pytest.raises(FileBroken, match="row 1: nothing is left"):
+        encode_rows(rows(30), tokenizer, CausalLmTask(overlong="truncate"), 20)
+    text = [(1, {"text": "c" * 30})]
+    cut = encode_rows(text, tokenizer, CausalLmTask(overlong="truncate"), 20)
+    assert (cut.cut, len(cut.examples[0].ids)) == ((1,), 20)
+
+
+def test_at_most_twenty_rows_are_named_and_all_are_counted(tokenizer: Any) -> None:
+    with pytest.raises(FileBroken, match="50 rows") as caught:
+        encode_rows(rows(*[30] * 50), tokenizer, TASK, 20)
+    assert len(caught.value.errors) == 20
+
+
+def test_padding_changes_no_loss(tokenizer: Any, tiny_base: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(tiny_base, dtype=torch.float32).eval()
+    examples = [encode_row({"prompt": "a" * n, "completion": "b" * (9 - n)}, tokenizer, TASK) for n in (1, 5, 8)]
+    examples.append(encode_row({"prompt": "one ", "completion": "much longer than all others"}, tokenizer, TASK))
+    padding = padding_of(tokenizer)
+    batch = collate(examples, padding)
+    assert batch["input_ids"].shape == batch["labels"].shape == batch["attention_mask"].shape
+    assert int(batch["attention_mask"].sum()) == sum(len(example.ids) for example in examples)
+    together = row_losses(model, examples, padding)
+    alone = [row_losses(model, [example], padding)[0] for example in examples]
+    assert together == pytest.approx(alone, rel=1e-4)
+    with torch.no_grad():
+        single = collate([examples[0]], padding)
+        mean = float(model(**single).loss)
+    assert alone[0] / examples[0].counted == pytest.approx(mean, rel=1e-5)

@@ -1,0 +1,110 @@
+"""What is known before anything is loaded: targets, ranks, estimates; and the picture of a loss."""
+
+from __future__ import annotations
+
+import math
+import subprocess
+import sys
+from xml.etree import ElementTree
+
+import pytest
+
+from artifacts.errors import RequestInvalid
+from train.catalog import METHODS, parse_parameters
+from train.estimate import check_fits, estimate
+from train.loss_curve import draw
+from train.settings import CausalLmTask, TrainingSettings
+from train.targets import check_rank, resolve_targets
+
+LINEAR = {
+    "lm_head": (100, 8),
+    "model.embed_tokens": (100, 8),
+    "model.layers.0.mlp.up_proj": (12, 8),
+    "model.layers.0.self_attn.q_proj": (8, 8),
+    "model.layers.1.self_attn.q_proj": (8, 6),
+}
+
+
+def test_all_linear_leaves_embeddings_and_the_head_alone() -> None:
+    assert [target.path for target in resolve_targets(LINEAR, "all-linear")] == sorted(LINEAR)[2:]
+
+
+def test_a_name_means_the_ends_of_paths_at_a_dot() -> None:
+    assert [target.path for target in resolve_targets(LINEAR, ["0.self_attn.q_proj"])] == [sorted(LINEAR)[3]]
+    assert len(resolve_targets(LINEAR, ["q_proj"])) == 2
+    with pytest.raises(RequestInvalid, match="no layer called 'proj'"):
+        resolve_targets(LINEAR, ["proj"])
+
+
+def test_a_base_model_without_linear_layers_is_refused() -> None:
+    with pytest.raises(RequestInvalid, match="no linear layer"):
+        resolve_targets({"wte": (100, 8)}, "all-linear")
+
+
+@pytest.mark.parametrize(
+    ("method", "parameters", "pointer"),
+    [
+        ("lora", {"rank": 7}, "/parameters/rank"),
+        ("miss", {"rank": 7}, "/parameters/rank"),
+        ("adalora", {"initial_rank": 7, "target_rank": 2}, "/parameters/initial_rank"),
+    ],
+)
+def test_a_rank_above_the_smallest_side_is_refused(method: str, parameters: dict[str, int], pointer: str) -> None:
+    targets = resolve_targets(LINEAR, "all-linear")
+    with pytest.raises(RequestInvalid, match=r"Rank 7 is above 6, the smaller side of model.layers.1") as caught:
+        check_rank(parse_parameters(method, parameters), targets)
+    assert caught.value.errors[0].pointer == pointer
+    check_rank(parse_parameters("vera", {"rank": 4096}), targets)
+
+
+def test_estimates_know_what_each_method_trains() -> None:
+    targets = resolve_targets(LINEAR, "all-linear")
+    sides = [(target.d_out, target.d_in) for target in targets]
+    wanted = {
+        "lora": sum(4 * (d_out + d_in) for d_out, d_in in sides),
+        "dora": sum(4 * (d_out + d_in) + d_out for d_out, d_in in sides),
+        "lora-fa": sum(4 * d_out for d_out, _ in sides),
+        "vera": sum(4 + d_out for d_out, _ in sides),
+        "miss": sum(4 * d_out for d_out, _ in sides),
+    }
+    for method, expected in wanted.items():
+        options = parse_parameters(method, {"rank": 4})
+        found = estimate(options, targets, LINEAR, TrainingSettings(), CausalLmTask())
+        assert found.trainable_parameters == expected, method
+        assert found.optimizer_bytes == 8 * expected
+
+
+def test_a_tied_head_is_counted_once() -> None:
+    targets = resolve_targets(LINEAR, "all-linear")
+    found = estimate(parse_parameters("lora", {}), targets, LINEAR, TrainingSettings(), CausalLmTask())
+    assert found.base_bytes == 4 * sum(a * b for path, (a, b) in LINEAR.items() if path != "lm_head")
+
+
+def test_what_can_not_fit_is_refused_with_both_numbers() -> None:
+    targets = resolve_targets(LINEAR, "all-linear")
+    found = estimate(parse_parameters("lora", {}), targets, LINEAR, TrainingSettings(), CausalLmTask(), 10**12)
+    check_fits(found, 5 * 10**12, "the machine")
+    with pytest.raises(RequestInvalid, match=r"take 4000\.0 GB; the machine has 1\.0 GB"):
+        check_fits(found, 10**9, "the machine")
+
+
+@pytest.mark.parametrize("losses", [[2.0], [1.0, 1.0, 1.0], [3.0, math.nan, 1e-9], [1e30, 1.0], []])
+def test_the_picture_is_valid_whatever_the_losses_are(losses: list[float]) -> None:
+    picture = draw([(step, {"loss": loss}) for step, loss in enumerate(losses, 1)], "a <b> & c")
+    root = ElementTree.fromstring(picture)
+    assert "nan" not in picture
+    lines = [item for item in root.iter() if item.tag.endswith("polyline")]
+    finite = sum(map(math.isfinite, losses))
+    assert [len(str(line.get("points")).split()) for line in lines] == ([finite, finite] if finite else [])
+
+
+def test_the_menu_needs_no_torch() -> None:
+    names = "train.catalog, train.settings, train.targets, train.estimate, train.loss_curve, train.rows"
+    code = f"import sys, {names}; sys.exit('torch' in sys.modules or 'numpy' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_every_parameter_of_every_method_is_described() -> None:
+    for row in METHODS.values():
+        for name, field in row.options.model_fields.items():
+            assert field.description, f"{row.name}.{name}"

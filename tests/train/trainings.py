@@ -1,0 +1,94 @@
+"""Runs a training of the tiny base model in this process, and keeps its checkpoints."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from tiny_base import sums, write_rows
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from train.catalog import find_method, parse_parameters
+from train.data import DataFile
+from train.engine import Inputs, Plan, train_adapter
+from train.report import TrainReport
+from train.settings import CausalLmTask, EvaluationSettings, TrainingSettings
+
+TRAINING = {"steps": 20, "learning_rate": 0.01, "batch_size": 8, "gradient_accumulation": 2}
+
+
+@dataclass
+class Watcher:
+    """Follows a training: keeps its numbers and copies its checkpoints."""
+
+    folder: Path
+    stop_at: int | None = None
+    points: dict[int, dict[str, float]] = field(default_factory=dict)
+    checkpoints: dict[int, Path] = field(default_factory=dict)
+    told: list[tuple[float, str]] = field(default_factory=list)
+
+    def stop_wanted(self) -> bool:
+        return self.stop_at is not None and max(self.points, default=0) >= self.stop_at
+
+    def step(self, step: int, total: int, values: Mapping[str, float]) -> None:
+        self.points[step] = dict(values)
+
+    def checkpoint(self, folder: Path, step: int) -> None:
+        self.checkpoints[step] = Path(shutil.copytree(folder, self.folder / f"kept-{step}"))
+
+    def progress(self, fraction: float, message: str) -> None:
+        self.told.append((fraction, message))
+
+
+@dataclass
+class Trainings:
+    """Makes trainings that differ in what a test says."""
+
+    folder: Path
+    base: Path
+    count: int = 0
+
+    def __post_init__(self) -> None:
+        self.data = DataFile(write_rows(self.folder / "sums.jsonl", sums()), "jsonl")
+        self.tokenizer = AutoTokenizer.from_pretrained(self.base)
+
+    def load_base(self) -> Any:
+        model = AutoModelForCausalLM.from_pretrained(self.base, dtype=torch.float32)
+        return model.requires_grad_(False).eval()
+
+    def run(
+        self,
+        method: str = "lora",
+        parameters: Mapping[str, Any] | None = None,
+        *,
+        resume: Path | None = None,
+        task: Mapping[str, Any] | None = None,
+        evaluation: Mapping[str, Any] | None = None,
+        rows: list[dict[str, Any]] | None = None,
+        seed: int = 3,
+        stop_at: int | None = None,
+        **training: Any,
+    ) -> tuple[TrainReport, Path, Watcher]:
+        """One training; returns its report, the adapter's folder and who watched it."""
+        self.count += 1
+        folder = self.folder / f"run-{self.count}"
+        folder.mkdir()
+        options = parse_parameters(method, parameters or {})
+        data = self.data if rows is None else DataFile(write_rows(folder / "rows.jsonl", rows), "jsonl")
+        plan = Plan(
+            method=method,
+            options=options,
+            task=CausalLmTask(**task or {}),
+            training=TrainingSettings(**TRAINING | training),
+            evaluation=EvaluationSettings(**{"validation_fraction": 0.2} | dict(evaluation or {})),
+            seed=seed,
+            device="cpu",
+        )
+        inputs = Inputs(self.load_base, self.tokenizer, data, "acme/tiny", folder, resume)
+        watcher = Watcher(folder, stop_at)
+        report = train_adapter(plan, find_method(method).load(options), inputs, folder / "adapter", watcher)
+        return report, folder / "adapter", watcher

@@ -1,0 +1,230 @@
+"""The table of training methods: name → options, implementation, source and capabilities. Imports no torch."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import ValidationError
+
+from artifacts.errors import FieldError, RequestInvalid
+from train.options import (
+    AdaloraOptions,
+    DoraOptions,
+    EvaOptions,
+    LoraFaOptions,
+    LoraOptions,
+    LoraPlusOptions,
+    MissOptions,
+    OloraOptions,
+    PissaOptions,
+    RsloraOptions,
+    TrainOptions,
+    VeraOptions,
+)
+
+if TYPE_CHECKING:
+    from train.protocol import TrainMethod
+
+Task = Literal["causal-lm"]
+Export = Literal["lora", "dora", "vera", "miss"]
+
+
+@dataclass(frozen=True, slots=True)
+class Capabilities:
+    """What a method gives.
+
+    Attributes:
+        exports: what the adapter is that comes out: "lora" is a plain LoRA, any other is PEFT's type of that name.
+        mergeable: the adapter can go into `POST /merge`.
+        tasks: what it can be trained on.
+    """
+
+    exports: Export
+    mergeable: bool
+    tasks: tuple[Task, ...] = ("causal-lm",)
+
+
+@dataclass(frozen=True, slots=True)
+class Method:
+    """One row of the menu. `implementation` is imported in a worker only."""
+
+    name: str
+    title: str
+    summary: str
+    options: type[TrainOptions]
+    implementation: str
+    arxiv: str | None
+    reference_url: str
+    capabilities: Capabilities
+
+    def load(self, options: TrainOptions) -> TrainMethod[Any]:
+        """Import the implementation (torch) and make one for these options."""
+        module, _, name = self.implementation.partition(":")
+        made: TrainMethod[Any] = getattr(importlib.import_module(module), name)(options)
+        return made
+
+
+_ROWS = (
+    Method(
+        name="lora",
+        title="LoRA",
+        summary="Learns ΔW = alpha/r·B·A beside frozen weights. The one to begin with, and to compare with.",
+        options=LoraOptions,
+        implementation="train.methods.lora:Lora",
+        arxiv="2106.09685",
+        reference_url="https://arxiv.org/abs/2106.09685",
+        capabilities=Capabilities(exports="lora", mergeable=True),
+    ),
+    Method(
+        name="rslora",
+        title="Rank-stabilised LoRA",
+        summary="LoRA with scaling alpha/√r: the updates do not shrink as the rank grows. For ranks of 32 and above.",
+        options=RsloraOptions,
+        implementation="train.methods.rslora:RsLora",
+        arxiv="2312.03732",
+        reference_url="https://arxiv.org/abs/2312.03732",
+        capabilities=Capabilities(exports="lora", mergeable=True),
+    ),
+    Method(
+        name="dora",
+        title="DoRA",
+        summary="Learns the norm of every output apart from its direction. Often better at small ranks; slower, and "
+        "its adapters can not be merged.",
+        options=DoraOptions,
+        implementation="train.methods.dora:Dora",
+        arxiv="2402.09353",
+        reference_url="https://arxiv.org/abs/2402.09353",
+        capabilities=Capabilities(exports="dora", mergeable=False),
+    ),
+    Method(
+        name="pissa",
+        title="PiSSA",
+        summary="Trains the principal singular components of the weights. Learns faster than LoRA at first; exported "
+        "as a plain LoRA of twice the rank.",
+        options=PissaOptions,
+        implementation="train.methods.pissa:Pissa",
+        arxiv="2404.02948",
+        reference_url="https://arxiv.org/abs/2404.02948",
+        capabilities=Capabilities(exports="lora", mergeable=True),
+    ),
+    Method(
+        name="olora",
+        title="OLoRA",
+        summary="Trains an orthonormal start from a QR decomposition of the weights; exported as a plain LoRA of "
+        "twice the rank.",
+        options=OloraOptions,
+        implementation="train.methods.olora:Olora",
+        arxiv="2406.01775",
+        reference_url="https://arxiv.org/abs/2406.01775",
+        capabilities=Capabilities(exports="lora", mergeable=True),
+    ),
+    Method(
+        name="eva",
+        title="EVA",
+        summary="Starts A at the main directions of the layers' inputs on your data, and gives more rank to layers "
+        "whose inputs vary more.",
+        options=EvaOptions,
+        implementation="train.methods.eva:Eva",
+        arxiv="2410.07170",
+        reference_url="https://arxiv.org/abs/2410.07170",
+        capabilities=Capabilities(exports="lora", mergeable=True),
+    ),
+    Method(
+        name="adalora",
+        title="AdaLoRA",
+        summary="Begins with more rank than wanted and takes away, layer by layer, what matters least.",
+        options=AdaloraOptions,
+        implementation="train.methods.adalora:Adalora",
+        arxiv="2303.10512",
+        reference_url="https://arxiv.org/abs/2303.10512",
+        capabilities=Capabilities(exports="lora", mergeable=True),
+    ),
+    Method(
+        name="lora-plus",
+        title="LoRA+",
+        summary="LoRA in which B learns faster than A. Try it when LoRA learns slowly on wide models.",
+        options=LoraPlusOptions,
+        implementation="train.methods.lora_plus:LoraPlus",
+        arxiv="2402.12354",
+        reference_url="https://arxiv.org/abs/2402.12354",
+        capabilities=Capabilities(exports="lora", mergeable=True),
+    ),
+    Method(
+        name="lora-fa",
+        title="LoRA-FA",
+        summary="LoRA with a frozen A: less memory for optimiser and activations.",
+        options=LoraFaOptions,
+        implementation="train.methods.lora_fa:LoraFa",
+        arxiv="2308.03303",
+        reference_url="https://arxiv.org/abs/2308.03303",
+        capabilities=Capabilities(exports="lora", mergeable=True),
+    ),
+    Method(
+        name="vera",
+        title="VeRA",
+        summary="Learns two vectors per layer around shared random matrices: the fewest trained parameters.",
+        options=VeraOptions,
+        implementation="train.methods.vera:Vera",
+        arxiv="2310.11454",
+        reference_url="https://arxiv.org/abs/2310.11454",
+        capabilities=Capabilities(exports="vera", mergeable=False),
+    ),
+    Method(
+        name="miss",
+        title="MiSS",
+        summary="Learns one matrix per layer that acts on sums of groups of inputs: one factor instead of two.",
+        options=MissOptions,
+        implementation="train.methods.miss:Miss",
+        arxiv="2409.15371",
+        reference_url="https://arxiv.org/abs/2409.15371",
+        capabilities=Capabilities(exports="miss", mergeable=False),
+    ),
+)
+
+METHODS: Mapping[str, Method] = {row.name: row for row in _ROWS}
+
+
+def find_method(name: str) -> Method:
+    """The row of a method. Raises RequestInvalid, with the names that exist, when there is none."""
+    if name not in METHODS:
+        known = ", ".join(METHODS)
+        raise RequestInvalid(
+            f"There is no training method {name[:80]!r}.",
+            hint=f"Methods: {known}. See GET /methods.",
+            errors=[FieldError("/method", f"must be one of: {known}")],
+        )
+    return METHODS[name]
+
+
+def parse_parameters(method: str, parameters: Mapping[str, Any]) -> TrainOptions:
+    """Validate `parameters` against the options of `method`.
+
+    Raises:
+        RequestInvalid: unknown method or parameter, or a value out of range; each finding with its JSON pointer.
+    """
+    row = find_method(method)
+    try:
+        return row.options.model_validate(dict(parameters))
+    except ValidationError as error:
+        findings = _findings(error)
+        raise RequestInvalid(
+            f"The parameters of training method {method!r} are not valid: {findings[0].message}",
+            hint=f"GET /methods/train/{method} describes every parameter.",
+            errors=findings,
+        ) from error
+
+
+def _findings(error: ValidationError) -> list[FieldError]:
+    """One finding per field: a union reports every branch that failed, which would only repeat itself."""
+    findings: dict[str, list[str]] = {}
+    for item in error.errors(include_url=False, include_context=False, include_input=False):
+        # Beyond the field's name, a location only tells which branch of a union was tried.
+        pointer = "/parameters" + (f"/{item['loc'][0]}" if item["loc"] else "")
+        findings.setdefault(pointer, []).append(item["msg"].removeprefix("Value error, "))
+    return [
+        FieldError(pointer, f"{pointer.rsplit('/', 1)[-1]}: " + ", or ".join(dict.fromkeys(messages)))
+        for pointer, messages in findings.items()
+    ]

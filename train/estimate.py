@@ -1,0 +1,97 @@
+"""What a training takes: trainable parameters and bytes, before anything is loaded. Imports no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+
+from artifacts.errors import FieldError, RequestInvalid
+from train.options import TrainOptions
+from train.settings import CausalLmTask, TrainingSettings
+from train.targets import Target
+
+FLOAT32_BYTES = 4
+ADAM_STATE_BYTES = 8  # two moments in float32, per trainable parameter
+WEIGHT_BYTES: Mapping[str, int] = {"float32": 4, "bfloat16": 2, "float16": 2}
+EMBEDDINGS = frozenset({"embed_tokens", "word_embeddings", "wte"})
+_KEPT_PER_LAYER = 2.0  # activations that the backward pass needs, in multiples of the layers' inputs and outputs
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """Numbers of a training. `floor_bytes` is taken for certain; `peak_bytes` is a guess with the activations."""
+
+    trainable_parameters: int
+    base_bytes: int
+    adapter_bytes: int
+    optimizer_bytes: int
+    activation_bytes: int
+
+    @property
+    def floor_bytes(self) -> int:
+        """Weights, adapter, its gradients and the optimiser's state."""
+        return self.base_bytes + 2 * self.adapter_bytes + self.optimizer_bytes
+
+    @property
+    def peak_bytes(self) -> int:
+        return self.floor_bytes + self.activation_bytes
+
+    def to_dict(self) -> dict[str, int]:
+        return asdict(self) | {"floor_bytes": self.floor_bytes, "peak_bytes": self.peak_bytes}
+
+
+def estimate(
+    options: TrainOptions,
+    targets: Sequence[Target],
+    linear: Mapping[str, tuple[int, int]],
+    training: TrainingSettings,
+    task: CausalLmTask,
+    parameter_count: int | None = None,
+) -> Estimate:
+    """What the training takes on a base model with these layers.
+
+    Args:
+        linear: path → (d_out, d_in) of all weights of the base model.
+        parameter_count: of the base model; unknown, it is counted from `linear`.
+    """
+    trainable = sum(options.parameters_of(target.d_out, target.d_in) for target in targets)
+    parameters = parameter_count or sum(
+        d_out * d_in for path, (d_out, d_in) in linear.items() if not _tied(path, linear)
+    )
+    width = WEIGHT_BYTES[training.precision]
+    tokens = training.batch_size * task.max_length
+    per_token = sum(d_out + d_in for d_out, d_in in linear.values())
+    kept = _KEPT_PER_LAYER * tokens * per_token * width
+    return Estimate(
+        trainable_parameters=trainable,
+        base_bytes=parameters * width,
+        adapter_bytes=trainable * FLOAT32_BYTES,
+        optimizer_bytes=trainable * ADAM_STATE_BYTES,
+        activation_bytes=int(kept / 4 if training.gradient_checkpointing else kept),
+    )
+
+
+def _tied(path: str, linear: Mapping[str, tuple[int, int]]) -> bool:
+    """Whether it may be an output head that shares the weight of the embedding: then it takes nothing."""
+    if path.rpartition(".")[2] != "lm_head":
+        return False
+    return any(other.rpartition(".")[2] in EMBEDDINGS and linear[other] == linear[path] for other in linear)
+
+
+def check_fits(needed: Estimate, memory_bytes: int, where: str) -> None:
+    """Refuse what can not fit even with no activations at all.
+
+    Raises:
+        RequestInvalid: at /training, with both numbers.
+    """
+    if needed.floor_bytes <= memory_bytes:
+        return
+    problem = (
+        f"the weights, the adapter and the optimiser's state alone take {needed.floor_bytes / 1e9:.1f} GB; "
+        f"{where} has {memory_bytes / 1e9:.1f} GB"
+    )
+    raise RequestInvalid(
+        f"The training can not fit: {problem}.",
+        hint="Take a lower precision, a smaller rank or fewer target modules, or a larger device.",
+        errors=[FieldError("/training", problem)],
+    )

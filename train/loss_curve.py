@@ -1,0 +1,92 @@
+"""The loss of a training as a picture, drawn as SVG. Imports no torch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from html import escape
+
+WIDTH, HEIGHT = 720, 360
+LEFT, RIGHT, TOP, BOTTOM = 64, 16, 32, 44
+SMOOTHING = 0.9  # of the running mean, per point
+_STYLE = (
+    "text{font:12px sans-serif;fill:#444}.axis{stroke:#bbb}.grid{stroke:#eee}"
+    ".raw{fill:none;stroke:#9db7e8;stroke-width:1}.smooth{fill:none;stroke:#1f4fa8;stroke-width:2}"
+)
+
+
+def draw(points: Sequence[tuple[int, Mapping[str, float]]], title: str) -> str:
+    """The picture of the points that have a finite loss; without any it says so.
+
+    Args:
+        points: (step, numbers) in the order of the steps.
+    """
+    series = [
+        (step, float(numbers["loss"])) for step, numbers in points if math.isfinite(numbers.get("loss", math.nan))
+    ]
+    size = f'width="{WIDTH}" height="{HEIGHT}"'
+    parts = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" {size} viewBox="0 0 {WIDTH} {HEIGHT}" role="img">',
+        f"<title>loss of {escape(title)}</title><style>{_STYLE}</style>",
+        f'<rect {size} fill="#fff"/>',
+        f'<text x="{LEFT}" y="20">loss per step (thin), running mean (thick) · {escape(title)}</text>',
+    ]
+    if series:
+        parts += _plot(series)
+    else:
+        parts.append(
+            f'<text x="{WIDTH // 2}" y="{HEIGHT // 2}" text-anchor="middle">no step has been measured yet</text>'
+        )
+    return "\n".join([*parts, "</svg>", ""])
+
+
+def _plot(series: Sequence[tuple[int, float]]) -> list[str]:
+    losses = [loss for _, loss in series]
+    ticks = _ticks(min(losses), max(losses))
+    low, high = min(ticks[0], min(losses)), max(ticks[-1], max(losses))
+    last = max(series[-1][0], 1)
+
+    def place(step: float, loss: float) -> tuple[float, float]:
+        x = LEFT + (WIDTH - LEFT - RIGHT) * step / last
+        y = HEIGHT - BOTTOM - (HEIGHT - TOP - BOTTOM) * (loss - low) / (high - low)
+        return x, y
+
+    parts = []
+    for tick in ticks:
+        _, y = place(0, tick)
+        parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
+        parts.append(f'<text x="{LEFT - 8}" y="{y + 4:.1f}" text-anchor="end">{tick:g}</text>')
+    base = HEIGHT - BOTTOM
+    parts.append(f'<line class="axis" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{base}" y2="{base}"/>')
+    for tick in _ticks(0, last):
+        if tick <= last and tick == int(tick):
+            x, _ = place(tick, low)
+            parts.append(f'<text x="{x:.1f}" y="{base + 18}" text-anchor="middle">{int(tick)}</text>')
+    parts.append(f'<text x="{(LEFT + WIDTH - RIGHT) / 2}" y="{HEIGHT - 8}" text-anchor="middle">step</text>')
+    parts.append(_line("raw", (place(step, loss) for step, loss in series)))
+    parts.append(_line("smooth", (place(step, loss) for step, loss in _smoothed(series))))
+    return parts
+
+
+def _line(name: str, places: Iterable[tuple[float, float]]) -> str:
+    return f'<polyline class="{name}" points="{" ".join(f"{x:.1f},{y:.1f}" for x, y in places)}"/>'
+
+
+def _smoothed(series: Sequence[tuple[int, float]]) -> list[tuple[int, float]]:
+    """The exponential mean, without its bias towards the start."""
+    mean, weight, found = 0.0, 0.0, []
+    for step, loss in series:
+        mean = SMOOTHING * mean + (1 - SMOOTHING) * loss
+        weight = SMOOTHING * weight + (1 - SMOOTHING)
+        found.append((step, mean / weight))
+    return found
+
+
+def _ticks(low: float, high: float) -> list[float]:
+    """Round numbers around the range, about five."""
+    span = high - low or abs(high) or 1.0
+    rough = span / 5
+    power = 10.0 ** math.floor(math.log10(rough))
+    unit = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= rough)
+    first, last = math.floor(low / unit), math.ceil(high / unit)
+    return [float(f"{number * unit:.10g}") for number in range(first, max(last, first + 1) + 1)]

@@ -1,0 +1,39 @@
+"""LoRA (arXiv:2106.09685), by PEFT."""
+
+from __future__ import annotations
+
+from typing import Any, TypeVar
+
+from peft import LoraConfig
+
+from train.methods.peft_adapter import PeftMethod
+from train.options import LoraOptions, LowRankOptions
+from train.protocol import MethodContext
+
+Options = TypeVar("Options", bound=LowRankOptions)
+
+
+class LoraFamily(PeftMethod[Options]):
+    """Methods that are PEFT's LoRA with some fields set."""
+
+    def fields(self) -> dict[str, Any]:
+        """What the method sets besides rank, alpha, dropout and the targets."""
+        return {}
+
+    def config(self, context: MethodContext) -> LoraConfig:
+        options = self.options
+        return LoraConfig(
+            task_type="CAUSAL_LM",
+            r=options.rank,
+            lora_alpha=options.numerator,
+            lora_dropout=options.dropout,
+            target_modules=list(context.targets),
+            **self.fields(),
+        )
+
+
+class Lora(LoraFamily[LoraOptions]):
+    """scaling = alpha/r."""
+
+    def fields(self) -> dict[str, Any]:
+        return {"init_lora_weights": "gaussian" if self.options.initialisation == "gaussian" else True}

@@ -1,0 +1,89 @@
+"""What the methods have in common whose layers are PEFT's: wrapping, saving, loading, and the plain export."""
+
+from __future__ import annotations
+
+import json
+from abc import abstractmethod
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from peft import PeftConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from artifacts.errors import FileBroken
+from train.options import TrainOptions
+from train.protocol import MethodContext, TrainMethod
+from train.quiet import peft_deprecations_ignored
+
+WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+ADAPTER = "default"
+
+Options = TypeVar("Options", bound=TrainOptions)
+
+
+class PeftMethod(TrainMethod[Options]):
+    """A method whose layers are PEFT's. The export is the trained adapter as it is."""
+
+    @abstractmethod
+    def config(self, context: MethodContext) -> PeftConfig:
+        """PEFT's configuration of the adapter."""
+
+    def prepare(self, model: nn.Module, context: MethodContext) -> nn.Module:
+        config = self.config(context)
+        config.base_model_name_or_path = str(getattr(model, "name_or_path", "") or "")
+        return self.wrap(model, config)
+
+    def wrap(self, model: nn.Module, config: PeftConfig, *, empty: bool = False) -> nn.Module:
+        """The model with the adapter; `empty` leaves its factors without memory, for what fills them at once."""
+        with peft_deprecations_ignored():
+            wrapped: nn.Module = get_peft_model(model, config, adapter_name=ADAPTER, low_cpu_mem_usage=empty)
+        return wrapped
+
+    def save(self, model: nn.Module, directory: Path) -> None:
+        save_file(adapter_tensors(model), directory / WEIGHTS, metadata={"format": "pt"})
+
+    def load(self, model: nn.Module, directory: Path) -> None:
+        put_adapter_tensors(model, load_file(directory / WEIGHTS))
+
+    def export(self, model: nn.Module, directory: Path) -> None:
+        config: PeftConfig = model.peft_config[ADAPTER]  # type: ignore[index]
+        write_adapter(directory, adapter_tensors(model), config)
+
+
+def adapter_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
+    """The adapter's tensors on the CPU, under the names of its file."""
+    # Left to itself PEFT asks the hub whether the vocabulary was resized.
+    found = get_peft_model_state_dict(model, adapter_name=ADAPTER, save_embedding_layers=False)
+    return {name: value.detach().to("cpu", copy=True).contiguous() for name, value in sorted(found.items())}
+
+
+def put_adapter_tensors(model: nn.Module, tensors: dict[str, torch.Tensor]) -> None:
+    """Put tensors of `adapter_tensors` back into the model.
+
+    Raises:
+        FileBroken: some are missing or have no place.
+    """
+    result = set_peft_model_state_dict(model, tensors, adapter_name=ADAPTER)
+    expected = adapter_tensors(model).keys()
+    if result.unexpected_keys or tensors.keys() != expected:
+        lost = sorted(set(result.unexpected_keys) | (tensors.keys() ^ expected))
+        raise FileBroken(f"The checkpoint does not hold the adapter that is trained: {', '.join(lost[:5])}.")
+
+
+def write_adapter(directory: Path, tensors: dict[str, torch.Tensor], config: PeftConfig) -> None:
+    """Write a folder that PEFT loads. The same adapter gives the same bytes."""
+    directory.mkdir(parents=True, exist_ok=True)
+    save_file(dict(sorted(tensors.items())), directory / WEIGHTS, metadata={"format": "pt"})
+    document = config_document(config)
+    (directory / CONFIG).write_text(json.dumps(document, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def config_document(config: PeftConfig) -> dict[str, Any]:
+    """The configuration as JSON: sets, whose order is another in every process, become sorted lists."""
+    document = {
+        key: sorted(value) if isinstance(value, set | frozenset) else value for key, value in config.to_dict().items()
+    }
+    document["inference_mode"] = True
+    return document

@@ -1,0 +1,66 @@
+"""The report of a training, and the memory that it took."""
+
+from __future__ import annotations
+
+import resource
+import sys
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import psutil
+import torch
+
+_RSS_UNIT = 1 if sys.platform == "darwin" else 1024
+
+
+@dataclass(frozen=True, slots=True)
+class TrainReport:
+    """What a training did.
+
+    Attributes:
+        resumed_at: the step at which the attempt that ended took over; 0 if none was interrupted.
+        seconds, tokens_per_second: of the loop, in that attempt.
+        peak_memory: {resident, device} bytes: largest resident set of the process, largest allocation on the GPU.
+        evaluation: {before, after, difference}, empty when nothing was held out.
+        reload: how far PEFT's reload of the written file is from the trained model.
+    """
+
+    method: str
+    steps: int
+    resumed_at: int
+    seconds: float
+    tokens_per_second: float
+    final_loss: float | None
+    trainable_parameters: int
+    target_modules: int
+    peak_memory: Mapping[str, int | None]
+    estimate: Mapping[str, int]
+    data: Mapping[str, Any]
+    evaluation: Mapping[str, Any]
+    reload: Mapping[str, float]
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+class MemoryMeter:
+    """The peak from its making on, of the device; of the process, since its start."""
+
+    def __init__(self, device: str) -> None:
+        self._device = device if device.startswith("cuda") else None
+        if self._device is not None:
+            torch.cuda.reset_peak_memory_stats(self._device)
+
+    def peak(self) -> dict[str, int | None]:
+        """Bytes."""
+        resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * _RSS_UNIT
+        device = None if self._device is None else torch.cuda.max_memory_allocated(self._device)
+        return {"resident": resident, "device": device}
+
+
+def free_memory(device: str) -> int:
+    """Bytes that can still be had: of the GPU, or of the main memory."""
+    if device.startswith("cuda"):
+        return int(torch.cuda.mem_get_info(device)[0])
+    return int(psutil.virtual_memory().available)

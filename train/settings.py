@@ -1,0 +1,104 @@
+"""What a training takes besides its method: the task, the loop and the evaluation. Imports no torch."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, StringConstraints, model_validator
+
+Column = Annotated[str, StringConstraints(min_length=1, max_length=200)]
+Share = Annotated[float, Field(ge=0, le=0.5, allow_inf_nan=False)]
+Count = Annotated[StrictInt, Field(ge=1, le=10_000_000)]
+SECONDS_PER_DAY = 86400
+
+
+class _Settings(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+
+
+class CausalLmTask(_Settings):
+    """Predict the next token. A row has `messages` (chat), or `prompt` and `completion`, or `text`.
+
+    The loss counts what the model has to say: of a chat the assistant's turns, of a pair the completion, of a text all.
+    """
+
+    type: Literal["causal-lm"] = "causal-lm"
+    max_length: Annotated[StrictInt, Field(ge=2, le=1_048_576)] = Field(
+        1024, description="Longest row, tokens; never above what the base model was made for."
+    )
+    overlong: Literal["error", "drop", "truncate"] = Field(
+        "error", description="What becomes of longer rows: refuse and name them, leave them out, or cut their end off."
+    )
+    messages_column: Column = Field("messages", description="Column with a list of {role, content}.")
+    prompt_column: Column = Field("prompt", description="Column with what the model is given.")
+    completion_column: Column = Field("completion", description="Column with what it shall answer.")
+    text_column: Column = Field("text", description="Column with plain text.")
+
+
+class TrainingSettings(_Settings):
+    """How the loop runs."""
+
+    steps: Count | None = Field(None, description="Optimiser steps. Give these or epochs.")
+    epochs: Annotated[float, Field(gt=0, le=10_000, allow_inf_nan=False)] | None = Field(
+        None, description="Passes over the training rows; unset with steps unset: 1."
+    )
+    batch_size: Annotated[StrictInt, Field(ge=1, le=65536)] = Field(
+        8, description="Rows of one forward pass; a step takes batch_size × gradient_accumulation rows."
+    )
+    gradient_accumulation: Annotated[StrictInt, Field(ge=1, le=65536)] = Field(
+        1, description="Forward passes of one optimiser step."
+    )
+    learning_rate: Annotated[float, Field(gt=0, le=10, allow_inf_nan=False)] = Field(
+        2e-4, description="Peak of the schedule."
+    )
+    schedule: Literal["constant", "linear", "cosine"] = Field(
+        "linear", description="After the warm-up: stay, or fall to 0 along a line or a cosine."
+    )
+    warmup_steps: Annotated[StrictInt, Field(ge=0, le=10_000_000)] = Field(
+        0, description="Steps in which the learning rate rises from 0."
+    )
+    weight_decay: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)] = Field(0.0, description="Of AdamW.")
+    max_grad_norm: Annotated[float, Field(ge=0, le=1e6, allow_inf_nan=False)] = Field(
+        1.0, description="Gradients are scaled down to this norm; 0 leaves them."
+    )
+    precision: Literal["float32", "bfloat16", "float16"] = Field(
+        "float32",
+        description="Of the frozen weights and the arithmetic; the adapter is always trained in float32. float16 needs "
+        "a GPU.",
+    )
+    gradient_checkpointing: StrictBool = Field(
+        False, description="Compute activations twice instead of keeping them: less memory, about a third slower."
+    )
+    checkpoint_seconds: Annotated[float, Field(gt=0, le=SECONDS_PER_DAY, allow_inf_nan=False)] = Field(
+        300.0, description="Longest time between two checkpoints: what an interruption costs at most."
+    )
+    checkpoint_steps: Count | None = Field(None, description="Also write one every so many steps.")
+
+    @model_validator(mode="after")
+    def _one_length(self) -> TrainingSettings:
+        if self.steps is not None and self.epochs is not None:
+            raise ValueError("give steps or epochs, not both")
+        return self
+
+
+class EvaluationSettings(_Settings):
+    """What is measured before and after the training, on rows that are not trained on."""
+
+    validation_fraction: Share = Field(
+        0.1, description="Share of the rows that are held out, chosen by the hash of the row; 0 measures nothing."
+    )
+    max_rows: Annotated[StrictInt, Field(ge=1, le=100_000)] = Field(
+        200, description="Most rows that are measured, the first of the validation rows."
+    )
+    exact_match: StrictBool = Field(
+        False, description="Also write greedy answers and count those equal to the completion: slow."
+    )
+    max_new_tokens: Annotated[StrictInt, Field(ge=1, le=8192)] = Field(64, description="Longest greedy answer.")
+    bootstrap: Annotated[StrictInt, Field(ge=100, le=100_000)] = Field(
+        2000, description="Resamples of the paired bootstrap that gives the 95 % intervals."
+    )
+
+
+def task_of(value: Any) -> Any:
+    """A task's name alone stands for the task with its defaults."""
+    return {"type": value} if isinstance(value, str) else value

@@ -1,0 +1,154 @@
+"""The job kind "train": fetch the data and the checkpoint, train, hand over the adapter with its report."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import structlog
+
+from artifacts.errors import DatabaseUnavailable, FieldError, RequestInvalid
+from storage.job_metrics import Point, record_metrics
+from train.catalog import find_method, parse_parameters
+from train.data import DataFile
+from train.engine import BEFORE, LOOP, Inputs, Plan, train_adapter
+from train.settings import CausalLmTask, EvaluationSettings, TrainingSettings, task_of
+from workers import base_models
+from workers.checkpointing import Checkpoints
+from workers.context import JobContext, JobOutcome, NewAdapter
+
+LIBRARIES = ("rankwise", "torch", "transformers", "peft", "accelerate")
+NAME_LIMIT = 200
+SECONDS_BETWEEN = 1.0
+LONGEST_BETWEEN = 30.0
+POINTS_AT_ONCE = 500
+
+log = structlog.get_logger(__name__)
+
+
+def run(context: JobContext) -> JobOutcome:
+    """Train the adapter that the job's parameters describe.
+
+    `params`: {method, base_model, dataset, task, parameters, training, evaluation, seed, name}.
+
+    Raises:
+        NotFound: the base model or the dataset is not there any more.
+        RequestInvalid and its kin: they do not fit the job (`train.engine.train_adapter`).
+        AttemptCancelled, AttemptStale
+    """
+    plan = plan_of(context)
+    dataset, path = context.dataset(context.params["dataset"])
+    model, source = context.model_source(context.params["base_model"])
+    checkpoints = Checkpoints(context)
+    resumed = checkpoints.fetch()
+    observer = JobObserver(context, checkpoints)
+    dtype = plan.training.precision
+    inputs = Inputs(
+        load_base=lambda: base_models.load(source, dtype=dtype, device=context.device),
+        tokenizer=base_models.load_tokenizer(source),
+        data=DataFile(path, dataset.format),
+        base_name=model.name,
+        folder=context.scratch,
+        resume=None if resumed is None else resumed[0],
+    )
+    output = context.scratch / "trained"
+    method = find_method(plan.method).load(plan.options)
+    report = train_adapter(plan, method, inputs, output, observer).to_dict()
+    observer.flush()
+    report |= {
+        "parameters": plan.options.model_dump(mode="json"),
+        "training": plan.training.model_dump(mode="json"),
+        "seed": plan.seed,
+        "versions": {library: version(library) for library in LIBRARIES},
+    }
+    trained = NewAdapter(
+        directory=output,
+        name=context.params.get("name") or default_name(dataset.name, plan.method),
+        description=f"Trained on {dataset.name} with {plan.method}, {report['steps']} steps.",
+        base_model=model.name,
+        model_id=model.id,
+    )
+    return JobOutcome((trained,), report)
+
+
+def plan_of(context: JobContext) -> Plan:
+    """The job's parameters, checked again: they were stored as JSON.
+
+    Raises:
+        RequestInvalid: a precision that the device does not have.
+    """
+    params: Mapping[str, Any] = context.params
+    training = TrainingSettings.model_validate(params.get("training") or {})
+    if training.precision == "float16" and not context.device.startswith("cuda"):
+        problem = f"float16 needs a GPU; this job runs on {context.device}"
+        raise RequestInvalid(
+            f"{problem}.", hint="Take bfloat16 or float32.", errors=[FieldError("/training/precision", problem)]
+        )
+    return Plan(
+        method=params["method"],
+        options=parse_parameters(params["method"], params.get("parameters") or {}),
+        task=CausalLmTask.model_validate(task_of(params.get("task") or {})),
+        training=training,
+        evaluation=EvaluationSettings.model_validate(params.get("evaluation") or {}),
+        seed=params.get("seed") or 0,
+        device=context.device,
+        # After the device's memory ran out once, half of a batch at a time: the same sums, in another order.
+        micro_batches=2 if context.reduce_memory else 1,
+    )
+
+
+def default_name(dataset: str, method: str) -> str:
+    """ "my data (lora)", shortened to what a name may have."""
+    tail = f" ({method})"
+    return dataset[: NAME_LIMIT - len(tail)] + tail
+
+
+class JobObserver:
+    """Carries what happens in a training to the job's row, its series and its checkpoint.
+
+    A long training tells less often, so that its events do not grow without end.
+    """
+
+    def __init__(self, context: JobContext, checkpoints: Checkpoints) -> None:
+        self._context, self._checkpoints = context, checkpoints
+        self._points: list[Point] = []
+        self._began = self._told = time.monotonic()
+
+    def stop_wanted(self) -> bool:
+        return self._context.stop_wanted
+
+    def progress(self, fraction: float, message: str) -> None:
+        self._context.progress(fraction, message)
+
+    def step(self, step: int, total: int, values: Mapping[str, float]) -> None:
+        self._points.append(Point(step, dict(values)))
+        now = time.monotonic()
+        between = min(max(SECONDS_BETWEEN, (now - self._began) / 500), LONGEST_BETWEEN)
+        if now - self._told < between or self._context.stop_wanted:
+            return
+        self._told = now
+        fraction = BEFORE + (LOOP - BEFORE) * step / total
+        self._context.progress(fraction, f"step {step} of {total}, loss {values['loss']:.4g}", step, total)
+        self.flush()
+
+    def checkpoint(self, folder: Path, step: int) -> None:
+        self.flush()  # what goes on from here does not measure these steps again
+        self._checkpoints.publish(folder, step)
+
+    def flush(self) -> None:
+        """Write the numbers of the steps since the last time.
+
+        Raises:
+            AttemptStale, AttemptCancelled
+        """
+        spec = self._context.spec
+        try:
+            while self._points:
+                with self._context.database.write() as session:
+                    record_metrics(session, spec.job_id, spec.attempt, self._points[:POINTS_AT_ONCE])
+                del self._points[:POINTS_AT_ONCE]
+        except DatabaseUnavailable as error:
+            log.warning("metrics_not_written", job_id=spec.job_id, error=error.detail)
