@@ -56,20 +56,20 @@ def refusal(database: Database, config: Settings, kind: str, **resources: Any) -
 def test_one_device_is_always_accepted(database: Database, config: Settings) -> None:
     check(database, config, "merge")
     check(database, config, "merge", devices=1)
-    check(database, config, "train", timeout_seconds=5)
+    check(database, config, "evaluate", timeout_seconds=5)
 
 
 def test_a_kind_uses_no_more_than_it_can(database: Database, config: Settings) -> None:
     register(database, "srv_1", "a", slots("a", "a", "a"))
     assert "merge can use 1" in refusal(database, config, "merge", devices=2)
-    check(database, config, "train", devices=3)
+    check(database, config, "evaluate", devices=3)
 
 
 def test_the_devices_of_one_host_count(database: Database, config: Settings) -> None:
     register(database, "srv_1", "head", slots("n1", "n1", "n2", "n2", "n2"))
     register(database, "srv_2", "b", [{"name": "cuda:0", "device": "cuda:0"}, {"name": "cuda:1", "device": "cuda:1"}])
-    check(database, config, "train", devices=3)
-    detail = refusal(database, config, "train", devices=4)
+    check(database, config, "evaluate", devices=3)
+    detail = refusal(database, config, "evaluate", devices=4)
     for text in ("n1 has 2", "n2 has 3", "b has 2"):
         assert text in detail
 
@@ -77,17 +77,17 @@ def test_the_devices_of_one_host_count(database: Database, config: Settings) -> 
 def test_the_slots_of_two_servers_of_one_host_do_not_add_up(database: Database, config: Settings) -> None:
     register(database, "srv_1", "a", slots("a", "a"))
     register(database, "srv_2", "a", slots("a", "a"))
-    check(database, config, "train", devices=2)
-    assert "a has 2" in refusal(database, config, "train", devices=3)
+    check(database, config, "evaluate", devices=2)
+    assert "a has 2" in refusal(database, config, "evaluate", devices=3)
 
 
 def test_a_server_that_is_silent_has_nothing(database: Database, config: Settings) -> None:
     register(database, "srv_1", "a", slots("a", "a"))
-    check(database, config, "train", devices=2)
+    check(database, config, "evaluate", devices=2)
     with database.write() as session:
         session.execute(update(ServerRow).values(seen_at=now(session) - timedelta(seconds=config.lease_seconds + 5)))
-    assert "no server of the pool is alive" in refusal(database, config, "train", devices=2)
-    check(database, config, "train", devices=1)
+    assert "no server of the pool is alive" in refusal(database, config, "evaluate", devices=2)
+    check(database, config, "evaluate", devices=1)
 
 
 @settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -101,6 +101,6 @@ def test_accepted_exactly_when_some_server_has_them_on_one_host(
         register(database, f"srv_{number}", "own", slots(*hosts))
     largest = max((hosts.count(host) for hosts in pool for host in hosts), default=0)
     if devices == 1 or devices <= largest:
-        check(database, config, "train", devices=devices)
+        check(database, config, "evaluate", devices=devices)
     else:
-        refusal(database, config, "train", devices=devices)
+        refusal(database, config, "evaluate", devices=devices)
