@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import random
 import time
 from collections import defaultdict
@@ -151,6 +152,8 @@ def list_times(database: Database, sizes: Sizes, rounds: int, seed: int = 0) -> 
     """Milliseconds of the calls of each list, from the call to the rows in memory."""
     times: dict[str, list[float]] = defaultdict(list)
     choice = random.Random(seed)
+    gc.collect()
+    gc.freeze()  # as `rankwise serve` does: else every thirtieth call pays for a full collection
     for name, call in _lists(sizes, choice):
         for number in range(rounds + 1):
             began = time.perf_counter()

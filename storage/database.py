@@ -22,6 +22,7 @@ from storage import faults, text
 
 BUSY_TIMEOUT_SECONDS = 10
 IDLE_IN_TRANSACTION_SECONDS = 120
+CACHE_KIB = 16 << 10  # of each SQLite connection; its own 2 MiB do not hold the upper levels of large indexes
 STATEMENT_SECONDS = 60  # nothing that a server asks takes nearly as long; migrations have connections of their own
 POOL_SIZE = 10
 POOL_OVERFLOW = 30  # the HTTP thread pool has 40 threads
@@ -237,6 +238,7 @@ def _prepare_sqlite(connection: Any, record: ConnectionPoolEntry, file: Path) ->
     connection.execute("PRAGMA foreign_keys=ON")
     connection.execute(f"PRAGMA busy_timeout={BUSY_TIMEOUT_SECONDS * 1000}")
     connection.execute("PRAGMA synchronous=FULL")  # a job that was accepted survives a power cut
+    connection.execute(f"PRAGMA cache_size=-{CACHE_KIB}")
     record.info["file"] = _file_identity(file)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import signal
 import threading
 from types import FrameType
@@ -29,9 +30,12 @@ def serve(
 
     from app.main import create_app
 
+    app = create_app(settings)
+    app.openapi()  # made once, and now rather than for the first who asks
+    _spare_the_collector()
     # The application configures logging and writes the access log itself.
     uvicorn.run(
-        create_app(settings),
+        app,
         host=settings.host,
         port=settings.port,
         log_config=None,
@@ -39,6 +43,12 @@ def serve(
         server_header=False,
         timeout_graceful_shutdown=10,
     )
+
+
+def _spare_the_collector() -> None:
+    """What is loaded now stays for ever: the garbage collector need not look at it, which takes 0.1 s each time."""
+    gc.collect()
+    gc.freeze()
 
 
 def worker(data_dir: DataDir = None, devices: Devices = None) -> None:
