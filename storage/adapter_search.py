@@ -27,7 +27,7 @@ from storage.tables import AdapterFileRow, AdapterRow, AdapterTagRow
 from storage.text import fold, is_storable
 
 AUTOV2_LENGTH = 10  # civitai's AutoV2: so many of the first hex digits of the file's SHA-256
-PROBE_ROWS = 10_000  # an index with more rows than this is not counted any further
+PROBE_ROWS = 1_000  # an index with more rows than this is not counted any further
 WINDOW_ROWS = 30_000  # how far down the list a part of a name is looked for before the index of names is asked
 FETCH_COST = 10  # what it costs to look a row up in its table, in rows of an index that is read in order
 
