@@ -19,10 +19,11 @@ from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from typing import Any
 
-from sqlalchemy import ColumnElement, or_, select, text
+from sqlalchemy import ColumnElement, or_, select
 from sqlalchemy.orm import Session
 
 from storage import database
+from storage.conditions import IS_QUEUED, IS_WAITED_FOR
 from storage.queues import count_claims
 from storage.tables import ApiKeyRow, JobAttemptRow, JobEventRow, JobQueueRow, JobRow
 
@@ -33,9 +34,6 @@ CLOCK_JUMP = timedelta(
     minutes=10
 )  # longer than any back-off: what is "due" later than this was written by another clock
 SLOT_TEXT = 40
-# A partial index serves a query only if the query repeats its condition, not as a bound parameter.
-_IS_QUEUED = text("jobs.state = 'queued'")
-_IS_WAITED_FOR = text("job_queues.queued > 0")
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,7 +176,7 @@ class _Round:
 
     def _counters(self, *, lock: bool) -> Sequence[tuple[JobQueueRow, int | None]]:
         """The counters of the owners whose jobs wait, with the limit of each; locked in one order for all."""
-        waited_for = select(JobQueueRow.owner).where(_IS_WAITED_FOR)
+        waited_for = select(JobQueueRow.owner).where(IS_WAITED_FOR)
         statement = (
             select(JobQueueRow, ApiKeyRow.max_running)
             .outerjoin(ApiKeyRow, ApiKeyRow.id == JobQueueRow.owner)
@@ -209,7 +207,7 @@ class _Round:
             room = sum(len(slots) for slots in self._idle.values())
             statement = (
                 select(JobRow)
-                .where(_IS_QUEUED, JobRow.owner == owner.name, JobRow.devices == devices, self._is_due())
+                .where(IS_QUEUED, JobRow.owner == owner.name, JobRow.devices == devices, self._is_due())
                 .order_by(JobRow.precedence, JobRow.created_at, JobRow.id)
                 .limit(max(1, room // devices))
                 .with_for_update(skip_locked=True)
@@ -233,7 +231,7 @@ class _Round:
         window = (
             select(JobRow.id, JobRow.affinity)
             .where(
-                _IS_QUEUED,
+                IS_QUEUED,
                 JobRow.owner == head.owner,
                 JobRow.devices == head.devices,
                 JobRow.precedence == head.precedence,
@@ -250,7 +248,7 @@ class _Round:
     def _lock_queued(self, job_id: str) -> JobRow | None:
         return self._session.scalars(
             select(JobRow)
-            .where(JobRow.id == job_id, _IS_QUEUED)
+            .where(JobRow.id == job_id, IS_QUEUED)
             .with_for_update(skip_locked=True)
             .execution_options(populate_existing=True)
         ).one_or_none()
@@ -364,4 +362,4 @@ def slot_text(slots: Sequence[SlotOffer]) -> str:
 
 def waits(session: Session) -> bool:
     """Whether any job is queued."""
-    return session.scalar(select(JobQueueRow.owner).where(_IS_WAITED_FOR).limit(1)) is not None
+    return session.scalar(select(JobQueueRow.owner).where(IS_WAITED_FOR).limit(1)) is not None

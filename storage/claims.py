@@ -11,12 +11,13 @@ from collections.abc import Sequence
 from datetime import timedelta
 from typing import Any, Literal
 
-from sqlalchemy import or_, select, text, update
+from sqlalchemy import or_, select, update
 from sqlalchemy.orm import Session
 
 from artifacts.errors import AttemptStale, StateConflict
 from storage import database
 from storage.claiming import Claim, Claims, SlotOffer, claim_many, claim_next, waits
+from storage.conditions import IS_ACTIVE
 from storage.queues import in_lock_order
 from storage.servers import beat_server, list_servers, register_server
 from storage.tables import JobAttemptRow, JobRow
@@ -50,8 +51,6 @@ MAX_FAILURES = 3
 MAX_RESTARTS = 10
 Renewal = Literal["ok", "cancel", "lost"]
 _MESSAGE_LIMIT = 500
-# The condition of the partial index, word for word.
-_IS_ACTIVE = text("jobs.state IN ('running', 'cancelling')")
 LEASE_CEILING = timedelta(hours=1)  # longer than any lease: what ends later was written before the clock was set back
 
 
@@ -214,7 +213,7 @@ def release_previous_boots(session: Session, server_id: str, boot_id: str, *, gr
     """
     jobs = session.scalars(
         select(JobRow)
-        .where(JobRow.server_id == server_id, JobRow.boot_id != boot_id, _IS_ACTIVE)
+        .where(JobRow.server_id == server_id, JobRow.boot_id != boot_id, IS_ACTIVE)
         .order_by(JobRow.id)
         .with_for_update()
         .execution_options(populate_existing=True)
@@ -248,7 +247,7 @@ def expire_leases(session: Session, max_failures: int = MAX_FAILURES) -> int:
     over = or_(JobRow.lease_expires_at < moment, JobRow.lease_expires_at > moment + LEASE_CEILING)
     jobs = session.scalars(
         select(JobRow)
-        .where(_IS_ACTIVE, over)
+        .where(IS_ACTIVE, over)
         .with_for_update(skip_locked=True)
         .execution_options(populate_existing=True)
     ).all()

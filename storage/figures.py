@@ -13,10 +13,9 @@ from sqlalchemy.orm import Session
 
 from storage import database, job_logs
 from storage.automation_tables import ScheduleRow, WebhookDeliveryRow
+from storage.conditions import IS_ACTIVE
 from storage.tables import BlobRow, JobQueueRow, JobRow, ServerRow
 
-# The conditions of partial indexes, word for word.
-_IS_ACTIVE = text("jobs.state IN ('running', 'cancelling')")
 _IS_DUE_SOMETIME = text("schedules.next_fire_at IS NOT NULL")
 _IS_PENDING = text("webhook_deliveries.state = 'pending'")
 DELIVERY_STATES = ("pending", "delivered", "failed")
@@ -74,7 +73,7 @@ def figures(session: Session, servers: Sequence[ServerRow], lease_seconds: float
         select(func.coalesce(func.sum(JobQueueRow.queued), 0), func.coalesce(func.sum(JobQueueRow.running), 0))
     ).one()
     owners = session.scalar(select(func.count(JobQueueRow.owner.distinct())).where(text("job_queues.queued > 0")))
-    lease_ends = session.scalar(select(func.min(JobRow.lease_expires_at)).where(_IS_ACTIVE))
+    lease_ends = session.scalar(select(func.min(JobRow.lease_expires_at)).where(IS_ACTIVE))
     oldest = session.scalar(
         select(JobRow.created_at).where(JobRow.state == "queued").order_by(JobRow.created_at, JobRow.id).limit(1)
     )

@@ -9,18 +9,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
 
-from sqlalchemy import delete, func, select, text
-from sqlalchemy.dialects import postgresql, sqlite
+from sqlalchemy import delete, func, select
 from sqlalchemy.orm import Session
 
 from artifacts.errors import NotFound
 from storage import database
+from storage.conditions import IS_ACTIVE
 from storage.jobs import get_job
 from storage.log_text import HEAD_BYTES, TAIL_BYTES
 from storage.tables import JobAttemptRow, JobLogRow, JobRow
+from storage.upsert import dialect_insert
 
 LARGEST_OFFSET = 2**31 - 1
-_IS_ACTIVE = text("jobs.state IN ('running', 'cancelling')")
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +44,7 @@ def append_pieces(session: Session, job_id: str, attempt: int, pieces: Sequence[
     Returns:
         False if the attempt is not the current one any more; nothing was written.
     """
-    current = select(JobRow.id).where(JobRow.id == job_id, JobRow.attempt == attempt, _IS_ACTIVE)
+    current = select(JobRow.id).where(JobRow.id == job_id, JobRow.attempt == attempt, IS_ACTIVE)
     current = current.with_for_update(read=True)  # until these pieces are there, nobody ends the attempt
     if session.scalar(current) is None:
         return False
@@ -53,8 +53,7 @@ def append_pieces(session: Session, job_id: str, attempt: int, pieces: Sequence[
         {"job_id": job_id, "attempt": attempt, "sequence": piece.offset, "text": piece.text, "created_at": moment}
         for piece in pieces
     ]
-    insert = sqlite.insert if session.get_bind().dialect.name == "sqlite" else postgresql.insert
-    statement = insert(JobLogRow).values(values)
+    statement = dialect_insert(session, JobLogRow).values(values)
     session.execute(
         statement.on_conflict_do_update(
             index_elements=["job_id", "attempt", "sequence"], set_={"text": statement.excluded.text}

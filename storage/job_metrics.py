@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from datetime import datetime
 
 from sqlalchemy import func, select
-from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.orm import Session
 
 from storage import database
 from storage.jobs import get_job
 from storage.tables import JobMetricRow
 from storage.transitions import lock_running
+from storage.upsert import dialect_insert
 
 LARGEST_STEP = 2**31 - 1
 
@@ -47,8 +47,7 @@ def record_metrics(session: Session, job_id: str, attempt: int, points: Sequence
         }
         for point in points
     ]
-    insert = sqlite.insert if session.get_bind().dialect.name == "sqlite" else postgresql.insert
-    statement = insert(JobMetricRow).values(values)
+    statement = dialect_insert(session, JobMetricRow).values(values)
     session.execute(
         statement.on_conflict_do_update(
             index_elements=["job_id", "step"],

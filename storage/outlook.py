@@ -11,19 +11,18 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, Literal
 
-from sqlalchemy import Select, func, literal, select, text, tuple_
+from sqlalchemy import Select, func, literal, select, tuple_
 from sqlalchemy.orm import Session
 
 from storage import database, queues
 from storage.columns import UtcDateTime
+from storage.conditions import IS_QUEUED, IS_WAITED_FOR
 from storage.history import run_times, seconds_left
 from storage.servers import list_servers
 from storage.tables import ApiKeyRow, JobAttemptRow, JobQueueRow, JobRow
 
 LOOK_AHEAD = 10_000
 SAMPLE = 200
-_IS_QUEUED = text("jobs.state = 'queued'")
-_IS_WAITED_FOR = text("job_queues.queued > 0")
 
 WaitReason = Literal["back_off", "no_server", "quota", "held", "devices", "slots_busy", "starting", "next"]
 
@@ -117,14 +116,14 @@ def ahead_statement(job: JobRow, devices: int, limit: int) -> Select[int]:
     ahead = (
         select(literal(1))
         .select_from(JobRow)
-        .where(_IS_QUEUED, JobRow.owner == job.owner, JobRow.devices == devices, place < own)
+        .where(IS_QUEUED, JobRow.owner == job.owner, JobRow.devices == devices, place < own)
         .limit(limit)
     )
     return select(func.count()).select_from(ahead.subquery())
 
 
 def _own_ahead(session: Session, job: JobRow) -> int | None:
-    sizes = session.scalars(select(JobQueueRow.devices).where(JobQueueRow.owner == job.owner, _IS_WAITED_FOR)).all()
+    sizes = session.scalars(select(JobQueueRow.devices).where(JobQueueRow.owner == job.owner, IS_WAITED_FOR)).all()
     ahead = 0
     for devices in sizes:
         ahead += session.scalar(ahead_statement(job, devices, LOOK_AHEAD + 1 - ahead)) or 0
@@ -136,7 +135,7 @@ def _own_ahead(session: Session, job: JobRow) -> int | None:
 def _others_ahead(session: Session, job: JobRow, own_ahead: int) -> int:
     queued = session.scalars(
         select(func.sum(JobQueueRow.queued))
-        .where(JobQueueRow.owner != job.owner, _IS_WAITED_FOR)
+        .where(JobQueueRow.owner != job.owner, IS_WAITED_FOR)
         .group_by(JobQueueRow.owner)
     )
     return sum(min(number, own_ahead + 1) for number in queued)

@@ -12,10 +12,10 @@ from datetime import datetime
 from typing import TypeVar
 
 from sqlalchemy import func, select
-from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.orm import Session
 
 from storage.tables import JobQueueRow, JobRow
+from storage.upsert import dialect_insert
 
 T = TypeVar("T", bound=JobRow)
 _COUNTED = {"queued": "queued", "running": "running", "cancelling": "running"}
@@ -39,8 +39,9 @@ def count_claims(session: Session, taken: Mapping[tuple[str, int], int], served_
 
 
 def _add(session: Session, owner: str, devices: int, changes: dict[str, int], served_at: datetime | None) -> None:
-    insert = sqlite.insert if session.get_bind().dialect.name == "sqlite" else postgresql.insert
-    statement = insert(JobQueueRow).values(owner=owner, devices=devices, served_at=served_at, **changes)
+    statement = dialect_insert(session, JobQueueRow).values(
+        owner=owner, devices=devices, served_at=served_at, **changes
+    )
     set_ = {
         "queued": JobQueueRow.queued + changes["queued"],
         "running": JobQueueRow.running + changes["running"],

@@ -11,6 +11,12 @@ from sqlalchemy.orm import Session
 from storage.tables import Base
 
 
+def dialect_insert(session: Session, table: type[Base]) -> sqlite.Insert | postgresql.Insert:
+    """An INSERT of the session's database, which knows ON CONFLICT."""
+    insert = sqlite.insert if session.get_bind().dialect.name == "sqlite" else postgresql.insert
+    return insert(table)
+
+
 def insert_or_ignore(
     session: Session, table: type[Base], values: Mapping[str, Any] | Sequence[Mapping[str, Any]]
 ) -> sqlite.Insert | postgresql.Insert:
@@ -19,16 +25,14 @@ def insert_or_ignore(
     PostgreSQL first waits for the transaction that holds the conflicting row: afterwards that row is there to be
     read, unless it was rolled back, and then the insert goes through.
     """
-    insert = sqlite.insert if session.get_bind().dialect.name == "sqlite" else postgresql.insert
-    return insert(table).values(values).on_conflict_do_nothing()
+    return dialect_insert(session, table).values(values).on_conflict_do_nothing()
 
 
 def insert_or_update(
     session: Session, table: type[Base], values: Sequence[Mapping[str, Any]], *, key: str, update: Sequence[str]
 ) -> sqlite.Insert | postgresql.Insert:
     """An INSERT that, where the unique column `key` has the value already, sets the columns `update` instead."""
-    insert = sqlite.insert if session.get_bind().dialect.name == "sqlite" else postgresql.insert
-    statement = insert(table).values(values)
+    statement = dialect_insert(session, table).values(values)
     return statement.on_conflict_do_update(
         index_elements=[key], set_={column: statement.excluded[column] for column in update}
     )

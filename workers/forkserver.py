@@ -34,7 +34,7 @@ from typing import Any, NoReturn
 from workers.guardian import Guardian
 
 _PR_SET_PDEATHSIG = 1
-_RSS_UNIT = 1 if sys.platform == "darwin" else 1024
+RSS_UNIT = 1 if sys.platform == "darwin" else 1024
 
 
 class ControlLostError(Exception):
@@ -178,7 +178,7 @@ class ForkServer:
                 pid=pid,
                 code=code if code >= 0 else None,
                 signal=-code if code < 0 else None,
-                peak_memory=usage.ru_maxrss * _RSS_UNIT,
+                peak_memory=usage.ru_maxrss * RSS_UNIT,
             )
 
 

@@ -26,7 +26,7 @@ import structlog
 
 from workers import failures
 from workers.attempt import AttemptSpec, Outcome
-from workers.forkserver import die_with_parent
+from workers.forkserver import RSS_UNIT, die_with_parent
 
 RENDEZVOUS = "rendezvous"
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)
@@ -180,7 +180,7 @@ class Ranks:
             data = pipe.read()
         moment = time.monotonic()
         _, rank.status, usage = os.wait4(rank.pid, 0)
-        rank.peak_memory = usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+        rank.peak_memory = usage.ru_maxrss * RSS_UNIT
         if data:
             rank.failed_at, rank.outcome = pickle.loads(data)  # noqa: S301 - from our own child
         else:

@@ -11,7 +11,6 @@ import os
 import resource
 import shutil
 import signal
-import sys
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -29,6 +28,7 @@ from workers import failures
 from workers.attempt import AttemptSpec, Outcome
 from workers.cache import prune
 from workers.context import Interruption, JobContext, JobOutcome, publish
+from workers.forkserver import RSS_UNIT
 from workers.kinds import SINGLE_USE
 from workers.log_shipping import LogShipper
 from workers.logs import captured_output
@@ -38,7 +38,6 @@ from workers.warm_models import WarmModels
 READY = "ready"
 CACHE_BYTES = 20 * 1024**3
 RANK_END_SECONDS = 5.0
-_RSS_UNIT = 1 if sys.platform == "darwin" else 1024
 
 log = structlog.get_logger(__name__)
 
@@ -190,4 +189,4 @@ def forget_peak_memory() -> None:
 
 def peak_memory() -> int:
     """Largest resident set since `forget_peak_memory`, bytes."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * _RSS_UNIT
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * RSS_UNIT

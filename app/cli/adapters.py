@@ -13,7 +13,7 @@ from rich.tree import Tree
 
 from app.cli.client import Client, ProblemError
 from app.cli.options import AdapterId, Cursor, Json, Limit, stem
-from app.cli.output import fields, moment, note, print_json, size, stdout, table
+from app.cli.output import fields, moment, note_more, print_json, size, stdout, table
 from app.cli.progress import transfer
 from artifacts.errors import FormatUnknown, RequestInvalid
 
@@ -156,8 +156,7 @@ def list_adapters(
         for item in page["items"]
     ]
     stdout().print(table(None, ("id", "name", "method", "#rank", "base model", "#size", "origin", "created"), rows))
-    if page.get("next"):
-        note(f"more: --cursor {page['next']}")
+    note_more(page)
 
 
 @app.command("get")

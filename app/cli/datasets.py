@@ -12,7 +12,7 @@ import typer
 
 from app.cli.client import Client, ProblemError
 from app.cli.options import Cursor, Json, Limit
-from app.cli.output import fields, moment, note, print_json, size, stdout, table
+from app.cli.output import fields, moment, note, note_more, print_json, size, stdout, table
 from app.cli.progress import transfer
 from artifacts.errors import RequestInvalid
 
@@ -111,8 +111,7 @@ def list_datasets(
         for item in page["items"]
     ]
     stdout().print(table(None, ("id", "name", "format", "#rows", "#size", "created"), rows))
-    if page.get("next"):
-        note(f"more: --cursor {page['next']}")
+    note_more(page)
 
 
 @app.command("get")

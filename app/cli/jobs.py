@@ -9,7 +9,7 @@ import typer
 
 from app.cli.client import Client
 from app.cli.options import Cursor, JobId, Json, Limit
-from app.cli.output import duration, fields, moment, note, print_json, size, stdout, table
+from app.cli.output import duration, fields, moment, note, note_more, print_json, size, stdout, table
 from app.cli.progress import require_success, watch
 from app.cli.reports import print_report
 from app.cli.train_report import print_train_report
@@ -77,8 +77,7 @@ def list_jobs(
         for job in page["items"]
     ]
     stdout().print(table(None, ("id", "kind", "state", "#done", "#attempt", "message", "created"), rows))
-    if page.get("next"):
-        note(f"more: --cursor {page['next']}")
+    note_more(page)
 
 
 @app.command("get")

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from app.cli.options import Cursor, Json, Limit
-from app.cli.output import fields, moment, note, print_json, stdout, table
+from app.cli.output import fields, moment, note_more, print_json, stdout, table
 
 app = typer.Typer(help="Base models: register, list, look at, deprecate.", no_args_is_help=True)
 ModelId = Annotated[str, typer.Argument(metavar="MODEL", help="A base model's id (mdl_…).")]
@@ -77,8 +77,7 @@ def list_models(context: typer.Context, limit: Limit = 50, cursor: Cursor = None
         for item in page["items"]
     ]
     stdout().print(table(None, ("id", "name", "source", "architecture", "state", "created"), rows))
-    if page.get("next"):
-        note(f"more: --cursor {page['next']}")
+    note_more(page)
 
 
 @app.command("get")

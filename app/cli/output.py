@@ -126,3 +126,9 @@ def print_problem(problem: Mapping[str, Any]) -> None:
         console.print(Text(f"request id {problem['request_id']}", style="dim"))
     if json_wanted():
         print_json(dict(problem))
+
+
+def note_more(page: dict[str, Any]) -> None:
+    """How to get the next page of a list, if there is one."""
+    if page.get("next"):
+        note(f"more: --cursor {page['next']}")

@@ -12,7 +12,7 @@ import typer
 from app.cli.client import Client
 from app.cli.jobs import show as show_job
 from app.cli.options import Cursor, Json, Limit
-from app.cli.output import fields, moment, note, print_json, stdout, table
+from app.cli.output import fields, moment, note, note_more, print_json, stdout, table
 from app.cli.progress import require_success, watch
 
 app = typer.Typer(help="Schedules: jobs at fixed times or at events.", no_args_is_help=True)
@@ -111,8 +111,7 @@ def list_schedules(context: typer.Context, limit: Limit = 50, cursor: Cursor = N
         for item in page["items"]
     ]
     stdout().print(table(None, ("id", "name", "trigger", "of", "kind", "next"), rows))
-    if page.get("next"):
-        note(f"more: --cursor {page['next']}")
+    note_more(page)
 
 
 @app.command("get")
@@ -257,8 +256,7 @@ def firings(
         return
     rows = [(moment(item["due_at"]), item["outcome"], item["job_id"], item["detail"]) for item in page["items"]]
     stdout().print(table(None, ("due", "outcome", "job", "detail"), rows))
-    if page.get("next"):
-        note(f"more: --cursor {page['next']}")
+    note_more(page)
 
 
 def parse_document(text: str, option: str) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from app.cli.options import Cursor, Json, Limit
-from app.cli.output import fields, moment, note, print_json, stdout, table
+from app.cli.output import fields, moment, note, note_more, print_json, stdout, table
 
 app = typer.Typer(help="Webhooks: be told that jobs have ended.", no_args_is_help=True)
 WebhookId = Annotated[str, typer.Argument(metavar="WEBHOOK", help="A webhook's id (whk_…).")]
@@ -63,8 +63,7 @@ def list_webhooks(context: typer.Context, limit: Limit = 50, cursor: Cursor = No
         for item in page["items"]
     ]
     stdout().print(table(None, ("id", "url", "events", "enabled", "created"), rows))
-    if page.get("next"):
-        note(f"more: --cursor {page['next']}")
+    note_more(page)
 
 
 @app.command("get")
@@ -141,8 +140,7 @@ def deliveries(
     ]
     columns = ("id", "event", "job", "state", "#tries", "#status", "error", "next try")
     stdout().print(table(None, columns, rows))
-    if page.get("next"):
-        note(f"more: --cursor {page['next']}")
+    note_more(page)
 
 
 @app.command("replay")

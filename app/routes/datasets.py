@@ -6,7 +6,6 @@ from typing import Annotated
 
 import anyio.to_thread
 from fastapi import APIRouter, Query, Request
-from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse, Response, StreamingResponse
 
 from app.dataset_files import GZIP_TYPE, MEDIA_TYPES, download, preview
@@ -18,8 +17,7 @@ from app.problems import problem_responses
 from app.schemas.common import PageOf
 from app.schemas.datasets import UPLOAD_FORM_SCHEMA, Dataset, DatasetQuery, DatasetRows, DatasetSummary, RowQuery
 from app.state import Services
-from app.uploads import receive_upload
-from artifacts.errors import RankwiseError
+from app.upload_answers import answer_upload
 from storage import datasets
 from storage.datasets import DatasetFilter
 
@@ -57,25 +55,7 @@ async def upload_dataset(
 
     The body is streamed to disk and hashed on the way; the same file again gives the dataset that is there.
     """
-    outcome = "refused"
-    try:
-        async with receive_upload(
-            request.headers.get("content-type", ""), request.stream(), services.staging, text_fields=TEXT_FIELDS
-        ) as upload:
-            services.metrics.upload_bytes.inc(sum(file.size for file in upload.files))
-            answer = await anyio.to_thread.run_sync(
-                store_upload, services, upload, principal, idempotency_key, limiter=services.intake_limiter
-            )
-        outcome = "created" if answer.status == 201 else "known"
-    except RankwiseError as error:
-        outcome = error.code
-        raise
-    except ClientDisconnect:
-        outcome = "disconnected"
-        raise
-    finally:
-        services.metrics.uploads.labels(outcome).inc()
-    return answer.response()
+    return await answer_upload(request, services, principal, idempotency_key, store_upload, TEXT_FIELDS)
 
 
 @router.get("/datasets", summary="List datasets", responses=problem_responses())

@@ -1,0 +1,10 @@
+"""The conditions of the partial indexes, word for word: a bound parameter would hide the index from SQLite."""
+
+from __future__ import annotations
+
+from sqlalchemy import text
+
+IS_QUEUED = text("jobs.state = 'queued'")
+IS_ACTIVE = text("jobs.state IN ('running', 'cancelling')")
+IS_WAITED_FOR = text("job_queues.queued > 0")
+"""Of the counters of an owner: no index, but the same everywhere."""
