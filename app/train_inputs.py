@@ -15,8 +15,9 @@ from storage import database, datasets, models
 from storage.tables import DatasetRow, ModelRow
 from train.catalog import parse_parameters
 from train.estimate import Estimate, check_fits, estimate
+from train.options.common import Circumstances
 from train.settings import CausalLmTask
-from train.targets import check_rank, resolve_targets
+from train.targets import check_method, resolve_targets
 
 
 def check_train(settings: Settings, session: Session, request: TrainParams) -> str:
@@ -88,7 +89,8 @@ def _estimate(row: ModelRow, request: TrainParams) -> Estimate | None:
         return None
     linear = {str(path): (int(d_out), int(d_in)) for path, d_out, d_in in row.fingerprint}
     targets = resolve_targets(linear, options.target_modules)
-    check_rank(options, targets)
+    known = Circumstances(targets, request.training, request.training.steps)
+    check_method(options, known)
     return estimate(options, targets, linear, request.training, request.full_task, row.parameter_count)
 
 

@@ -146,7 +146,8 @@ def training_part(_: str) -> str:
     ]
     menu = table(["method", "what it does", "arXiv", "comes out as", "mergeable"], rows)
     sections = [
-        f"## {row.title} {{ #{row.name} }}\n\n{inspect.getdoc(row.options)}\n\n{_parameters(row.options)}"
+        f"## {row.title} {{ #{row.name} }}\n\n{inspect.getdoc(row.options)}\n\n* When: {row.when}\n* Cost: {row.cost}\n"
+        f"* Comes out as: {row.output}\n\n{_parameters(row.options)}"
         for row in METHODS.values()
     ]
     return "\n\n".join([menu, *sections])

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import ValidationError
 
 from artifacts.errors import FieldError, RequestInvalid
-from train.options import (
+from train.options.baselines import (
     AdaloraOptions,
     DoraOptions,
     EvaOptions,
@@ -21,9 +21,9 @@ from train.options import (
     OloraOptions,
     PissaOptions,
     RsloraOptions,
-    TrainOptions,
     VeraOptions,
 )
+from train.options.common import TrainOptions
 
 if TYPE_CHECKING:
     from train.protocol import TrainMethod
@@ -49,11 +49,20 @@ class Capabilities:
 
 @dataclass(frozen=True, slots=True)
 class Method:
-    """One row of the menu. `implementation` is imported in a worker only."""
+    """One row of the menu. `implementation` is imported in a worker only.
+
+    Attributes:
+        when: when to take it rather than another, whole sentences.
+        cost: parameters, time and memory beside LoRA of the same rank.
+        output: what comes out, and what loads it.
+    """
 
     name: str
     title: str
     summary: str
+    when: str
+    cost: str
+    output: str
     options: type[TrainOptions]
     implementation: str
     arxiv: str | None
@@ -72,6 +81,9 @@ _ROWS = (
         name="lora",
         title="LoRA",
         summary="Learns ΔW = alpha/r·B·A beside frozen weights. The one to begin with, and to compare with.",
+        when="To begin with, and whenever the adapter shall load everywhere.",
+        cost="r·(d_in + d_out) trained parameters a layer.",
+        output="A plain LoRA: PEFT, transformers, vLLM and every merge load it.",
         options=LoraOptions,
         implementation="train.methods.lora:Lora",
         arxiv="2106.09685",
@@ -82,6 +94,9 @@ _ROWS = (
         name="rslora",
         title="Rank-stabilised LoRA",
         summary="LoRA with scaling alpha/√r: the updates do not shrink as the rank grows. For ranks of 32 and above.",
+        when="For ranks of 32 and above, where alpha/r makes LoRA learn slowly.",
+        cost="As LoRA.",
+        output="A LoRA with use_rslora set; loaders that do not know the flag scale it wrongly.",
         options=RsloraOptions,
         implementation="train.methods.rslora:RsLora",
         arxiv="2312.03732",
@@ -93,6 +108,10 @@ _ROWS = (
         title="DoRA",
         summary="Learns the norm of every output apart from its direction. Often better at small ranks; slower, and "
         "its adapters can not be merged.",
+        when="At small ranks, when quality matters more than time.",
+        cost="d_out more parameters a layer. Every forward pass forms the weight and its norms: expect about 1.5 "
+        "times the time.",
+        output="A DoRA adapter for PEFT. It can not be merged with others.",
         options=DoraOptions,
         implementation="train.methods.dora:Dora",
         arxiv="2402.09353",
@@ -104,6 +123,9 @@ _ROWS = (
         title="PiSSA",
         summary="Trains the principal singular components of the weights. Learns faster than LoRA at first; exported "
         "as a plain LoRA of twice the rank.",
+        when="When few steps are available: it learns faster than LoRA at first.",
+        cost="As LoRA, and an SVD of every weight before the first step.",
+        output="A plain LoRA of twice the rank on the untouched base.",
         options=PissaOptions,
         implementation="train.methods.pissa:Pissa",
         arxiv="2404.02948",
@@ -115,6 +137,9 @@ _ROWS = (
         title="OLoRA",
         summary="Trains an orthonormal start from a QR decomposition of the weights; exported as a plain LoRA of "
         "twice the rank.",
+        when="As PiSSA, with a cheaper start.",
+        cost="As LoRA, and a QR decomposition of every weight before the first step.",
+        output="A plain LoRA of twice the rank on the untouched base.",
         options=OloraOptions,
         implementation="train.methods.olora:Olora",
         arxiv="2406.01775",
@@ -126,6 +151,9 @@ _ROWS = (
         title="EVA",
         summary="Starts A at the main directions of the layers' inputs on your data, and gives more rank to layers "
         "whose inputs vary more.",
+        when="When the layers should share the rank as your data needs it.",
+        cost="As LoRA, and some forward passes before the first step.",
+        output="A plain LoRA with a rank of its own for each layer.",
         options=EvaOptions,
         implementation="train.methods.eva:Eva",
         arxiv="2410.07170",
@@ -136,6 +164,9 @@ _ROWS = (
         name="adalora",
         title="AdaLoRA",
         summary="Begins with more rank than wanted and takes away, layer by layer, what matters least.",
+        when="When the layers should share the rank as the training shows it.",
+        cost="Begins with more rank than it ends with, so more memory than LoRA; scores every entry in each step.",
+        output="A plain LoRA with a rank of its own for each layer.",
         options=AdaloraOptions,
         implementation="train.methods.adalora:Adalora",
         arxiv="2303.10512",
@@ -146,6 +177,9 @@ _ROWS = (
         name="lora-plus",
         title="LoRA+",
         summary="LoRA in which B learns faster than A. Try it when LoRA learns slowly on wide models.",
+        when="When LoRA learns slowly on a wide model.",
+        cost="As LoRA.",
+        output="A plain LoRA.",
         options=LoraPlusOptions,
         implementation="train.methods.lora_plus:LoraPlus",
         arxiv="2402.12354",
@@ -156,6 +190,9 @@ _ROWS = (
         name="lora-fa",
         title="LoRA-FA",
         summary="LoRA with a frozen A: less memory for optimiser and activations.",
+        when="When memory is short.",
+        cost="r·d_out trained parameters a layer; the optimiser keeps nothing for A.",
+        output="A plain LoRA.",
         options=LoraFaOptions,
         implementation="train.methods.lora_fa:LoraFa",
         arxiv="2308.03303",
@@ -166,6 +203,9 @@ _ROWS = (
         name="vera",
         title="VeRA",
         summary="Learns two vectors per layer around shared random matrices: the fewest trained parameters.",
+        when="When very many adapters are stored.",
+        cost="r + d_out trained parameters a layer; the shared matrices cost time like a LoRA of their rank.",
+        output="A VeRA adapter for PEFT. It can not be merged with others.",
         options=VeraOptions,
         implementation="train.methods.vera:Vera",
         arxiv="2310.11454",
@@ -176,6 +216,10 @@ _ROWS = (
         name="miss",
         title="MiSS",
         summary="Learns one matrix per layer that acts on sums of groups of inputs: one factor instead of two.",
+        when="For quick training with few parameters.",
+        cost="r·d_out trained parameters a layer; sums instead of a product with A.",
+        output="A MiSS adapter for PEFT. It can not be merged with others; the method bone trains the same and "
+        "exports a plain LoRA.",
         options=MissOptions,
         implementation="train.methods.miss:Miss",
         arxiv="2409.15371",

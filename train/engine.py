@@ -21,12 +21,12 @@ from train.data import DataFile, Examples, read_examples
 from train.estimate import check_fits, estimate
 from train.evaluation import Scores
 from train.loop import LoopInputs, LoopResult, Observer, run_loop, total_steps
-from train.options import TrainOptions
+from train.options.common import Circumstances, Target, TrainOptions
 from train.protocol import MethodContext, TrainMethod
 from train.reload import Reload, check_reload, probe
 from train.report import MemoryMeter, TrainReport, free_memory
 from train.settings import CausalLmTask, EvaluationSettings, TrainingSettings
-from train.targets import Target, check_rank, resolve_targets
+from train.targets import check_method, resolve_targets
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -98,7 +98,8 @@ def train_adapter(
     )
     linear = linear_layers(model)
     targets = resolve_targets(linear, plan.options.target_modules)
-    check_rank(plan.options, targets)
+    known = Circumstances(targets, plan.training, total_steps(len(examples.train), plan.training))
+    check_method(plan.options, known)
     needed = estimate(plan.options, targets, linear, plan.training, plan.task, _parameters(model))
     check_fits(needed, free_memory(plan.device) + needed.base_bytes, plan.device)  # the base is in it already
 
@@ -114,6 +115,7 @@ def train_adapter(
     observer.progress(LOOP, "writing the adapter")
     expected = probe(trainable, bench.probe_rows, bench.padding)
     parameters = sum(p.numel() for p in trainable.parameters() if p.requires_grad)
+    own = _own_report(method, trainable, bench)
     method.export(trainable, output)
     del model, trainable
     _free()
@@ -121,7 +123,9 @@ def train_adapter(
     observer.progress(LOOP, "loading the adapter onto a fresh base model")
     fresh, reload = check_reload(inputs.load_base, output, bench.probe_rows, bench.padding, expected, plan)
     after = bench.scores(fresh, "after", (RELOADED, AFTER))
-    return _report(plan, examples, result, reload, before, after, parameters, needed.to_dict(), targets, meter)
+    return _report(
+        plan, examples, result, reload, before, after, parameters, needed.to_dict(), meter.peak(), own, known
+    )
 
 
 def linear_layers(model: nn.Module) -> dict[str, tuple[int, int]]:
@@ -157,7 +161,14 @@ def _prepare(
         model.enable_input_require_grads()
     model.config.use_cache = False
     total = total_steps(len(examples.train), plan.training)
-    context = MethodContext([target.path for target in targets], total, batches, plan.seed, checkpoint)
+    context = MethodContext(
+        targets=[target.path for target in targets],
+        total_steps=total,
+        batches=batches,
+        settings=plan.training,
+        seed=plan.seed,
+        checkpoint=checkpoint,
+    )
     return method.prepare(model, context)
 
 
@@ -218,6 +229,16 @@ class _Bench:
         )
 
 
+def _own_report(method: TrainMethod[Any], model: nn.Module, bench: _Bench) -> dict[str, Any]:
+    def measure(measured: nn.Module) -> dict[str, float]:
+        scores = bench.scores(measured, "what the method adds to", (LOOP, LOOP))
+        return {} if scores is None else scores.to_dict()
+
+    found = method.report(model)
+    evaluated = method.evaluate(model, measure) if bench.examples.validation else {}
+    return found | ({"evaluation": evaluated} if evaluated else {})
+
+
 def _carried(resume: Path | None) -> dict[str, Any] | None:
     return None if resume is None else dict(json.loads((resume / CARRIED).read_text(encoding="utf-8")))
 
@@ -245,8 +266,9 @@ def _report(
     after: Scores | None,
     parameters: int,
     needed: dict[str, int],
-    targets: Sequence[Target],
-    meter: MemoryMeter,
+    peak_memory: Mapping[str, int | None],
+    own: Mapping[str, Any],
+    known: Circumstances,
 ) -> TrainReport:
     measured: dict[str, Any] = {}
     if before is not None and after is not None:
@@ -263,10 +285,12 @@ def _report(
         tokens_per_second=result.tokens_per_second,
         final_loss=result.losses[-1] if result.losses else None,
         trainable_parameters=parameters,
-        target_modules=len(targets),
-        peak_memory=meter.peak(),
+        target_modules=len(known.targets),
+        peak_memory=peak_memory,
         estimate=needed,
         data=examples.report,
         evaluation=measured,
         reload=reload.to_dict(),
+        own=own,
+        warnings=plan.options.warnings(known),
     )

@@ -6,9 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 
 from artifacts.errors import FieldError, RequestInvalid
-from train.options import TrainOptions
+from train.options.common import Target, TrainOptions
 from train.settings import CausalLmTask, TrainingSettings
-from train.targets import Target
 
 FLOAT32_BYTES = 4
 ADAM_STATE_BYTES = 8  # two moments in float32, per trainable parameter

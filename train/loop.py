@@ -23,6 +23,7 @@ from train.protocol import TrainMethod
 from train.settings import TrainingSettings
 
 SCHEDULES: Mapping[str, str] = {"constant": "constant_with_warmup", "linear": "linear", "cosine": "cosine"}
+OPTIMIZERS: Mapping[str, str] = {"adamw": "adamw_torch", "sgd": "sgd"}
 _NO_SPACE_BYTES = 1024 * 1024
 
 
@@ -123,6 +124,7 @@ def _arguments(inputs: LoopInputs) -> TrainingArguments:
         per_device_train_batch_size=settings.batch_size // split,
         gradient_accumulation_steps=settings.gradient_accumulation * split,
         max_steps=total_steps(len(inputs.examples), settings),
+        optim=OPTIMIZERS[settings.optimizer],
         learning_rate=settings.learning_rate,
         lr_scheduler_type=SCHEDULES[settings.schedule],
         warmup_steps=settings.warmup_steps,
@@ -154,11 +156,22 @@ class _Trainer(Trainer):  # type: ignore[misc]
     pending: Tensor | None = None
     gradient_norm = 0.0
     optimizer: Any
+    lr_scheduler: Any
 
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
         loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
         self.pending = loss if self.pending is None else self.pending + loss
         return loss
+
+    def compute_loss(self, model: nn.Module, inputs: Any, *args: Any, **options: Any) -> Any:
+        found = super().compute_loss(model, inputs, *args, **options)
+        extra = self.method.extra_loss(self.model)
+        if extra is None:
+            return found
+        # A loss over the items of the whole step is summed over its forward passes; any other is averaged afterwards.
+        summed = self.model_accepts_loss_kwargs and options.get("num_items_in_batch") is not None
+        share = extra / self.current_gradient_accumulation_steps if summed else extra
+        return (found[0] + share, *found[1:]) if isinstance(found, tuple) else found + share
 
     def take_loss(self) -> float:
         """The loss of the step, summed over its forward passes."""
@@ -175,6 +188,12 @@ class _Trainer(Trainer):  # type: ignore[misc]
         if self.optimizer is None:
             self.optimizer = self.method.optimizer(self.model, self.settings)
         return super().create_optimizer(model)
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        if self.lr_scheduler is None:
+            used = self.optimizer if optimizer is None else optimizer
+            self.lr_scheduler = self.method.schedule(used, self.settings, num_training_steps)
+        return super().create_scheduler(num_training_steps, optimizer)
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         del state_dict

@@ -8,11 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
-from train.options import TrainOptions
+from train.options.common import TrainOptions
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
     from torch.optim import Optimizer
+    from torch.optim.lr_scheduler import LRScheduler
 
     from train.settings import TrainingSettings
 
@@ -27,16 +28,22 @@ class MethodContext:
         targets: paths of the linear layers to adapt, sorted.
         total_steps: optimiser steps of the whole training.
         batches: gives an iterator over the training batches, on the model's device, in an order of its own.
+        settings: of the loop.
         seed: of the training.
         checkpoint: what `save` wrote, if the training goes on from there: for a method whose preparation costs much,
             or would not give the same values on another machine.
+        task_type: PEFT's name of the task, for the adapter's configuration; None where PEFT has none.
+        whole: paths of modules that are trained as they are and stored with the adapter, such as a new classifier.
     """
 
     targets: Sequence[str]
     total_steps: int
     batches: Callable[[], Iterator[Mapping[str, Tensor]]]
+    settings: TrainingSettings
     seed: int = 0
     checkpoint: Path | None = None
+    task_type: str | None = "CAUSAL_LM"
+    whole: Sequence[str] = ()
 
 
 class TrainMethod(ABC, Generic[Options]):
@@ -56,6 +63,16 @@ class TrainMethod(ABC, Generic[Options]):
     def optimizer(self, model: nn.Module, settings: TrainingSettings) -> Optimizer | None:
         """The optimiser; None leaves it to the loop: AdamW on all that is trainable."""
         del model, settings
+        return None
+
+    def schedule(self, optimizer: Optimizer, settings: TrainingSettings, total_steps: int) -> LRScheduler | None:
+        """The learning rates, stepped once after each update; None leaves them to the loop: `settings.schedule`."""
+        del optimizer, settings, total_steps
+        return None
+
+    def extra_loss(self, model: nn.Module) -> Tensor | None:
+        """A term of the loss that depends on the parameters alone; it counts once in a step."""
+        del model
         return None
 
     def before_step(self, model: nn.Module, step: int) -> None:
@@ -86,6 +103,21 @@ class TrainMethod(ABC, Generic[Options]):
     def load_state(self, state: Mapping[str, Any]) -> None:
         """Take over what `state` gave."""
         del state
+
+    def evaluate(self, model: nn.Module, measure: Callable[[nn.Module], dict[str, float]]) -> dict[str, Any]:
+        """What only this method can measure on the trained model, for the report; `model` is left as it was.
+
+        Args:
+            measure: gives the figures of the evaluation (loss, perplexity, accuracy …) on the validation rows; slow.
+        """
+        del model, measure
+        return {}
+
+    def report(self, model: nn.Module) -> dict[str, Any]:
+        """What the method has to tell of the trained model: JSON values; a `train.heat_map.HeatMap` as its dict
+        under "pictures", a list, becomes a picture of the job."""
+        del model
+        return {}
 
     @abstractmethod
     def export(self, model: nn.Module, directory: Path) -> None:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import resource
 import sys
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import psutil
@@ -24,6 +24,8 @@ class TrainReport:
         peak_memory: {resident, device} bytes: largest resident set of the process, largest allocation on the GPU.
         evaluation: {before, after, difference}, empty when nothing was held out.
         reload: how far PEFT's reload of the written file is from the trained model.
+        own: what the method itself tells; its "pictures" are shown by GET /jobs/{id}/pictures.
+        warnings: whole sentences.
     """
 
     method: str
@@ -39,6 +41,8 @@ class TrainReport:
     data: Mapping[str, Any]
     evaluation: Mapping[str, Any]
     reload: Mapping[str, float]
+    own: Mapping[str, Any] = field(default_factory=dict)
+    warnings: Sequence[str] = ()
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)

@@ -48,6 +48,9 @@ class TrainingSettings(_Settings):
     gradient_accumulation: Annotated[StrictInt, Field(ge=1, le=65536)] = Field(
         1, description="Forward passes of one optimiser step."
     )
+    optimizer: Literal["adamw", "sgd"] = Field(
+        "adamw", description="adamw, or plain stochastic gradient descent without momentum; a method may bring its own."
+    )
     learning_rate: Annotated[float, Field(gt=0, le=10, allow_inf_nan=False)] = Field(
         2e-4, description="Peak of the schedule."
     )
@@ -57,7 +60,7 @@ class TrainingSettings(_Settings):
     warmup_steps: Annotated[StrictInt, Field(ge=0, le=10_000_000)] = Field(
         0, description="Steps in which the learning rate rises from 0."
     )
-    weight_decay: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)] = Field(0.0, description="Of AdamW.")
+    weight_decay: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)] = Field(0.0, description="Of the optimiser.")
     max_grad_norm: Annotated[float, Field(ge=0, le=1e6, allow_inf_nan=False)] = Field(
         1.0, description="Gradients are scaled down to this norm; 0 leaves them."
     )

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Literal
 
 from artifacts.errors import FieldError, RequestInvalid
-from train.options import TrainOptions
+from train.options.common import Circumstances, Target, TrainOptions
 
 # The ends of the paths of what looks like a linear layer in a checkpoint and is none, and of output heads.
 NOT_ADAPTED = frozenset(
@@ -27,15 +26,6 @@ NOT_ADAPTED = frozenset(
     }
 )
 _SHOWN = 20
-
-
-@dataclass(frozen=True, slots=True)
-class Target:
-    """A linear layer that is adapted; y = W x with W: d_out×d_in."""
-
-    path: str
-    d_out: int
-    d_in: int
 
 
 def resolve_targets(
@@ -97,6 +87,19 @@ def check_rank(options: TrainOptions, targets: Sequence[Target]) -> None:
             hint=f"Take a rank of at most {limit}, or leave that layer out of target_modules.",
             errors=[FieldError(f"/parameters/{name}", problem)],
         )
+
+
+def check_method(options: TrainOptions, known: Circumstances) -> None:
+    """Refuse what the method can not do with these layers and settings.
+
+    Raises:
+        RequestInvalid: with every finding.
+    """
+    check_rank(options, known.targets)
+    problems = options.problems(known)
+    if problems:
+        first = problems[0].message
+        raise RequestInvalid(f"{first[0].upper()}{first[1:].rstrip('.')}.", errors=problems)
 
 
 def leaves(linear: Mapping[str, tuple[int, int]]) -> list[str]:

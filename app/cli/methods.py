@@ -35,6 +35,7 @@ def _show(method: dict[str, Any]) -> None:
             {
                 "name": method["name"],
                 "what it does": method["summary"],
+                **{label: method[label] for label in ("when", "cost", "output") if method.get(label)},
                 "arXiv": method.get("arxiv"),
                 "reference": method.get("reference_url"),
                 **{str(key).replace("_", " "): value for key, value in (method.get("capabilities") or {}).items()},

@@ -55,4 +55,10 @@ async def get_method(principal: Reader, kind: Word, name: Word) -> Method:
             break
     else:
         raise NotFound(f"There is no {kind} method {name!r}.", hint="GET /methods lists them.")
-    return Method(**_summary(known, row).model_dump(), parameters_schema=row.options.model_json_schema(by_alias=False))
+    return Method(
+        **_summary(known, row).model_dump(),
+        when=getattr(row, "when", None),
+        cost=getattr(row, "cost", None),
+        output=getattr(row, "output", None),
+        parameters_schema=row.options.model_json_schema(by_alias=False),
+    )

@@ -21,6 +21,9 @@ class MethodSummary(BaseModel):
 
 
 class Method(MethodSummary):
+    when: str | None = Field(None, description="When to take it rather than another.")
+    cost: str | None = Field(None, description="What it costs beside the plain method.")
+    output: str | None = Field(None, description="What comes out, and what loads it.")
     parameters_schema: dict[str, Any] = Field(description="JSON Schema of `parameters`, with defaults and ranges.")
 
 

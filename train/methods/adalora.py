@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from train.methods.peft_adapter import ADAPTER, WEIGHTS, PeftMethod, write_adapter
-from train.options import AdaloraOptions
+from train.options.baselines import AdaloraOptions
 from train.protocol import MethodContext
 
 IMPORTANCE = "importance.safetensors"
@@ -28,7 +28,7 @@ class Adalora(PeftMethod[AdaloraOptions]):
         options, total = self.options, context.total_steps
         first, last = int(options.warmup * total), int(options.final * total)
         return AdaLoraConfig(
-            task_type="CAUSAL_LM",
+            task_type=context.task_type,
             init_r=options.initial_rank,
             target_r=options.target_rank,
             lora_alpha=options.alpha,

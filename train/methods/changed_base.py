@@ -18,7 +18,7 @@ from train.methods.peft_adapter import (
     put_adapter_tensors,
     write_adapter,
 )
-from train.options import LowRankOptions
+from train.options.common import LowRankOptions
 from train.protocol import MethodContext
 
 INITIAL = "initial_factors.safetensors"

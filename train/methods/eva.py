@@ -14,7 +14,7 @@ from artifacts.errors import FieldError, RequestInvalid
 from train.causal_lm import IGNORED
 from train.methods.lora import LoraFamily
 from train.methods.peft_adapter import ADAPTER, adapter_tensors, config_document, write_adapter
-from train.options import EvaOptions
+from train.options.baselines import EvaOptions
 from train.protocol import MethodContext
 
 LAYERS = "eva_layers.json"
@@ -37,7 +37,7 @@ class Eva(LoraFamily[EvaOptions]):
         decided = json.loads((context.checkpoint / LAYERS).read_text(encoding="utf-8"))
         options = self.options
         return LoraConfig(
-            task_type="CAUSAL_LM",
+            task_type=context.task_type,
             r=options.rank,
             lora_alpha=options.numerator,
             lora_dropout=options.dropout,

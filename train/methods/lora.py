@@ -7,7 +7,8 @@ from typing import Any, TypeVar
 from peft import LoraConfig
 
 from train.methods.peft_adapter import PeftMethod
-from train.options import LoraOptions, LowRankOptions
+from train.options.baselines import LoraOptions
+from train.options.common import LowRankOptions
 from train.protocol import MethodContext
 
 Options = TypeVar("Options", bound=LowRankOptions)
@@ -23,11 +24,12 @@ class LoraFamily(PeftMethod[Options]):
     def config(self, context: MethodContext) -> LoraConfig:
         options = self.options
         return LoraConfig(
-            task_type="CAUSAL_LM",
+            task_type=context.task_type,
             r=options.rank,
             lora_alpha=options.numerator,
             lora_dropout=options.dropout,
             target_modules=list(context.targets),
+            modules_to_save=list(context.whole) or None,
             **self.fields(),
         )
 

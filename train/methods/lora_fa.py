@@ -8,7 +8,7 @@ from peft.optimizers import create_lorafa_optimizer
 from torch import nn
 
 from train.methods.lora import LoraFamily
-from train.options import LoraFaOptions
+from train.options.baselines import LoraFaOptions
 
 if TYPE_CHECKING:
     from torch.optim import Optimizer

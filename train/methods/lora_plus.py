@@ -9,7 +9,7 @@ from peft.optimizers import create_loraplus_optimizer
 from torch import nn
 
 from train.methods.lora import LoraFamily
-from train.options import LoraPlusOptions
+from train.options.baselines import LoraPlusOptions
 
 if TYPE_CHECKING:
     from train.settings import TrainingSettings

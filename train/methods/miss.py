@@ -5,7 +5,7 @@ from __future__ import annotations
 from peft import MissConfig
 
 from train.methods.peft_adapter import PeftMethod
-from train.options import MissOptions
+from train.options.baselines import MissOptions
 from train.protocol import MethodContext
 
 
@@ -14,7 +14,7 @@ class Miss(PeftMethod[MissOptions]):
 
     def config(self, context: MethodContext) -> MissConfig:
         return MissConfig(
-            task_type="CAUSAL_LM",
+            task_type=context.task_type,
             r=self.options.rank,
             miss_dropout=self.options.dropout,
             target_modules=list(context.targets),

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from artifacts.errors import FileBroken
-from train.options import TrainOptions
+from train.options.common import TrainOptions
 from train.protocol import MethodContext, TrainMethod
 from train.quiet import peft_deprecations_ignored
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from train.methods.changed_base import ChangedBase
-from train.options import PissaOptions
+from train.options.baselines import PissaOptions
 
 
 class Pissa(ChangedBase[PissaOptions]):

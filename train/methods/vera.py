@@ -5,7 +5,7 @@ from __future__ import annotations
 from peft import VeraConfig
 
 from train.methods.peft_adapter import PeftMethod
-from train.options import VeraOptions
+from train.options.baselines import VeraOptions
 from train.protocol import MethodContext
 
 
@@ -14,7 +14,7 @@ class Vera(PeftMethod[VeraOptions]):
 
     def config(self, context: MethodContext) -> VeraConfig:
         return VeraConfig(
-            task_type="CAUSAL_LM",
+            task_type=context.task_type,
             r=self.options.rank,
             target_modules=list(context.targets),
             vera_dropout=self.options.dropout,

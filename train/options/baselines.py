@@ -1,65 +1,12 @@
-"""The menu of training methods: every hyper-parameter with its default, range, unit and source. Imports no torch."""
+"""Options of the methods that PEFT trains. Imports no torch."""
 
 from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StrictInt, StringConstraints, model_validator
+from pydantic import Field, StrictInt, model_validator
 
-MAX_RANK = 16384
-"""No weight matrix of a current model has a smaller side above this, so no useful rank does either."""
-MAX_TARGETS = 1000
-
-ModuleName = Annotated[str, StringConstraints(min_length=1, max_length=300, pattern=r"^[A-Za-z0-9_.\-]+$")]
-
-
-class TrainOptions(BaseModel):
-    """What every training method understands."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
-
-    target_modules: Literal["all-linear"] | Annotated[list[ModuleName], Field(min_length=1, max_length=MAX_TARGETS)] = (
-        Field(
-            "all-linear",
-            description="Which linear layers are adapted: the ends of their paths, such as q_proj or "
-            "layers.0.mlp.down_proj; all-linear is every one but the output head.",
-        )
-    )
-
-    @property
-    def largest_rank(self) -> int | None:
-        """A rank that must not be above the smaller side of any adapted weight; None if there is no such limit."""
-        return None
-
-    def parameters_of(self, d_out: int, d_in: int) -> int:
-        """How many are trained for a weight of d_out×d_in."""
-        raise TypeError(f"{type(self).__name__} is no method's options")
-
-
-class LowRankOptions(TrainOptions):
-    """Options of the methods that learn ΔW = scaling·B·A with lora_A (r×d_in) and lora_B (d_out×r)."""
-
-    rank: Annotated[StrictInt, Field(ge=1, le=MAX_RANK)] = Field(
-        8, description="r; at most the smaller side of every adapted weight (arXiv:2106.09685, table 6: 4 to 8 do)."
-    )
-    alpha: Annotated[float, Field(gt=0, le=1e6, allow_inf_nan=False)] | None = Field(
-        None, description="Numerator of the scaling; unset, it is chosen so that the scaling is 2."
-    )
-    dropout: Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)] = Field(
-        0.0, description="Share of the layer's inputs that lora_A does not see in a step."
-    )
-
-    @property
-    def largest_rank(self) -> int | None:
-        return self.rank
-
-    def parameters_of(self, d_out: int, d_in: int) -> int:
-        return self.rank * (d_out + d_in)
-
-    @property
-    def numerator(self) -> float:
-        """The alpha in force."""
-        return self.alpha if self.alpha is not None else 2.0 * self.rank
+from train.options.common import Alpha, Dropout, LowRankOptions, Rank, TrainOptions
 
 
 class LoraOptions(LowRankOptions):
@@ -128,18 +75,12 @@ class LoraFaOptions(LoraOptions):
 class AdaloraOptions(TrainOptions):
     """AdaLoRA, arXiv:2303.10512: ΔW = B·diag(E)·A; entries of E that matter least are set to 0 on the way."""
 
-    initial_rank: Annotated[StrictInt, Field(ge=1, le=MAX_RANK)] = Field(
+    initial_rank: Rank = Field(
         12, description="Rank that every layer begins with; at most the smaller side of every adapted weight."
     )
-    target_rank: Annotated[StrictInt, Field(ge=1, le=MAX_RANK)] = Field(
-        8, description="Mean rank of the layers at the end; below initial_rank."
-    )
-    alpha: Annotated[float, Field(gt=0, le=1e6, allow_inf_nan=False)] = Field(
-        32.0, description="Numerator of the scaling, whose denominator is initial_rank."
-    )
-    dropout: Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)] = Field(
-        0.0, description="Share of the layer's inputs that lora_A does not see in a step."
-    )
+    target_rank: Rank = Field(8, description="Mean rank of the layers at the end; below initial_rank.")
+    alpha: Alpha = Field(32.0, description="Numerator of the scaling, whose denominator is initial_rank.")
+    dropout: Dropout = Field(0.0, description="Share of the layer's inputs that lora_A does not see in a step.")
     warmup: Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)] = Field(
         0.1, description="Share of the steps before the first entry is set to 0."
     )
@@ -172,12 +113,10 @@ class AdaloraOptions(TrainOptions):
 class VeraOptions(TrainOptions):
     """VeRA, arXiv:2310.11454: A and B are random, frozen and shared by all layers; each layer learns two vectors."""
 
-    rank: Annotated[StrictInt, Field(ge=1, le=MAX_RANK)] = Field(
+    rank: Rank = Field(
         256, description="r of the shared matrices; larger than with LoRA, for it costs r + d_out parameters a layer."
     )
-    dropout: Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)] = Field(
-        0.0, description="Share of the layer's inputs that A does not see in a step."
-    )
+    dropout: Dropout = Field(0.0, description="Share of the layer's inputs that A does not see in a step.")
     initial_scale: Annotated[float, Field(gt=0, le=10, allow_inf_nan=False)] = Field(
         0.1, description="First value of the vector between A and B; small values do better (table 6c)."
     )
@@ -189,12 +128,8 @@ class VeraOptions(TrainOptions):
 class MissOptions(TrainOptions):
     """MiSS, arXiv:2409.15371: one matrix of r×d_out per layer, added to W after the inputs are summed in r groups."""
 
-    rank: Annotated[StrictInt, Field(ge=1, le=MAX_RANK)] = Field(
-        64, description="r; at most the smaller side of every adapted weight."
-    )
-    dropout: Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)] = Field(
-        0.0, description="Share of the layer's inputs that the adapter does not see in a step."
-    )
+    rank: Rank = Field(64, description="r; at most the smaller side of every adapted weight.")
+    dropout: Dropout = Field(0.0, description="Share of the layer's inputs that the adapter does not see in a step.")
 
     @property
     def largest_rank(self) -> int | None:

@@ -1,0 +1,71 @@
+"""Linear layers with an adapter of our own beside the frozen weight, and their exchange for a model's own layers."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True, slots=True)
+class LowRank:
+    """ΔW = scaling·B·A as a plain LoRA has it.
+
+    Attributes:
+        A: (r, d_in) float32.
+        B: (d_out, r) float32.
+        scaling: factor of the product.
+    """
+
+    A: Tensor
+    B: Tensor
+    scaling: float
+
+    @property
+    def rank(self) -> int:
+        return int(self.A.shape[0])
+
+
+class AdaptedLinear(nn.Module, ABC):
+    """y = W x + b + adapter(x), with W and b frozen.
+
+    The adapter's own parameters are float32, whatever the precision of W; under autocast its products are not. Buffers
+    and parameters of a subclass are what a checkpoint holds.
+    """
+
+    def __init__(self, base: nn.Module) -> None:
+        super().__init__()
+        self.base = base.requires_grad_(False)
+        # transformers' Conv1D keeps W as (d_in, d_out)
+        self.fan_in_fan_out = not isinstance(base, nn.Linear)
+        self.d_out, self.d_in = (int(size) for size in self.weight.shape)
+
+    @property
+    def weight(self) -> Tensor:
+        """W, (d_out, d_in); a view."""
+        weight = self.base.weight
+        assert isinstance(weight, Tensor)
+        return weight.T if self.fan_in_fan_out else weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(…, d_in) → (…, d_out)."""
+        y: Tensor = self.base(x)
+        return y + self.adapter(x.to(torch.float32)).to(y.dtype)
+
+    @abstractmethod
+    def adapter(self, x: Tensor) -> Tensor:
+        """What is added to the layer's output: (…, d_in) float32 → (…, d_out)."""
+
+    def own_tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """Name and tensor of all that is the adapter's, sorted by name."""
+        own = [*self.named_parameters(), *self.named_buffers()]
+        yield from sorted((name, value) for name, value in own if not name.startswith("base."))
+
+
+def exchange(model: nn.Module, path: str, layer: nn.Module) -> None:
+    """Put `layer` where the module at `path` is."""
+    parent, _, name = path.rpartition(".")
+    setattr(model.get_submodule(parent), name, layer)

@@ -1,0 +1,103 @@
+"""What the options of every training method have in common. Imports no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, StrictInt, StringConstraints
+
+from artifacts.errors import FieldError
+
+if TYPE_CHECKING:
+    from train.settings import TrainingSettings
+
+MAX_RANK = 16384
+"""No weight matrix of a current model has a smaller side above this, so no useful rank does either."""
+MAX_TARGETS = 1000
+
+ModuleName = Annotated[str, StringConstraints(min_length=1, max_length=300, pattern=r"^[A-Za-z0-9_.\-]+$")]
+Rank = Annotated[StrictInt, Field(ge=1, le=MAX_RANK)]
+Alpha = Annotated[float, Field(gt=0, le=1e6, allow_inf_nan=False)]
+Dropout = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)]
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """A linear layer that is adapted; y = W x with W: d_out×d_in."""
+
+    path: str
+    d_out: int
+    d_in: int
+
+
+@dataclass(frozen=True, slots=True)
+class Circumstances:
+    """What is known of a training before anything is loaded.
+
+    Attributes:
+        targets: the layers that will be adapted.
+        steps: optimiser steps of the whole training; None while the number of rows is not known.
+    """
+
+    targets: Sequence[Target]
+    training: TrainingSettings
+    steps: int | None = None
+
+
+class TrainOptions(BaseModel):
+    """What every training method understands."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+
+    target_modules: Literal["all-linear"] | Annotated[list[ModuleName], Field(min_length=1, max_length=MAX_TARGETS)] = (
+        Field(
+            "all-linear",
+            description="Which linear layers are adapted: the ends of their paths, such as q_proj or "
+            "layers.0.mlp.down_proj; all-linear is every one but the output head.",
+        )
+    )
+
+    @property
+    def largest_rank(self) -> int | None:
+        """A rank that must not be above the smaller side of any adapted weight; None if there is no such limit."""
+        return None
+
+    def parameters_of(self, d_out: int, d_in: int) -> int:
+        """How many are trained for a weight of d_out×d_in."""
+        raise TypeError(f"{type(self).__name__} is no method's options")
+
+    def problems(self, known: Circumstances) -> list[FieldError]:
+        """Why the training can not be done: found when it is submitted, and again before it starts."""
+        del known
+        return []
+
+    def warnings(self, known: Circumstances) -> list[str]:
+        """What the user should know although it can be done: whole sentences."""
+        del known
+        return []
+
+
+class LowRankOptions(TrainOptions):
+    """Options of the methods that learn ΔW = scaling·B·A with lora_A (r×d_in) and lora_B (d_out×r)."""
+
+    rank: Rank = Field(
+        8, description="r; at most the smaller side of every adapted weight (arXiv:2106.09685, table 6: 4 to 8 do)."
+    )
+    alpha: Alpha | None = Field(
+        None, description="Numerator of the scaling; unset, it is chosen so that the scaling is 2."
+    )
+    dropout: Dropout = Field(0.0, description="Share of the layer's inputs that lora_A does not see in a step.")
+
+    @property
+    def largest_rank(self) -> int | None:
+        return self.rank
+
+    def parameters_of(self, d_out: int, d_in: int) -> int:
+        return self.rank * (d_out + d_in)
+
+    @property
+    def numerator(self) -> float:
+        """The alpha in force."""
+        return self.alpha if self.alpha is not None else 2.0 * self.rank
