@@ -11,7 +11,7 @@ from train.catalog import METHODS
 from train.protocol import TrainMethod
 from train.settings import CausalLmTask, EvaluationSettings, TrainingSettings
 
-SHARED_FILES = {"__init__", "peft_adapter", "changed_base"}
+SHARED_FILES = {"__init__", "peft_adapter", "changed_base", "own_adapter", "three_factor"}
 PAGE = "reference/training.md"
 
 
