@@ -27,6 +27,7 @@ _JOB_CALLS = (
     "get_log",
     "get_metrics",
     "get_loss_curve",
+    "list_pictures",
     "cancel_job",
     "retry_job",
 )

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from html import escape
+
+from train.svg import document, text
 
 WIDTH, HEIGHT = 720, 360
 LEFT, RIGHT, TOP, BOTTOM = 64, 16, 32, 44
 SMOOTHING = 0.9  # of the running mean, per point
 _STYLE = (
-    "text{font:12px sans-serif;fill:#444}.axis{stroke:#bbb}.grid{stroke:#eee}"
+    ".axis{stroke:#bbb}.grid{stroke:#eee}"
     ".raw{fill:none;stroke:#9db7e8;stroke-width:1}.smooth{fill:none;stroke:#1f4fa8;stroke-width:2}"
 )
 
@@ -24,20 +25,12 @@ def draw(points: Sequence[tuple[int, Mapping[str, float]]], title: str) -> str:
     series = [
         (step, float(numbers["loss"])) for step, numbers in points if math.isfinite(numbers.get("loss", math.nan))
     ]
-    size = f'width="{WIDTH}" height="{HEIGHT}"'
-    parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" {size} viewBox="0 0 {WIDTH} {HEIGHT}" role="img">',
-        f"<title>loss of {escape(title)}</title><style>{_STYLE}</style>",
-        f'<rect {size} fill="#fff"/>',
-        f'<text x="{LEFT}" y="20">loss per step (thin), running mean (thick) · {escape(title)}</text>',
-    ]
+    parts = [text(LEFT, 20, f"loss per step (thin), running mean (thick) · {title}")]
     if series:
         parts += _plot(series)
     else:
-        parts.append(
-            f'<text x="{WIDTH // 2}" y="{HEIGHT // 2}" text-anchor="middle">no step has been measured yet</text>'
-        )
-    return "\n".join([*parts, "</svg>", ""])
+        parts.append(text(WIDTH // 2, HEIGHT // 2, "no step has been measured yet", "middle"))
+    return document(WIDTH, HEIGHT, f"loss of {title}", _STYLE, parts)
 
 
 def _plot(series: Sequence[tuple[int, float]]) -> list[str]:
@@ -55,14 +48,14 @@ def _plot(series: Sequence[tuple[int, float]]) -> list[str]:
     for tick in ticks:
         _, y = place(0, tick)
         parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
-        parts.append(f'<text x="{LEFT - 8}" y="{y + 4:.1f}" text-anchor="end">{tick:g}</text>')
+        parts.append(text(LEFT - 8, y + 4, f"{tick:g}", "end"))
     base = HEIGHT - BOTTOM
     parts.append(f'<line class="axis" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{base}" y2="{base}"/>')
     for tick in _ticks(0, last):
         if tick <= last and tick == int(tick):
             x, _ = place(tick, low)
-            parts.append(f'<text x="{x:.1f}" y="{base + 18}" text-anchor="middle">{int(tick)}</text>')
-    parts.append(f'<text x="{(LEFT + WIDTH - RIGHT) / 2}" y="{HEIGHT - 8}" text-anchor="middle">step</text>')
+            parts.append(text(x, base + 18, str(int(tick)), "middle"))
+    parts.append(text((LEFT + WIDTH - RIGHT) / 2, HEIGHT - 8, "step", "middle"))
     parts.append(_line("raw", (place(step, loss) for step, loss in series)))
     parts.append(_line("smooth", (place(step, loss) for step, loss in _smoothed(series))))
     return parts

@@ -60,6 +60,7 @@ def train_local(recipe: Recipe, output: Path, *, device: str, progress: Callable
     progress(0.0, "load torch")
     from train.data import DataFile
     from train.engine import Inputs, Plan, train_adapter
+    from train.heat_map import write_pictures
     from train.loss_curve import draw
     from workers.base_models import ModelSource, load, load_tokenizer
 
@@ -88,6 +89,7 @@ def train_local(recipe: Recipe, output: Path, *, device: str, progress: Callable
         report = train_adapter(plan, find_method(request.method).load(options), inputs, result, watcher).to_dict()
         (result / REPORT_FILE).write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         (result / CURVE_FILE).write_text(draw(watcher.series, request.name or recipe.dataset_file.stem), "utf-8")
+        write_pictures(report["own"], result)
         if output.exists():
             output.rmdir()
         result.rename(output)

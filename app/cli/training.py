@@ -15,6 +15,7 @@ from app.cli.options import Json
 from app.cli.output import note, print_json, stdout
 from app.cli.progress import require_success, steps, watch
 from app.cli.train_report import print_train_report
+from train.heat_map import write_pictures
 
 if TYPE_CHECKING:
     from app.cli.recipe import Recipe
@@ -68,6 +69,7 @@ def _train_remotely(client: Client, recipe: Recipe, output: Path | None, wait: b
         note(f"follow it: rankwise jobs watch {job['id']}")
     elif output is not None:
         target = fetch(client, job["result"]["adapters"][0], output, DownloadFormat.PEFT, unpack=True)
+        write_pictures(job["result"]["report"].get("own") or {}, target)
         note(f"written to {target}")
 
 

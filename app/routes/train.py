@@ -19,10 +19,10 @@ from app.submission import submit
 from app.train_inputs import estimate_training
 from storage.job_metrics import LARGEST_STEP, metrics_after, thinned
 from train.loss_curve import draw
+from train.svg import MEDIA_TYPE
 
 router = APIRouter(tags=["train"], route_class=JsonRoute)
 
-SVG = "image/svg+xml"
 CURVE_POINTS = 1000
 
 
@@ -87,11 +87,11 @@ def get_metrics(
     "/jobs/{job_id}/loss-curve",
     summary="See the loss of a training",
     response_class=Response,
-    responses={200: {"content": {SVG: {"schema": {"type": "string"}}}}, **problem_responses(404)},
+    responses={200: {"content": {MEDIA_TYPE: {"schema": {"type": "string"}}}}, **problem_responses(404)},
 )
 def get_loss_curve(services: ServicesDep, principal: Reader, job_id: JobId) -> Response:
     """A picture (SVG) of the loss and the learning rate over the steps, as far as the training has come."""
     with services.database.read() as session:
         points = thinned(session, job_id, CURVE_POINTS)
     series = [(point.step, point.numbers) for point in points]
-    return Response(draw(series, job_id), media_type=SVG)
+    return Response(draw(series, job_id), media_type=MEDIA_TYPE)
