@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import ValidationError
 
 from artifacts.errors import FieldError, RequestInvalid
+from train.options.allora import AlloraOptions
 from train.options.baselines import (
     AdaloraOptions,
     DoraOptions,
@@ -225,6 +226,20 @@ _ROWS = (
         arxiv="2409.15371",
         reference_url="https://arxiv.org/abs/2409.15371",
         capabilities=Capabilities(exports="miss", mergeable=False),
+    ),
+    Method(
+        name="allora",
+        title="ALLoRA",
+        summary="LoRA without dropout and scaling. Every row of ΔW learns fast while it is 0, and slower as it grows.",
+        when="For short trainings that should leave the start sooner. The differences that its authors report are "
+        "small; compare it with lora on your data. Under adamw take placement update.",
+        cost="As LoRA, and the norms of the rows of ΔW once a step.",
+        output="A plain LoRA of scaling 1.",
+        options=AlloraOptions,
+        implementation="train.methods.allora:Allora",
+        arxiv="2410.09692",
+        reference_url="https://arxiv.org/abs/2410.09692",
+        capabilities=Capabilities(exports="lora", mergeable=True),
     ),
 )
 
