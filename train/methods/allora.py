@@ -35,7 +35,7 @@ def row_factors(A: Tensor, B: Tensor, inverse_eta_sq: float) -> Tensor:
         (d_out,), in the precision of the factors; η where the row is 0.
     """
     with torch.autocast(A.device.type, enabled=False):
-        squares = torch.linalg.vecdot(B @ (A @ A.T), B)
+        squares: Tensor = torch.linalg.vecdot(B @ (A @ A.T), B)
     # Rounding may leave a little less than 0.
     return squares.clamp_(min=0).sqrt_().add_(inverse_eta_sq).rsqrt_()
 
@@ -63,7 +63,7 @@ class RowScaledProduct(torch.autograd.Function):
         return y.view(*x.shape[:-1], y.shape[-1])
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         flat, inner, A, B, s = ctx.saved_tensors
         of_x, of_A, of_B = ctx.dtypes
@@ -106,7 +106,9 @@ class AlloraLinear(AdaptedLinear):
     def adapter(self, x: Tensor) -> Tensor:
         device = x.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else self.lora_A.dtype
-        y: Tensor = RowScaledProduct.apply(x, self.lora_A, self.lora_B, self.row_factor, self.scale_B, dtype)
+        y: Tensor = RowScaledProduct.apply(  # type: ignore[no-untyped-call]
+            x, self.lora_A, self.lora_B, self.row_factor, self.scale_B, dtype
+        )
         return y
 
 
@@ -158,15 +160,13 @@ def row_scaled_optimizer(
     Args:
         whole: parameters that are trained as they are; as usual their vectors do not decay.
     """
-    groups = [
+    groups: list[dict[str, Any]] = [
         {"params": [layer.lora_A for layer in layers] + [layer.lora_B for layer in layers]},
         {"params": [value for value in whole if value.ndim > 1]},
         {"params": [value for value in whole if value.ndim <= 1], "weight_decay": 0.0},
     ]
-    kind: type[torch.optim.AdamW] | type[torch.optim.SGD] = {"adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}[
-        settings.optimizer
-    ]
-    made = kind(
+    kind = torch.optim.AdamW if settings.optimizer == "adamw" else torch.optim.SGD
+    made: Optimizer = kind(
         [group for group in groups if group["params"]],
         lr=settings.learning_rate,
         weight_decay=settings.weight_decay,
@@ -187,8 +187,9 @@ class _ScaledUpdate:
     @torch.no_grad()
     def before(self, *_: Any) -> None:
         factors = self._factors()
-        self._kept = [factor.clone() for factor in factors]
-        torch._foreach_zero_(factors)
+        self._kept = [factor.detach().clone() for factor in factors]
+        for factor in factors:
+            factor.zero_()
 
     @torch.no_grad()
     def after(self, optimizer: Optimizer, *_: Any) -> None:
@@ -198,7 +199,7 @@ class _ScaledUpdate:
             factor.mul_(share).add_(value, alpha=kept)
         self._kept = []
 
-    def _factors(self) -> list[Tensor]:
+    def _factors(self) -> list[nn.Parameter]:
         return [layer.lora_A for layer in self._layers] + [layer.lora_B for layer in self._layers]
 
     def _shares(self) -> list[Tensor]:
