@@ -14,10 +14,8 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from artifacts.errors import RequestInvalid
 from train.catalog import find_method, parse_parameters
 from train.methods.allora import Allora, AlloraLinear, RowScaledProduct, row_factors, row_scaled_optimizer
-from train.options.common import Circumstances
 from train.protocol import MethodContext
 from train.quiet import peft_deprecations_ignored
 from train.settings import TrainingSettings
@@ -476,62 +474,3 @@ def test_the_other_placement_resumes_to_the_same_bytes_in_bfloat16(trainings: An
     assert (resumed / "adapter_model.safetensors").read_bytes() == (adapter / "adapter_model.safetensors").read_bytes()
     assert report.evaluation["after"]["loss"] < report.evaluation["before"]["loss"] - 0.3
     assert report.warnings == []
-
-
-# Options.
-
-
-def test_eta_may_be_given_as_it_is_or_squared() -> None:
-    found = [parse_parameters("allora", given) for given in ({}, {"eta": 2}, {"eta_sq": 4}, {"eta_sq": 2.0})]
-    assert [options.inverse_eta_sq for options in found] == [0.25, 0.25, 0.25, 0.5]  # type: ignore[attr-defined]
-
-
-@pytest.mark.parametrize(
-    ("parameters", "name", "message"),
-    [
-        ({"eta": 2, "eta_sq": 4}, "eta_sq", "give eta or eta_sq, not both"),
-        ({"eta": 0}, "eta", "greater than 0"),
-        ({"eta": -1}, "eta", "greater than 0"),
-        ({"eta": float("inf")}, "eta", "finite"),
-        ({"eta": float("nan")}, "eta", "finite"),
-        ({"eta": 1e-30}, "eta", "must be between"),
-        ({"eta_sq": 1e39}, "eta_sq", "must be between"),
-        ({"rank": 0}, "rank", "greater than or equal to 1"),
-        ({"dropout": 0.05}, "dropout", "without dropout"),
-        ({"rank": 8, "alpha": 16}, "alpha", "scaling alpha/r is 1"),
-        ({"use_rslora": True}, "use_rslora", "rank-stabilised"),
-        ({"use_dora": True}, "use_dora", "DoRA"),
-        ({"placement": "optimizer"}, "placement", "'gradient' or 'update'"),
-    ],
-)
-def test_what_does_not_belong_to_the_method_is_refused_by_name(
-    parameters: dict[str, Any], name: str, message: str
-) -> None:
-    with pytest.raises(RequestInvalid, match=message) as caught:
-        parse_parameters("allora", parameters)
-    assert [error.pointer for error in caught.value.errors] == [f"/parameters/{name}"]
-
-
-def test_what_says_the_same_as_leaving_it_out_is_taken() -> None:
-    parse_parameters("allora", {"rank": 8, "alpha": 8, "dropout": 0, "use_rslora": False, "use_dora": False})
-
-
-@pytest.mark.parametrize(
-    ("parameters", "optimizer", "words"),
-    [
-        ({}, "adamw", ["acts only weakly"]),
-        ({}, "sgd", []),
-        ({"placement": "update"}, "adamw", []),
-        ({"placement": "update", "eta": 8}, "adamw", []),
-        ({"placement": "update", "eta_sq": 100}, "adamw", ["An eta of 10 is above"]),
-        ({"eta": 9}, "adamw", ["acts only weakly", "An eta of 9 is above"]),
-    ],
-)
-def test_the_job_is_warned_where_eta_acts_weakly_or_too_much(
-    parameters: dict[str, Any], optimizer: str, words: list[str]
-) -> None:
-    known = Circumstances([], TrainingSettings(optimizer=optimizer))
-    found = parse_parameters("allora", parameters).warnings(known)
-    assert len(found) == len(words)
-    for sentence, word in zip(found, words, strict=True):
-        assert word in sentence
