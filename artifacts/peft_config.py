@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+from artifacts.declared_types import DECLARED_TYPES
 from artifacts.errors import ConfigRefused, FieldError
 from artifacts.peft_fields import BASE_CHANGING_INITS, DEFAULT_VALUES, FIELD_RULES, OTHER_PEFT_TYPES, PLAIN_INITS
 from artifacts.peft_patterns import ModuleSelection, PatternTable
@@ -129,8 +130,12 @@ def parse_config(document: Mapping[str, Any]) -> PeftLoraConfig:
         raise ConfigRefused(
             "adapter_config.json has no peft_type.", hint='PEFT writes one in every file; for LoRA it is "LORA".'
         )
+    if peft_type in DECLARED_TYPES:
+        own = DECLARED_TYPES[peft_type]
+        return _other_type(reader, peft_type, own.method, f"it is of Rankwise's type {peft_type}, {own.reason}")
     if peft_type in OTHER_PEFT_TYPES:
-        return _other_type(reader, peft_type)
+        reason = f"it is of PEFT type {peft_type}, whose ΔW is not scaling·B·A; it is stored as it is"
+        return _other_type(reader, peft_type, peft_type.lower(), reason)
     if peft_type != "LORA":
         raise ConfigRefused(
             f"adapter_config.json: peft_type {peft_type[:40]!r} is unknown.",
@@ -173,7 +178,7 @@ def _lora(reader: _Reader) -> PeftLoraConfig:
     return config
 
 
-def _other_type(reader: _Reader, peft_type: str) -> PeftLoraConfig:
+def _other_type(reader: _Reader, peft_type: str, method: str, refusal: str) -> PeftLoraConfig:
     document = reader.document
     rank = document.get("r")
     alpha = next((document[key] for key in ("lora_alpha", "alpha") if reader.is_alpha(document.get(key))), 0.0)
@@ -196,9 +201,9 @@ def _other_type(reader: _Reader, peft_type: str) -> PeftLoraConfig:
         task_type=reader.text("task_type"),
         peft_type=peft_type,
         raw=dict(document),
-        method=peft_type.lower(),
+        method=method,
         opaque=True,
-        refusals=(f"it is of PEFT type {peft_type}, whose ΔW is not scaling·B·A; it is stored as it is",),
+        refusals=(refusal,),
     )
     reader.finish()
     return config

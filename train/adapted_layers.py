@@ -59,10 +59,32 @@ class AdaptedLinear(nn.Module, ABC):
     def adapter(self, x: Tensor) -> Tensor:
         """What is added to the layer's output: (…, d_in) float32 → (…, d_out)."""
 
+    @torch.no_grad()
+    def delta(self) -> Tensor:
+        """ΔW, (d_out, d_in) float32: for what needs the whole matrix."""
+        eye = torch.eye(self.d_in, dtype=torch.float32, device=self.weight.device)
+        return self.adapter(eye).T
+
     def own_tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Name and tensor of all that is the adapter's, sorted by name."""
         own = [*self.named_parameters(), *self.named_buffers()]
         yield from sorted((name, value) for name, value in own if not name.startswith("base."))
+
+
+class LowRankLinear(AdaptedLinear):
+    """A plain LoRA that is trained no more."""
+
+    A: Tensor
+    B: Tensor
+
+    def __init__(self, base: nn.Module, factors: LowRank) -> None:
+        super().__init__(base)
+        self.register_buffer("A", factors.A)
+        self.register_buffer("B", factors.B)
+        self.scaling = factors.scaling
+
+    def adapter(self, x: Tensor) -> Tensor:
+        return self.scaling * nn.functional.linear(nn.functional.linear(x, self.A), self.B)
 
 
 def exchange(model: nn.Module, path: str, layer: nn.Module) -> None:

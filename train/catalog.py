@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import ValidationError
@@ -24,28 +24,42 @@ from train.options.baselines import (
     RsloraOptions,
     VeraOptions,
 )
+from train.options.bone import BoneOptions
 from train.options.common import TrainOptions
 
 if TYPE_CHECKING:
     from train.protocol import TrainMethod
 
 Task = Literal["causal-lm"]
-Export = Literal["lora", "dora", "vera", "miss"]
+Export = Literal["lora", "dora", "vera", "miss", "bat_row"]
 
 
 @dataclass(frozen=True, slots=True)
-class Capabilities:
-    """What a method gives.
+class Form:
+    """What comes out of a training.
 
     Attributes:
-        exports: what the adapter is that comes out: "lora" is a plain LoRA, any other is PEFT's type of that name.
+        exports: what the adapter is: "lora" is a plain LoRA, bat_row is a type of Rankwise's own, any other is PEFT's
+            type of that name.
         mergeable: the adapter can go into `POST /merge`.
-        tasks: what it can be trained on.
     """
 
     exports: Export
     mergeable: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Capabilities(Form):
+    """What a method gives.
+
+    Attributes:
+        exports, mergeable: with the parameters' defaults.
+        tasks: what it can be trained on.
+        variants: what comes out instead with that value of the parameter `variant`.
+    """
+
     tasks: tuple[Task, ...] = ("causal-lm",)
+    variants: Mapping[str, Form] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -240,6 +254,32 @@ _ROWS = (
         arxiv="2410.09692",
         reference_url="https://arxiv.org/abs/2410.09692",
         capabilities=Capabilities(exports="lora", mergeable=True),
+    ),
+    Method(
+        name="bone",
+        title="Bone",
+        summary="Block-affine adaptation: one matrix per layer that all shards of the inputs share. Half of LoRA's "
+        "parameters at the same rank, and still a plain LoRA in the end.",
+        when="For quick training with few parameters, when the adapter shall load everywhere. The variants bat_col and "
+        "bat_row learn a ΔW of full rank with as few parameters, for use with the same base weights only.",
+        cost="r·d_out trained parameters a layer (bat_row r·d_in, mini r·mini_r); sums instead of a product with A. "
+        "bat_col forms W + ΔW in every forward pass, which takes more time and memory as the layers grow; bat_row "
+        "does not.",
+        output="default and mini: a plain LoRA, exactly what was trained; its rank of 64 may be above the limit of a "
+        "server (vLLM's max_lora_rank). bat_col: a MiSS adapter that PEFT loads. bat_row: an adapter of Rankwise's own "
+        "type, loaded by train.declared. With lossy_rank the last two become a plain LoRA that loses something.",
+        options=BoneOptions,
+        implementation="train.methods.bone:make",
+        arxiv="2409.15371",
+        reference_url="https://arxiv.org/abs/2409.15371",
+        capabilities=Capabilities(
+            exports="lora",
+            mergeable=True,
+            variants={
+                "bat_col": Form(exports="miss", mergeable=False),
+                "bat_row": Form(exports="bat_row", mergeable=False),
+            },
+        ),
     ),
 )
 

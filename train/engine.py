@@ -85,7 +85,7 @@ def train_adapter(
     Raises:
         FileBroken, RequestInvalid: the data, the targets or the rank do not fit the base model.
         TrainingDiverged: see `train.loop.run_loop`.
-        ReloadMismatch: the written adapter, loaded by PEFT, does not give the trained model's logits.
+        ReloadMismatch: the written adapter, loaded again, does not give the trained model's logits.
         Whatever the observer raises.
     """
     meter = MemoryMeter(plan.device)
@@ -113,15 +113,18 @@ def train_adapter(
         raise AttemptCancelled(f"the training was asked to stop after step {result.steps}")
     trainable.eval()
     observer.progress(LOOP, "writing the adapter")
-    expected = probe(trainable, bench.probe_rows, bench.padding)
     parameters = sum(p.numel() for p in trainable.parameters() if p.requires_grad)
+    method.settle(trainable)
+    expected = probe(trainable, bench.probe_rows, bench.padding)
     own = _own_report(method, trainable, bench)
     method.export(trainable, output)
     del model, trainable
     _free()
 
     observer.progress(LOOP, "loading the adapter onto a fresh base model")
-    fresh, reload = check_reload(inputs.load_base, output, bench.probe_rows, bench.padding, expected, plan)
+    fresh, reload = check_reload(
+        inputs.load_base, method.reload, output, bench.probe_rows, bench.padding, expected, plan
+    )
     after = bench.scores(fresh, "after", (RELOADED, AFTER))
     return _report(
         plan, examples, result, reload, before, after, parameters, needed.to_dict(), meter.peak(), own, known

@@ -104,6 +104,11 @@ class TrainMethod(ABC, Generic[Options]):
         """Take over what `state` gave."""
         del state
 
+    def settle(self, model: nn.Module) -> None:
+        """Called when the training has ended. A method whose adapter is meant to lose something of what was trained
+        makes the model what the adapter will be: all that follows, the check of the written files too, is about that.
+        """
+
     def evaluate(self, model: nn.Module, measure: Callable[[nn.Module], dict[str, float]]) -> dict[str, Any]:
         """What only this method can measure on the trained model, for the report; `model` is left as it was.
 
@@ -121,4 +126,18 @@ class TrainMethod(ABC, Generic[Options]):
 
     @abstractmethod
     def export(self, model: nn.Module, directory: Path) -> None:
-        """Write the adapter that a user gets: a folder that PEFT loads onto the untouched base model."""
+        """Write the adapter that a user gets: a folder that `reload` loads onto the untouched base model."""
+
+    def reload(self, base: nn.Module, directory: Path) -> nn.Module:
+        """The untouched base model with the adapter that `export` wrote, loaded as its users load it: by PEFT.
+
+        A method whose adapter is of a type of our own (`train.declared`) names that loader here. Nothing but the files
+        may be used: what comes out is compared with the trained model.
+        """
+        from peft import PeftModel
+
+        from train.quiet import peft_deprecations_ignored
+
+        with peft_deprecations_ignored():
+            loaded: nn.Module = PeftModel.from_pretrained(base, str(directory))
+        return loaded

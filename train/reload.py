@@ -1,4 +1,4 @@
-"""The proof of an export: loaded by PEFT onto a fresh base model, the files give the trained model's logits."""
+"""The proof of an export: loaded onto a fresh base model, the files give the trained model's logits."""
 
 from __future__ import annotations
 
@@ -10,9 +10,8 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 from torch import Tensor, nn
 
-from artifacts.errors import ReloadMismatch
+from artifacts.errors import BaseMismatch, FileBroken, FormatUnknown, ReloadMismatch
 from train.causal_lm import Example, collate
-from train.quiet import peft_deprecations_ignored
 from train.settings import TrainingSettings
 
 if TYPE_CHECKING:
@@ -59,13 +58,17 @@ def probe(model: nn.Module, rows: Sequence[Example], padding: int) -> list[Tenso
 
 def check_reload(
     load_base: Callable[[], PreTrainedModel],
+    load_adapter: Callable[[nn.Module, Path], nn.Module],
     directory: Path,
     rows: Sequence[Example],
     padding: int,
     expected: Sequence[Tensor],
     plan: _HasTraining,
 ) -> tuple[nn.Module, Reload]:
-    """Load the adapter of `directory` as any user of PEFT would.
+    """Load the adapter of `directory` as its users would.
+
+    Args:
+        load_adapter: (base model, directory) → the base model with the adapter: `TrainMethod.reload`.
 
     Returns:
         The fresh base model with the adapter on it, in evaluation mode, and the figures.
@@ -73,15 +76,12 @@ def check_reload(
     Raises:
         ReloadMismatch: it does not load, or gives other logits than `expected`.
     """
-    from peft import PeftModel
-
     base = load_base()
     plain = probe(base, rows, padding)
     try:
-        with peft_deprecations_ignored():
-            fresh: nn.Module = PeftModel.from_pretrained(base, str(directory)).eval()
-    except (ValueError, KeyError, RuntimeError) as error:
-        raise ReloadMismatch(f"PEFT can not load the trained adapter: {error}") from error
+        fresh = load_adapter(base, directory).eval()
+    except (ValueError, KeyError, RuntimeError, BaseMismatch, FileBroken, FormatUnknown) as error:
+        raise ReloadMismatch(f"The trained adapter can not be loaded: {error}") from error
     got = probe(fresh, rows, padding)
     largest = max(1.0, *(float(value.abs().max()) for value in expected))
     figures = Reload(
@@ -92,7 +92,7 @@ def check_reload(
     )
     if not figures.largest_difference <= figures.tolerance:
         raise ReloadMismatch(
-            f"The written adapter, loaded by PEFT, gives logits that differ by {figures.largest_difference:.3g} from "
+            f"The written adapter, loaded again, gives logits that differ by {figures.largest_difference:.3g} from "
             f"those of the trained model; {figures.tolerance:.3g} is allowed."
         )
     return fresh, figures

@@ -19,6 +19,7 @@ from train.catalog import METHODS
 PARAMETERS: dict[str, dict[str, Any]] = {
     "adalora": {"initial_rank": 6, "target_rank": 3, "dropout": 0.1},
     "allora": {"rank": 4},
+    "bone": {"rank": 8, "dropout": 0.1},
     "miss": {"rank": 8, "dropout": 0.1},
     "vera": {"rank": 32, "dropout": 0.1},
 }

@@ -1,0 +1,144 @@
+"""Adapters of our own types: a folder that says what it is, on what base it is valid and what loads it, and the loader.
+
+Stock PEFT refuses such a folder by its `peft_type`. `load` puts it onto a base model; `fold` then makes ΔW part of the
+weights, and the model is an ordinary one again that `save_pretrained` writes for every other program.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from artifacts.errors import BaseMismatch, FieldError, FileBroken, FormatUnknown
+from artifacts.layout import CONFIG_NAME, WEIGHTS_NAME, read_json
+from train.adapted_layers import AdaptedLinear, exchange
+
+LAYERS: Mapping[str, str] = {"RANKWISE_BAT_ROW": "train.bat_row:BatRowLinear"}
+"""`peft_type` → the class of its layers, as "module:class", with a classmethod `declared(base, configuration)`."""
+
+LOADER = "train.declared.load"
+PREFIX = "base_model.model."
+NORM_TOLERANCE = 1e-3
+"""Largest relative difference of ‖W‖_F: rounding to 16 bits stays far below, other weights seldom do."""
+_NAMED = 20
+
+
+def write(
+    directory: Path,
+    peft_type: str,
+    layers: Mapping[str, AdaptedLinear],
+    whole: Mapping[str, Tensor],
+    config: Mapping[str, Any],
+) -> None:
+    """Write the folder. The same adapter gives the same bytes.
+
+    Args:
+        layers: path in the base model → trained layer.
+        whole: tensors of modules that were trained as they are, under their paths.
+        config: fields of the configuration that the type has besides those of every adapter.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    tensors = {f"{PREFIX}{name}": value for name, value in whole.items()}
+    for path, layer in layers.items():
+        tensors |= {f"{PREFIX}{path}.{name}": value for name, value in layer.own_tensors()}
+    on_cpu = {name: value.detach().to("cpu", copy=True).contiguous() for name, value in sorted(tensors.items())}
+    save_file(on_cpu, directory / WEIGHTS_NAME, metadata={"format": "pt"})
+    document = {
+        **config,
+        "peft_type": peft_type,
+        "loader": LOADER,
+        "inference_mode": True,
+        "target_modules": sorted(layers),
+        "base_weight_norms": {path: _norm(layer.weight) for path, layer in sorted(layers.items())},
+    }
+    (directory / CONFIG_NAME).write_text(json.dumps(document, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+@torch.no_grad()
+def load(model: nn.Module, directory: Path) -> nn.Module:
+    """Put the adapter of `directory` onto `model`, the base model that it was trained on, and return the model.
+
+    Raises:
+        FormatUnknown: the folder is of another type.
+        BaseMismatch: the model lacks a layer, has it with other sides, or with other weights.
+        FileBroken: tensors are missing, superfluous, or have other shapes than the layers.
+    """
+    config = read_json(directory / CONFIG_NAME)
+    peft_type = str(config.get("peft_type"))
+    if peft_type not in LAYERS:
+        raise FormatUnknown(f"{peft_type[:40]!r} is no type of Rankwise's own.", hint=f"Known are {', '.join(LAYERS)}.")
+    module, _, name = LAYERS[peft_type].partition(":")
+    make = getattr(importlib.import_module(module), name).declared
+    bases = _bases(model, config)
+    places: dict[str, Tensor] = {}
+    for path in config.get("modules_to_save") or ():
+        places |= {f"{path}.{name}": value for name, value in model.get_submodule(path).named_parameters()}
+    layers: dict[str, AdaptedLinear] = {}
+    for path, base in bases.items():
+        try:
+            layers[path] = make(base, config)
+        except ValueError as error:
+            raise BaseMismatch(f"{path}: {error}.") from error
+        places |= {f"{path}.{name}": value for name, value in layers[path].own_tensors()}
+    _fill(places, load_file(directory / WEIGHTS_NAME))
+    for path, layer in layers.items():
+        exchange(model, path, layer)
+    return model
+
+
+@torch.no_grad()
+def fold(model: nn.Module) -> nn.Module:
+    """Add ΔW to the weights of every layer of ours, in float32, and put the base layers back; in place.
+
+    There is no way back from the folded weights: with a block D_c = −I the original is lost. Load the base again.
+    """
+    for path, layer in [item for item in model.named_modules() if isinstance(item[1], AdaptedLinear)]:
+        delta = layer.delta()
+        layer.weight.copy_((layer.weight.to(torch.float32) + delta).to(layer.weight.dtype))
+        exchange(model, path, layer.base)
+    return model
+
+
+def _bases(model: nn.Module, config: Mapping[str, Any]) -> dict[str, nn.Module]:
+    """The layers that the adapter is for, checked against what it says of their weights."""
+    modules = dict(model.named_modules())
+    found, faults = {}, []
+    norms: Mapping[str, Any] = config.get("base_weight_norms") or {}
+    for path in config.get("target_modules") or ():
+        layer, stored = modules.get(path), norms.get(path)
+        weight = getattr(layer, "weight", None)
+        if layer is None or not isinstance(weight, Tensor):
+            faults.append(FieldError(path, "the model has no such layer"))
+        elif not isinstance(stored, int | float) or abs(_norm(weight) - stored) > NORM_TOLERANCE * stored:
+            faults.append(FieldError(path, "its weights are not those that the adapter was trained on"))
+        else:
+            found[path] = layer
+    if faults or not found:
+        first = f"{faults[0].pointer}: {faults[0].message}" if faults else "it names no layer"
+        raise BaseMismatch(
+            f"The adapter is not for this model: {first}.",
+            hint=f"It was trained on {config.get('base_model_name_or_path') or 'a model without a name'}.",
+            errors=faults[:_NAMED],
+        )
+    return found
+
+
+def _fill(places: Mapping[str, Tensor], stored: Mapping[str, Tensor]) -> None:
+    saved = {name.removeprefix(PREFIX): value for name, value in stored.items()}
+    odd = saved.keys() ^ places.keys()
+    odd |= {name for name in saved.keys() & places.keys() if saved[name].shape != places[name].shape}
+    if odd:
+        raise FileBroken(f"The tensors are not those of the adapter's layers: {', '.join(sorted(odd)[:5])}.")
+    for name, place in places.items():
+        place.copy_(saved[name])
+
+
+def _norm(weight: Tensor) -> float:
+    return float(weight.detach().double().norm())
