@@ -35,7 +35,7 @@ class BatRowLinear(AdaptedLinear):
             ValueError: its rank does not divide both sides of W.
         """
         rank = int(config["r"])
-        sides = [int(size) for size in base.weight.shape]  # type: ignore[union-attr, operator]
+        sides = [int(size) for size in base.weight.shape]  # type: ignore[union-attr]
         if rank < 1 or any(size % rank for size in sides):
             raise ValueError(f"blocks of side {rank} do not fit a weight of {sides[0]}×{sides[1]}")
         return cls(base, rank)
@@ -53,19 +53,20 @@ class BatRowLinear(AdaptedLinear):
 
     def moved(self, x: Tensor) -> Tensor:
         """t, (…, d_in): every shard of x times its block."""
-        shards = x.unflatten(-1, (-1, self.rank))
-        return torch.einsum("cij,...cj->...ci", self.block, shards).flatten(-2)
+        shards = x.reshape(*x.shape[:-1], -1, self.rank)
+        moved: Tensor = torch.einsum("cij,...cj->...ci", self.block, shards).flatten(-2)
+        return moved
 
     def tiled(self, moved: Tensor) -> Tensor:
         """Σ_c t_c, repeated along the outputs: (…, d_in) → (…, d_out)."""
-        total = moved.unflatten(-1, (-1, self.rank)).sum(-2)
+        total = moved.reshape(*moved.shape[:-1], -1, self.rank).sum(-2)
         return total.repeat(*[1] * (total.dim() - 1), self.d_out // self.rank)
 
     @torch.no_grad()
     def delta(self) -> Tensor:
         """ΔW, (d_out, d_in) float32: for what needs the whole matrix."""
         W = self.weight.to(torch.float32)
-        shards = W.unflatten(-1, (-1, self.rank))
+        shards = W.reshape(self.d_out, -1, self.rank)
         guided = torch.einsum("oci,cij->ocj", shards, self.block).flatten(1)
         # D_c in every block of its column: (r, d_in), repeated along the outputs
         added = self.block.transpose(0, 1).reshape(self.rank, self.d_in)

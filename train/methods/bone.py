@@ -180,7 +180,7 @@ def require_linear(model: nn.Module, targets: Sequence[str]) -> None:
 
 def _base(model: nn.Module) -> nn.Module:
     """The base model inside PEFT's."""
-    found = model.base_model.model
+    found = model.base_model.model  # type: ignore[union-attr]
     assert isinstance(found, nn.Module)
     return found
 
