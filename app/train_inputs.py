@@ -16,7 +16,7 @@ from storage.tables import DatasetRow, ModelRow
 from train.catalog import parse_parameters
 from train.estimate import Estimate, check_fits, estimate
 from train.options.common import Circumstances
-from train.settings import CausalLmTask
+from train.settings import TaskSettings
 from train.targets import check_method, resolve_targets
 
 
@@ -47,7 +47,7 @@ def check_train(settings: Settings, session: Session, request: TrainParams) -> s
     return row.id
 
 
-def _check_suitable(dataset: DatasetRow, task: CausalLmTask) -> None:
+def _check_suitable(dataset: DatasetRow, task: TaskSettings) -> None:
     """Refuse a dataset that was found unfit when it was uploaded, unless the task names columns of its own."""
     forms = [item for item in dataset.tasks if item["task"] == task.type]
     own_columns = any(name.endswith("_column") for name in task.model_fields_set)

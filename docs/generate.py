@@ -158,11 +158,20 @@ def recipe_part(name: str) -> str:
     from train import settings
 
     models = {
-        "task": settings.CausalLmTask,
         "training": settings.TrainingSettings,
         "evaluation": settings.EvaluationSettings,
     }
     return _parameters(models[name])
+
+
+def tasks_part(_: str) -> str:
+    """Every task with its parameters."""
+    from train.settings import TASKS
+
+    return "\n\n".join(
+        f"#### `{name}` {{ #task-{name} }}\n\n{inspect.getdoc(model)}\n\n{_parameters(model)}"
+        for name, model in TASKS.items()
+    )
 
 
 def _parameters(model: Any) -> str:
@@ -264,6 +273,7 @@ PARTS: Mapping[str, Callable[[str], str]] = {
     "cli": cli_part,
     "training": training_part,
     "recipe": recipe_part,
+    "tasks": tasks_part,
 }
 
 
@@ -271,7 +281,7 @@ def _print_all() -> None:
     from merge.catalog import METHODS
 
     for name, part in PARTS.items():
-        arguments = {"method": list(METHODS), "recipe": ["task", "training", "evaluation"]}
+        arguments = {"method": list(METHODS), "recipe": ["training", "evaluation"]}
         for argument in arguments.get(name, [""]):
             sys.stdout.write(f"<!-- {name} {argument} -->\n{part(argument)}\n\n")
 

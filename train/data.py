@@ -1,19 +1,16 @@
-"""The rows of a dataset as examples: split by the hash of each row, encoded for the task."""
+"""The rows of a dataset, split by the hash of each row, and the examples that a task makes of them."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from train.causal_lm import Example, check_enough, encode_rows
+from artifacts.errors import FieldError, RequestInvalid
 from train.rows import Format, iter_rows
-from train.settings import CausalLmTask, EvaluationSettings
+from train.settings import EvaluationSettings
 from train.splits import split_of
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,54 +25,62 @@ class DataFile:
 class Examples:
     """What is trained on, what is measured on, and what the report says of both."""
 
-    train: tuple[Example, ...]
-    validation: tuple[Example, ...]
+    train: tuple[Any, ...]
+    validation: tuple[Any, ...]
     report: dict[str, Any]
 
 
-def read_examples(
-    file: DataFile,
-    tokenizer: PreTrainedTokenizerBase,
-    task: CausalLmTask,
-    evaluation: EvaluationSettings,
-    limit: int,
-) -> Examples:
-    """Read, split and encode all rows.
+class SplitRows:
+    """The rows of a file with their numbers from 1; which are held out is known once they went by."""
 
-    Raises:
-        FileBroken: rows that the task can not use (`train.causal_lm.encode_rows`).
-        RequestInvalid: no row is left to train on, or none to measure with although a fraction was asked for.
-    """
+    def __init__(self, file: DataFile, fraction: float) -> None:
+        self._file, self._fraction = file, fraction
+        self.held_out: set[int] = set()
 
-    fraction = evaluation.validation_fraction
-    held_out: set[int] = set()
-
-    def rows() -> Iterator[tuple[int, Mapping[str, Any]]]:
-        for number, row in enumerate(iter_rows(file.path, file.format), 1):
-            if split_of(row, fraction) == "validation":
-                held_out.add(number)
+    def __iter__(self) -> Iterator[tuple[int, Mapping[str, Any]]]:
+        """Raises FileBroken: a row is not valid after all."""
+        for number, row in enumerate(iter_rows(self._file.path, self._file.format), 1):
+            if split_of(row, self._fraction) == "validation":
+                self.held_out.add(number)
             yield number, row
 
-    encoded = encode_rows(rows(), tokenizer, task, limit)
-    pairs = list(zip(encoded.numbers, encoded.examples, strict=True))
-    train = tuple(example for number, example in pairs if number not in held_out)
-    validation = tuple(example for number, example in pairs if number in held_out)
-    check_enough(train, "training")
-    if fraction:
-        check_enough(validation, "validation")
-    report = {
+    def parted(self, numbers: Sequence[int], examples: Sequence[Any]) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+        """The examples of these rows: (those to train on, those held out).
+
+        Raises:
+            RequestInvalid: no row is left to train on, or none to measure with although a fraction was asked for.
+        """
+        pairs = list(zip(numbers, examples, strict=True))
+        train = tuple(example for number, example in pairs if number not in self.held_out)
+        validation = tuple(example for number, example in pairs if number in self.held_out)
+        check_enough(train, "training")
+        if self._fraction:
+            check_enough(validation, "validation")
+        return train, validation
+
+
+def check_enough(examples: Sequence[Any], what: str) -> None:
+    """Raises RequestInvalid when no row is left."""
+    if not examples:
+        raise RequestInvalid(
+            f"No {what} row is left.",
+            hint="The dataset is too small for this validation_fraction, or all its rows were too long.",
+            errors=[FieldError("/dataset", f"no {what} row")],
+        )
+
+
+def counts(
+    train: Sequence[Any], validation: Sequence[Any], evaluation: EvaluationSettings, **more: Any
+) -> dict[str, Any]:
+    """What every report says of the rows, and what the task adds."""
+    return {
         "training_rows": len(train),
         "validation_rows": len(validation),
         "measured_rows": min(len(validation), evaluation.max_rows),
-        "training_tokens": sum(len(example.ids) for example in train),
-        "counted_tokens": sum(example.counted for example in train),
-        "longest_row": max(len(example.ids) for example in train),
-        "row_limit": limit,
-        "dropped_rows": _listed(encoded.dropped),
-        "cut_rows": _listed(encoded.cut),
+        **more,
     }
-    return Examples(train, validation[: evaluation.max_rows], report)
 
 
-def _listed(numbers: Sequence[int]) -> dict[str, Any]:
+def listed(numbers: Sequence[int]) -> dict[str, Any]:
+    """How many, and the first twenty."""
     return {"count": len(numbers), "first": list(numbers[:20])}

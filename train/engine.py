@@ -4,32 +4,30 @@ from __future__ import annotations
 
 import gc
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from transformers import set_seed
 
 from artifacts.errors import AttemptCancelled
-from train import evaluation
-from train.causal_lm import Example, collate, padding_of, row_limit
+from train.base_files import BaseFiles
 from train.checkpoints import CARRIED
-from train.data import DataFile, Examples, read_examples
-from train.estimate import check_fits, estimate
-from train.evaluation import Scores
+from train.data import DataFile, Examples
+from train.estimate import Estimate, check_fits, estimate
+from train.evaluation import Scores, compare
 from train.loop import LoopInputs, LoopResult, Observer, run_loop, total_steps
-from train.options.common import Circumstances, Target, TrainOptions
+from train.options.common import Circumstances, TrainOptions
 from train.protocol import MethodContext, TrainMethod
-from train.reload import Reload, check_reload, probe
+from train.reload import Reload, check_reload
 from train.report import MemoryMeter, TrainReport, free_memory
-from train.settings import CausalLmTask, EvaluationSettings, TrainingSettings
+from train.settings import EvaluationSettings, TaskSettings, TrainingSettings
 from train.targets import check_method, resolve_targets
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from train.tasks.catalog import make_task
+from train.tasks.protocol import Task, TaskContext
 
 PREPARING, BEFORE, LOOP, RELOADED, AFTER = 0.02, 0.08, 0.85, 0.9, 1.0
 """Where the parts of a training end on the progress bar."""
@@ -52,7 +50,7 @@ class Plan:
 
     method: str
     options: TrainOptions
-    task: CausalLmTask
+    task: TaskSettings
     training: TrainingSettings
     evaluation: EvaluationSettings
     seed: int
@@ -65,14 +63,11 @@ class Inputs:
     """What is trained, on what, and where the training may write: `folder` is its own.
 
     Attributes:
-        load_base: loads the base model anew, frozen and in evaluation mode, on the plan's device.
         resume: an unpacked checkpoint of the same training.
     """
 
-    load_base: Callable[[], PreTrainedModel]
-    tokenizer: PreTrainedTokenizerBase
+    base: BaseFiles
     data: DataFile
-    base_name: str
     folder: Path
     resume: Path | None = None
 
@@ -85,50 +80,84 @@ def train_adapter(
     Raises:
         FileBroken, RequestInvalid: the data, the targets or the rank do not fit the base model.
         TrainingDiverged: see `train.loop.run_loop`.
-        ReloadMismatch: the written adapter, loaded again, does not give the trained model's logits.
+        ReloadMismatch: the written adapter, loaded again, does not predict what the trained model does.
         Whatever the observer raises.
     """
     meter = MemoryMeter(plan.device)
-    observer.progress(0.0, "loading the base model")
-    model = inputs.load_base()
-    model.name_or_path = inputs.base_name  # PEFT writes it into the adapter's configuration
-    observer.progress(PREPARING / 2, "reading the dataset")
-    examples = read_examples(
-        inputs.data, inputs.tokenizer, plan.task, plan.evaluation, row_limit(plan.task, model.config)
-    )
-    linear = linear_layers(model)
-    targets = resolve_targets(linear, plan.options.target_modules)
-    known = Circumstances(targets, plan.training, total_steps(len(examples.train), plan.training))
-    check_method(plan.options, known)
-    needed = estimate(plan.options, targets, linear, plan.training, plan.task, _parameters(model))
-    check_fits(needed, free_memory(plan.device) + needed.base_bytes, plan.device)  # the base is in it already
+    observer.progress(0.0, "reading the dataset")
+    task = make_task(plan.task, TaskContext(inputs.base, plan.training, plan.device, plan.seed))
+    examples = task.read(inputs.data, plan.evaluation)
+    observer.progress(PREPARING / 2, "loading the base model")
+    model = task.load()
+    known, needed = _check(plan, model, examples)
+    task.check(model, examples)
 
-    bench = _Bench(plan, inputs, examples, observer)
+    bench = _Bench(plan, task, examples, observer)
     carried = _carried(inputs.resume)
-    before = bench.scores(model, "before", (PREPARING, BEFORE)) if carried is None else _scores(carried)
+    course = _Course(plan, known, needed, examples)
+    course.before = bench.scores(model, "before", (PREPARING, BEFORE)) if carried is None else _scores(task, carried)
     set_seed(plan.seed)
-    trainable = _prepare(plan, method, model, targets, examples, bench.padding, inputs.resume)
-    result = _run(plan, method, trainable, inputs, bench, before)
+    trainable = _prepare(course, method, model, task, inputs.resume)
+    course.result = _run(course, method, trainable, task, inputs, observer)
     if observer.stop_wanted():
-        raise AttemptCancelled(f"the training was asked to stop after step {result.steps}")
+        raise AttemptCancelled(f"the training was asked to stop after step {course.result.steps}")
     trainable.eval()
     observer.progress(LOOP, "writing the adapter")
-    parameters = sum(p.numel() for p in trainable.parameters() if p.requires_grad)
+    course.parameters = sum(p.numel() for p in trainable.parameters() if p.requires_grad)
     method.settle(trainable)
-    expected = probe(trainable, bench.probe_rows, bench.padding)
-    own = _own_report(method, trainable, bench)
+    expected = task.predict(trainable, bench.probe_rows)
+    course.own = _own_report(method, trainable, bench)
     method.export(trainable, output)
     del model, trainable
     _free()
 
     observer.progress(LOOP, "loading the adapter onto a fresh base model")
-    fresh, reload = check_reload(
-        inputs.load_base, method.reload, output, bench.probe_rows, bench.padding, expected, plan
-    )
-    after = bench.scores(fresh, "after", (RELOADED, AFTER))
-    return _report(
-        plan, examples, result, reload, before, after, parameters, needed.to_dict(), meter.peak(), own, known
-    )
+    fresh, course.reload = check_reload(task, method.reload, output, bench.probe_rows, expected)
+    course.after = bench.scores(fresh, "after", (RELOADED, AFTER))
+    return course.report(meter.peak())
+
+
+@dataclass(slots=True)
+class _Course:
+    """What is settled before a training, and what comes to be known on its way: all that its report is made of."""
+
+    plan: Plan
+    known: Circumstances
+    needed: Estimate
+    examples: Examples
+    before: Scores | None = None
+    after: Scores | None = None
+    result: LoopResult = field(default_factory=LoopResult)
+    reload: Reload | None = None
+    parameters: int = 0
+    own: Mapping[str, Any] = field(default_factory=dict)
+
+    def report(self, peak_memory: Mapping[str, int | None]) -> TrainReport:
+        plan, result = self.plan, self.result
+        measured: dict[str, Any] = {}
+        if self.before is not None and self.after is not None:
+            measured = {
+                "before": self.before.to_dict(),
+                "after": self.after.to_dict(),
+                "difference": compare(self.before, self.after, plan.evaluation, plan.seed),
+            }
+        return TrainReport(
+            method=plan.method,
+            steps=result.steps,
+            resumed_at=result.first_step,
+            seconds=result.seconds,
+            tokens_per_second=result.tokens_per_second,
+            final_loss=result.losses[-1] if result.losses else None,
+            trainable_parameters=self.parameters,
+            target_modules=len(self.known.targets),
+            peak_memory=peak_memory,
+            estimate=self.needed.to_dict(),
+            data=self.examples.report,
+            evaluation=measured,
+            reload={} if self.reload is None else self.reload.to_dict(),
+            own=self.own,
+            warnings=plan.options.warnings(self.known),
+        )
 
 
 def linear_layers(model: nn.Module) -> dict[str, tuple[int, int]]:
@@ -144,71 +173,76 @@ def linear_layers(model: nn.Module) -> dict[str, tuple[int, int]]:
     return found
 
 
+def _check(plan: Plan, model: nn.Module, examples: Examples) -> tuple[Circumstances, Estimate]:
+    """Raises RequestInvalid when the method, its layers or the memory do not allow the training."""
+    linear = linear_layers(model)
+    targets = resolve_targets(linear, plan.options.target_modules)
+    known = Circumstances(targets, plan.training, total_steps(len(examples.train), plan.training))
+    check_method(plan.options, known)
+    needed = estimate(plan.options, targets, linear, plan.training, plan.task, _parameters(model))
+    check_fits(needed, free_memory(plan.device) + needed.base_bytes, plan.device)  # the base is in it already
+    return known, needed
+
+
 def _prepare(
-    plan: Plan,
-    method: TrainMethod[Any],
-    model: PreTrainedModel,
-    targets: Sequence[Target],
-    examples: Examples,
-    padding: int,
-    checkpoint: Path | None,
+    course: _Course, method: TrainMethod[Any], model: nn.Module, task: Task[Any], checkpoint: Path | None
 ) -> nn.Module:
+    plan, rows = course.plan, course.examples.train
     size = plan.training.batch_size
 
     def batches() -> Iterator[Mapping[str, Tensor]]:
-        for start in range(0, len(examples.train), size):
-            batch = collate(examples.train[start : start + size], padding)
-            yield {name: value.to(plan.device) for name, value in batch.items()}
+        for start in range(0, len(rows), size):
+            batch = task.collate(rows[start : start + size])
+            yield task.step_inputs({name: value.to(plan.device) for name, value in batch.items()})
 
-    if plan.training.gradient_checkpointing:
-        model.enable_input_require_grads()
-    model.config.use_cache = False
-    total = total_steps(len(examples.train), plan.training)
+    task.before_training(model)
+    total = course.known.steps
+    assert total is not None
     context = MethodContext(
-        targets=[target.path for target in targets],
+        targets=[target.path for target in course.known.targets],
         total_steps=total,
         batches=batches,
         settings=plan.training,
         seed=plan.seed,
         checkpoint=checkpoint,
+        task_type=task.peft_type,
+        whole=task.whole(model),
     )
     return method.prepare(model, context)
 
 
 def _run(
-    plan: Plan,
+    course: _Course,
     method: TrainMethod[Any],
     model: nn.Module,
+    task: Task[Any],
     inputs: Inputs,
-    bench: _Bench,
-    before: Scores | None,
+    observer: TrainObserver,
 ) -> LoopResult:
-    carried = {} if before is None else {"before": before.to_lists()}
+    plan = course.plan
     loop = LoopInputs(
-        examples=bench.examples.train,
-        padding=bench.padding,
+        task=task,
+        examples=course.examples.train,
         settings=plan.training,
         seed=plan.seed,
         device=plan.device,
         folder=inputs.folder / "loop",
         micro_batches=plan.micro_batches,
-        carried=carried,
+        carried={} if course.before is None else {"before": course.before.to_lists()},
         resume=inputs.resume,
     )
-    return run_loop(model, method, loop, bench.observer)
+    return run_loop(model, method, loop, observer)
 
 
 class _Bench:
     """Measures a model on the validation rows, with a share of the progress bar."""
 
-    def __init__(self, plan: Plan, inputs: Inputs, examples: Examples, observer: TrainObserver) -> None:
-        self._plan, self._tokenizer = plan, inputs.tokenizer
-        self.examples, self.observer = examples, observer
-        self.padding = padding_of(inputs.tokenizer)
+    def __init__(self, plan: Plan, task: Task[Any], examples: Examples, observer: TrainObserver) -> None:
+        self._plan, self._task, self.examples, self._observer = plan, task, examples, observer
 
     @property
-    def probe_rows(self) -> Sequence[Example]:
-        """Rows on which the logits of the trained and of the reloaded model are compared."""
+    def probe_rows(self) -> Sequence[Any]:
+        """Rows on which the predictions of the trained and of the reloaded model are compared."""
         return (self.examples.validation or self.examples.train)[:4]
 
     def scores(self, model: nn.Module, when: str, share: tuple[float, float]) -> Scores | None:
@@ -219,17 +253,9 @@ class _Bench:
         first, last = share
 
         def tick(done: int) -> None:
-            self.observer.progress(first + (last - first) * done / len(rows), f"measuring {when} the training")
+            self._observer.progress(first + (last - first) * done / len(rows), f"measuring {when} the training")
 
-        return evaluation.score(
-            model,
-            self._tokenizer,
-            rows,
-            self._plan.evaluation,
-            padding=self.padding,
-            batch_size=self._plan.training.batch_size,
-            tick=tick,
-        )
+        return self._task.score(model, rows, self._plan.evaluation, tick)
 
 
 def _own_report(method: TrainMethod[Any], model: nn.Module, bench: _Bench) -> dict[str, Any]:
@@ -246,8 +272,8 @@ def _carried(resume: Path | None) -> dict[str, Any] | None:
     return None if resume is None else dict(json.loads((resume / CARRIED).read_text(encoding="utf-8")))
 
 
-def _scores(carried: Mapping[str, Any]) -> Scores | None:
-    return Scores.from_lists(carried["before"]) if "before" in carried else None
+def _scores(task: Task[Any], carried: Mapping[str, Any]) -> Scores | None:
+    return task.scores_of(carried["before"]) if "before" in carried else None
 
 
 def _parameters(model: nn.Module) -> int:
@@ -258,42 +284,3 @@ def _free() -> None:
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-
-
-def _report(
-    plan: Plan,
-    examples: Examples,
-    result: LoopResult,
-    reload: Reload,
-    before: Scores | None,
-    after: Scores | None,
-    parameters: int,
-    needed: dict[str, int],
-    peak_memory: Mapping[str, int | None],
-    own: Mapping[str, Any],
-    known: Circumstances,
-) -> TrainReport:
-    measured: dict[str, Any] = {}
-    if before is not None and after is not None:
-        measured = {
-            "before": before.to_dict(),
-            "after": after.to_dict(),
-            "difference": evaluation.compare(before, after, plan.evaluation, plan.seed),
-        }
-    return TrainReport(
-        method=plan.method,
-        steps=result.steps,
-        resumed_at=result.first_step,
-        seconds=result.seconds,
-        tokens_per_second=result.tokens_per_second,
-        final_loss=result.losses[-1] if result.losses else None,
-        trainable_parameters=parameters,
-        target_modules=len(known.targets),
-        peak_memory=peak_memory,
-        estimate=needed,
-        data=examples.report,
-        evaluation=measured,
-        reload=reload.to_dict(),
-        own=own,
-        warnings=plan.options.warnings(known),
-    )

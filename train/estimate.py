@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 
 from artifacts.errors import FieldError, RequestInvalid
 from train.options.common import Target, TrainOptions
-from train.settings import CausalLmTask, TrainingSettings
+from train.settings import TaskSettings, TrainingSettings
 
 FLOAT32_BYTES = 4
 ADAM_STATE_BYTES = 8  # two moments in float32, per trainable parameter
@@ -44,7 +44,7 @@ def estimate(
     targets: Sequence[Target],
     linear: Mapping[str, tuple[int, int]],
     training: TrainingSettings,
-    task: CausalLmTask,
+    task: TaskSettings,
     parameter_count: int | None = None,
 ) -> Estimate:
     """What the training takes on a base model with these layers.
@@ -58,7 +58,7 @@ def estimate(
         d_out * d_in for path, (d_out, d_in) in linear.items() if not _tied(path, linear)
     )
     width = WEIGHT_BYTES[training.precision]
-    tokens = training.batch_size * task.max_length
+    tokens = training.batch_size * task.positions
     per_token = sum(d_out + d_in for d_out, d_in in linear.values())
     kept = _KEPT_PER_LAYER * tokens * per_token * width
     return Estimate(

@@ -17,10 +17,10 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 from transformers.trainer_callback import TrainerControl, TrainerState
 
 from artifacts.errors import DiskFull, TrainingDiverged
-from train.causal_lm import Example, collate
 from train.checkpoints import CARRIED, STATE
 from train.protocol import TrainMethod
 from train.settings import TrainingSettings
+from train.tasks.protocol import Task
 
 SCHEDULES: Mapping[str, str] = {"constant": "constant_with_warmup", "linear": "linear", "cosine": "cosine"}
 OPTIMIZERS: Mapping[str, str] = {"adamw": "adamw_torch", "sgd": "sgd"}
@@ -51,8 +51,9 @@ class LoopResult:
     losses: list[float] = field(default_factory=list)
 
     @property
-    def tokens_per_second(self) -> float:
-        return self.tokens / self.seconds if self.seconds > 0 else 0.0
+    def tokens_per_second(self) -> float | None:
+        """None where rows have no tokens."""
+        return self.tokens / self.seconds if self.tokens and self.seconds > 0 else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,8 +66,8 @@ class LoopInputs:
         resume: an unpacked checkpoint.
     """
 
-    examples: Sequence[Example]
-    padding: int
+    task: Task[Any]
+    examples: Sequence[Any]
     settings: TrainingSettings
     seed: int
     device: str
@@ -85,9 +86,9 @@ def run_loop(model: nn.Module, method: TrainMethod[Any], inputs: LoopInputs, obs
     """
     result = LoopResult()
 
-    def batch(examples: list[Example]) -> dict[str, Tensor]:
-        result.tokens += sum(len(example.ids) for example in examples)
-        return collate(examples, inputs.padding)
+    def batch(examples: list[Any]) -> dict[str, Tensor]:
+        result.tokens += sum(map(inputs.task.tokens, examples))
+        return inputs.task.collate(examples)
 
     follower = _Follower(method, inputs.settings, observer, result)
     trainer = _Trainer(
@@ -95,10 +96,12 @@ def run_loop(model: nn.Module, method: TrainMethod[Any], inputs: LoopInputs, obs
         args=_arguments(inputs),
         train_dataset=inputs.examples,
         data_collator=batch,
+        compute_loss_func=inputs.task.loss(),
         callbacks=[follower],
     )
     trainer.remove_callback(PrinterCallback)
-    trainer.method, trainer.settings, trainer.carried = method, inputs.settings, inputs.carried
+    trainer.task, trainer.method = inputs.task, method
+    trainer.settings, trainer.carried = inputs.settings, inputs.carried
     follower.trainer = trainer
     began = time.monotonic()
     trainer.train(resume_from_checkpoint=None if inputs.resume is None else str(inputs.resume))
@@ -150,6 +153,7 @@ def _arguments(inputs: LoopInputs) -> TrainingArguments:
 class _Trainer(Trainer):  # type: ignore[misc]
     """Writes and reads the method's part of a checkpoint instead of transformers' own."""
 
+    task: Task[Any]
     method: TrainMethod[Any]
     settings: TrainingSettings
     carried: Mapping[str, Any]
@@ -164,12 +168,13 @@ class _Trainer(Trainer):  # type: ignore[misc]
         return loss
 
     def compute_loss(self, model: nn.Module, inputs: Any, *args: Any, **options: Any) -> Any:
-        found = super().compute_loss(model, inputs, *args, **options)
+        found = super().compute_loss(model, self.task.step_inputs(inputs), *args, **options)
         extra = self.method.extra_loss(self.model)
         if extra is None:
             return found
         # A loss over the items of the whole step is summed over its forward passes; any other is averaged afterwards.
-        summed = self.model_accepts_loss_kwargs and options.get("num_items_in_batch") is not None
+        counted = self.model_accepts_loss_kwargs and options.get("num_items_in_batch") is not None
+        summed = counted or self.compute_loss_func is not None
         share = extra / self.current_gradient_accumulation_steps if summed else extra
         return (found[0] + share, *found[1:]) if isinstance(found, tuple) else found + share
 

@@ -20,7 +20,7 @@ class TrainReport:
 
     Attributes:
         resumed_at: the step at which the attempt that ended took over; 0 if none was interrupted.
-        seconds, tokens_per_second: of the loop, in that attempt.
+        seconds, tokens_per_second: of the loop, in that attempt; None tokens where rows have none.
         peak_memory: {resident, device} bytes: largest resident set of the process, largest allocation on the GPU.
         evaluation: {before, after, difference}, empty when nothing was held out.
         reload: how far PEFT's reload of the written file is from the trained model.
@@ -32,7 +32,7 @@ class TrainReport:
     steps: int
     resumed_at: int
     seconds: float
-    tokens_per_second: float
+    tokens_per_second: float | None
     final_loss: float | None
     trainable_parameters: int
     target_modules: int

@@ -2,9 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, StringConstraints, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    StrictBool,
+    StrictInt,
+    StringConstraints,
+    TypeAdapter,
+    model_validator,
+)
 
 Column = Annotated[str, StringConstraints(min_length=1, max_length=200)]
 Share = Annotated[float, Field(ge=0, le=0.5, allow_inf_nan=False)]
@@ -33,6 +43,17 @@ class CausalLmTask(_Settings):
     prompt_column: Column = Field("prompt", description="Column with what the model is given.")
     completion_column: Column = Field("completion", description="Column with what it shall answer.")
     text_column: Column = Field("text", description="Column with plain text.")
+
+    @property
+    def positions(self) -> int:
+        """Of the longest row: what activations grow with."""
+        return self.max_length
+
+
+TaskSettings = CausalLmTask
+TaskName = Literal["causal-lm"]
+TASKS: Mapping[str, type[TaskSettings]] = {"causal-lm": CausalLmTask}
+"""Every task by its name."""
 
 
 class TrainingSettings(_Settings):
@@ -102,6 +123,13 @@ class EvaluationSettings(_Settings):
     )
 
 
-def task_of(value: Any) -> Any:
-    """A task's name alone stands for the task with its defaults."""
-    return {"type": value} if isinstance(value, str) else value
+def parse_task(value: Any) -> TaskSettings:
+    """The settings of a task from JSON; its name alone stands for its defaults.
+
+    Raises:
+        pydantic.ValidationError: unknown task, unknown setting, or a value out of range.
+    """
+    return _TASK.validate_python({"type": value} if isinstance(value, str) else value)
+
+
+_TASK: TypeAdapter[TaskSettings] = TypeAdapter(TaskSettings)

@@ -12,9 +12,10 @@ import psutil
 
 from artifacts.errors import NotFound, RequestInvalid
 from storage.tables import ModelRow
+from train.base_files import BaseFiles
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel
 
 DEVICE_SHARE = 0.6  # of a CUDA device's memory, for models that wait to be used again
 HOST_SHARE = 0.25  # of the main memory
@@ -51,51 +52,15 @@ def locate(row: ModelRow, roots: Sequence[str]) -> ModelSource:
 
 
 def load(source: ModelSource, *, dtype: str, device: str) -> PreTrainedModel:
-    """Load a causal language model, ready for evaluation, with no gradients.
-
-    No code of the model's repository is run, and no pickle is read.
+    """Load a causal language model, ready for evaluation, with no gradients; see `train.base_files.BaseFiles`.
 
     Raises:
         RequestInvalid: it can not be loaded.
     """
     from transformers import AutoModelForCausalLM
 
-    try:
-        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-            source.location,
-            revision=source.revision or "main",
-            dtype=dtype,
-            use_safetensors=True,
-            trust_remote_code=False,
-            low_cpu_mem_usage=True,
-        )
-    except (OSError, ValueError, KeyError) as error:
-        raise RequestInvalid(
-            f"The base model {source.name!r} can not be loaded: {error}",
-            hint="Its folder needs config.json and safetensors files of a causal language model.",
-        ) from error
-    model.requires_grad_(False)
-    return model.to(device).eval()
-
-
-def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
-    """Load the tokenizer that lies beside a model; no code of its repository is run.
-
-    Raises:
-        RequestInvalid: there is none, or it can not be loaded.
-    """
-    from transformers import AutoTokenizer
-
-    try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-            source.location, revision=source.revision or "main", trust_remote_code=False
-        )
-    except (OSError, ValueError, KeyError) as error:
-        raise RequestInvalid(
-            f"The tokenizer of the base model {source.name!r} can not be loaded: {error}",
-            hint="Its folder needs the files of its tokenizer, such as tokenizer.json.",
-        ) from error
-    return tokenizer
+    files = BaseFiles(source.name, source.location, source.revision)
+    return files.load(AutoModelForCausalLM, "causal language model", dtype=dtype, device=device)
 
 
 def default_limit(device: str) -> int:

@@ -58,13 +58,12 @@ def train_local(recipe: Recipe, output: Path, *, device: str, progress: Callable
     data_format = find_format(recipe.dataset_file, recipe.dataset_file.name)
     inspect(recipe.dataset_file, data_format)
     progress(0.0, "load torch")
+    from train.base_files import BaseFiles
     from train.data import DataFile
     from train.engine import Inputs, Plan, train_adapter
     from train.heat_map import write_pictures
     from train.loss_curve import draw
-    from workers.base_models import ModelSource, load, load_tokenizer
 
-    source = ModelSource(recipe.model_folder.name, str(recipe.model_folder), None, 0)
     plan = Plan(
         method=request.method,
         options=options,
@@ -80,10 +79,8 @@ def train_local(recipe: Recipe, output: Path, *, device: str, progress: Callable
     with tempfile.TemporaryDirectory(prefix=".rankwise-train-", dir=output.parent) as scratch:
         result = Path(scratch) / "adapter"
         inputs = Inputs(
-            load_base=lambda: load(source, dtype=request.training.precision, device=device),
-            tokenizer=load_tokenizer(source),
+            base=BaseFiles(recipe.model_folder.name, str(recipe.model_folder)),
             data=DataFile(recipe.dataset_file, data_format),
-            base_name=source.name,
             folder=Path(scratch),
         )
         report = train_adapter(plan, find_method(request.method).load(options), inputs, result, watcher).to_dict()

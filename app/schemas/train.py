@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Self
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
@@ -12,7 +12,7 @@ from app.schemas.resources import Resources
 from storage.job_metrics import Point
 from train.catalog import METHODS
 from train.estimate import Estimate
-from train.settings import CausalLmTask, EvaluationSettings, TrainingSettings, task_of
+from train.settings import EvaluationSettings, TaskName, TaskSettings, TrainingSettings, parse_task
 
 MAX_SEED = 2**32 - 1
 """The largest that numpy takes."""
@@ -24,7 +24,7 @@ class TrainParams(RequestModel):
     method: str = Field("lora", description="See GET /methods.", json_schema_extra={"enum": list(METHODS)})
     base_model: BaseModelName = Field(description="Id (mdl_…) or name of a registered base model.")
     dataset: Annotated[str, StringConstraints(pattern=f"^dat_{HEX_ID}$")]
-    task: Literal["causal-lm"] | CausalLmTask = Field(
+    task: TaskName | TaskSettings = Field(
         "causal-lm", description="A task by its name stands for the task with its defaults."
     )
     parameters: dict[str, Any] = Field(
@@ -38,8 +38,8 @@ class TrainParams(RequestModel):
     name: Name | None = Field(None, description="Name of the trained adapter.")
 
     @property
-    def full_task(self) -> CausalLmTask:
-        return CausalLmTask.model_validate(task_of(self.task)) if isinstance(self.task, str) else self.task
+    def full_task(self) -> TaskSettings:
+        return parse_task(self.task) if isinstance(self.task, str) else self.task
 
 
 class TrainRequest(TrainParams):

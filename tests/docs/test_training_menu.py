@@ -9,7 +9,7 @@ import pytest
 
 from train.catalog import METHODS
 from train.protocol import TrainMethod
-from train.settings import CausalLmTask, EvaluationSettings, TrainingSettings
+from train.settings import TASKS, EvaluationSettings, TrainingSettings
 
 SHARED_FILES = {"__init__", "peft_adapter", "changed_base", "own_adapter", "three_factor"}
 PAGE = "reference/training.md"
@@ -33,7 +33,7 @@ def test_a_method_is_in_the_reference_with_all_its_parameters(pages: dict[str, s
 
 
 def test_the_settings_of_every_training_are_in_the_reference(pages: dict[str, str]) -> None:
-    for model in (CausalLmTask, TrainingSettings, EvaluationSettings):
+    for model in (*TASKS.values(), TrainingSettings, EvaluationSettings):
         for field in model.model_fields:
             assert f"| `{field}` |" in pages[PAGE], field
 

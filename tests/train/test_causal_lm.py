@@ -10,9 +10,10 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from artifacts.errors import FileBroken
-from train.causal_lm import IGNORED, RowProblemError, collate, encode_row, encode_rows, padding_of
-from train.evaluation import row_losses
 from train.settings import CausalLmTask
+from train.tasks.causal_lm import row_losses
+from train.tasks.causal_rows import collate, encode_row, padding_of
+from train.tasks.rows import IGNORED, Encoded, RowProblemError, encode_rows
 
 TASK = CausalLmTask()
 
@@ -73,27 +74,31 @@ def rows(*lengths: int) -> list[tuple[int, dict[str, str]]]:
     return [(number, {"prompt": "a" * length, "completion": "b"}) for number, length in enumerate(lengths, 1)]
 
 
+def encoded(tokenizer: Any, found: Any, overlong: str = "error") -> Encoded[Any]:
+    return encode_rows(found, lambda row: encode_row(row, tokenizer, TASK), overlong, 20)
+
+
 def test_overlong_rows_are_named_dropped_or_cut(tokenizer: Any) -> None:
     found = rows(3, 30, 4, 40)
     with pytest.raises(FileBroken, match="2 rows of the dataset can not be used") as caught:
-        encode_rows(found, tokenizer, TASK, 20)
+        encoded(tokenizer, found)
     assert [item.pointer for item in caught.value.errors] == ["row 2", "row 4"]
     assert caught.value.errors[0].message == "32 tokens, 20 are allowed"
-    dropped = encode_rows(found, tokenizer, CausalLmTask(overlong="drop"), 20)
+    dropped = encoded(tokenizer, found, "drop")
     assert (dropped.dropped, dropped.numbers, len(dropped.examples)) == ((2, 4), (1, 3), 2)
 
 
 def test_a_cut_row_of_which_nothing_is_left_to_learn_is_refused(tokenizer: Any) -> None:
     with pytest.raises(FileBroken, match="row 1: nothing is left"):
-        encode_rows(rows(30), tokenizer, CausalLmTask(overlong="truncate"), 20)
+        encoded(tokenizer, rows(30), "truncate")
     text = [(1, {"text": "c" * 30})]
-    cut = encode_rows(text, tokenizer, CausalLmTask(overlong="truncate"), 20)
+    cut = encoded(tokenizer, text, "truncate")
     assert (cut.cut, len(cut.examples[0].ids)) == ((1,), 20)
 
 
 def test_at_most_twenty_rows_are_named_and_all_are_counted(tokenizer: Any) -> None:
     with pytest.raises(FileBroken, match="50 rows") as caught:
-        encode_rows(rows(*[30] * 50), tokenizer, TASK, 20)
+        encoded(tokenizer, rows(*[30] * 50))
     assert len(caught.value.errors) == 20
 
 

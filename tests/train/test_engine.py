@@ -10,8 +10,9 @@ import pytest
 from tiny_base import sums
 
 from artifacts.errors import AttemptCancelled, FileBroken, ReloadMismatch, RequestInvalid, TrainingDiverged
-from train.evaluation import Scores, compare
+from train.evaluation import compare
 from train.settings import EvaluationSettings
+from train.tasks.causal_lm import CausalScores
 
 
 def test_the_same_seed_gives_the_same_adapter_and_another_one_another(trainings: Any) -> None:
@@ -79,11 +80,7 @@ def test_gradient_checkpointing_trains_the_same(trainings: Any) -> None:
         assert runs[0][step]["loss"] == pytest.approx(runs[1][step]["loss"], rel=1e-5)
 
 
-def test_bfloat16_trains_on_the_cpu_with_a_float32_adapter(trainings: Any, monkeypatch: Any) -> None:
-    import torch
-
-    load = trainings.load_base
-    monkeypatch.setattr(trainings, "load_base", lambda: load().to(torch.bfloat16))
+def test_bfloat16_trains_on_the_cpu_with_a_float32_adapter(trainings: Any) -> None:
     report, adapter, _ = trainings.run(steps=12, precision="bfloat16")
     assert report.evaluation["after"]["loss"] < report.evaluation["before"]["loss"]
     assert json.loads((adapter / "adapter_config.json").read_text())["base_model_name_or_path"] == "acme/tiny"
@@ -109,13 +106,13 @@ def test_the_interval_covers_the_difference_and_shrinks_with_agreement() -> None
     after = before - 0.1 * tokens
     exact = (generator.random(400) < 0.5).astype(float)
     settings = EvaluationSettings()
-    found = compare(Scores(before, tokens, exact), Scores(after, tokens, exact), settings, 1)
+    found = compare(CausalScores(before, tokens, exact), CausalScores(after, tokens, exact), settings, 1)
     # Every row is better by 0.1 per token: no resample can say anything else.
     assert found["loss"]["difference"] == pytest.approx(-0.1)
     assert found["loss"]["low"] == pytest.approx(-0.1)
     assert found["loss"]["high"] == pytest.approx(-0.1)
     assert found["exact_match"] == {"difference": 0.0, "low": 0.0, "high": 0.0}
     noisy = after + generator.normal(0, 5, 400)
-    spread = compare(Scores(before, tokens, None), Scores(noisy, tokens, None), settings, 1)["loss"]
+    spread = compare(CausalScores(before, tokens, None), CausalScores(noisy, tokens, None), settings, 1)["loss"]
     assert spread["low"] < spread["difference"] < spread["high"]
     assert spread["high"] - spread["low"] < 0.2

@@ -8,15 +8,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from tiny_base import sums, write_rows
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 
+from train.base_files import BaseFiles
 from train.catalog import find_method, parse_parameters
 from train.data import DataFile
 from train.engine import Inputs, Plan, train_adapter
 from train.report import TrainReport
-from train.settings import CausalLmTask, EvaluationSettings, TrainingSettings
+from train.settings import EvaluationSettings, TrainingSettings, parse_task
 
 TRAINING = {"steps": 20, "learning_rate": 0.01, "batch_size": 8, "gradient_accumulation": 2}
 
@@ -54,11 +54,11 @@ class Trainings:
 
     def __post_init__(self) -> None:
         self.data = DataFile(write_rows(self.folder / "sums.jsonl", sums()), "jsonl")
-        self.tokenizer = AutoTokenizer.from_pretrained(self.base)
+        self.base_files = BaseFiles("acme/tiny", str(self.base))
 
     def load_base(self) -> Any:
-        model = AutoModelForCausalLM.from_pretrained(self.base, dtype=torch.float32)
-        return model.requires_grad_(False).eval()
+        """The untouched base model."""
+        return self.base_files.load(AutoModelForCausalLM, "causal language model", dtype="float32", device="cpu")
 
     def run(
         self,
@@ -82,13 +82,13 @@ class Trainings:
         plan = Plan(
             method=method,
             options=options,
-            task=CausalLmTask(**task or {}),
+            task=parse_task({"type": "causal-lm"} | dict(task or {})),
             training=TrainingSettings(**TRAINING | training),
             evaluation=EvaluationSettings(**{"validation_fraction": 0.2} | dict(evaluation or {})),
             seed=seed,
             device="cpu",
         )
-        inputs = Inputs(self.load_base, self.tokenizer, data, "acme/tiny", folder, resume)
+        inputs = Inputs(self.base_files, data, folder, resume)
         watcher = Watcher(folder, stop_at)
         report = train_adapter(plan, find_method(method).load(options), inputs, folder / "adapter", watcher)
         return report, folder / "adapter", watcher

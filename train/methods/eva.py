@@ -11,11 +11,11 @@ from peft import EvaConfig, LoraConfig, PeftConfig, initialize_lora_eva_weights
 from torch import Tensor, nn
 
 from artifacts.errors import FieldError, RequestInvalid
-from train.causal_lm import IGNORED
 from train.methods.lora import LoraFamily
 from train.methods.peft_adapter import ADAPTER, adapter_tensors, config_document, write_adapter
 from train.options.baselines import EvaOptions
 from train.protocol import MethodContext
+from train.tasks.rows import IGNORED
 
 LAYERS = "eva_layers.json"
 _DECIDED = ("target_modules", "rank_pattern", "alpha_pattern")

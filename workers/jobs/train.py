@@ -12,11 +12,11 @@ import structlog
 
 from artifacts.errors import DatabaseUnavailable, FieldError, RequestInvalid
 from storage.job_metrics import Point, record_metrics
+from train.base_files import BaseFiles
 from train.catalog import find_method, parse_parameters
 from train.data import DataFile
 from train.engine import BEFORE, LOOP, Inputs, Plan, train_adapter
-from train.settings import CausalLmTask, EvaluationSettings, TrainingSettings, task_of
-from workers import base_models
+from train.settings import EvaluationSettings, TrainingSettings, parse_task
 from workers.checkpointing import Checkpoints
 from workers.context import JobContext, JobOutcome, NewAdapter
 
@@ -45,12 +45,9 @@ def run(context: JobContext) -> JobOutcome:
     checkpoints = Checkpoints(context)
     resumed = checkpoints.fetch()
     observer = JobObserver(context, checkpoints)
-    dtype = plan.training.precision
     inputs = Inputs(
-        load_base=lambda: base_models.load(source, dtype=dtype, device=context.device),
-        tokenizer=base_models.load_tokenizer(source),
+        base=BaseFiles(model.name, source.location, source.revision),
         data=DataFile(path, dataset.format),
-        base_name=model.name,
         folder=context.scratch,
         resume=None if resumed is None else resumed[0],
     )
@@ -90,7 +87,7 @@ def plan_of(context: JobContext) -> Plan:
     return Plan(
         method=params["method"],
         options=parse_parameters(params["method"], params.get("parameters") or {}),
-        task=CausalLmTask.model_validate(task_of(params.get("task") or {})),
+        task=parse_task(params.get("task") or "causal-lm"),
         training=training,
         evaluation=EvaluationSettings.model_validate(params.get("evaluation") or {}),
         seed=params.get("seed") or 0,

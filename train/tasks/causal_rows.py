@@ -1,24 +1,20 @@
-"""The task causal-lm: rows become token ids with labels on what the model has to say, and those become batches."""
+"""Rows of the task causal-lm: token ids with labels on what the model has to say, and batches of them."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
-from artifacts.errors import FieldError, FileBroken, RequestInvalid
 from train.settings import CausalLmTask
+from train.tasks.rows import IGNORED, RowProblemError
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
     from transformers import PreTrainedTokenizerBase
-
-IGNORED = -100
-"""The label that a loss leaves out."""
-SHOWN_ROWS = 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,67 +36,13 @@ class Example:
         """Tokens that the loss counts; the first of a row is never predicted."""
         return int((self.labels[1:] != IGNORED).sum())
 
+    @property
+    def length(self) -> int:
+        return len(self.ids)
 
-@dataclass(frozen=True, slots=True)
-class Encoded:
-    """Rows as examples, with their numbers; `dropped` are the numbers of those that were too long, `cut` those cut."""
-
-    examples: tuple[Example, ...]
-    numbers: tuple[int, ...]
-    dropped: tuple[int, ...] = ()
-    cut: tuple[int, ...] = ()
-
-
-class RowProblemError(Exception):
-    """A row that can not be used; the message completes "row 7: …"."""
-
-
-def encode_rows(
-    rows: Iterable[tuple[int, Mapping[str, Any]]], tokenizer: PreTrainedTokenizerBase, task: CausalLmTask, limit: int
-) -> Encoded:
-    """Encode numbered rows.
-
-    Args:
-        limit: the longest row, tokens.
-
-    Raises:
-        FileBroken: rows that lack what the task needs, that are too long (with overlong="error"), or in which the
-            loss would count nothing; the first 20 are named, with their number in all.
-    """
-    examples: list[Example] = []
-    numbers: list[int] = []
-    dropped: list[int] = []
-    cut: list[int] = []
-    problems: list[FieldError] = []
-    count = 0
-    for number, row in rows:
-        try:
-            example = encode_row(row, tokenizer, task)
-            length = len(example.ids)
-            if length > limit and task.overlong == "error":
-                raise RowProblemError(f"{length} tokens, {limit} are allowed")
-            if length > limit and task.overlong == "drop":
-                dropped.append(number)
-                continue
-            if length > limit:
-                cut.append(number)
-                example = Example(example.ids[:limit], example.labels[:limit], min(example.answer_start, limit))
-            if example.counted == 0:
-                raise RowProblemError("nothing is left that the loss could count")
-        except RowProblemError as error:
-            count += 1
-            if len(problems) < SHOWN_ROWS:
-                problems.append(FieldError(f"row {number}", str(error)))
-        else:
-            examples.append(example)
-            numbers.append(number)
-    if problems:
-        raise FileBroken(
-            f"{count} rows of the dataset can not be used; the first is {problems[0].pointer}: {problems[0].message}.",
-            hint="Correct them, raise task.max_length, or choose task.overlong drop or truncate.",
-            errors=problems,
-        )
-    return Encoded(tuple(examples), tuple(numbers), tuple(dropped), tuple(cut))
+    def cut(self, limit: int) -> Example:
+        """The first `limit` tokens."""
+        return Example(self.ids[:limit], self.labels[:limit], min(self.answer_start, limit))
 
 
 def encode_row(row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, task: CausalLmTask) -> Example:
@@ -176,22 +118,6 @@ def _end(tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 def _example(ids: Sequence[int], labels: Sequence[int], answer_start: int) -> Example:
     return Example(np.array(ids, np.int32), np.array(labels, np.int32), answer_start)
-
-
-def row_limit(task: CausalLmTask, config: Any) -> int:
-    """The longest row: what is asked for, or what the base model was made for."""
-    made_for = getattr(config, "max_position_embeddings", None)
-    return task.max_length if made_for is None else min(task.max_length, int(made_for))
-
-
-def check_enough(examples: Sequence[Example], what: str) -> None:
-    """Raises RequestInvalid when no row is left."""
-    if not examples:
-        raise RequestInvalid(
-            f"No {what} row is left.",
-            hint="The dataset is too small for this validation_fraction, or all its rows were too long.",
-            errors=[FieldError("/dataset", f"no {what} row")],
-        )
 
 
 def collate(examples: Sequence[Example], padding: int) -> dict[str, torch.Tensor]:

@@ -1,0 +1,1 @@
+"""What an adapter can be trained to do: one file per task, all behind `train.tasks.protocol.Task`."""

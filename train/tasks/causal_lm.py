@@ -1,0 +1,191 @@
+"""The task causal-lm: predict the next token."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from train.data import DataFile, Examples, SplitRows, counts, listed
+from train.evaluation import Scores
+from train.settings import CausalLmTask, EvaluationSettings, TrainingSettings
+from train.tasks.causal_rows import Example, collate, encode_row, padding_of
+from train.tasks.protocol import Task, TaskContext
+from train.tasks.rows import IGNORED, encode_rows, row_limit
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+    from transformers import PreTrainedTokenizerBase
+
+_LARGEST_EXPONENT = 700.0  # e^value of a loss that no float can hold is as bad as the largest one
+
+
+class CausalLm(Task[CausalLmTask]):
+    """The loss is the model's own."""
+
+    peft_type: ClassVar[str | None] = "CAUSAL_LM"
+
+    def __init__(self, settings: CausalLmTask, context: TaskContext) -> None:
+        super().__init__(settings, context)
+        self.tokenizer = self.base.tokenizer()
+        self.padding = padding_of(self.tokenizer)
+
+    def read(self, file: DataFile, evaluation: EvaluationSettings) -> Examples:
+        limit = row_limit(self.settings.max_length, self.base.config())
+        rows = SplitRows(file, evaluation.validation_fraction)
+        encoded = encode_rows(
+            rows, lambda row: encode_row(row, self.tokenizer, self.settings), self.settings.overlong, limit
+        )
+        train, validation = rows.parted(encoded.numbers, encoded.examples)
+        report = counts(
+            train,
+            validation,
+            evaluation,
+            training_tokens=sum(example.length for example in train),
+            counted_tokens=sum(example.counted for example in train),
+            longest_row=max(example.length for example in train),
+            row_limit=limit,
+            dropped_rows=listed(encoded.dropped),
+            cut_rows=listed(encoded.cut),
+        )
+        return Examples(train, validation[: evaluation.max_rows], report)
+
+    def load(self) -> nn.Module:
+        from transformers import AutoModelForCausalLM
+
+        kind = "causal language model"
+        model: nn.Module = self.base.load(AutoModelForCausalLM, kind, dtype=self.training.precision, device=self.device)
+        return model
+
+    def before_training(self, model: Any) -> None:
+        ready_transformer(model, self.training)
+
+    def collate(self, examples: Sequence[Example]) -> dict[str, Tensor]:
+        return collate(examples, self.padding)
+
+    def tokens(self, example: Example) -> int:
+        return example.length
+
+    def score(
+        self, model: nn.Module, examples: Sequence[Example], evaluation: EvaluationSettings, tick: Callable[[int], None]
+    ) -> CausalScores:
+        model.eval()
+        nll: list[float] = []
+        exact: list[float] = []
+        size = self.training.batch_size
+        for start in range(0, len(examples), size):
+            tick(start)
+            part = examples[start : start + size]
+            nll.extend(row_losses(model, part, self.padding))
+            if evaluation.exact_match:
+                exact.extend(
+                    float(answers(model, self.tokenizer, example, evaluation.max_new_tokens, self.padding))
+                    for example in part
+                )
+        tokens = np.array([float(example.counted) for example in examples])
+        return CausalScores(np.array(nll), tokens, np.array(exact) if evaluation.exact_match else None)
+
+    def scores_of(self, columns: Mapping[str, Any]) -> CausalScores:
+        exact = columns["exact"]
+        return CausalScores(
+            np.array(columns["nll"]), np.array(columns["tokens"]), None if exact is None else np.array(exact)
+        )
+
+    @torch.no_grad()
+    def predict(self, model: nn.Module, examples: Sequence[Example]) -> list[Tensor]:
+        """The logits, (length, vocabulary) each."""
+        found = []
+        for example in examples:
+            batch = self.collate([example])
+            del batch["labels"]
+            found.append(model(**_moved(batch, model)).logits[0].float().cpu())
+        return found
+
+
+@dataclass(frozen=True, slots=True)
+class CausalScores(Scores):
+    """A language model on all rows.
+
+    Attributes:
+        nll: (rows,) summed negative log likelihood of the counted tokens, nats.
+        tokens: (rows,) counted tokens.
+        exact: (rows,) 1.0 where the greedy answer is the row's, else 0.0; None if none were written.
+    """
+
+    nll: NDArray[np.float64]
+    tokens: NDArray[np.float64]
+    exact: NDArray[np.float64] | None
+
+    @property
+    def rows(self) -> int:
+        return len(self.nll)
+
+    def figures(self, weights: NDArray[np.float64]) -> dict[str, NDArray[np.float64]]:
+        """The loss is the mean over all counted tokens, nats."""
+        loss = weights @ self.nll / (weights @ self.tokens)
+        found = {"loss": loss, "perplexity": np.exp(np.minimum(loss, _LARGEST_EXPONENT))}
+        return found if self.exact is None else found | {"exact_match": weights @ self.exact / weights.sum(axis=1)}
+
+    def to_lists(self) -> dict[str, Any]:
+        exact = None if self.exact is None else self.exact.tolist()
+        return {"nll": self.nll.tolist(), "tokens": self.tokens.tolist(), "exact": exact}
+
+
+@torch.no_grad()
+def row_losses(model: nn.Module, examples: Sequence[Example], padding: int) -> list[float]:
+    """The summed negative log likelihood of each row's counted tokens, nats."""
+    batch = _moved(collate(examples, padding), model)
+    labels = batch.pop("labels")[:, 1:]
+    logits = model(**batch).logits[:, :-1]
+    found = []
+    for row_logits, row_labels in zip(logits, labels, strict=True):
+        counted = row_labels != IGNORED
+        loss = functional.cross_entropy(row_logits[counted].float(), row_labels[counted], reduction="sum")
+        found.append(float(loss))
+    return found
+
+
+@torch.no_grad()
+def answers(
+    model: nn.Module, tokenizer: PreTrainedTokenizerBase, example: Example, max_new_tokens: int, padding: int
+) -> bool:
+    """Whether the greedy answer to the row's prompt is the row's own, white space at the ends aside."""
+    from transformers import GenerationConfig
+
+    prompt = torch.from_numpy(example.ids[: max(example.answer_start, 1)].astype(np.int64))[None].to(_device(model))
+    config = GenerationConfig(
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=padding,
+    )
+    written = model.generate(  # type: ignore[operator]
+        input_ids=prompt, attention_mask=torch.ones_like(prompt), generation_config=config
+    )[0, prompt.shape[1] :]
+    wanted = example.ids[max(example.answer_start, 1) :].tolist()
+    return _text(tokenizer, written.tolist()) == _text(tokenizer, wanted)
+
+
+def ready_transformer(model: Any, training: TrainingSettings) -> None:
+    """A model of transformers is going to be trained."""
+    if training.gradient_checkpointing:
+        model.enable_input_require_grads()
+    model.config.use_cache = False
+
+
+def _text(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
+    return str(tokenizer.decode(ids, skip_special_tokens=True)).strip()
+
+
+def _moved(batch: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    device = _device(model)
+    return {name: value.to(device) for name, value in batch.items()}
+
+
+def _device(model: nn.Module) -> torch.device:
+    return next(model.parameters()).device

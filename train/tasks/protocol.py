@@ -1,0 +1,108 @@
+"""What a task is: how the base model is loaded, rows become examples, batches a loss, and a model is measured."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
+
+from train.base_files import BaseFiles
+from train.data import DataFile, Examples
+from train.evaluation import Scores
+from train.settings import EvaluationSettings, TrainingSettings
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+Settings = TypeVar("Settings")
+Loss = Callable[[Any, Any, "Tensor"], "Tensor"]
+"""(the model's outputs, the batch's labels, counted items of the whole step) → Σ over the batch / items."""
+
+
+@dataclass(frozen=True, slots=True)
+class TaskContext:
+    """Of one training: where it runs, and how."""
+
+    base: BaseFiles
+    training: TrainingSettings
+    device: str
+    seed: int
+
+
+class Task(ABC, Generic[Settings]):
+    """The task of one training. `read` comes first: what the rows hold may decide what `load` makes of the base.
+
+    An example is whatever `read` makes of a row; only the task looks into it.
+    """
+
+    peft_type: ClassVar[str | None] = None
+    """PEFT's name of the task, if it has one."""
+    predicted: ClassVar[str] = "logits"
+    """What `predict` gives, in a word."""
+
+    def __init__(self, settings: Settings, context: TaskContext) -> None:
+        self.settings = settings
+        self.base, self.training = context.base, context.training
+        self.device, self.seed = context.device, context.seed
+
+    @abstractmethod
+    def read(self, file: DataFile, evaluation: EvaluationSettings) -> Examples:
+        """The rows as examples, split.
+
+        Raises:
+            FileBroken: rows that the task can not use, named.
+            RequestInvalid: too few are left, or the base model does not serve the task.
+        """
+
+    @abstractmethod
+    def load(self) -> nn.Module:
+        """The part of the base model that is adapted, anew: frozen, for evaluation, the same values at every call."""
+
+    def whole(self, model: nn.Module) -> Sequence[str]:
+        """Paths of modules of `load`'s model that are trained as they are, such as a new classifier."""
+        del model
+        return ()
+
+    def check(self, model: nn.Module, examples: Examples) -> None:
+        """Raises RequestInvalid when the loaded model can not do what the settings ask for."""
+        del model, examples
+
+    def before_training(self, model: Any) -> None:
+        """Called before the method changes the model; what only evaluation needs can go."""
+        del model
+
+    @abstractmethod
+    def collate(self, examples: Sequence[Any]) -> dict[str, Tensor]:
+        """A batch, on the CPU: what the model is called with, and `labels`, in which -100 is not counted."""
+
+    def step_inputs(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """The batch as the model takes it in a step, on its device: the place for draws of torch's generator."""
+        return batch
+
+    def loss(self) -> Loss | None:
+        """How outputs and labels become the loss of a batch; None if the model computes it itself from `labels`."""
+        return None
+
+    def tokens(self, example: Any) -> int:
+        """Tokens of an example; 0 for what has none."""
+        del example
+        return 0
+
+    @abstractmethod
+    def score(
+        self, model: nn.Module, examples: Sequence[Any], evaluation: EvaluationSettings, tick: Callable[[int], None]
+    ) -> Scores:
+        """Measure the model, which is put into evaluation mode.
+
+        Args:
+            tick: called with the number of rows measured so far, before each batch.
+        """
+
+    @abstractmethod
+    def scores_of(self, columns: Mapping[str, Any]) -> Scores:
+        """What `Scores.to_lists` was made of."""
+
+    @abstractmethod
+    def predict(self, model: nn.Module, examples: Sequence[Any]) -> list[Tensor]:
+        """What the model gives for each example (logits, say), on the CPU in float32: to compare two models by."""
