@@ -26,6 +26,7 @@ from train.options.baselines import (
 )
 from train.options.bone import BoneOptions
 from train.options.common import TrainOptions
+from train.options.increlora import IncreloraOptions
 
 if TYPE_CHECKING:
     from train.protocol import TrainMethod
@@ -186,6 +187,23 @@ _ROWS = (
         implementation="train.methods.adalora:Adalora",
         arxiv="2303.10512",
         reference_url="https://arxiv.org/abs/2303.10512",
+        capabilities=Capabilities(exports="lora", mergeable=True),
+    ),
+    Method(
+        name="increlora",
+        title="IncreLoRA",
+        summary="Begins every layer at rank 1 and lets those that matter most grow, until a budget of ranks is spent.",
+        when="When the layers should share a small budget as the training shows it, and one may need far more than the "
+        "others. Give it a warm-up: each new component gets one of its own.",
+        cost="As LoRA of the layers' mean rank, and room for the largest rank that a layer could reach. Scoring takes, "
+        "in each step until the budget is spent, a product as large as the gradient of the full weight, and keeps the "
+        "layers' inputs and output gradients until the step's end; score_steps and score=lambda make it cheap.",
+        output="A plain LoRA; all layers have the largest rank, filled up with zeros, so that every loader reads it, "
+        "or each its own with export=patterns.",
+        options=IncreloraOptions,
+        implementation="train.methods.increlora:Increlora",
+        arxiv="2308.12043",
+        reference_url="https://arxiv.org/abs/2308.12043",
         capabilities=Capabilities(exports="lora", mergeable=True),
     ),
     Method(

@@ -106,6 +106,30 @@ def pictures_of(own_report: Mapping[str, Any]) -> list[HeatMap]:
     return [HeatMap.of(found) for found in own_report.get("pictures") or ()]
 
 
+def by_layer(name: str, title: str, values: Mapping[str, float | None], *, unit: str = "", note: str = "") -> HeatMap:
+    """One number for each adapted layer, as a table: a row is a block of the model, a column a kind of layer.
+
+    Args:
+        values: by path, such as model.layers.3.self_attn.q_proj: the last number that is not the path's end parts them.
+    """
+    parted = {path: _part(path) for path in values}
+    rows = sorted({row for row, _ in parted.values()}, key=_by_number)
+    columns = list(dict.fromkeys(column for _, column in sorted(parted.values(), key=lambda found: found[1])))
+    table = {place: values[path] for path, place in parted.items()}
+    cells = [[table.get((row, column)) for column in columns] for row in rows]
+    return HeatMap(name, title, rows, columns, cells, unit, note)
+
+
+def _part(path: str) -> tuple[str, str]:
+    found = re.match(r"((?:.*\.)?\d+)\.(.+)$", path)
+    return (found[1], found[2]) if found else ("", path)
+
+
+def _by_number(name: str) -> list[tuple[int, str]]:
+    """layers.9 before layers.10."""
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]
+
+
 class _Scale:
     """From numbers to colours: one hue from 0 or the least on; two around 0 when some numbers are below it."""
 

@@ -20,11 +20,13 @@ PARAMETERS: dict[str, dict[str, Any]] = {
     "adalora": {"initial_rank": 6, "target_rank": 3, "dropout": 0.1},
     "allora": {"rank": 4},
     "bone": {"rank": 8, "dropout": 0.1},
+    # one round at the first step, so that the shortest training of these tests has it
+    "increlora": {"target_rank": 4, "increment": 3, "layers_per_round": 14, "wait": 0, "dropout": 0.1},
     "miss": {"rank": 8, "dropout": 0.1},
     "vera": {"rank": 32, "dropout": 0.1},
 }
 USUAL = {"rank": 4, "dropout": 0.1}
-RATES = {"vera": 0.05}
+RATES = {"increlora": 0.05, "vera": 0.05}
 TOLERANCE = 1e-4
 
 
