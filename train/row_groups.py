@@ -107,8 +107,9 @@ class RestartSchedule(LRScheduler):
         super().__init__(optimizer)
 
     def get_lr(self) -> list[float | Tensor]:
-        return [
-            group["initial_lr"]
-            * rate_at(self._shape, self.last_epoch - group[START], self._total - group[START], self._warmup)
-            for group in self.optimizer.param_groups
-        ]
+        return [group["initial_lr"] * self._share(group[START]) for group in self.optimizer.param_groups]
+
+    def _share(self, start: int) -> float:
+        # When a training is taken up again the schedule begins at 0 until it is told where it was.
+        since = max(self.last_epoch - start, 0)
+        return rate_at(self._shape, since, self._total - start, self._warmup)

@@ -141,9 +141,9 @@ def test_the_regulariser_is_the_mean_over_all_matrices() -> None:
     model = Maps()
     method = prepared(model, **RANDOM, orthogonality=0.3)
     found = method.extra_loss(model)
-    wanted = sum(float(layer.orthogonality()) for layer in method.growing.values()) / 6
+    wanted = sum(layer.orthogonality().item() for layer in method.growing.values()) / 6
     assert found is not None
-    assert float(found) == pytest.approx(0.3 * wanted, rel=1e-6)
+    assert found.item() == pytest.approx(0.3 * wanted, rel=1e-6)
     assert prepared(Maps(), **RANDOM, orthogonality=0.0).extra_loss(model) is None
 
 
