@@ -18,6 +18,7 @@ from typing import Any
 import psycopg
 
 from storage.database import Database
+from storage.text import short_digest
 
 START = datetime(2026, 1, 1, tzinfo=UTC)
 FIRST_WORDS = ("Amber", "Blue", "Calm", "Dark", "Eager", "Faint", "Golden", "Hazy", "Icy", "Jolly", "Keen", "Lunar")
@@ -131,13 +132,8 @@ def _adapters(total: int, seed: int) -> tuple[Sequence[str], Iterator[Sequence[A
     )
 
     def rows() -> Iterator[Sequence[Any]]:
-        choice = random.Random(seed)
-        for number in range(total):
+        for number, base, model, method in _facts(total, seed):
             name, made = adapter_name(number, total), moment(number)
-            base = _rare(choice, BASE_MODELS)
-            place = BASE_MODELS.index(base)
-            model = MODELS[place] if place < len(MODELS) and number % 3 == 0 else None
-            method = choice.choices(METHODS, METHOD_WEIGHTS)[0]
             tags = json.dumps(adapter_tags(number, seed))
             yield (
                 identifier("adp", number), name, name.casefold(), "", tags, "peft", method, base, model, 16, 32.0,
@@ -149,19 +145,39 @@ def _adapters(total: int, seed: int) -> tuple[Sequence[str], Iterator[Sequence[A
     return columns, rows()
 
 
+def _facts(total: int, seed: int) -> Iterator[tuple[int, str, str | None, str]]:
+    """Number, base model, registered model and method of each adapter."""
+    choice = random.Random(seed)
+    for number in range(total):
+        base = _rare(choice, BASE_MODELS)
+        place = BASE_MODELS.index(base)
+        model = MODELS[place] if place < len(MODELS) and number % 3 == 0 else None
+        yield number, base, model, choice.choices(METHODS, METHOD_WEIGHTS)[0]
+
+
 def adapter_tags(number: int, seed: int) -> list[str]:
     choice = random.Random(f"{seed}/{number}")
     return sorted({_rare(choice, TAGS) for _ in range(choice.randrange(4))})
 
 
 def _tags(total: int, seed: int) -> tuple[Sequence[str], Iterator[Sequence[Any]]]:
+    digests = {base: short_digest(base) for base in BASE_MODELS}
     rows = (
-        (tag, moment(number), identifier("adp", number))
-        for number in range(total)
+        (
+            identifier("adp", number),
+            tag,
+            moment(number),
+            digests[base],
+            model,
+            method,
+            adapter_name(number, total).casefold(),
+        )
+        for number, base, model, method in _facts(total, seed)
         if not _is_deleted(number)
+        for name in (adapter_name(number, total),)
         for tag in adapter_tags(number, seed)
     )
-    return ("tag", "created_at", "adapter_id"), rows
+    return _words("adapter_id tag created_at base_model_digest model_id method name_folded"), rows
 
 
 def config_digest(number: int) -> str:

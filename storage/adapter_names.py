@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
-from sqlalchemy import ColumnElement, Select, cast, column, func, select, table
+from sqlalchemy import ColumnElement, Select, cast, column, func, select, table, true
 from sqlalchemy.dialects.postgresql import TSQUERY
 from sqlalchemy.orm import Session
 
@@ -14,9 +14,13 @@ from storage.pagination import Key, behind
 from storage.tables import AdapterRow
 
 GRAM = 3  # characters
-MAX_GRAMS = 12  # of a query: more of them narrow no further
+MAX_GRAMS = 4  # of a query: more of them narrow no further
 MAX_TERMS = 200
 MAX_MATCHES = 2_000  # more are not sorted: a page of them is soon found in the list itself
+
+LOOKED_AT = ("created_at", "id", "base_model", "model_id", "method", "name_folded")
+"""What the filters of adapters look at."""
+Condition = Callable[[Any], ColumnElement[bool]]
 
 _names = table(
     "adapter_names", column("number"), column("adapter_id"), column("created_at", UtcDateTime()), column("name_folded")
@@ -32,13 +36,13 @@ def has_part(name: Any, part: str, *, sqlite: bool) -> ColumnElement[bool]:
 
 
 def find_by_name(
-    session: Session, part: str, after: Key | None, count: int, conditions: Sequence[ColumnElement[bool]]
+    session: Session, part: str, after: Key | None, count: int, conditions: Sequence[Condition]
 ) -> list[Key] | None:
     """The newest `count` live adapters behind `after` whose folded name contains `part`.
 
     Args:
         part: folded, not empty.
-        conditions: what else must hold, in columns of the table `adapters`.
+        conditions: what else must hold; each is given what has the columns of LOOKED_AT.
 
     Returns:
         None when so many names match that looking through the list is quicker.
@@ -47,21 +51,26 @@ def find_by_name(
         return _find_sqlite(session, part, after, count, conditions)
     quoted = [gram.replace("\\", "\\\\").replace("'", "''") for gram in _pieces(part)]
     query = " & ".join(f"'{gram}'" for gram in quoted) if len(part) >= GRAM else f"'{quoted[0]}':*"
-    matching = select(AdapterRow.created_at, AdapterRow.id).where(
+    matching = select(*(getattr(AdapterRow, name) for name in LOOKED_AT)).where(
         AdapterRow.deleted_at.is_(None), func.rankwise_name_grams(AdapterRow.name_folded).op("@@")(cast(query, TSQUERY))
     )
-    if _exceeds(session, matching):
-        return None
-    statement = matching.where(has_part(AdapterRow.name_folded, part, sqlite=False), *conditions)
+    # One look into the index, whose lists are read whole: what it finds is counted first, and filtered only if few.
+    found = matching.limit(MAX_MATCHES + 1).cte("found").prefix_with("MATERIALIZED", dialect="postgresql")
+    total = select(func.count().label("total")).select_from(found).subquery()
+    wanted = [has_part(found.c.name_folded, part, sqlite=False), *(check(found.c) for check in conditions)]
     if after is not None:
-        statement = statement.where(behind(AdapterRow.created_at, AdapterRow.id, after))
-    # apart from the sort, else the planner may look through the whole list in its order instead
-    found = statement.cte("found").prefix_with("MATERIALIZED", dialect="postgresql")
-    return _keys(session, _first(select(found.c.created_at, found.c.id), found.c.created_at, found.c.id, count))
+        wanted.append(behind(found.c.created_at, found.c.id, after))
+    first = _first(select(found.c.created_at, found.c.id), found.c.created_at, found.c.id, count)
+    rows = first.where(total.c.total <= MAX_MATCHES, *wanted).lateral()
+    answer = session.execute(select(total.c.total, rows.c.created_at, rows.c.id).outerjoin_from(total, rows, true()))
+    keys = [(number, moment, identifier) for number, moment, identifier in answer]
+    if keys[0][0] > MAX_MATCHES:
+        return None
+    return [(moment, identifier) for _, moment, identifier in keys if identifier is not None]
 
 
 def _find_sqlite(
-    session: Session, part: str, after: Key | None, count: int, conditions: Sequence[ColumnElement[bool]]
+    session: Session, part: str, after: Key | None, count: int, conditions: Sequence[Condition]
 ) -> list[Key] | None:
     if len(part) >= GRAM:
         grams: Sequence[str] = _pieces(part)
@@ -86,7 +95,10 @@ def _find_sqlite(
         statement = statement.where(behind(_names.c.created_at, _names.c.adapter_id, after))
     if conditions:
         statement = statement.where(
-            select(1).select_from(AdapterRow).where(AdapterRow.id == _names.c.adapter_id, *conditions).exists()
+            select(1)
+            .select_from(AdapterRow)
+            .where(AdapterRow.id == _names.c.adapter_id, *(check(AdapterRow) for check in conditions))
+            .exists()
         )
     return _keys(session, _first(statement, _names.c.created_at, _names.c.adapter_id, count))
 

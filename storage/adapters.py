@@ -20,7 +20,7 @@ from storage.ids import new_id
 from storage.lineage import Lineage, lineage
 from storage.quotas import charge_bytes, release_bytes
 from storage.tables import AdapterFileRow, AdapterRow, AdapterTagRow, LineageRow, ModelRow
-from storage.text import fold, is_storable, storable
+from storage.text import fold, is_storable, short_digest, storable
 from storage.upsert import insert_or_ignore
 
 __all__ = [
@@ -95,7 +95,7 @@ def add_adapter(
         if session.scalar(added) is not None:
             charge_bytes(session, created_by, manifest.size)
             _add_files(session, values["id"], manifest.files, values["created_at"])
-            _add_tags(session, values["id"], values["tags"], values["created_at"])
+            _add_tags(session, values)
             _add_lineage(session, values["id"], parents, job_id)
             return get_adapter(session, values["id"]), True
         same = session.scalars(
@@ -249,8 +249,11 @@ def _add_files(session: Session, adapter_id: str, files: Sequence[FileEntry], cr
     session.flush()
 
 
-def _add_tags(session: Session, adapter_id: str, tags: Sequence[str], created_at: datetime) -> None:
-    session.add_all(AdapterTagRow(tag=tag, created_at=created_at, adapter_id=adapter_id) for tag in dict.fromkeys(tags))
+def _add_tags(session: Session, values: Mapping[str, Any]) -> None:
+    base = values["base_model"]
+    carried = {name: values[name] for name in ("created_at", "model_id", "method", "name_folded")}
+    carried["base_model_digest"] = None if base is None else short_digest(base)
+    session.add_all(AdapterTagRow(tag=tag, adapter_id=values["id"], **carried) for tag in dict.fromkeys(values["tags"]))
     session.flush()
 
 

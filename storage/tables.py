@@ -162,13 +162,28 @@ class AdapterRow(Base):
 
 
 class AdapterTagRow(Base):
-    """A tag of an adapter, with the adapter's age: one index gives the newest of a tag."""
+    """A tag of a live adapter. The other columns are the adapter's and never change.
+
+    One index gives the newest of a tag, with all that they are filtered by besides; a digest stands for the base model,
+    since an entry of an index has to be short.
+    """
 
     __tablename__ = "adapter_tags"
 
+    adapter_id: Mapped[str] = mapped_column(ForeignKey("adapters.id"), primary_key=True)
     tag: Mapped[str] = mapped_column(String(200), primary_key=True)
-    created_at: Mapped[datetime] = mapped_column(primary_key=True)  # of the adapter
-    adapter_id: Mapped[str] = mapped_column(ForeignKey("adapters.id"), primary_key=True, index=True)
+    created_at: Mapped[datetime]
+    base_model_digest: Mapped[str | None] = mapped_column(String(32))
+    model_id: Mapped[str | None] = mapped_column(String(48))
+    method: Mapped[str] = mapped_column(String(40))
+    name_folded: Mapped[str] = mapped_column(Text)
+
+    __table_args__ = (
+        Index(
+            "ix_adapter_tags_tag",
+            *("tag", "created_at", "adapter_id", "base_model_digest", "model_id", "method", "name_folded"),
+        ),
+    )
 
 
 class AdapterFileRow(Base):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from typing import Any
@@ -38,6 +39,11 @@ def is_storable(value: str) -> bool:
 def fold(value: str) -> str:
     """The form in which names are searched, the same on every database whatever its own idea of lower case."""
     return value.casefold()
+
+
+def short_digest(value: str) -> str:
+    """32 hex digits that stand for a text where an index has no room for it."""
+    return hashlib.sha256(value.encode("utf-8")).hexdigest()[:32]
 
 
 def dump_json(value: Any) -> str:

@@ -99,6 +99,7 @@ def test_filters_find_what_a_look_at_every_adapter_finds(
 ) -> None:
     monkeypatch.setattr("storage.adapter_search.PROBE_ROWS", probe)
     monkeypatch.setattr("storage.adapter_search.WINDOW_ROWS", window)
+    monkeypatch.setattr("storage.adapter_search.SAMPLE_ROWS", window // 2)
     monkeypatch.setattr("storage.adapter_names.MAX_MATCHES", most)
     monkeypatch.setattr("storage.adapter_names.MAX_TERMS", most)
     for filters in combinations():

@@ -11,12 +11,13 @@ import pytest
 from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
 from alembic.script import ScriptDirectory
-from sqlalchemy import inspect
+from sqlalchemy import inspect, select, text
 
 from artifacts.errors import DatabaseUnavailable
-from storage import jobs, migrations
+from artifacts.manifest import AdapterManifest
+from storage import adapters, jobs, migrations
 from storage.database import Database
-from storage.tables import Base
+from storage.tables import AdapterTagRow, Base
 
 TABLES = {table.name for table in Base.metadata.sorted_tables}
 SEARCH_TABLES = "adapter_name"  # how those begin that hold the index of names on SQLite
@@ -60,6 +61,27 @@ def test_down_and_up_again(empty: Database) -> None:
     empty.upgrade()
     assert table_names(empty) == TABLES
     empty.check()
+
+
+def test_tags_keep_their_adapters_up_and_down(empty: Database, make_manifest: Callable[..., AdapterManifest]) -> None:
+    empty.upgrade()
+    with empty.write() as session:
+        for number, base in enumerate(["org/näme", None]):
+            manifest = make_manifest(base_model=base, identity_digest=f"{number:064x}")
+            adapters.add_adapter(session, manifest, name=f"Namen {number}", tags=["a", f"b{number}"])
+
+    def tags() -> list[tuple[object, ...]]:
+        with empty.read() as session:
+            return sorted(tuple(row) for row in session.execute(select(AdapterTagRow.__table__)))
+
+    before = tags()
+    assert len(before) == 4
+    migrations.downgrade(empty, "0005")
+    with empty.engine.connect() as connection:
+        old = connection.execute(text("SELECT tag, adapter_id FROM adapter_tags")).all()
+    assert sorted((row.adapter_id, row.tag) for row in old) == sorted((row[0], row[1]) for row in before)
+    empty.upgrade()
+    assert tags() == before
 
 
 def is_in_metadata(item: object, name: str | None, kind: str, reflected: bool, other: object) -> bool:

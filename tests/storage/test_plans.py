@@ -113,7 +113,7 @@ def cursor(prefix: str, filters: Any, number: int) -> str:
     return cursor_at((made, pool_rows.identifier(prefix, number)), asdict(filters))
 
 
-TAG_INDEX = ("pk_adapter_tags", "sqlite_autoindex_adapter_tags_1")
+TAG_INDEX = ("ix_adapter_tags_tag",)
 ADAPTER_LISTS: dict[str, tuple[AdapterFilter, tuple[str, ...]]] = {
     "all": (AdapterFilter(), ("ix_adapters_created",)),
     "base model": (AdapterFilter(base_model="org-1/base-001"), ("ix_adapters_base_model",)),
@@ -157,6 +157,17 @@ def test_a_rare_part_of_a_name_is_found_in_the_index_of_names(filled: Database, 
         assert full_scans(plan) == [], plan
     index = r"adapter_name_(grams|terms) VIRTUAL TABLE INDEX" if filled.is_sqlite else "ix_adapters_name_grams"
     assert any(re.search(index, plan) for plan in found), "\n\n".join(found)
+
+
+@pytest.mark.parametrize("page", ["first", "later"])
+def test_a_tag_with_other_filters_is_looked_through_without_the_adapters(filled: Database, page: str) -> None:
+    filters = AdapterFilter(tag="tag-300", method="lora", base_model="org-0/base-000", name="a")
+    start = None if page == "first" else cursor("adp", filters, 7_000)
+    found = plans(filled, lambda session: adapters.list_adapters(session, filters, start, 20))
+    of_tags = [plan for plan in keys_only(found) if "ix_adapter_tags_tag" in plan]
+    assert of_tags
+    for plan in of_tags:
+        assert not re.search(r"\bix_adapters_|pk_adapters", plan), plan
 
 
 def test_looking_through_names_does_not_read_the_table(filled: Database) -> None:
