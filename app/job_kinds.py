@@ -41,11 +41,11 @@ class Submission:
 class JobKind:
     """How the parameters of a kind look, and the function that checks them against what is stored.
 
-    The function gives the affinity.
+    The function is given the number of devices, and gives the affinity.
     """
 
     params: type[BaseModel]
-    check: Callable[[Settings, Session, Any], str | None]
+    check: Callable[[Settings, Session, Any, int], str | None]
 
 
 def check_submission(
@@ -67,12 +67,13 @@ def check_submission(
     capacity.check_devices(session, settings, kind, asked)
     request = _parse(found.params, params, "/params")
     with pointers_below("/params"):
-        affinity = found.check(settings, session, request)
+        affinity = found.check(settings, session, request, int(asked.get("devices", 1)))
     return Submission(kind, as_json(request), asked, affinity)
 
 
-def _check_merge(_: Settings, session: Session, request: MergeParams) -> None:
+def _check_merge(_: Settings, session: Session, request: MergeParams, devices: int) -> None:
     """A merge works on the factors alone: it loads no base model."""
+    del devices
     options = parse_parameters(request.method, request.parameters)
     plan_merge(merge_inputs(session, request.adapters), request.method, options)
 

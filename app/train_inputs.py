@@ -7,7 +7,7 @@ import socket
 import psutil
 from sqlalchemy.orm import Session
 
-from app.schemas.train import TrainParams
+from app.schemas.train import TrainParams, TrainRequest
 from app.service_state import alive_servers
 from app.settings import Settings
 from artifacts.errors import FieldError, NotFound, RequestInvalid
@@ -15,13 +15,17 @@ from storage import database, datasets, models
 from storage.tables import DatasetRow, ModelRow
 from train.catalog import parse_parameters
 from train.estimate import Estimate, check_fits, estimate
+from train.feasibility import check_feasible
 from train.options.common import Circumstances
 from train.settings import TaskSettings
 from train.targets import check_method, resolve_targets
 
 
-def check_train(settings: Settings, session: Session, request: TrainParams) -> str:
+def check_train(settings: Settings, session: Session, request: TrainParams, devices: int = 1) -> str:
     """Refuse what can never be trained.
+
+    Args:
+        devices: that train together, each with the base model and its share of every batch.
 
     Returns:
         The id of the base model.
@@ -30,6 +34,7 @@ def check_train(settings: Settings, session: Session, request: TrainParams) -> s
         RequestInvalid and its kin: an unknown or removed base model, an unknown dataset, parameters that do not fit the
             layers of the base model, more memory than the machine has.
     """
+    check_feasible(request.training, request.evaluation, devices)
     row = _base_model(session, request.base_model)
     try:
         dataset = datasets.get_dataset(session, request.dataset, lock=True)
@@ -40,10 +45,11 @@ def check_train(settings: Settings, session: Session, request: TrainParams) -> s
             errors=[FieldError("/dataset", error.detail)],
         ) from error
     _check_suitable(dataset, request.full_task)
-    needed = _estimate(row, request)
+    needed = _estimate(row, request, devices)
     memory = _memory_of_all(settings, session)
     if needed is not None and memory is not None:
-        check_fits(needed, memory, "this machine")
+        where = "this machine" if devices == 1 else f"each of {devices} devices of this machine"
+        check_fits(needed, memory // devices, where)
     return row.id
 
 
@@ -62,13 +68,16 @@ def _check_suitable(dataset: DatasetRow, task: TaskSettings) -> None:
     )
 
 
-def estimate_training(session: Session, request: TrainParams) -> Estimate | None:
-    """What the training will take; None when the base model's layers are not known yet.
+def estimate_training(session: Session, request: TrainRequest) -> Estimate | None:
+    """What the training will take on each device; None when the base model's layers are not known yet.
 
     Raises:
         RequestInvalid and its kin: an unknown base model, or parameters that do not fit its layers.
     """
-    return _estimate(_base_model(session, request.base_model), request)
+    wanted = request.resources.devices if request.resources is not None else None
+    devices = wanted or 1
+    check_feasible(request.training, request.evaluation, devices)
+    return _estimate(_base_model(session, request.base_model), request, devices)
 
 
 def _base_model(session: Session, name: str) -> ModelRow:
@@ -83,7 +92,7 @@ def _base_model(session: Session, name: str) -> ModelRow:
     return row
 
 
-def _estimate(row: ModelRow, request: TrainParams) -> Estimate | None:
+def _estimate(row: ModelRow, request: TrainParams, devices: int) -> Estimate | None:
     options = parse_parameters(request.method, request.parameters)
     if row.fingerprint is None:
         return None
@@ -91,7 +100,7 @@ def _estimate(row: ModelRow, request: TrainParams) -> Estimate | None:
     targets = resolve_targets(linear, options.target_modules)
     known = Circumstances(targets, request.training, request.training.steps)
     check_method(options, known)
-    return estimate(options, targets, linear, request.training, request.full_task, row.parameter_count)
+    return estimate(options, targets, linear, request.training, request.full_task, row.parameter_count, devices)
 
 
 def _memory_of_all(settings: Settings, session: Session) -> int | None:

@@ -17,6 +17,9 @@ from storage.transitions import lock_running
 def record_checkpoint(session: Session, job_id: str, attempt: int, *, step: int, sha256: str, size: int) -> str | None:
     """The blob is in the store: from now on the job goes on from it.
 
+    A job that got further than before has no failures of its infrastructure to its count any more: they are limited in
+    a row, not over the weeks that it may take.
+
     Returns:
         The digest of the checkpoint that it replaces, whose blob nobody needs any more.
 
@@ -24,11 +27,13 @@ def record_checkpoint(session: Session, job_id: str, attempt: int, *, step: int,
         AttemptStale: a newer attempt owns the job; nothing was written.
         AttemptCancelled: the job is being cancelled.
     """
-    lock_running(session, job_id, attempt)
+    job = lock_running(session, job_id, attempt)
     # Again, in the same transaction: the row must be there, and the sweep must not take it for an old one.
     reserve_blobs(session, [FileEntry(path="checkpoint.tar", sha256=sha256, size=size, media_type="application/x-tar")])
     moment = database.now(session)
     row = session.get(JobCheckpointRow, job_id)
+    if row is None or step > row.step:
+        job.failures = 0
     if row is None:
         values = {"attempt": attempt, "step": step, "sha256": sha256, "size": size, "created_at": moment}
         session.add(JobCheckpointRow(job_id=job_id, **values))
@@ -38,6 +43,16 @@ def record_checkpoint(session: Session, job_id: str, attempt: int, *, step: int,
     row.attempt, row.step, row.sha256, row.size, row.created_at = attempt, step, sha256, size, moment
     session.flush()
     return replaced
+
+
+def take_over(session: Session, job_id: str, retried: str) -> None:
+    """Have a new job go on where the ended one, which it is a retry of, had its last checkpoint, if there is one."""
+    row = session.get(JobCheckpointRow, retried, with_for_update={"read": True})
+    if row is None:
+        return
+    values = {"attempt": 0, "step": row.step, "sha256": row.sha256, "size": row.size}
+    session.add(JobCheckpointRow(job_id=job_id, created_at=database.now(session), **values))
+    session.flush()
 
 
 def newest_checkpoint(session: Session, job_id: str) -> JobCheckpointRow | None:

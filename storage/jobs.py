@@ -10,7 +10,7 @@ from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from artifacts.errors import FieldError, NotFound, QueueFull, QuotaExceeded, RequestInvalid, StateConflict
-from storage import database, queues
+from storage import checkpoints, database, queues
 from storage.ids import new_id
 from storage.pagination import DEFAULT_LIMIT, Page, page_of
 from storage.queues import count_change
@@ -196,6 +196,8 @@ def retry_job(
 ) -> JobRow:
     """A new job with the same kind, parameters, resources and priority; `retry_of` names the old one.
 
+    It goes on from the last checkpoint of the old one, while that is kept.
+
     Raises:
         NotFound
         StateConflict: the job has not failed and was not cancelled.
@@ -207,7 +209,7 @@ def retry_job(
             f"{job_id} is {old.state}; only a failed or cancelled job can be retried",
             hint="Wait until it ends, or submit a new job.",
         )
-    return create_job(
+    job = create_job(
         session,
         old.kind,
         old.params,
@@ -219,6 +221,8 @@ def retry_job(
         retry_of=old.id,
         max_queued=max_queued,
     )
+    checkpoints.take_over(session, job.id, old.id)
+    return job
 
 
 def events_after(session: Session, job_id: str, sequence: int, limit: int = 500) -> list[JobEventRow]:

@@ -19,6 +19,7 @@ from train.checkpoints import CARRIED
 from train.data import DataFile, Examples
 from train.estimate import Estimate, check_fits, estimate
 from train.evaluation import Scores, compare
+from train.feasibility import check_feasible, check_validation_rows
 from train.loop import LoopInputs, LoopResult, Observer, run_loop, total_steps
 from train.options.common import Circumstances, TrainOptions
 from train.protocol import MethodContext, TrainMethod
@@ -28,6 +29,7 @@ from train.settings import EvaluationSettings, TaskSettings, TrainingSettings
 from train.targets import check_method, resolve_targets
 from train.tasks.catalog import make_task
 from train.tasks.protocol import Task, TaskContext
+from train.world import World
 
 PREPARING, BEFORE, LOOP, RELOADED, AFTER = 0.02, 0.08, 0.85, 0.9, 1.0
 """Where the parts of a training end on the progress bar."""
@@ -77,30 +79,43 @@ def train_adapter(
 ) -> TrainReport:
     """Train, write the adapter to `output`, load it again onto a fresh base, compare and measure it there.
 
+    With `torch.distributed` every rank calls it, each with a folder and an observer of its own. All of them train; the
+    first one evaluates, writes and reports while the others wait for its report.
+
     Raises:
         FileBroken, RequestInvalid: the data, the targets or the rank do not fit the base model.
         TrainingDiverged: see `train.loop.run_loop`.
         ReloadMismatch: the written adapter, loaded again, does not predict what the trained model does.
         Whatever the observer raises.
     """
+    world = World()
+    check_feasible(plan.training, plan.evaluation, world.size)
     meter = MemoryMeter(plan.device)
     observer.progress(0.0, "reading the dataset")
     task = make_task(plan.task, TaskContext(inputs.base, plan.training, plan.device, plan.seed))
     examples = task.read(inputs.data, plan.evaluation)
     observer.progress(PREPARING / 2, "loading the base model")
     model = task.load()
-    known, needed = _check(plan, model, examples)
+    known, needed = _check(plan, model, examples, world.size)
     task.check(model, examples)
 
     bench = _Bench(plan, task, examples, observer)
     carried = _carried(inputs.resume)
     course = _Course(plan, known, needed, examples)
-    course.before = bench.scores(model, "before", (PREPARING, BEFORE)) if carried is None else _scores(task, carried)
+    if carried is not None:
+        course.before = _scores(task, carried)
+    elif world.first:
+        course.before = bench.scores(model, "before", (PREPARING, BEFORE))
+    world.wait()
     set_seed(plan.seed)
     trainable = _prepare(course, method, model, task, inputs.resume)
-    course.result = _run(course, method, trainable, task, inputs, observer)
-    if observer.stop_wanted():
+    course.result = _run(course, method, trainable, bench, inputs, world)
+    if course.result.stopped:
         raise AttemptCancelled(f"the training was asked to stop after step {course.result.steps}")
+    if not world.first:
+        none_here: Any = None
+        told: TrainReport = world.from_first(none_here)
+        return told
     trainable.eval()
     observer.progress(LOOP, "writing the adapter")
     course.parameters = sum(p.numel() for p in trainable.parameters() if p.requires_grad)
@@ -114,7 +129,7 @@ def train_adapter(
     observer.progress(LOOP, "loading the adapter onto a fresh base model")
     fresh, course.reload = check_reload(task, method.reload, output, bench.probe_rows, expected)
     course.after = bench.scores(fresh, "after", (RELOADED, AFTER))
-    return course.report(meter.peak())
+    return world.from_first(course.report(meter.peak()))
 
 
 @dataclass(slots=True)
@@ -147,7 +162,7 @@ class _Course:
             resumed_at=result.first_step,
             seconds=result.seconds,
             tokens_per_second=result.tokens_per_second,
-            final_loss=result.losses[-1] if result.losses else None,
+            final_loss=result.final_loss,
             trainable_parameters=self.parameters,
             target_modules=len(self.known.targets),
             peak_memory=peak_memory,
@@ -156,6 +171,8 @@ class _Course:
             evaluation=measured,
             reload={} if self.reload is None else self.reload.to_dict(),
             own=self.own,
+            early_stopping=result.early_stopping,
+            devices=result.devices,
             warnings=plan.options.warnings(self.known),
         )
 
@@ -173,13 +190,14 @@ def linear_layers(model: nn.Module) -> dict[str, tuple[int, int]]:
     return found
 
 
-def _check(plan: Plan, model: nn.Module, examples: Examples) -> tuple[Circumstances, Estimate]:
-    """Raises RequestInvalid when the method, its layers or the memory do not allow the training."""
+def _check(plan: Plan, model: nn.Module, examples: Examples, devices: int) -> tuple[Circumstances, Estimate]:
+    """Raises RequestInvalid when the rows, the method, its layers or the memory do not allow the training."""
+    check_validation_rows(plan.training, len(examples.validation))
     linear = linear_layers(model)
     targets = resolve_targets(linear, plan.options.target_modules)
     known = Circumstances(targets, plan.training, total_steps(len(examples.train), plan.training))
     check_method(plan.options, known)
-    needed = estimate(plan.options, targets, linear, plan.training, plan.task, _parameters(model))
+    needed = estimate(plan.options, targets, linear, plan.training, plan.task, _parameters(model), devices)
     check_fits(needed, free_memory(plan.device) + needed.base_bytes, plan.device)  # the base is in it already
     return known, needed
 
@@ -215,13 +233,13 @@ def _run(
     course: _Course,
     method: TrainMethod[Any],
     model: nn.Module,
-    task: Task[Any],
+    bench: _Bench,
     inputs: Inputs,
-    observer: TrainObserver,
+    world: World,
 ) -> LoopResult:
     plan = course.plan
     loop = LoopInputs(
-        task=task,
+        task=bench.task,
         examples=course.examples.train,
         settings=plan.training,
         seed=plan.seed,
@@ -230,15 +248,16 @@ def _run(
         micro_batches=plan.micro_batches,
         carried={} if course.before is None else {"before": course.before.to_lists()},
         resume=inputs.resume,
+        measure=bench.figure,
     )
-    return run_loop(model, method, loop, observer)
+    return run_loop(model, method, loop, bench.observer, world)
 
 
 class _Bench:
     """Measures a model on the validation rows, with a share of the progress bar."""
 
     def __init__(self, plan: Plan, task: Task[Any], examples: Examples, observer: TrainObserver) -> None:
-        self._plan, self._task, self.examples, self._observer = plan, task, examples, observer
+        self._plan, self.task, self.examples, self.observer = plan, task, examples, observer
 
     @property
     def probe_rows(self) -> Sequence[Any]:
@@ -253,9 +272,18 @@ class _Bench:
         first, last = share
 
         def tick(done: int) -> None:
-            self._observer.progress(first + (last - first) * done / len(rows), f"measuring {when} the training")
+            self.observer.progress(first + (last - first) * done / len(rows), f"measuring {when} the training")
 
-        return self._task.score(model, rows, self._plan.evaluation, tick)
+        return self.task.score(model, rows, self._plan.evaluation, tick)
+
+    def figure(self, model: nn.Module) -> float:
+        """What early stopping goes by, on the validation rows; draws no random number."""
+        stopping = self._plan.training.early_stopping
+        assert stopping is not None
+        measured = self._plan.evaluation.model_copy(update={"exact_match": stopping.metric == "exact_match"})
+        with torch.random.fork_rng():
+            scores = self.task.score(model, self.examples.validation, measured, lambda _: None)
+        return scores.to_dict()[stopping.metric]
 
 
 def _own_report(method: TrainMethod[Any], model: nn.Module, bench: _Bench) -> dict[str, Any]:

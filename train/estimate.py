@@ -46,19 +46,21 @@ def estimate(
     training: TrainingSettings,
     task: TaskSettings,
     parameter_count: int | None = None,
+    devices: int = 1,
 ) -> Estimate:
-    """What the training takes on a base model with these layers.
+    """What the training takes on a base model with these layers, on each of its devices.
 
     Args:
         linear: path → (d_out, d_in) of all weights of the base model.
         parameter_count: of the base model; unknown, it is counted from `linear`.
+        devices: that share the rows of a batch.
     """
     trainable = sum(options.parameters_of(target.d_out, target.d_in) for target in targets)
     parameters = parameter_count or sum(
         d_out * d_in for path, (d_out, d_in) in linear.items() if not _tied(path, linear)
     )
     width = WEIGHT_BYTES[training.precision]
-    tokens = training.batch_size * task.positions
+    tokens = training.batch_size * task.positions // devices
     per_token = sum(d_out + d_in for d_out, d_in in linear.values())
     kept = _KEPT_PER_LAYER * tokens * per_token * width
     return Estimate(

@@ -25,6 +25,8 @@ class TrainReport:
         evaluation: {before, after, difference}, empty when nothing was held out.
         reload: how far PEFT's reload of the written file is from the trained model.
         own: what the method itself tells; its "pictures" are shown by GET /jobs/{id}/pictures.
+        early_stopping: what was measured on the way and which step was taken (`train.early_stopping`); empty without.
+        devices: that the rows of a batch were shared out among.
         warnings: whole sentences.
     """
 
@@ -42,6 +44,8 @@ class TrainReport:
     evaluation: Mapping[str, Any]
     reload: Mapping[str, float]
     own: Mapping[str, Any] = field(default_factory=dict)
+    early_stopping: Mapping[str, Any] = field(default_factory=dict)
+    devices: int = 1
     warnings: Sequence[str] = ()
 
     def to_dict(self) -> dict[str, Any]:

@@ -56,6 +56,21 @@ TASKS: Mapping[str, type[TaskSettings]] = {"causal-lm": CausalLmTask}
 """Every task by its name."""
 
 
+class EarlyStopping(_Settings):
+    """Measure the validation rows while training, end when nothing is gained, and keep the adapter of the best step."""
+
+    metric: Literal["loss", "perplexity", "exact_match"] = Field(
+        "loss", description="Figure of the evaluation that is gone by; exact_match writes answers: slow."
+    )
+    every_steps: Count = Field(50, description="Steps between two measurements; the last step is measured too.")
+    patience: Annotated[StrictInt, Field(ge=1, le=10_000)] = Field(
+        3, description="Measurements in a row without a gain after which the training ends."
+    )
+    min_delta: Annotated[float, Field(ge=0, le=1e6, allow_inf_nan=False)] = Field(
+        0.0, description="What a measurement must gain on the best one to count."
+    )
+
+
 class TrainingSettings(_Settings):
     """How the loop runs."""
 
@@ -97,6 +112,10 @@ class TrainingSettings(_Settings):
         300.0, description="Longest time between two checkpoints: what an interruption costs at most."
     )
     checkpoint_steps: Count | None = Field(None, description="Also write one every so many steps.")
+
+    early_stopping: EarlyStopping | None = Field(
+        None, description="End early when the validation rows gain nothing more; unset, all steps are done."
+    )
 
     @model_validator(mode="after")
     def _one_length(self) -> TrainingSettings:

@@ -47,7 +47,10 @@ def locate(row: ModelRow, roots: Sequence[str]) -> ModelSource:
             hint="Set RANKWISE_MODEL_ROOTS on the worker as on the server that registered the model.",
         )
     if not folder.is_dir():
-        raise NotFound(f"The folder {folder} of the base model {row.name!r} is not there.")
+        raise NotFound(
+            f"The folder {folder} of the base model {row.name!r} is not there.",
+            hint="Put it back, or register the model where it is now; then retry the job.",
+        )
     return ModelSource(row.name, str(folder), None, sum(path.stat().st_size for path in folder.glob("*.safetensors")))
 
 

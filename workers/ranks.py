@@ -15,7 +15,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
@@ -84,20 +84,50 @@ def process_group(spec: AttemptSpec, rank: int) -> Iterator[None]:
     cuda = spec.device.startswith("cuda")
     if cuda:
         torch.cuda.set_device(device_of(spec.device, rank))
-    elif sys.platform == "linux":
+    with _environment(rank_environment(rank, spec.devices, torch.get_num_threads())):
+        distributed.init_process_group(
+            "nccl" if cuda else "gloo",
+            init_method=(Path(spec.scratch) / RENDEZVOUS).as_uri(),
+            rank=rank,
+            world_size=spec.devices,
+            timeout=COLLECTIVE_TIMEOUT,
+        )
+        try:
+            yield
+        finally:
+            distributed.destroy_process_group()
+
+
+def rank_environment(rank: int, size: int, threads: int) -> dict[str, str]:
+    """What torchrun tells a rank, and accelerate looks for; the address is never used, since the ranks have met."""
+    found = {
+        "RANK": rank,
+        "LOCAL_RANK": rank,
+        "WORLD_SIZE": size,
+        "LOCAL_WORLD_SIZE": size,
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": 29500,
+        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS") or threads,  # else accelerate would choose
+    }
+    if sys.platform == "linux":
         # The ranks share a host: loopback needs no name of the host to resolve.
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    distributed.init_process_group(
-        "nccl" if cuda else "gloo",
-        init_method=(Path(spec.scratch) / RENDEZVOUS).as_uri(),
-        rank=rank,
-        world_size=spec.devices,
-        timeout=COLLECTIVE_TIMEOUT,
-    )
+        found["GLOO_SOCKET_IFNAME"] = os.environ.get("GLOO_SOCKET_IFNAME", "lo")
+    return {name: str(value) for name, value in found.items()}
+
+
+@contextmanager
+def _environment(values: Mapping[str, str]) -> Iterator[None]:
+    """These variables; as they were before afterwards: a process may run attempts on one device later."""
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
     try:
         yield
     finally:
-        distributed.destroy_process_group()
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
 
 
 class Ranks:

@@ -31,8 +31,9 @@ class _Watcher:
         share = BEFORE + (LOOP - BEFORE) * step / total
         self._advance(share, f"step {step} of {total}, loss {values['loss']:.4g}")
 
-    def checkpoint(self, folder: Path, step: int) -> None:
+    def checkpoint(self, folder: Path, step: int) -> bool:
         """A training at the terminal keeps none: it is not taken up again."""
+        return False
 
     def progress(self, fraction: float, message: str) -> None:
         self._advance(fraction, message)

@@ -87,7 +87,18 @@ def test_a_base_model_may_be_named_and_a_task_written_out(training: Any) -> None
         ({"training": {"speed": 3}}, "/training/speed", "Extra inputs"),
         ({"evaluation": {"validation_fraction": 0.6}}, "/evaluation/validation_fraction", "less than or equal to 0.5"),
         ({"seed": -1}, "/seed", "greater than or equal to 0"),
-        ({"resources": {"devices": 2}}, "/resources/devices", "a job of kind train can use 1, not 2"),
+        ({"resources": {"devices": 2}}, "/resources/devices", "no server of the pool is alive"),
+        (
+            {"training": {"early_stopping": {}}, "evaluation": {"validation_fraction": 0}},
+            "/training/early_stopping",
+            "needs validation rows",
+        ),
+        (
+            {"training": {"early_stopping": {"metric": "exact_match"}}},
+            "/training/early_stopping/metric",
+            "exact_match needs evaluation.exact_match",
+        ),
+        ({"training": {"early_stopping": {"patience": 0}}}, "/training/early_stopping/patience", "greater than or"),
     ],
 )
 def test_what_can_not_be_trained_is_refused_where_it_is_wrong(
@@ -139,6 +150,21 @@ def test_an_estimate_counts_the_trainable_parameters(training: Any) -> None:
     half = server.client.post("/train/estimate", json={**body, "training": {"precision": "bfloat16"}}).json()
     assert half["base_bytes"] * 2 == found["base_bytes"]
     assert server.client.get("/jobs").json()["items"] == []
+
+
+def test_the_rows_of_a_batch_are_shared_out_evenly_or_not_at_all(training: Any) -> None:
+    server, body = training
+    one, two = (
+        server.client.post("/train/estimate", json={**body, "resources": {"devices": devices}}).json()
+        for devices in (1, 2)
+    )
+    assert two["activation_bytes"] * 2 == one["activation_bytes"]
+    assert two["floor_bytes"] == one["floor_bytes"]
+    response = server.client.post("/train/estimate", json={**body, "resources": {"devices": 3}})
+    assert response.status_code == 422
+    (finding,) = response.json()["errors"]
+    assert finding["pointer"] == "/training/batch_size"
+    assert finding["message"] == "8 rows can not be shared out evenly among 3 devices"
 
 
 def test_the_series_and_the_curve_of_a_job(training: Any, fake_pool: Any) -> None:

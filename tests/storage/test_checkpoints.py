@@ -61,6 +61,51 @@ def test_the_newest_checkpoint_takes_the_place_of_the_one_before(
     assert blobs.exists(second)
 
 
+def test_failures_are_counted_from_the_last_checkpoint_that_got_further(
+    database: Database, blobs: BlobStore, job_id: str
+) -> None:
+    def failures() -> int:
+        with database.read() as session:
+            return jobs.get_job(session, job_id).failures
+
+    def set_failures() -> None:
+        with database.write() as session:
+            session.execute(update(JobRow).values(failures=3))
+
+    set_failures()
+    keep(database, blobs, job_id, "one", 5)
+    assert failures() == 0
+    set_failures()
+    keep(database, blobs, job_id, "one again", 5)
+    assert failures() == 3
+    keep(database, blobs, job_id, "two", 6)
+    assert failures() == 0
+
+
+def test_a_retry_goes_on_from_the_checkpoint_of_the_job_that_failed(
+    database: Database, blobs: BlobStore, job_id: str
+) -> None:
+    digest, _ = keep(database, blobs, job_id, "kept", 7)
+    with database.write() as session:
+        claims.finish_failed(session, job_id, 1, {"code": "x", "detail": "y"})
+        again = jobs.retry_job(session, job_id).id
+        row = checkpoints.newest_checkpoint(session, again)
+        assert row is not None
+        assert (row.sha256, row.step, row.attempt) == (digest, 7, 0)
+        session.execute(update(JobRow).where(JobRow.id == job_id).values(finished_at=now(session) - 2 * DAY))
+        assert checkpoints.drop_ended(session, now(session) - DAY) == 1
+    age_blobs(database)
+    assert not remove_unused(database, blobs, digest)
+    assert blobs.exists(digest)
+
+
+def test_a_retry_of_a_job_without_a_checkpoint_begins_anew(database: Database, job_id: str) -> None:
+    with database.write() as session:
+        claims.finish_failed(session, job_id, 1, {"code": "x", "detail": "y"})
+        again = jobs.retry_job(session, job_id).id
+        assert checkpoints.newest_checkpoint(session, again) is None
+
+
 def test_a_blob_that_was_just_reserved_is_not_removed(database: Database, blobs: BlobStore) -> None:
     assert not remove_unused(database, blobs, "0" * 64)
 

@@ -37,8 +37,9 @@ class Watcher:
     def step(self, step: int, total: int, values: Mapping[str, float]) -> None:
         self.points[step] = dict(values)
 
-    def checkpoint(self, folder: Path, step: int) -> None:
+    def checkpoint(self, folder: Path, step: int) -> bool:
         self.checkpoints[step] = Path(shutil.copytree(folder, self.folder / f"kept-{step}"))
+        return True
 
     def progress(self, fraction: float, message: str) -> None:
         self.told.append((fraction, message))

@@ -145,16 +145,17 @@ class Pool:
         with self.database.read() as session:
             return [{"type": row.type, **row.data} for row in jobs.events_after(session, job_id, 0)]
 
-    def wait_for(self, job_id: str, *states: str) -> JobRow:
+    def wait_for(self, job_id: str, *states: str, seconds: float = DEADLINE_SECONDS) -> JobRow:
         def reached() -> JobRow | None:
             job = self.job(job_id)
             return job if job.state in states else None
 
-        found: JobRow = wait_until(reached, f"{job_id} becomes {' or '.join(states)}; it is {self.job(job_id).state}")
+        what = f"{job_id} becomes {' or '.join(states)}; it is {self.job(job_id).state}"
+        found: JobRow = wait_until(reached, what, seconds)
         return found
 
-    def ended(self, job_id: str) -> JobRow:
-        return self.wait_for(job_id, "succeeded", "failed", "cancelled")
+    def ended(self, job_id: str, seconds: float = DEADLINE_SECONDS) -> JobRow:
+        return self.wait_for(job_id, "succeeded", "failed", "cancelled", seconds=seconds)
 
     def running_pid(self, job_id: str) -> int:
         """The process of a job that waits for its gate."""

@@ -106,7 +106,7 @@ def default_name(dataset: str, method: str) -> str:
 class JobObserver:
     """Carries what happens in a training to the job's row, its series and its checkpoint.
 
-    A long training tells less often, so that its events do not grow without end.
+    A long training tells less often, so that its events do not grow without end. Of several ranks the first one tells.
     """
 
     def __init__(self, context: JobContext, checkpoints: Checkpoints) -> None:
@@ -121,6 +121,8 @@ class JobObserver:
         self._context.progress(fraction, message)
 
     def step(self, step: int, total: int, values: Mapping[str, float]) -> None:
+        if self._context.rank != 0:
+            return
         self._points.append(Point(step, dict(values)))
         now = time.monotonic()
         between = min(max(SECONDS_BETWEEN, (now - self._began) / 500), LONGEST_BETWEEN)
@@ -131,9 +133,9 @@ class JobObserver:
         self._context.progress(fraction, f"step {step} of {total}, loss {values['loss']:.4g}", step, total)
         self.flush()
 
-    def checkpoint(self, folder: Path, step: int) -> None:
+    def checkpoint(self, folder: Path, step: int) -> bool:
         self.flush()  # what goes on from here does not measure these steps again
-        self._checkpoints.publish(folder, step)
+        return self._checkpoints.publish(folder, step)
 
     def flush(self) -> None:
         """Write the numbers of the steps since the last time.

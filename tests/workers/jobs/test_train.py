@@ -9,42 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from train_jobs import STEPS, TRAINING, checkpoint_of, params_of, start
 
 from artifacts.errors import AttemptStale
 from storage import adapters, checkpoints, job_metrics
 from storage.blobs import BlobStore
-from storage.checkpoints import newest_checkpoint, record_checkpoint
+from storage.checkpoints import record_checkpoint
 from storage.job_metrics import metrics_after
 from train.catalog import METHODS
 from workers.jobs.train import LIBRARIES
-from workers.kinds import KINDS
-
-STEPS = 60
-TRAINING = {"steps": STEPS, "learning_rate": 0.01, "batch_size": 8}
-
-
-def params_of(base_id: str, dataset_id: str, **changes: Any) -> dict[str, Any]:
-    values: dict[str, Any] = {
-        "method": "lora",
-        "base_model": base_id,
-        "dataset": dataset_id,
-        "task": {"type": "causal-lm"},
-        "parameters": {"rank": 4},
-        "training": TRAINING,
-        "evaluation": {"validation_fraction": 0.2},
-        "seed": 5,
-        "name": None,
-    }
-    return values | changes
-
-
-def start(pool: Any, tiny_base: Path) -> Any:
-    return pool.start(kinds=KINDS, model_roots=(str(tiny_base.parent),))
-
-
-def checkpoint_of(pool: Any, job_id: str) -> Any:
-    with pool.database.read() as session:
-        return newest_checkpoint(session, job_id)
 
 
 def test_a_training_stores_an_adapter_with_its_report_and_its_series(
@@ -170,7 +143,7 @@ def test_a_server_that_stops_leaves_a_checkpoint_to_the_next(
         ({"parameters": {"target_modules": ["query"]}}, "invalid_request", "q_proj"),
         ({"training": {"steps": 3, "precision": "float16"}}, "invalid_request", "float16 needs a GPU"),
         ({"task": {"type": "causal-lm", "max_length": 12}}, "file_broken", "row 1: 14 tokens, 12 are allowed"),
-        ({"training": {"steps": 50, "learning_rate": 10, "max_grad_norm": 0}}, "training_diverged", "The loss of step"),
+        ({"training": {"steps": 50, "learning_rate": 10, "max_grad_norm": 0}}, "training_diverged", " of step "),
     ],
 )
 def test_what_can_not_be_trained_fails_once_and_says_why(

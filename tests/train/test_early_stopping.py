@@ -1,0 +1,100 @@
+"""Early stopping: what is measured, when it ends, which step's adapter comes out, and that it resumes to the bit."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from test_methods import digests
+
+from artifacts.errors import AttemptCancelled, RequestInvalid
+
+STOPPING = {"every_steps": 3, "patience": 2}
+# Few rows, learnt by heart: the training loss falls on while the validation loss rises.
+OVERFIT = {"steps": 60, "learning_rate": 0.03, "schedule": "constant", "gradient_accumulation": 1}
+
+
+@pytest.fixture(scope="module")
+def rows() -> list[dict[str, Any]]:
+    return [{"prompt": f"{number} is ", "completion": f"{number * 7919 % 997:03d}"} for number in range(24)]
+
+
+@pytest.mark.parametrize(
+    ("method", "parameters"), [("lora", {"rank": 4, "dropout": 0.1}), ("adalora", {"initial_rank": 4, "target_rank": 2})]
+)
+def test_the_best_step_comes_out_and_resumes_to_the_same_bytes(
+    trainings: Any, rows: list[dict[str, Any]], method: str, parameters: dict[str, Any]
+) -> None:
+    settings = OVERFIT | {"early_stopping": STOPPING}
+    report, adapter, whole = trainings.run(method, parameters, rows=rows, checkpoint_steps=5, **settings)
+    found = report.early_stopping
+    best, stopped_at = found["best_step"], report.steps
+    assert found["stopped"] is True
+    assert stopped_at == best + 6 < 60
+    measured = {item["step"]: item["value"] for item in found["measured"]}
+    assert list(measured) == list(range(3, stopped_at + 1, 3))
+    assert min(measured, key=lambda step: measured[step]) == best
+    assert found["best"] == measured[best]
+    assert {step: values.get("validation_loss") for step, values in whole.points.items() if step % 3 == 0} == measured
+    # "After" is the written file, loaded by PEFT onto a fresh base.
+    assert report.evaluation["after"]["loss"] == pytest.approx(found["best"], abs=1e-5)
+    _, short, _ = trainings.run(method, parameters, rows=rows, **OVERFIT | {"steps": 60, "early_stopping": None})
+    assert digests(short) != digests(adapter)
+    for step in (max(whole.checkpoints), min(whole.checkpoints)):
+        again, resumed, _ = trainings.run(method, parameters, rows=rows, resume=whole.checkpoints[step], **settings)
+        assert again.resumed_at == step
+        assert digests(resumed) == digests(adapter)
+        assert again.early_stopping == found
+
+
+def test_measuring_changes_nothing_of_the_training(trainings: Any, rows: list[dict[str, Any]]) -> None:
+    runs = []
+    for stopping in (None, {"every_steps": 2, "patience": 100}):
+        _, _, watcher = trainings.run(
+            "lora", {"rank": 4, "dropout": 0.1}, rows=rows, **OVERFIT | {"steps": 8, "early_stopping": stopping}
+        )
+        runs.append([watcher.points[step]["loss"] for step in range(1, 9)])
+    assert runs[0] == runs[1]
+
+
+def test_a_gain_below_min_delta_does_not_count(trainings: Any, rows: list[dict[str, Any]]) -> None:
+    stopping = {"every_steps": 1, "patience": 2, "min_delta": 1e6}
+    report, _, _ = trainings.run("lora", rows=rows, **OVERFIT | {"early_stopping": stopping})
+    assert (report.steps, report.early_stopping["best_step"]) == (3, 1)
+
+
+def test_the_last_step_is_measured_too_and_all_steps_are_done_without_a_reason_to_stop(trainings: Any) -> None:
+    report, _, _ = trainings.run("lora", steps=5, early_stopping={"every_steps": 3, "patience": 9})
+    assert [item["step"] for item in report.early_stopping["measured"]] == [3, 5]
+    assert (report.steps, report.early_stopping["stopped"]) == (5, False)
+
+
+@pytest.mark.parametrize("stop_at", [9, 4])
+def test_a_stop_at_the_very_last_step_is_taken_up_with_nothing_left_to_do(trainings: Any, stop_at: int) -> None:
+    """Nine steps are no whole number of epochs: the loop must not begin another one."""
+    settings = {"steps": 9, "early_stopping": None}
+    whole, adapter, _ = trainings.run("lora", {"rank": 4}, **settings)
+    folder = trainings.folder / f"run-{trainings.count + 1}"
+    with pytest.raises(AttemptCancelled, match=f"after step {stop_at}"):
+        trainings.run("lora", {"rank": 4}, stop_at=stop_at, **settings)
+    report, resumed, _ = trainings.run("lora", {"rank": 4}, resume=folder / f"kept-{stop_at}", **settings)
+    assert (report.steps, report.resumed_at, report.final_loss) == (9, stop_at, whole.final_loss)
+    assert digests(resumed) == digests(adapter)
+
+
+def test_rows_that_all_fell_to_the_training_can_not_be_measured(trainings: Any) -> None:
+    rows = [{"prompt": "one ", "completion": "row"}]
+    with pytest.raises(RequestInvalid, match="no row fell to the validation"):
+        trainings.run("lora", rows=rows, steps=2, evaluation={"validation_fraction": 0.0001}, early_stopping=STOPPING)
+
+
+def test_the_exported_factors_are_those_of_the_best_step(trainings: Any, rows: list[dict[str, Any]]) -> None:
+    settings = OVERFIT | {"early_stopping": STOPPING}
+    report, adapter, _ = trainings.run("lora", {"rank": 4}, rows=rows, **settings)
+    best = report.early_stopping["best_step"]
+    _, exact, _ = trainings.run("lora", {"rank": 4}, rows=rows, **OVERFIT | {"steps": best})
+    first, second = (load_file(folder / "adapter_model.safetensors") for folder in (adapter, exact))
+    for name, value in first.items():
+        assert torch.equal(value, second[name]), name
