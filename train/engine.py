@@ -19,7 +19,7 @@ from train.checkpoints import CARRIED
 from train.data import DataFile, Examples
 from train.estimate import Estimate, check_fits, estimate
 from train.evaluation import Scores, compare
-from train.feasibility import check_feasible, check_validation_rows
+from train.feasibility import check_feasible
 from train.loop import LoopInputs, LoopResult, Observer, run_loop, total_steps
 from train.options.common import Circumstances, TrainOptions
 from train.protocol import MethodContext, TrainMethod
@@ -191,8 +191,7 @@ def linear_layers(model: nn.Module) -> dict[str, tuple[int, int]]:
 
 
 def _check(plan: Plan, model: nn.Module, examples: Examples, devices: int) -> tuple[Circumstances, Estimate]:
-    """Raises RequestInvalid when the rows, the method, its layers or the memory do not allow the training."""
-    check_validation_rows(plan.training, len(examples.validation))
+    """Raises RequestInvalid when the method, its layers or the memory do not allow the training."""
     linear = linear_layers(model)
     targets = resolve_targets(linear, plan.options.target_modules)
     known = Circumstances(targets, plan.training, total_steps(len(examples.train), plan.training))

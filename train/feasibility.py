@@ -42,15 +42,3 @@ def check_feasible(training: TrainingSettings, evaluation: EvaluationSettings, d
             hint=_HINTS[problems[0].pointer],
             errors=problems,
         )
-
-
-def check_validation_rows(training: TrainingSettings, rows: int) -> None:
-    """Raises RequestInvalid when early stopping has nothing to measure."""
-    if training.early_stopping is None or rows:
-        return
-    problem = "no row fell to the validation"
-    raise RequestInvalid(
-        f"Early stopping can not measure anything: {problem}.",
-        hint="Give more rows or a larger evaluation.validation_fraction.",
-        errors=[FieldError("/training/early_stopping", problem)],
-    )

@@ -104,6 +104,30 @@ def test_a_training_from_upload_to_merge(serve: Any, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_two_devices_train_one_adapter_over_http(serve: Any, tmp_path: Path) -> None:
+    from tiny_base import sums, write_tiny_base
+
+    base = write_tiny_base(tmp_path / "roots" / "tiny")
+    server = serve(pool="local", devices="cpu:2", max_wait_seconds=60, model_roots=(base.parent,))
+    inputs = register(server, base, sums())
+    training = {"steps": 40, "learning_rate": 0.01, "early_stopping": {"every_steps": 10}}
+    body = {**inputs, "parameters": {"rank": 4}, "training": training, "resources": {"devices": 2}}
+    odd = server.client.post("/train", json={**body, "training": {**training, "batch_size": 7}})
+    assert odd.status_code == 422
+    assert odd.json()["errors"][0]["pointer"] == "/training/batch_size"
+    job = train(server, body, 600)
+    report = job["result"]["report"]
+    assert (report["devices"], report["steps"]) == (2, 40)
+    assert [item["step"] for item in report["early_stopping"]["measured"]] == [10, 20, 30, 40]
+    series = server.client.get(f"/jobs/{job['id']}/metrics").json()
+    assert [item["step"] for item in series["items"]] == list(range(1, 41))
+    folder, _ = unpacked(server, job["result"]["adapters"][0], tmp_path / "downloaded")
+    losses = stock_losses(base, folder, sums()[5])
+    assert losses["trained"] < losses["plain"] - 1
+
+
+@pytest.mark.slow
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("method", ["lora", "pissa"])
 def test_smollm2_learns_to_answer_in_a_format_over_http(serve: Any, tmp_path: Path, method: str) -> None:

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 from test_methods import digests
 
-from artifacts.errors import AttemptCancelled, RequestInvalid
+from artifacts.errors import AttemptCancelled
 
 STOPPING = {"every_steps": 3, "patience": 2}
 # Few rows, learnt by heart: the training loss falls on while the validation loss rises.
@@ -22,7 +22,11 @@ def rows() -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize(
-    ("method", "parameters"), [("lora", {"rank": 4, "dropout": 0.1}), ("adalora", {"initial_rank": 4, "target_rank": 2})]
+    ("method", "parameters"),
+    [
+        ("lora", {"rank": 4, "dropout": 0.1}),
+        pytest.param("adalora", {"initial_rank": 4, "target_rank": 2}, marks=pytest.mark.slow),
+    ],
 )
 def test_the_best_step_comes_out_and_resumes_to_the_same_bytes(
     trainings: Any, rows: list[dict[str, Any]], method: str, parameters: dict[str, Any]
@@ -71,9 +75,9 @@ def test_the_last_step_is_measured_too_and_all_steps_are_done_without_a_reason_t
     assert (report.steps, report.early_stopping["stopped"]) == (5, False)
 
 
-@pytest.mark.parametrize("stop_at", [9, 4])
-def test_a_stop_at_the_very_last_step_is_taken_up_with_nothing_left_to_do(trainings: Any, stop_at: int) -> None:
+def test_a_stop_at_the_very_last_step_is_taken_up_with_nothing_left_to_do(trainings: Any) -> None:
     """Nine steps are no whole number of epochs: the loop must not begin another one."""
+    stop_at = 9
     settings = {"steps": 9, "early_stopping": None}
     whole, adapter, _ = trainings.run("lora", {"rank": 4}, **settings)
     folder = trainings.folder / f"run-{trainings.count + 1}"
@@ -82,12 +86,6 @@ def test_a_stop_at_the_very_last_step_is_taken_up_with_nothing_left_to_do(traini
     report, resumed, _ = trainings.run("lora", {"rank": 4}, resume=folder / f"kept-{stop_at}", **settings)
     assert (report.steps, report.resumed_at, report.final_loss) == (9, stop_at, whole.final_loss)
     assert digests(resumed) == digests(adapter)
-
-
-def test_rows_that_all_fell_to_the_training_can_not_be_measured(trainings: Any) -> None:
-    rows = [{"prompt": "one ", "completion": "row"}]
-    with pytest.raises(RequestInvalid, match="no row fell to the validation"):
-        trainings.run("lora", rows=rows, steps=2, evaluation={"validation_fraction": 0.0001}, early_stopping=STOPPING)
 
 
 def test_the_exported_factors_are_those_of_the_best_step(trainings: Any, rows: list[dict[str, Any]]) -> None:

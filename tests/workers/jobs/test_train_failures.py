@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import train_kinds
-from train_jobs import TRAINING, checkpoint_of, params_of, start, weights_of
 from tiny_base import sums
+from train_jobs import TRAINING, checkpoint_of, params_of, start, weights_of
 
 from artifacts.base_model import inspect_base
 from storage import datasets, jobs, models
@@ -22,16 +22,16 @@ SHORT = TRAINING | {"steps": 6, "learning_rate": 1e-3}
 
 
 def kinds(name: str) -> dict[str, str]:
-    return {**KINDS, name: f"train_kinds:{name}"}
+    return {**KINDS, "train": f"train_kinds:{name}"}
 
 
 def test_a_device_that_is_too_small_gets_half_the_rows_at_once(
     train_pool: Any, tiny_base: Path, base_id: str, add_dataset: Any
 ) -> None:
     pool, dataset_id = train_pool, add_dataset()
-    assert train_kinds.DEVICE_ROWS * 2 == TRAINING["batch_size"]
+    assert TRAINING["batch_size"] == train_kinds.DEVICE_ROWS * 2
     plain = pool.submit("train", **params_of(base_id, dataset_id, training=SHORT))
-    job_id = pool.submit("little_memory", **params_of(base_id, dataset_id, training=SHORT))
+    job_id = pool.submit("train", **params_of(base_id, dataset_id, training=SHORT, trouble=True))
     start(pool, tiny_base, kinds=kinds("little_memory"))
     job, whole = pool.ended(job_id, SECONDS), pool.ended(plain, SECONDS)
     assert job.error is None
@@ -49,8 +49,8 @@ def test_after_a_loss_that_is_no_number_a_retry_goes_on_from_the_last_checkpoint
 ) -> None:
     pool, dataset_id = train_pool, add_dataset()
     training = TRAINING | {"steps": 24, "checkpoint_steps": 8}
-    params = params_of(base_id, dataset_id, training=training, marker=str(pool.folder / "marker"))
-    failed = pool.submit("not_a_number_once", **params)
+    trouble = str(pool.folder / "happened")
+    failed = pool.submit("train", **params_of(base_id, dataset_id, training=training, trouble=trouble))
     start(pool, tiny_base, kinds=kinds("not_a_number_once"))
     job = pool.ended(failed, SECONDS)
     assert (job.state, job.attempt, job.error["code"]) == ("failed", 1, "training_diverged")
@@ -73,7 +73,7 @@ def test_a_full_disk_at_a_checkpoint_costs_what_was_trained_since_the_one_before
 ) -> None:
     pool = train_pool
     training = TRAINING | {"steps": 10, "checkpoint_steps": 4}
-    job_id = pool.submit("full_disk_once", **params_of(base_id, add_dataset(), training=training))
+    job_id = pool.submit("train", **params_of(base_id, add_dataset(), training=training, trouble=True))
     start(pool, tiny_base, kinds=kinds("full_disk_once"))
     job = pool.ended(job_id, SECONDS)
     assert job.error is None

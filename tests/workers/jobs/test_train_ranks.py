@@ -9,7 +9,12 @@ from typing import Any
 
 import psutil
 import pytest
+import train_kinds
+from test_methods import PARAMETERS, USUAL
 from train_jobs import TRAINING, checkpoint_of, params_of, series_of, start, weights_of
+
+from train.catalog import METHODS
+from workers.kinds import KINDS
 
 pytestmark = pytest.mark.timeout(400)
 
@@ -20,17 +25,21 @@ SECONDS = 150.0
 FEW = TRAINING | {"steps": 9, "gradient_accumulation": 2, "learning_rate": 1e-3}
 
 
-@pytest.mark.parametrize("method", ["lora"])
+@pytest.mark.parametrize(
+    "method", ["lora", *(pytest.param(name, marks=pytest.mark.slow) for name in METHODS if name != "lora")]
+)
 def test_two_ranks_train_what_one_trains_with_the_same_batches(
     train_pool: Any, tiny_base: Path, base_id: str, add_dataset: Any, method: str
 ) -> None:
     """51 rows are 6 batches of 8 and one of 3, which the ranks share as 1 and 2; completions differ in length."""
     pool, dataset_id = train_pool, add_dataset()
+    # Without dropout, whose masks are others on every rank.
+    sizes = {name: value for name, value in PARAMETERS.get(method, USUAL).items() if name != "dropout"}
     jobs = [
         pool.submit(
             "train",
             resources={"devices": devices},
-            **params_of(base_id, dataset_id, method=method, training=FEW, parameters={}),
+            **params_of(base_id, dataset_id, method=method, training=FEW, parameters=sizes),
         )
         for devices in (1, 2)
     ]
@@ -91,3 +100,19 @@ def test_a_stop_ends_all_ranks_after_the_same_step_with_a_checkpoint(
     assert pool.job(job_id).state == "queued"
     wait_until(lambda: all(has_ended(pid) for pid in pids), "both ranks have ended")
     assert len(series_of(pool, job_id)) == stopped_at.step
+
+
+@pytest.mark.slow
+def test_a_loss_that_is_no_number_on_one_rank_stops_all_with_one_error(
+    train_pool: Any, tiny_base: Path, base_id: str, add_dataset: Any, wait_until: Any
+) -> None:
+    pool = train_pool
+    training = TRAINING | {"steps": 30, "checkpoint_steps": 10}
+    params = params_of(base_id, add_dataset(), training=training, trouble=str(pool.folder / "happened"))
+    job_id = pool.submit("train", {"devices": 2}, **params)
+    supervisor = start(pool, tiny_base, devices=TWO, kinds={**KINDS, "train": "train_kinds:not_a_number_once"})
+    job = pool.ended(job_id, SECONDS)
+    assert (job.state, job.attempt, job.error["code"]) == ("failed", 1, "training_diverged")
+    assert f"The loss of step {train_kinds.BROKEN_STEP} is nan" in job.error["detail"]
+    assert "its last checkpoint is of step 20" in job.error["detail"]
+    wait_until(lambda: all(slot["state"] == "idle" for slot in supervisor.status()), "both slots are idle", SECONDS)

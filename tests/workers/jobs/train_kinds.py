@@ -1,4 +1,4 @@
-"""Kinds of jobs for the tests: the training as it is, with one thing of its surroundings going wrong."""
+"""Training jobs for the tests, in which one thing of the surroundings goes wrong if the job has `trouble`."""
 
 from __future__ import annotations
 
@@ -29,22 +29,24 @@ def little_memory(context: JobContext) -> JobOutcome:
             raise torch.OutOfMemoryError(f"CUDA out of memory. Tried to allocate {rows} rows.")
         return forward(self, model, inputs, *args)
 
-    LoopTrainer.training_step = step
+    if context.params.get("trouble"):
+        LoopTrainer.training_step = step
     return train.run(context)
 
 
 def not_a_number_once(context: JobContext) -> JobOutcome:
-    """The loss of one step is NaN, but only for the first job."""
-    marker, computed = Path(context.params["marker"]), LoopTrainer.compute_loss
+    """The loss of one step is NaN on the last rank, until the file named by `trouble` is there."""
+    trouble, computed = context.params.get("trouble"), LoopTrainer.compute_loss
 
     def compute(self: Any, *args: Any, **options: Any) -> Any:
         loss = computed(self, *args, **options)
-        if self.state.global_step + 1 == BROKEN_STEP and not marker.exists() and context.rank == context.world_size - 1:
-            marker.touch()
+        if self.state.global_step + 1 == BROKEN_STEP and context.rank == context.world_size - 1:
+            Path(str(trouble)).touch()
             return loss * float("nan")
         return loss
 
-    LoopTrainer.compute_loss = compute
+    if trouble and not Path(trouble).exists():
+        LoopTrainer.compute_loss = compute
     return train.run(context)
 
 
@@ -58,6 +60,6 @@ def full_disk_once(context: JobContext) -> JobOutcome:
             raise OSError(errno.ENOSPC, "No space left on device", str(self.name))
         add(self, name, *args, **options)
 
-    if context.spec.attempt == 1:
+    if context.params.get("trouble") and context.spec.attempt == 1:
         tarfile.TarFile.add = write  # type: ignore[method-assign]
     return train.run(context)
