@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from accelerate.state import AcceleratorState
+from accelerate.state import AcceleratorState, GradientState
 from torch import nn
 from transformers import PrinterCallback, TrainingArguments
 
@@ -137,11 +137,16 @@ def _is_over(inputs: LoopInputs, best: BestStep | None) -> bool:
 @contextmanager
 def _fresh_accelerate() -> Iterator[None]:
     """accelerate keeps the number of ranks and the precision for the whole process: none of it outlives a training."""
-    AcceleratorState._reset_state(reset_partial_state=True)
+    _forget_accelerate()
     try:
         yield
     finally:
-        AcceleratorState._reset_state(reset_partial_state=True)
+        _forget_accelerate()
+
+
+def _forget_accelerate() -> None:
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
 
 
 def total_steps(rows: int, settings: TrainingSettings) -> int:

@@ -21,6 +21,14 @@ def test_the_same_seed_gives_the_same_adapter_and_another_one_another(trainings:
     assert first == again != other
 
 
+def test_nothing_of_accelerate_outlives_a_training(trainings: Any) -> None:
+    """Its number of ranks is of the whole process, and the next training may have another one."""
+    from accelerate.state import AcceleratorState, GradientState, PartialState
+
+    trainings.run(steps=1, evaluation={"validation_fraction": 0})
+    assert [state._shared_state for state in (PartialState, AcceleratorState, GradientState)] == [{}, {}, {}]
+
+
 def test_accumulating_gives_the_gradient_of_the_large_batch(trainings: Any) -> None:
     """Completions differ in length, so a mean of means would give another gradient."""
     rows = [{"prompt": "say ", "completion": "x" * (1 + 7 * (number % 3))} for number in range(16)]
