@@ -11,10 +11,12 @@ from types import MappingProxyType
 import torch
 from torch import Tensor
 
+from artifacts.errors import ShapeMismatch
 from artifacts.layout import AdapterLayout, read_layout
 from artifacts.manifest import LoraModule
 from artifacts.peft_config import PeftLoraConfig
 from artifacts.safetensors_header import DTYPE_BYTES, TensorInfo
+from artifacts.shard_blocks import lora_factors
 
 TORCH_DTYPES: Mapping[str, torch.dtype] = MappingProxyType(
     {
@@ -99,7 +101,18 @@ class Adapter(Mapping[str, LoraFactors]):
         return torch.frombuffer(self._map, dtype=dtype, offset=info.begin, count=info.elements).view(info.shape)
 
     def __getitem__(self, path: str) -> LoraFactors:
-        module = self._modules[path]
+        return self.factors(self._modules[path])
+
+    def factors(self, module: LoraModule) -> LoraFactors:
+        """The factors of one of this adapter's modules, whose dimensions may have been found out elsewhere.
+
+        Raises:
+            ShapeMismatch: nobody told the dimensions of a layer that has a block of MiSS.
+        """
+        if module.block_key is not None:
+            if not module.complete:
+                raise ShapeMismatch(f"{module.path}: a MiSS adapter does not tell the sides of its layers.")
+            return LoraFactors(*lora_factors(self.tensor(module.block_key), module.d_out, module.d_in), 1.0)
         A = self.tensor(module.a_key).reshape(module.rank, module.d_in)
         B = self.tensor(module.b_key).reshape(module.d_out, module.rank)
         return LoraFactors(A, B, module.scaling)
@@ -112,8 +125,7 @@ class Adapter(Mapping[str, LoraFactors]):
 
     def release(self, path: str) -> None:
         """Drop the pages of one module from memory. Views of it stay valid: they are read again when touched."""
-        module = self._modules[path]
-        for key in (module.a_key, module.b_key):
+        for key in self._modules[path].factor_keys:
             self._drop_pages(self._layout.header.tensors[key])
 
     def _drop_pages(self, info: TensorInfo) -> None:

@@ -5,14 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
 from artifacts.content import combine_digests, file_sha256, tensor_digests
-from artifacts.errors import FileBroken, FormatUnknown
+from artifacts.errors import FileBroken, FormatUnknown, ShapeMismatch
 from artifacts.manifest import LoraModule
 from artifacts.safetensors_header import BASE_DTYPE_BYTES, MAX_BASE_HEADER_BYTES, TensorInfo, read_header
 
@@ -115,21 +115,32 @@ def compare(first: BaseModelRef, second: BaseModelRef) -> Comparison:
     return Comparison("shape", contradiction)
 
 
-def check_modules(fingerprint: Fingerprint, modules: Sequence[LoraModule]) -> list[str]:
-    """What does not fit: one description per adapted module that the base lacks or has in other dimensions.
+def sides_of(fingerprint: Fingerprint) -> Callable[[str], tuple[int, int] | None]:
+    """Module path → (d_out, d_in), or None where there is no such module.
 
     A first component of the path that only one side has ("transformer.h.0…" and "h.0…") makes no difference: model
     classes with a head carry it, checkpoints of the bare model do not.
     """
     exact = {path: (d_out, d_in) for path, d_out, d_in in fingerprint}
     shortened = {path.partition(".")[2]: sizes for path, sizes in exact.items()}
+    return lambda path: exact.get(path) or exact.get(path.partition(".")[2]) or shortened.get(path)
+
+
+def check_modules(fingerprint: Fingerprint, modules: Sequence[LoraModule]) -> list[str]:
+    """What does not fit: one description per adapted module that the base lacks or has in other dimensions."""
+    sides = sides_of(fingerprint)
     offenders = []
     for module in modules:
-        found = exact.get(module.path) or exact.get(module.path.partition(".")[2]) or shortened.get(module.path)
+        found = sides(module.path)
         # the weight of an embedding is (vocabulary, dim): the transpose of its ΔW = scaling·B·A
         needed = (module.d_in, module.d_out) if module.kind == "embedding" else (module.d_out, module.d_in)
         if found is None:
             offenders.append(f"{module.path}: the base model has no such module")
+        elif module.block_key is not None:
+            try:
+                module.with_sides(*found)
+            except ShapeMismatch as error:
+                offenders.append(error.detail.rstrip("."))
         elif found != needed:
             offenders.append(
                 f"{module.path}: the adapter needs a weight of {needed[0]}×{needed[1]}, the base model has "

@@ -11,9 +11,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
+from artifacts.bone_names import modernise
 from artifacts.content import ContentScan, file_sha256, identity_digest, scan
 from artifacts.errors import DiskFull
-from artifacts.layout import AdapterLayout, parse_json, read_layout
+from artifacts.layout import CONFIG_NAME, WEIGHTS_NAME, AdapterLayout, parse_json, read_layout
 from artifacts.manifest import AdapterManifest, FileEntry, IgnoredKey, IntakeReport
 from artifacts.upload import MAX_FILES, IntakeLimits, pieces_of, role_of, sort
 
@@ -55,8 +56,11 @@ def receive(
         kept, dropped = sort(pieces_of(files, unpacked, limits))
         for name, path in kept.items():
             _place(path, directory / name)
+        changes = modernise(directory)
         known = {name: digests[path] for name, path in kept.items() if digests and path in digests}
-        _write_notes(directory, _Notes(tuple(dropped), known))
+        if changes:
+            known = {name: digest for name, digest in known.items() if name not in (WEIGHTS_NAME, CONFIG_NAME)}
+        _write_notes(directory, _Notes(tuple(dropped), known, changes))
     except OSError as error:
         _discard(directory)
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
@@ -112,16 +116,16 @@ def inspect(directory: Path, *, base_model: str | None = None) -> AdapterManifes
         weights_digest=content.weights_digest,
         identity_digest=identity_digest(content.weights_digest, layout.configs, modules),
         config=layout.document,
-        report=_report(layout, content, notes.dropped),
+        report=_report(layout, content, notes),
     )
 
 
-def _report(layout: AdapterLayout, content: ContentScan, dropped: tuple[IgnoredKey, ...]) -> IntakeReport:
-    warnings = list(layout.match.warnings)
+def _report(layout: AdapterLayout, content: ContentScan, notes: _Notes) -> IntakeReport:
+    warnings = [*notes.changes, *layout.match.warnings]
     if content.nonfinite:
         count = sum(content.nonfinite.values())
         warnings.append(f"{count} elements of {len(content.nonfinite)} tensors are NaN or Inf.")
-    dead = [module for module in layout.modules if {module.a_key, module.b_key} & content.zero]
+    dead = [module for module in layout.modules if content.zero & set(module.factor_keys)]
     if dead and len(dead) == len(layout.modules):
         warnings.append("ΔW is zero in every module: the adapter changes nothing. Was it saved before training?")
     elif dead:
@@ -132,7 +136,7 @@ def _report(layout: AdapterLayout, content: ContentScan, dropped: tuple[IgnoredK
         used_keys=len(layout.match.used),
         ignored=layout.match.ignored,
         nonfinite=content.nonfinite,
-        dropped_files=dropped,
+        dropped_files=notes.dropped,
         warnings=tuple(warnings),
     )
 
@@ -164,10 +168,11 @@ def _place(source: Path, target: Path) -> None:
 
 @dataclass(frozen=True, slots=True)
 class _Notes:
-    """What `receive` tells `inspect` about a directory: files left out, and digests known already."""
+    """What `receive` tells `inspect` about a directory: files left out, digests known already, what it changed."""
 
     dropped: tuple[IgnoredKey, ...] = ()
     sha256: Mapping[str, str] = field(default_factory=dict)
+    changes: tuple[str, ...] = ()
 
 
 def _notes_path(directory: Path) -> Path:
@@ -175,7 +180,11 @@ def _notes_path(directory: Path) -> Path:
 
 
 def _write_notes(directory: Path, notes: _Notes) -> None:
-    document = {"dropped": {entry.key: entry.reason for entry in notes.dropped}, "sha256": dict(notes.sha256)}
+    document = {
+        "dropped": {entry.key: entry.reason for entry in notes.dropped},
+        "sha256": dict(notes.sha256),
+        "changes": list(notes.changes),
+    }
     _notes_path(directory).write_text(json.dumps(document), encoding="utf-8")
 
 
@@ -185,7 +194,7 @@ def _read_notes(directory: Path) -> _Notes:
         return _Notes()
     document = parse_json(path.read_text(encoding="utf-8"), path.name)
     dropped = tuple(IgnoredKey(key, reason) for key, reason in document["dropped"].items())
-    return _Notes(dropped, document["sha256"])
+    return _Notes(dropped, document["sha256"], tuple(document["changes"]))
 
 
 def _discard(directory: Path) -> None:

@@ -11,7 +11,8 @@ from typing import Any
 from artifacts.errors import ConfigRefused, FileBroken, FormatUnknown, PickleRefused
 from artifacts.identification import identify
 from artifacts.manifest import IgnoredKey, LoraModule
-from artifacts.peft_config import PeftLoraConfig, parse_config
+from artifacts.miss_keys import match_blocks
+from artifacts.peft_config import BLOCK_TYPES, PeftLoraConfig, parse_config
 from artifacts.peft_keys import KeyMatch, match_keys
 from artifacts.safetensors_header import SafetensorsHeader, read_header
 
@@ -232,6 +233,8 @@ def _layout(
 
 
 def _match(header: SafetensorsHeader, config: PeftLoraConfig, component: str) -> KeyMatch:
+    if config.peft_type in BLOCK_TYPES:
+        return match_blocks(header, config, component=component)
     if not config.opaque:
         return match_keys(header, config, component=component)
     keys = tuple(key for key in sorted(header.tensors) if key.startswith(component))

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, Self
+
+from artifacts.errors import ShapeMismatch
 
 ModuleKind = Literal["linear", "conv", "embedding"]
 
@@ -27,6 +29,9 @@ class LoraModule:
     (r, c_in, kh, kw) and (c_out, r, 1, 1) for a convolution, (r, vocabulary) and (dim, r) for an embedding
     (the matrices that PEFT stores as `lora_embedding_A` and `lora_embedding_B`).
     `d_in` and `d_out` are the flattened dimensions of ΔW = scaling·B·A, a d_out×d_in matrix.
+
+    A MiSS adapter stores one block D of `block_shape` (r, m) in `block_key` instead of A and B, which are made from it
+    (`artifacts.shard_blocks`); `a_key` and `b_key` are empty then. Its files may not tell d_in, or d_out: that is 0.
     """
 
     path: str
@@ -43,6 +48,29 @@ class LoraModule:
     dtype: str
     bias_key: str | None = None
     magnitude_key: str | None = None
+    block_key: str | None = None
+    block_shape: tuple[int, ...] = ()
+
+    @property
+    def complete(self) -> bool:
+        """Whether the dimensions of ΔW are known."""
+        return self.d_out > 0 and self.d_in > 0
+
+    @property
+    def factor_keys(self) -> tuple[str, ...]:
+        """The tensors that B·A is made of."""
+        return (self.a_key, self.b_key) if self.block_key is None else (self.block_key,)
+
+    def with_sides(self, d_out: int, d_in: int) -> Self:
+        """The module of a block, with the dimensions of its layer.
+
+        Raises:
+            ShapeMismatch: the block does not fit a layer of these dimensions.
+        """
+        r, m = self.block_shape
+        if r > d_in or d_out % m or self.d_out not in (0, d_out):
+            raise ShapeMismatch(f"{self.path}: a block of {r}×{m} does not fit a weight of {d_out}×{d_in}.")
+        return replace(self, d_out=d_out, d_in=d_in, a_shape=(self.rank, d_in), b_shape=(d_out, self.rank))
 
 
 @dataclass(frozen=True, slots=True)

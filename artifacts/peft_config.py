@@ -16,6 +16,9 @@ from artifacts.peft_patterns import ModuleSelection, PatternTable
 NAMING_FIELDS = frozenset({"base_model_name_or_path", "revision", "task_type", "init_lora_weights"})
 """Fields that name things around an adapter of another type than LoRA and leave its ΔW alone."""
 
+BLOCK_TYPES = ("MISS", "BONE")
+"""Types with one block per module, of which some are a low-rank product (`artifacts.miss_keys`)."""
+
 MAX_RANK = 65536
 MAX_LIST = 100_000
 MAX_TEXT = 300
@@ -132,10 +135,12 @@ def parse_config(document: Mapping[str, Any]) -> PeftLoraConfig:
         )
     if peft_type in DECLARED_TYPES:
         own = DECLARED_TYPES[peft_type]
-        return _other_type(reader, peft_type, own.method, f"it is of Rankwise's type {peft_type}, {own.reason}")
+        return _other_type(reader, peft_type, own.method, (f"it is of Rankwise's type {peft_type}, {own.reason}",))
     if peft_type in OTHER_PEFT_TYPES:
         reason = f"it is of PEFT type {peft_type}, whose ΔW is not scaling·B·A; it is stored as it is"
-        return _other_type(reader, peft_type, peft_type.lower(), reason)
+        # What keeps a MiSS adapter from being merged is found in its tensors.
+        refusals = () if peft_type in BLOCK_TYPES else (reason,)
+        return _other_type(reader, peft_type, peft_type.lower(), refusals)
     if peft_type != "LORA":
         raise ConfigRefused(
             f"adapter_config.json: peft_type {peft_type[:40]!r} is unknown.",
@@ -178,7 +183,7 @@ def _lora(reader: _Reader) -> PeftLoraConfig:
     return config
 
 
-def _other_type(reader: _Reader, peft_type: str, method: str, refusal: str) -> PeftLoraConfig:
+def _other_type(reader: _Reader, peft_type: str, method: str, refusals: tuple[str, ...]) -> PeftLoraConfig:
     document = reader.document
     rank = document.get("r")
     alpha = next((document[key] for key in ("lora_alpha", "alpha") if reader.is_alpha(document.get(key))), 0.0)
@@ -203,7 +208,7 @@ def _other_type(reader: _Reader, peft_type: str, method: str, refusal: str) -> P
         raw=dict(document),
         method=method,
         opaque=True,
-        refusals=(refusal,),
+        refusals=refusals,
     )
     reader.finish()
     return config

@@ -28,7 +28,7 @@ _FACTOR = re.compile(
     r"(?P<path>.+)\.(?P<role>lora_A|lora_B|lora_embedding_A|lora_embedding_B|lora_magnitude_vector)"
     r"(?:\.(?P<adapter>(?!weight$|bias$)[^.]+))?(?:\.(?P<leaf>weight|bias))?"
 )
-_FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
+FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
 
 
 @dataclass(frozen=True, slots=True)
@@ -286,7 +286,7 @@ def _is_wrapper(position: int, part: str) -> bool:
 
 def _pair(path: str, a: TensorInfo, b: TensorInfo, *, embedding: bool) -> LoraModule:
     for info in (a, b):
-        if info.dtype not in _FLOATS:
+        if info.dtype not in FLOATS:
             raise FileBroken(f"{path}: {info.name!r} has dtype {info.dtype}; factors are floating-point numbers.")
         if len(info.shape) not in ((2,) if embedding else (2, 3, 4, 5)) or 0 in info.shape:
             raise FileBroken(f"{path}: {info.name!r} has shape {info.shape}, which is no factor of a low-rank pair.")

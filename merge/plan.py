@@ -23,6 +23,7 @@ from artifacts.errors import (
 from artifacts.manifest import LoraModule
 from merge.catalog import MergeMethod, find_method
 from merge.options import MergeOptions
+from merge.sides import with_sides
 
 MAX_ADAPTERS = 256
 NAMED_OFFENDERS = 20
@@ -96,6 +97,7 @@ def plan_merge(inputs: Sequence[MergeInput], method: str, options: MergeOptions)
     _check_inputs(inputs)
     weights = _effective_weights(inputs, row, options)
     _check_mergeable(inputs, row)
+    inputs = with_sides(inputs)
     compatibility, warnings = _base_compatibility(inputs, options.minimum_compatibility)
     modules, dropped = _align(inputs, weights, options)
     if dropped:

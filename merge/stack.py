@@ -58,8 +58,8 @@ class Stack:
             MergeRefused: NaN or infinite numbers.
         """
         parts_A, parts_B, roots, owners, unit_weights = [], [], [], [], []
-        for owner, _ in module.owners:
-            factors = adapters[owner][module.path]
+        for owner, description in module.owners:
+            factors = adapters[owner].factors(description)
             parts_A.append(factors.A)
             parts_B.append(factors.B)
             signed_root = math.copysign(math.sqrt(abs(factors.scaling)), factors.scaling)

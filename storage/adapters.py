@@ -230,7 +230,7 @@ def _report(report: IntakeReport) -> dict[str, Any]:
 
 
 def _module(document: Mapping[str, Any]) -> LoraModule:
-    shapes = {"a_shape": tuple(document["a_shape"]), "b_shape": tuple(document["b_shape"])}
+    shapes = {name: tuple(document.get(name, ())) for name in ("a_shape", "b_shape", "block_shape")}
     return LoraModule(**{**document, **shapes})
 
 

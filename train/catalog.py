@@ -251,13 +251,13 @@ _ROWS = (
         summary="Learns one matrix per layer that acts on sums of groups of inputs: one factor instead of two.",
         when="For quick training with few parameters.",
         cost="r·d_out trained parameters a layer; sums instead of a product with A.",
-        output="A MiSS adapter for PEFT. It can not be merged with others; the method bone trains the same and "
-        "exports a plain LoRA.",
+        output="A MiSS adapter for PEFT, which a merge takes as the plain LoRA that it is exactly; the method bone "
+        "trains the same and exports a plain LoRA.",
         options=MissOptions,
         implementation="train.methods.miss:Miss",
         arxiv="2409.15371",
         reference_url="https://arxiv.org/abs/2409.15371",
-        capabilities=Capabilities(exports="miss", mergeable=False),
+        capabilities=Capabilities(exports="miss", mergeable=True),
     ),
     Method(
         name="allora",

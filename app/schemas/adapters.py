@@ -80,7 +80,7 @@ class AdapterFile(BaseModel):
 
 
 class AdapterModule(BaseModel):
-    """One adapted module: ΔW = scaling·B·A has d_out×d_in elements."""
+    """One adapted module: ΔW = scaling·B·A has d_out×d_in elements; 0 where the files of a MiSS adapter do not tell."""
 
     path: str
     kind: str

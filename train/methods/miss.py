@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
-from peft import MissConfig
+import json
+from pathlib import Path
 
-from train.methods.peft_adapter import PeftMethod
+from peft import MissConfig
+from peft.tuners.miss.layer import MissLayer
+from torch import nn
+
+from artifacts.miss_keys import SIDES_KEY
+from train.methods.peft_adapter import ADAPTER, PeftMethod, adapter_tensors, write_adapter
 from train.options.baselines import MissOptions
 from train.protocol import MethodContext
 
@@ -19,3 +25,15 @@ class Miss(PeftMethod[MissOptions]):
             miss_dropout=self.options.dropout,
             target_modules=list(context.targets),
         )
+
+    def export(self, model: nn.Module, directory: Path) -> None:
+        """As PEFT has it, and in the metadata the sides of the layers: a merge of this adapter needs them."""
+        config: MissConfig = model.peft_config[ADAPTER]  # type: ignore[index]
+        base = model.base_model.model  # type: ignore[union-attr]
+        sides = {
+            name: [layer.out_features, layer.in_features]
+            for name, layer in base.named_modules()  # type: ignore[union-attr]
+            if isinstance(layer, MissLayer)
+        }
+        metadata = {SIDES_KEY: json.dumps(sides, sort_keys=True, separators=(",", ":"))}
+        write_adapter(directory, adapter_tensors(model), config, metadata)

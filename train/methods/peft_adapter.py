@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from abc import abstractmethod
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -12,13 +13,16 @@ from peft import PeftConfig, get_peft_model, get_peft_model_state_dict, set_peft
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from artifacts.adapter import TORCH_DTYPES
 from artifacts.errors import FileBroken
+from artifacts.safetensors_writer import SafetensorsWriter, TensorEntry
 from train.options.common import TrainOptions
 from train.protocol import MethodContext, TrainMethod
 from train.quiet import peft_deprecations_ignored
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 ADAPTER = "default"
+_DTYPES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
 
 Options = TypeVar("Options", bound=TrainOptions)
 
@@ -72,10 +76,23 @@ def put_adapter_tensors(model: nn.Module, tensors: dict[str, torch.Tensor]) -> N
         raise FileBroken(f"The checkpoint does not hold the adapter that is trained: {', '.join(lost[:5])}.")
 
 
-def write_adapter(directory: Path, tensors: dict[str, torch.Tensor], config: PeftConfig) -> None:
-    """Write a folder that PEFT loads. The same adapter gives the same bytes."""
+def write_adapter(
+    directory: Path,
+    tensors: Mapping[str, torch.Tensor],
+    config: PeftConfig,
+    metadata: Mapping[str, str] | None = None,
+) -> None:
+    """Write a folder that PEFT loads. The same adapter gives the same bytes.
+
+    Args:
+        metadata: strings for the header of the weights.
+    """
     directory.mkdir(parents=True, exist_ok=True)
-    save_file(dict(sorted(tensors.items())), directory / WEIGHTS, metadata={"format": "pt"})
+    entries = [TensorEntry(name, _DTYPES[value.dtype], tuple(value.shape)) for name, value in sorted(tensors.items())]
+    # safetensors' own writer puts several strings in an order of chance
+    with SafetensorsWriter(directory / WEIGHTS, entries, {"format": "pt", **(metadata or {})}) as file:
+        for name, value in tensors.items():
+            file.write(name, value)
     document = config_document(config)
     (directory / CONFIG).write_text(json.dumps(document, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
