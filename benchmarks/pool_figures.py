@@ -1,4 +1,4 @@
-"""What a benchmark of the pool found: figures with their goals, as a table and as JSON."""
+"""What a benchmark found: figures with their goals, as a table and as JSON."""
 
 from __future__ import annotations
 
@@ -47,10 +47,12 @@ def show(section: str, figures: Sequence[Figure]) -> None:
         print(f"  {figure.name:{width}}  {figure.value:10.2f} {figure.unit:8} {goal:22} {verdict}")
 
 
-def write(section: str, figures: Sequence[Figure], arguments: dict[str, Any], folder: Path) -> Path:
-    """Write benchmarks/results/pool_<section>.json and return its path."""
+def write(
+    section: str, figures: Sequence[Figure], arguments: dict[str, Any], folder: Path, prefix: str = "pool_"
+) -> Path:
+    """Write benchmarks/results/<prefix><section>.json and return its path."""
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"pool_{section}.json"
+    path = folder / f"{prefix}{section}.json"
     document = {
         "section": section,
         "arguments": arguments,

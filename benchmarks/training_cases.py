@@ -1,0 +1,75 @@
+"""What the benchmark of the training methods compares, and what each is to reach. Imports no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from train.catalog import METHODS
+
+MEMORY_GOAL = 1.1
+
+
+@dataclass(frozen=True)
+class Case:
+    """One line of the table: a method with some parameters.
+
+    Attributes:
+        time_goal, memory_goal: largest ratio to stock LoRA of the same rank; None: only reported.
+        measured_from: the share of the steps after which they count, for a method that does something else before.
+    """
+
+    name: str
+    method: str
+    parameters: Mapping[str, Any] = field(default_factory=dict)
+    time_goal: float | None = None
+    memory_goal: float | None = None
+    measured_from: float = 0.0
+
+
+def _goals(name: str, method: str, time_goal: float, parameters: Mapping[str, Any], **more: Any) -> Case:
+    return Case(name, method, parameters, time_goal, MEMORY_GOAL, **more)
+
+
+def _bone(rank: int) -> list[Case]:
+    return [
+        _goals("bone", "bone", 1.0, {"rank": rank}),
+        _goals("bone, bat_row", "bone", 1.3, {"rank": rank, "variant": "bat_row"}),
+        Case("bone, bat_col", "bone", {"rank": rank, "variant": "bat_col"}),
+        Case("bone, mini", "bone", {"rank": rank, "variant": "mini", "mini_r": rank}),
+    ]
+
+
+def _increlora(rank: int) -> list[Case]:
+    """Left alone, the rounds take half of the steps; after them nothing is scored and the rank is the full one."""
+    part = max(rank // 4, 1)
+    parameters = {"initial_rank": rank - part, "target_rank": rank, "increment": part}
+    return [_goals("increlora, after its growth", "increlora", 1.3, parameters, measured_from=0.6)]
+
+
+SPECIAL: Mapping[str, Callable[[int], list[Case]]] = {
+    "allora": lambda rank: [
+        _goals("allora", "allora", 1.15, {"rank": rank}),
+        _goals("allora, update", "allora", 1.15, {"rank": rank, "placement": "update"}),
+    ],
+    "dylora": lambda rank: [_goals("dylora", "dylora", 1.05, {"rank": rank})],
+    "increlora": _increlora,
+    "bone": _bone,
+    "lora-sb": lambda rank: [_goals("lora-sb", "lora-sb", 1.0, {"rank": rank})],
+    "nlora": lambda rank: [_goals("nlora", "nlora", 1.1, {"rank": rank})],
+    "slora": lambda rank: [_goals("slora", "slora", 1.1, {"rank": rank})],
+    "inttune": lambda rank: [_goals("inttune", "inttune", 1.1, {"rank": rank})],
+    "adalora": lambda rank: [Case("adalora", "adalora", {"target_rank": rank, "initial_rank": rank + (rank + 1) // 2})],
+    "vera": lambda _rank: [Case("vera, rank 256", "vera", {"rank": 256})],
+}
+"""Methods with goals, with several lines, or whose parameters have other names; any other has one line, with `rank`."""
+
+
+def cases(rank: int, wanted: Sequence[str] = ()) -> list[Case]:
+    """The lines for the methods of the menu (or those `wanted`), in the menu's order."""
+    found: list[Case] = []
+    for name in METHODS:
+        if not wanted or name in wanted:
+            found += SPECIAL[name](rank) if name in SPECIAL else [Case(name, name, {"rank": rank})]
+    return found
