@@ -41,7 +41,7 @@ def base_model(path: Path | None, layers: int) -> Iterator[Path]:
         yield path
         return
     import torch
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from examples.smollm2.base_model import base_model_directory
 
@@ -52,6 +52,7 @@ def base_model(path: Path | None, layers: int) -> Iterator[Path]:
         if getattr(model.config, "layer_types", None):
             model.config.layer_types = model.config.layer_types[:layers]
         model.save_pretrained(folder)
+        AutoTokenizer.from_pretrained(base_model_directory()).save_pretrained(folder)
         del model
         yield Path(folder)
 

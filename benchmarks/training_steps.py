@@ -21,15 +21,19 @@ from transformers import AutoModelForCausalLM, PrinterCallback, Trainer, Trainin
 from transformers.utils import logging
 
 from benchmarks.training_cases import Case
+from train.base_files import BaseFiles
 from train.catalog import find_method, parse_parameters
-from train.causal_lm import Example, collate
 from train.engine import linear_layers
 from train.loop import LoopInputs, run_loop
 from train.options.common import Circumstances
 from train.protocol import MethodContext, TrainMethod
 from train.quiet import peft_deprecations_ignored
-from train.settings import TrainingSettings
+from train.settings import CausalLmTask, TrainingSettings
 from train.targets import check_method, resolve_targets
+from train.tasks.catalog import make_task
+from train.tasks.causal_rows import Example, collate
+from train.tasks.protocol import TaskContext
+from train.world import World
 
 SEED, RATE, WARM_UP, BATCHES, MEMORY_STEPS = 1, 1e-4, 2, 4, 3
 MAX_GRAD_NORM = 1.0
@@ -215,8 +219,8 @@ class _Silent:
     def step(self, step: int, total: int, values: Mapping[str, float]) -> None:
         pass
 
-    def checkpoint(self, folder: Path, step: int) -> None:
-        pass
+    def checkpoint(self, folder: Path, step: int) -> bool:
+        return False
 
 
 def loop_times(setting: Setting, rounds: int, folder: Path) -> tuple[list[float], list[float]]:
@@ -229,6 +233,7 @@ def loop_times(setting: Setting, rounds: int, folder: Path) -> tuple[list[float]
     targets = [target.path for target in resolve_targets(linear_layers(base), "all-linear")]
     own = method.prepare(base, MethodContext(targets, setting.steps, lambda: iter(()), setting.training, SEED))
     rows = examples(setting, base.config.vocab_size, BATCHES * setting.rows)
+    task = make_task(CausalLmTask(), TaskContext(BaseFiles("base", str(setting.base)), setting.training, "cpu", SEED))
     times: tuple[list[float], list[float]] = ([], [])
     for number in range(rounds + 1):
         for place in (0, 1) if number % 2 else (1, 0):
@@ -236,8 +241,8 @@ def loop_times(setting: Setting, rounds: int, folder: Path) -> tuple[list[float]
             if place == 0:
                 _bare_training(setting, bare, rows, folder / "bare")
             else:
-                inputs = LoopInputs(rows, 0, setting.training, SEED, "cpu", folder / "own")
-                run_loop(own, method, inputs, _Silent())
+                inputs = LoopInputs(task, rows, setting.training, SEED, "cpu", folder / "own")
+                run_loop(own, method, inputs, _Silent(), World())
             times[place].append(time.perf_counter() - began)
     return times[0][1:], times[1][1:]  # the first of each warms up
 
