@@ -7,6 +7,7 @@ import tempfile
 import threading
 import zlib
 from collections import OrderedDict
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import structlog
@@ -33,6 +34,10 @@ class Crc32Cache:
 
     def get(self, sha256: str) -> int:
         """The CRC-32 of a blob. Raises BlobMissing."""
+        return self.made(sha256, lambda: self._blobs.stream(sha256))
+
+    def made(self, sha256: str, content: Callable[[], Iterable[bytes]]) -> int:
+        """The CRC-32 of what is made out of blobs, under a digest of how it is made; `content` gives its bytes."""
         with self._lock:
             if sha256 in self._memory:
                 self._memory.move_to_end(sha256)
@@ -40,7 +45,7 @@ class Crc32Cache:
         value = self._read(sha256)
         if value is None:
             value = 0
-            for chunk in self._blobs.stream(sha256):
+            for chunk in content():
                 value = zlib.crc32(chunk, value)
             self.put(sha256, value)
         else:

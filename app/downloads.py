@@ -10,17 +10,19 @@ import hashlib
 import io
 import json
 import re
-import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from app.checksums import Crc32Cache
-from app.segments import BlobSlice, Segment, total_size
-from app.zip_layout import ZipEntry, blob_entry, lay_out_zip
+from app.schemas.adapters import DownloadFormat
+from app.segments import BlobPieces, BlobSlice, Segment, read_segments, total_size
+from app.zip_layout import ZipEntry, blob_entry, bytes_entry, lay_out_zip
 from artifacts.errors import BlobMissing, FieldError, RequestInvalid
 from artifacts.layout import CONFIG_NAME, METADATA_KEY, WEIGHTS_NAME
-from artifacts.safetensors_header import MAX_HEADER_BYTES, parse_header
+from artifacts.rank_cut import check_rank, config_text, rank_cut
+from artifacts.safetensors_header import MAX_HEADER_BYTES, SafetensorsHeader, parse_header
+from storage.adapters import manifest_of
 from storage.blobs import BlobStore
 from storage.tables import AdapterFileRow, AdapterRow
 
@@ -61,14 +63,11 @@ def peft_download(blobs: BlobStore, crc32: Crc32Cache, row: AdapterRow) -> Downl
                 hint="Download it with format=safetensors.",
                 errors=[FieldError("/query/format", "must be safetensors for this adapter")],
             )
-        config = json.dumps(row.config, indent=2, sort_keys=True).encode() + b"\n"
         entries = [
-            ZipEntry(CONFIG_NAME, zlib.crc32(config), len(config), config),
+            bytes_entry(CONFIG_NAME, config_text(row.config)),
             blob_entry(WEIGHTS_NAME, weights.sha256, weights.size, crc32.get(weights.sha256)),
         ]
-    entries.sort(key=lambda entry: entry.name)
-    segments = lay_out_zip(entries)
-    return Download(segments, _etag("zip", segments), ZIP_TYPE, f"{_slug(row)}.zip")
+    return _zipped(entries, _slug(row))
 
 
 def safetensors_download(blobs: BlobStore, row: AdapterRow) -> Download:
@@ -80,10 +79,7 @@ def safetensors_download(blobs: BlobStore, row: AdapterRow) -> Download:
     """
     weights = _weights(row)
     _check_blobs(blobs, [weights])
-    start = b"".join(blobs.stream(weights.sha256, 0, min(8, weights.size)))
-    length = int.from_bytes(start, "little")
-    raw = b"".join(blobs.stream(weights.sha256, 8, 8 + min(length, MAX_HEADER_BYTES)))
-    header = parse_header(io.BytesIO(start + raw), weights.size, name=weights.path)
+    header, raw = _stored_header(blobs, weights)
     file_name = f"{_slug(row)}.safetensors"
     if METADATA_KEY in header.metadata:
         whole = BlobSlice(weights.sha256, 0, weights.size)
@@ -101,6 +97,46 @@ def safetensors_download(blobs: BlobStore, row: AdapterRow) -> Download:
         BlobSlice(weights.sha256, header.data_start, weights.size),
     )
     return Download(segments, _etag("safetensors", segments), SAFETENSORS_TYPE, file_name)
+
+
+def cut_download(blobs: BlobStore, crc32: Crc32Cache, row: AdapterRow, rank: int, layout: DownloadFormat) -> Download:
+    """The adapter of a smaller rank inside one that was trained for that, as `peft_download` or `safetensors_download`
+    give the whole: the trained numbers as they are, with a configuration for that rank.
+
+    Raises:
+        RequestInvalid: the adapter was not trained for that rank.
+        BlobMissing, FileBroken: as there.
+    """
+    nested = check_rank(row.nested, rank, "/query/rank")
+    weights = _weights(row)
+    _check_blobs(blobs, row.files)
+    header, _ = _stored_header(blobs, weights)
+    modules = manifest_of(row).modules
+    cut = rank_cut(header, row.config, modules, nested, rank, with_config=layout == "safetensors")
+    content = (cut.head, BlobPieces(weights.sha256, cut.pieces))
+    etag, name = _etag("safetensors", content), f"{_slug(row)}-rank-{rank}"
+    if layout == "safetensors":
+        return Download(content, etag, SAFETENSORS_TYPE, f"{name}.safetensors")
+    size = total_size(content)
+    sum_of_weights = crc32.made(etag.strip('"'), lambda: read_segments(blobs, content, 0, size))
+    others = [file for file in row.files if file.path not in (CONFIG_NAME, weights.path)]
+    entries = [blob_entry(file.path, file.sha256, file.size, crc32.get(file.sha256)) for file in others]
+    entries.append(bytes_entry(CONFIG_NAME, config_text(cut.config)))
+    entries.append(ZipEntry(WEIGHTS_NAME, sum_of_weights, size, content))
+    return _zipped(entries, name)
+
+
+def _zipped(entries: list[ZipEntry], name: str) -> Download:
+    segments = lay_out_zip(sorted(entries, key=lambda entry: entry.name))
+    return Download(segments, _etag("zip", segments), ZIP_TYPE, f"{name}.zip")
+
+
+def _stored_header(blobs: BlobStore, weights: AdapterFileRow) -> tuple[SafetensorsHeader, bytes]:
+    """The header of a stored file, and its JSON as it stands there."""
+    start = b"".join(blobs.stream(weights.sha256, 0, min(8, weights.size)))
+    length = int.from_bytes(start, "little")
+    raw = b"".join(blobs.stream(weights.sha256, 8, 8 + min(length, MAX_HEADER_BYTES)))
+    return parse_header(io.BytesIO(start + raw), weights.size, name=weights.path), raw
 
 
 def _weights(row: AdapterRow) -> AdapterFileRow:
@@ -129,6 +165,8 @@ def _etag(kind: str, segments: Sequence[Segment]) -> str:
     for segment in segments:
         if isinstance(segment, bytes):
             digest.update(b"\0" + hashlib.sha256(segment).digest())
+        elif isinstance(segment, BlobPieces):
+            digest.update(f"\2{segment.sha256}:{segment.pieces.runs}".encode())
         else:
             digest.update(f"\1{segment.sha256}:{segment.start}:{segment.stop}".encode())
     return f'"{digest.hexdigest()}"'

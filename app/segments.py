@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from artifacts.rank_cut import Pieces
 from storage.blobs import BlobStore
 
 
@@ -20,7 +21,23 @@ class BlobSlice:
         return self.stop - self.start
 
 
-Segment = bytes | BlobSlice
+@dataclass(frozen=True)
+class BlobPieces:
+    """What `pieces` keep of a blob."""
+
+    sha256: str
+    pieces: Pieces
+
+    def __len__(self) -> int:
+        return self.pieces.size
+
+    def read(self, blobs: BlobStore, begin: int, end: int) -> Iterator[bytes]:
+        """Bytes `begin` to `end` of what is kept, in one pass over the part of the blob that holds them."""
+        chunks = blobs.stream(self.sha256, *self.pieces.hull(begin, end))
+        yield from self.pieces.sift(chunks, begin, end)
+
+
+Segment = bytes | BlobSlice | BlobPieces
 
 
 def total_size(segments: Sequence[Segment]) -> int:
@@ -38,5 +55,7 @@ def read_segments(blobs: BlobStore, segments: Sequence[Segment], start: int, sto
             continue
         if isinstance(segment, bytes):
             yield segment[begin:end]
+        elif isinstance(segment, BlobPieces):
+            yield from segment.read(blobs, begin, end)
         else:
             yield from blobs.stream(segment.sha256, segment.start + begin, segment.start + end)

@@ -7,6 +7,7 @@ Format: PKWARE APPNOTE 6.3.10, sections 4.3.7 (local header), 4.3.12 (central di
 from __future__ import annotations
 
 import struct
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -22,12 +23,17 @@ _MADE_BY_UNIX = 3 << 8
 
 @dataclass(frozen=True, slots=True)
 class ZipEntry:
-    """A file in the archive: its name, CRC-32, size in bytes and content."""
+    """A file in the archive: its name, CRC-32, size in bytes and content, one part after another."""
 
     name: str
     crc32: int
     size: int
-    content: Segment
+    content: tuple[Segment, ...]
+
+
+def bytes_entry(name: str, content: bytes) -> ZipEntry:
+    """An entry whose content is made here."""
+    return ZipEntry(name, zlib.crc32(content), len(content), (content,))
 
 
 def lay_out_zip(entries: Sequence[ZipEntry]) -> tuple[Segment, ...]:
@@ -38,7 +44,7 @@ def lay_out_zip(entries: Sequence[ZipEntry]) -> tuple[Segment, ...]:
     for entry in entries:
         header = _local_header(entry)
         central.append(_central_header(entry, offset))
-        segments += [header, entry.content]
+        segments += [header, *entry.content]
         offset += len(header) + entry.size
     directory = b"".join(central)
     segments.append(directory + _end_records(len(entries), len(directory), offset))
@@ -120,4 +126,4 @@ def _end_records(count: int, size: int, offset: int) -> bytes:
 
 def blob_entry(name: str, sha256: str, size: int, crc32: int) -> ZipEntry:
     """An entry whose content is a whole blob."""
-    return ZipEntry(name, crc32, size, BlobSlice(sha256, 0, size))
+    return ZipEntry(name, crc32, size, (BlobSlice(sha256, 0, size),))

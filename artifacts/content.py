@@ -6,13 +6,13 @@ import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from io import FileIO
 from pathlib import Path
 from typing import Any
 
 from artifacts.errors import FileBroken
-from artifacts.manifest import LoraModule
+from artifacts.manifest import LoraModule, NestedRanks
 from artifacts.peft_config import PeftLoraConfig
 from artifacts.safetensors_header import SafetensorsHeader, TensorInfo
 
@@ -101,16 +101,24 @@ def combine_digests(entries: Iterable[tuple[TensorInfo, str]]) -> str:
     return hashlib.sha256("\n".join(sorted(lines)).encode()).hexdigest()
 
 
-def identity_digest(weights: str, configs: Mapping[str, PeftLoraConfig], modules: Iterable[LoraModule]) -> str:
+def identity_digest(
+    weights: str,
+    configs: Mapping[str, PeftLoraConfig],
+    modules: Iterable[LoraModule],
+    nested: NestedRanks | None = None,
+) -> str:
     """SHA-256 over the weights digest and whatever else of the configuration changes ΔW.
 
     Patterns count by their effect, the scaling of each module; names of base models, dropout and the like do not count.
+    The ranks that an adapter can be cut to do: a copy that lost them is another adapter.
     """
     document: dict[str, Any] = {
         "weights": weights,
         "scaling": sorted((module.path, module.scaling) for module in modules),
         "configs": {component: config.delta_fields for component, config in configs.items()},
     }
+    if nested is not None:
+        document["nested"] = asdict(nested)
     text = json.dumps(document, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
     return hashlib.sha256(text.encode()).hexdigest()
 

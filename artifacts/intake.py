@@ -15,7 +15,8 @@ from artifacts.bone_names import modernise
 from artifacts.content import ContentScan, file_sha256, identity_digest, scan
 from artifacts.errors import DiskFull
 from artifacts.layout import CONFIG_NAME, WEIGHTS_NAME, AdapterLayout, parse_json, read_layout
-from artifacts.manifest import AdapterManifest, FileEntry, IgnoredKey, IntakeReport
+from artifacts.manifest import AdapterManifest, FileEntry, IgnoredKey, IntakeReport, NestedRanks
+from artifacts.nested_ranks import METHOD, nested_ranks
 from artifacts.upload import MAX_FILES, IntakeLimits, pieces_of, role_of, sort
 
 __all__ = ["MAX_FILES", "IntakeLimits", "inspect", "media_type", "receive"]
@@ -90,7 +91,7 @@ def inspect(directory: Path, *, base_model: str | None = None) -> AdapterManifes
     notes = _read_notes(directory)
     layout = read_layout(directory)
     content = scan(layout.weights_path, layout.header, sha256=notes.sha256.get(layout.weights_path.name))
-    config, modules = layout.config, layout.modules
+    config, modules, nested = layout.config, layout.modules, nested_ranks(layout)
     tensors = layout.header.tensors.values()
     elements: Counter[str] = Counter()
     for info in tensors:
@@ -101,7 +102,7 @@ def inspect(directory: Path, *, base_model: str | None = None) -> AdapterManifes
         refusals.append("new_embeddings.safetensors holds embedding rows besides the factors")
     return AdapterManifest(
         format=layout.format,
-        method=config.method,
+        method=config.method if nested is None else METHOD,
         base_model=base_model or config.base_model,
         base_model_revision=config.revision if base_model in (None, config.base_model) else None,
         rank=max((module.rank for module in modules), default=config.rank),
@@ -114,13 +115,13 @@ def inspect(directory: Path, *, base_model: str | None = None) -> AdapterManifes
         mergeable=not refusals,
         refusal="; ".join(refusals) or None,
         weights_digest=content.weights_digest,
-        identity_digest=identity_digest(content.weights_digest, layout.configs, modules),
+        identity_digest=identity_digest(content.weights_digest, layout.configs, modules, nested),
         config=layout.document,
-        report=_report(layout, content, notes),
+        report=_report(layout, content, notes, nested),
     )
 
 
-def _report(layout: AdapterLayout, content: ContentScan, notes: _Notes) -> IntakeReport:
+def _report(layout: AdapterLayout, content: ContentScan, notes: _Notes, nested: NestedRanks | None) -> IntakeReport:
     warnings = [*notes.changes, *layout.match.warnings]
     if content.nonfinite:
         count = sum(content.nonfinite.values())
@@ -138,6 +139,7 @@ def _report(layout: AdapterLayout, content: ContentScan, notes: _Notes) -> Intak
         nonfinite=content.nonfinite,
         dropped_files=notes.dropped,
         warnings=tuple(warnings),
+        nested=nested,
     )
 
 

@@ -9,6 +9,7 @@ from typing import Any, Literal, Self
 from artifacts.errors import ShapeMismatch
 
 ModuleKind = Literal["linear", "conv", "embedding"]
+ScaleMode = Literal["alpha_over_b", "constant"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,14 +83,40 @@ class IgnoredKey:
 
 
 @dataclass(frozen=True, slots=True)
+class NestedRanks:
+    """Of an adapter whose first b components are the adapter of rank b: which b were trained, and their scaling.
+
+    Attributes:
+        ranks: rising; the last is the adapter's own rank r.
+        scale_mode: "alpha_over_b": the scaling at rank b is alpha/b; "constant": it is alpha/r at every rank.
+    """
+
+    ranks: tuple[int, ...]
+    scale_mode: ScaleMode
+
+    def alpha_at(self, rank: int, alpha: float) -> float:
+        """The `lora_alpha` of the adapter of `rank`, whose scaling is alpha over rank, from that of the whole."""
+        scaled = alpha if self.scale_mode == "alpha_over_b" else alpha * rank / self.ranks[-1]
+        return int(scaled) if scaled == int(scaled) else scaled
+
+    def up_to(self, rank: int) -> NestedRanks:
+        """What is left when the adapter is cut to `rank`."""
+        return NestedRanks(tuple(item for item in self.ranks if item <= rank), self.scale_mode)
+
+
+@dataclass(frozen=True, slots=True)
 class IntakeReport:
-    """Every key accounted for. `nonfinite` maps a tensor key to its count of NaN and Inf elements."""
+    """Every key accounted for. `nonfinite` maps a tensor key to its count of NaN and Inf elements.
+
+    `nested` says at which ranks the adapter can be cut; None if it was not trained for that.
+    """
 
     used_keys: int
     ignored: tuple[IgnoredKey, ...] = ()
     nonfinite: Mapping[str, int] = field(default_factory=dict)
     dropped_files: tuple[IgnoredKey, ...] = ()
     warnings: tuple[str, ...] = ()
+    nested: NestedRanks | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +125,8 @@ class AdapterManifest:
 
     Attributes:
         format: file layout, e.g. "peft" or "safetensors-metadata".
-        method: what kind of adapter it is: "lora", "rslora", "dora", or the lower-case `peft_type`.
+        method: what kind of adapter it is: "lora", "rslora", "dora", "dylora" (a LoRA that can be cut to smaller
+            ranks), or the lower-case `peft_type`.
         rank, alpha: the largest rank of any module, and the alpha of the configuration.
         mergeable: whether ΔW is exactly scaling·B·A for every module.
         refusal: why it is not mergeable, else None.

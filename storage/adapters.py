@@ -170,6 +170,7 @@ def manifest_of(row: AdapterRow) -> AdapterManifest:
             nonfinite=report["nonfinite"],
             dropped_files=tuple(IgnoredKey(**entry) for entry in report["dropped_files"]),
             warnings=tuple(report["warnings"]),
+            nested=row.nested,
         ),
     )
 
@@ -226,7 +227,7 @@ def _report(report: IntakeReport) -> dict[str, Any]:
         "nonfinite": dict(report.nonfinite),
         "dropped_files": [asdict(entry) for entry in report.dropped_files],
         "warnings": list(report.warnings),
-    }
+    } | ({} if report.nested is None else {"nested": asdict(report.nested)})
 
 
 def _module(document: Mapping[str, Any]) -> LoraModule:

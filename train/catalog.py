@@ -27,6 +27,7 @@ from train.options.baselines import (
 from train.options.bone import BoneOptions
 from train.options.common import TrainOptions
 from train.options.increlora import IncreloraOptions
+from train.options.dylora import DyloraOptions
 
 if TYPE_CHECKING:
     from train.protocol import TrainMethod
@@ -298,6 +299,25 @@ _ROWS = (
                 "bat_row": Form(exports="bat_row", mergeable=False),
             },
         ),
+    ),
+    Method(
+        name="dylora",
+        title="DyLoRA",
+        summary="One training for every rank up to r: each step trains the adapter of a rank that is drawn, so that "
+        "the first b components are the adapter of rank b.",
+        when="When the rank is not decided: one training instead of one for each rank, and an adapter that is cut to "
+        "smaller ranks afterwards. With scale_mode alpha_over_b, as published, the largest ranks learn less than LoRA "
+        "of that rank does; scale_mode constant learns them better. It needs more steps than LoRA.",
+        cost="Parameters, memory and time of a step as LoRA of the largest rank. The report measures every trained "
+        "rank: so many evaluations more.",
+        output="A plain LoRA of the largest rank that says which ranks it was trained for. GET "
+        "/adapters/{id}/download?rank=b gives the plain LoRA of each of them, with the scaling that it was trained "
+        "with; cut by hand, with the scaling of the whole, it would be too weak.",
+        options=DyloraOptions,
+        implementation="train.methods.dylora:Dylora",
+        arxiv="2210.07558",
+        reference_url="https://arxiv.org/abs/2210.07558",
+        capabilities=Capabilities(exports="lora", mergeable=True),
     ),
 )
 

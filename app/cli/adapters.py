@@ -66,6 +66,7 @@ def summary(adapter: dict[str, Any]) -> dict[str, Any]:
         "method": adapter.get("method"),
         "rank": adapter.get("rank"),
         "alpha": adapter.get("alpha"),
+        "ranks": adapter.get("ranks"),
         "base model": adapter.get("base_model"),
         "modules": adapter.get("module_count"),
         "targets": adapter.get("target_modules"),
@@ -181,30 +182,41 @@ def download(
     file_format: Annotated[
         DownloadFormat, typer.Option("--format", help="peft: a PEFT folder; safetensors: one file.")
     ] = DownloadFormat.PEFT,
+    rank: Annotated[
+        int | None,
+        typer.Option("--rank", help="The adapter of this rank inside one trained with dylora; `get` lists its ranks."),
+    ] = None,
     archive: Annotated[bool, typer.Option("--zip", help="Keep the zip instead of unpacking it.")] = False,
     as_json: Json = False,
 ) -> None:
     """Download an adapter; a PEFT folder is unpacked, ready for `PeftModel.from_pretrained`."""
     with context.obj() as client:
-        target = fetch(client, adapter, output, file_format, unpack=not archive)
+        target = fetch(client, adapter, output, file_format, rank=rank, unpack=not archive)
     if as_json:
         print_json({"id": adapter, "path": str(target)})
     else:
         stdout().print(str(target), markup=False)
 
 
-def fetch(client: Client, adapter: str, output: Path, file_format: DownloadFormat, *, unpack: bool) -> Path:
+def fetch(
+    client: Client,
+    adapter: str,
+    output: Path,
+    file_format: DownloadFormat,
+    *,
+    rank: int | None = None,
+    unpack: bool,
+) -> Path:
     """Download into the folder `output` and return what was written; nothing partial is left at its final name.
 
     Raises:
-        ProblemError: unknown adapter, or the target exists.
+        ProblemError: unknown adapter, a rank that it does not have, or the target exists.
     """
+    wanted = {"format": file_format.value} | ({} if rank is None else {"rank": rank})
     output.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".download-", dir=output) as scratch:
         with transfer(f"download {adapter}", None) as advance:
-            name, file = client.download(
-                f"/adapters/{adapter}/download", Path(scratch), advance, format=file_format.value
-            )
+            name, file = client.download(f"/adapters/{adapter}/download", Path(scratch), advance, **wanted)
         unpacked = unpack and file_format is DownloadFormat.PEFT
         target = output / (Path(name).stem if unpacked else name)
         if target.exists():

@@ -9,7 +9,7 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 
 from app.adapter_intake import TEXT_FIELDS, store_upload
 from app.dependencies import AdapterId, IdempotencyKey, Reader, ServicesDep, Writer
-from app.downloads import SAFETENSORS_TYPE, ZIP_TYPE, peft_download, safetensors_download
+from app.downloads import SAFETENSORS_TYPE, ZIP_TYPE, cut_download, peft_download, safetensors_download
 from app.file_answers import answer_file, file_responses, head_responses
 from app.json_body import JsonRoute
 from app.problems import problem_responses
@@ -24,6 +24,7 @@ from app.schemas.adapters import (
 from app.schemas.common import PageOf
 from app.state import Services
 from app.upload_answers import answer_upload
+from artifacts.peft_config import MAX_RANK
 from storage import adapters
 from storage.adapters import AdapterFilter
 
@@ -106,6 +107,16 @@ Format = Annotated[
     DownloadFormat, Query(alias="format", description="peft: a zip of a PEFT directory; safetensors: one file.")
 ]
 
+CutRank = Annotated[
+    int | None,
+    Query(
+        alias="rank",
+        ge=1,
+        le=MAX_RANK,
+        description="The adapter of this rank inside one that was trained for several (its `ranks`, method dylora).",
+    ),
+]
+
 
 @router.get(
     "/adapters/{adapter_id}/download",
@@ -114,10 +125,15 @@ Format = Annotated[
     responses=_DOWNLOAD_RESPONSES,
 )
 def download_adapter(
-    request: Request, services: ServicesDep, principal: Reader, adapter_id: AdapterId, layout: Format = "peft"
+    request: Request,
+    services: ServicesDep,
+    principal: Reader,
+    adapter_id: AdapterId,
+    layout: Format = "peft",
+    rank: CutRank = None,
 ) -> Response:
     """Takes Range, If-Range and If-None-Match. The same adapter always gives the same bytes."""
-    return _download(request, services, adapter_id, layout)
+    return _download(request, services, adapter_id, layout, rank)
 
 
 @router.head(
@@ -127,18 +143,26 @@ def download_adapter(
     responses=head_responses(_DOWNLOAD_RESPONSES),
 )
 def head_download(
-    request: Request, services: ServicesDep, principal: Reader, adapter_id: AdapterId, layout: Format = "peft"
+    request: Request,
+    services: ServicesDep,
+    principal: Reader,
+    adapter_id: AdapterId,
+    layout: Format = "peft",
+    rank: CutRank = None,
 ) -> Response:
     """The headers of the download."""
-    return _download(request, services, adapter_id, layout)
+    return _download(request, services, adapter_id, layout, rank)
 
 
-def _download(request: Request, services: Services, adapter_id: str, layout: DownloadFormat) -> Response:
+def _download(
+    request: Request, services: Services, adapter_id: str, layout: DownloadFormat, rank: int | None
+) -> Response:
     with services.database.read() as session:
         row = adapters.get_adapter(session, adapter_id)
-    found = (
-        peft_download(services.blobs, services.crc32, row)
-        if layout == "peft"
-        else safetensors_download(services.blobs, row)
-    )
+    if rank is not None:
+        found = cut_download(services.blobs, services.crc32, row, rank, layout)
+    elif layout == "peft":
+        found = peft_download(services.blobs, services.crc32, row)
+    else:
+        found = safetensors_download(services.blobs, row)
     return answer_file(request, services, found)

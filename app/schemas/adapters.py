@@ -32,7 +32,7 @@ class AdapterQuery(PageQuery):
     """Filters of the list; all of them must hold."""
 
     base_model: FilterText | None = Field(None, description="Name or id of the base model.")
-    method: FilterText | None = Field(None, description="lora, rslora, dora …")
+    method: FilterText | None = Field(None, description="lora, rslora, dora, dylora …")
     tag: FilterText | None = None
     name: FilterText | None = Field(None, description="Part of the name, in any case.")
     sha256: Annotated[str, StringConstraints(pattern="^([0-9a-f]{10}|[0-9a-f]{64})$")] | None = Field(
@@ -110,6 +110,9 @@ class Report(BaseModel):
 class Adapter(AdapterSummary):
     """Everything that is known of an adapter."""
 
+    ranks: list[int] = Field(
+        description="Ranks that ?rank of a download can have; empty unless it was trained for that (method dylora)."
+    )
     config: dict[str, Any]
     files: list[AdapterFile]
     modules: list[AdapterModule]

@@ -5,19 +5,14 @@ from __future__ import annotations
 import hashlib
 import io
 import zipfile
-import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
 
 from app.segments import BlobSlice, Segment, read_segments, total_size
-from app.zip_layout import ZipEntry, blob_entry, lay_out_zip
+from app.zip_layout import blob_entry, bytes_entry, lay_out_zip
 from storage.blobs import BlobStore
-
-
-def entry(name: str, data: bytes) -> ZipEntry:
-    return ZipEntry(name, zlib.crc32(data), len(data), data)
 
 
 def join(segments: Sequence[Segment]) -> bytes:
@@ -26,13 +21,13 @@ def join(segments: Sequence[Segment]) -> bytes:
 
 def test_the_standard_library_reads_it() -> None:
     contents = {"adapter_config.json": b"{}", "größe.txt": b"\xff" * 1000, "empty": b""}
-    data = join(lay_out_zip([entry(name, value) for name, value in contents.items()]))
+    data = join(lay_out_zip([bytes_entry(name, value) for name, value in contents.items()]))
     with zipfile.ZipFile(io.BytesIO(data)) as archive:
         assert archive.testzip() is None
         assert {info.filename: archive.read(info) for info in archive.infolist()} == contents
         assert {info.date_time for info in archive.infolist()} == {(1980, 1, 1, 0, 0, 0)}
         assert {info.external_attr >> 16 for info in archive.infolist()} == {0o100644}
-    assert data == join(lay_out_zip([entry(name, value) for name, value in contents.items()]))
+    assert data == join(lay_out_zip([bytes_entry(name, value) for name, value in contents.items()]))
 
 
 def test_an_archive_of_nothing() -> None:
@@ -77,7 +72,9 @@ class Virtual(io.RawIOBase):
 
 def test_entries_and_offsets_beyond_four_gib() -> None:
     big = 5 * 1024**3
-    segments = lay_out_zip([blob_entry("big", "0" * 64, big, 123), entry("far", b"found"), entry("farther", b"too")])
+    segments = lay_out_zip(
+        [blob_entry("big", "0" * 64, big, 123), bytes_entry("far", b"found"), bytes_entry("farther", b"too")]
+    )
     with zipfile.ZipFile(io.BufferedReader(Virtual(segments))) as archive:
         infos = {info.filename: info for info in archive.infolist()}
         assert (infos["big"].file_size, infos["big"].compress_size, infos["big"].CRC) == (big, big, 123)

@@ -22,6 +22,7 @@ PARAMETERS: dict[str, dict[str, Any]] = {
     "bone": {"rank": 8, "dropout": 0.1},
     # one round at the first step, so that the shortest training of these tests has it
     "increlora": {"target_rank": 4, "increment": 3, "layers_per_round": 14, "wait": 0, "dropout": 0.1},
+    "dylora": {"rank": 4, "dropout": 0.1, "update_scope": "strict"},
     "miss": {"rank": 8, "dropout": 0.1},
     "vera": {"rank": 32, "dropout": 0.1},
 }
@@ -52,8 +53,8 @@ def test_a_method_learns_and_goes_on_from_a_checkpoint_to_the_same_bytes(trainin
 
     manifest = inspect(adapter)
     row = METHODS[name].capabilities
-    # rank-stabilised LoRA is LoRA with one flag set, which intake calls by its name
-    assert manifest.method == ("rslora" if name == "rslora" else row.exports)
+    # LoRA with one flag set, and LoRA that can be cut to smaller ranks: intake calls them by their names
+    assert manifest.method == (name if name in ("rslora", "dylora") else row.exports)
     assert manifest.mergeable is row.mergeable
     assert manifest.base_model == "acme/tiny"
 

@@ -118,14 +118,18 @@ def plain_config(
 
 
 def write_plain_lora(
-    directory: Path, found: Mapping[str, LowRank], whole: Mapping[str, Tensor], config: LoraConfig
+    directory: Path,
+    found: Mapping[str, LowRank],
+    whole: Mapping[str, Tensor],
+    config: LoraConfig,
+    metadata: Mapping[str, str] | None = None,
 ) -> None:
-    """Write the folder of a plain LoRA that PEFT loads."""
+    """Write the folder of a plain LoRA that PEFT loads; `metadata` goes into the safetensors file."""
     tensors = {f"{PREFIX}{name}": to_file(value) for name, value in whole.items()}
     for path, factors in found.items():
         tensors[f"{PREFIX}{path}.lora_A.weight"] = to_file(factors.A)
         tensors[f"{PREFIX}{path}.lora_B.weight"] = to_file(factors.B)
-    write_adapter(directory, tensors, config)
+    write_adapter(directory, tensors, config, metadata)
 
 
 def to_file(value: Tensor) -> Tensor:
