@@ -230,6 +230,28 @@ def fetch(
     return target
 
 
+@app.command("cut")
+def cut(
+    folder: Annotated[Path, typer.Argument(help="PEFT folder, or one .safetensors file, trained with dylora.")],
+    rank: Annotated[int, typer.Option("--rank", help="One of the ranks that it was trained for.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="New folder to write.")],
+    as_json: Json = False,
+) -> None:
+    """Write the adapter of a smaller rank inside one that was trained for that. Needs no service."""
+    from artifacts.layout import read_layout
+    from artifacts.rank_cut import write_cut
+
+    files_of(folder)  # says what is missing
+    layout = read_layout(folder)
+    if output.exists():
+        raise ProblemError({"code": "exists", "detail": f"{output} is there already", "hint": "choose another -o"})
+    write_cut(layout, rank, output)
+    if as_json:
+        print_json({"path": str(output), "rank": rank})
+    else:
+        stdout().print(str(output), markup=False)
+
+
 def _single_root(folder: Path) -> Path:
     """The folder that holds the adapter: the only sub-folder of an archive that has one, else the folder itself."""
     entries = list(folder.iterdir())

@@ -28,7 +28,7 @@ def test_help_names_every_command(cli: Callable[..., Any]) -> None:
 @pytest.mark.parametrize(
     ("group", "words"),
     [
-        ("adapters", ("add", "list", "get", "download", "delete", "lineage")),
+        ("adapters", ("add", "list", "get", "download", "cut", "delete", "lineage")),
         ("jobs", ("list", "get", "watch", "attempts", "logs", "cancel", "retry")),
         ("models", ("add", "list", "get", "deprecate")),
         ("keys", ("create", "list", "revoke")),

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from app.cli.client import Client
 from app.cli.progress import watch
@@ -107,6 +108,32 @@ def test_download_as_zip_and_as_one_file(cli: Callable[..., Any], ids: tuple[str
     assert Path(packed).read_bytes()[:2] == b"PK"
     single = cli("adapters", "download", ids[0], "-o", tmp_path, "--format", "safetensors", "--json").json["path"]
     assert b"lora_adapter_metadata" in Path(single).read_bytes()
+
+
+def test_a_rank_is_downloaded_or_cut_from_the_folder(
+    cli: Callable[..., Any], adapters: tuple[Path, Path], ids: tuple[str, str], tmp_path: Path
+) -> None:
+    folder = shutil.copytree(adapters[0], tmp_path / "nested")
+    weights = folder / "adapter_model.safetensors"
+    save_file(load_file(weights), weights, {"rankwise_dylora": '{"ranks":[1,3],"scale_mode":"alpha_over_b"}'})
+    nested = cli("adapters", "add", folder, "--json").json
+    assert nested["ranks"] == [1, 3]
+    assert "1, 3" in cli("adapters", "get", nested["id"]).out
+    found = cli("adapters", "download", nested["id"], "-o", tmp_path / "got", "--rank", "1", "--json")
+    assert found.code == 0, found.err
+    cut = cli("adapters", "cut", folder, "--rank", "1", "-o", tmp_path / "cut", "--json")
+    assert cut.json == {"path": str(tmp_path / "cut"), "rank": 1}
+    for name in ("adapter_model.safetensors", "adapter_config.json"):
+        assert (Path(found.json["path"]) / name).read_bytes() == (tmp_path / "cut" / name).read_bytes()
+    assert json.loads((tmp_path / "cut" / "adapter_config.json").read_text())["r"] == 1
+    again = cli("adapters", "cut", folder, "--rank", "1", "-o", tmp_path / "cut", "--json")
+    assert (again.code, again.json["code"]) == (1, "exists")
+    for command in (("download", nested["id"]), ("cut", folder)):
+        refused = cli("adapters", *command, "-o", tmp_path / "other", "--rank", "2", "--json")
+        assert (refused.code, refused.json["code"]) == (1, "invalid_request")
+    plain = cli("adapters", "download", ids[0], "-o", tmp_path / "got", "--rank", "1", "--json")
+    assert "method dylora" in plain.json["hint"]
+    assert cli("adapters", "cut", tmp_path / "none", "--rank", "1", "-o", tmp_path / "x", "--json").code == 1
 
 
 def test_merge_by_id_is_followed_and_downloaded(cli: Callable[..., Any], ids: tuple[str, str], tmp_path: Path) -> None:
