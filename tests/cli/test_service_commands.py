@@ -129,7 +129,7 @@ def test_a_rank_is_downloaded_or_cut_from_the_folder(
     again = cli("adapters", "cut", folder, "--rank", "1", "-o", tmp_path / "cut", "--json")
     assert (again.code, again.json["code"]) == (1, "exists")
     for command in (("download", nested["id"]), ("cut", folder)):
-        refused = cli("adapters", *command, "-o", tmp_path / "other", "--rank", "2", "--json")
+        refused = cli("adapters", *command, "-o", tmp_path / f"no-{command[0]}", "--rank", "2", "--json")
         assert (refused.code, refused.json["code"]) == (1, "invalid_request")
     plain = cli("adapters", "download", ids[0], "-o", tmp_path / "got", "--rank", "1", "--json")
     assert "method dylora" in plain.json["hint"]
