@@ -26,8 +26,8 @@ from train.options.baselines import (
 )
 from train.options.bone import BoneOptions
 from train.options.common import TrainOptions
-from train.options.increlora import IncreloraOptions
 from train.options.dylora import DyloraOptions
+from train.options.increlora import IncreloraOptions
 
 if TYPE_CHECKING:
     from train.protocol import TrainMethod
