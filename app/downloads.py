@@ -107,12 +107,12 @@ def cut_download(blobs: BlobStore, crc32: Crc32Cache, row: AdapterRow, rank: int
         RequestInvalid: the adapter was not trained for that rank.
         BlobMissing, FileBroken: as there.
     """
-    nested = check_rank(row.nested, rank, "/query/rank")
+    manifest = manifest_of(row)
+    nested = check_rank(manifest.report.nested, rank, "/query/rank")
     weights = _weights(row)
     _check_blobs(blobs, row.files)
     header, _ = _stored_header(blobs, weights)
-    modules = manifest_of(row).modules
-    cut = rank_cut(header, row.config, modules, nested, rank, with_config=layout == "safetensors")
+    cut = rank_cut(header, row.config, manifest.modules, nested, rank, with_config=layout == "safetensors")
     content = (cut.head, BlobPieces(weights.sha256, cut.pieces))
     etag, name = _etag("safetensors", content), f"{_slug(row)}-rank-{rank}"
     if layout == "safetensors":

@@ -12,7 +12,7 @@ from sqlalchemy.orm import Session
 
 from artifacts.base_model import BaseModelRef
 from artifacts.errors import Conflict, NotFound
-from artifacts.manifest import AdapterManifest, FileEntry, IgnoredKey, IntakeReport, LoraModule
+from artifacts.manifest import AdapterManifest, FileEntry, IgnoredKey, IntakeReport, LoraModule, NestedRanks
 from storage import database, models
 from storage.adapter_search import AdapterFilter, list_adapters
 from storage.blob_rows import reserve_blobs
@@ -170,7 +170,7 @@ def manifest_of(row: AdapterRow) -> AdapterManifest:
             nonfinite=report["nonfinite"],
             dropped_files=tuple(IgnoredKey(**entry) for entry in report["dropped_files"]),
             warnings=tuple(report["warnings"]),
-            nested=row.nested,
+            nested=_nested(report.get("nested")),
         ),
     )
 
@@ -228,6 +228,10 @@ def _report(report: IntakeReport) -> dict[str, Any]:
         "dropped_files": [asdict(entry) for entry in report.dropped_files],
         "warnings": list(report.warnings),
     } | ({} if report.nested is None else {"nested": asdict(report.nested)})
+
+
+def _nested(document: Mapping[str, Any] | None) -> NestedRanks | None:
+    return None if document is None else NestedRanks(tuple(document["ranks"]), document["scale_mode"])
 
 
 def _module(document: Mapping[str, Any]) -> LoraModule:

@@ -19,7 +19,6 @@ from sqlalchemy import (
 )
 from sqlalchemy.orm import Mapped, mapped_column, relationship
 
-from artifacts.manifest import NestedRanks
 from storage.automation_tables import DomainEventRow, FiringRow, ScheduleRow, WebhookDeliveryRow, WebhookRow
 from storage.columns import Base, partial_index
 from storage.training_tables import JobCheckpointRow, JobMetricRow
@@ -151,15 +150,9 @@ class AdapterRow(Base):
     files: Mapped[list[AdapterFileRow]] = relationship(order_by="AdapterFileRow.path", lazy="selectin")
 
     @property
-    def nested(self) -> NestedRanks | None:
-        """At which ranks the adapter can be cut; None if it was not trained for that."""
-        found = self.report.get("nested")
-        return None if found is None else NestedRanks(tuple(found["ranks"]), found["scale_mode"])
-
-    @property
     def ranks(self) -> list[int]:
-        """At which ranks the adapter can be cut, as a list."""
-        return [] if self.nested is None else list(self.nested.ranks)
+        """At which ranks the adapter can be cut; none if it was not trained for that."""
+        return list(self.report.get("nested", {}).get("ranks", ()))
 
     __table_args__ = (
         partial_index("uq_adapters_live_identity", "identity_digest", where="deleted_at IS NULL", unique=True),
