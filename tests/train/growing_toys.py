@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -29,11 +29,21 @@ class Maps(nn.Module):
         return torch.stack([layer(part) for layer, part in zip(self.layers, x, strict=True)])
 
 
-def prepared(model: nn.Module, total_steps: int = 40, method: type[Increlora] = Increlora, **options: Any) -> Increlora:
-    """The method on all linear layers, with the settings of `settings_of`."""
+def prepared(
+    model: nn.Module,
+    total_steps: int = 40,
+    method: type[Increlora] = Increlora,
+    *,
+    seed: int = 5,
+    whole: Sequence[str] = (),
+    **options: Any,
+) -> Increlora:
+    """The method on all linear layers but those in `whole`, with the settings of `settings_of`."""
     found = method(IncreloraOptions(**options))
-    targets = sorted(name for name, module in model.named_modules() if isinstance(module, nn.Linear))
-    found.prepare(model, MethodContext(targets, total_steps, lambda: iter(()), settings_of(), seed=5))
+    linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    targets = sorted(set(linear) - set(whole))
+    settings = settings_of()
+    found.prepare(model, MethodContext(targets, total_steps, lambda: iter(()), settings, seed=seed, whole=whole))
     return found
 
 
@@ -59,10 +69,9 @@ def drive(
         method.before_step(model, step)
         parts = losses(step)
         for loss in parts:
-            (loss / len(parts)).backward()  # type: ignore[no-untyped-call]
-        extra = method.extra_loss(model)
-        if extra is not None:
-            extra.backward()  # type: ignore[no-untyped-call]
+            extra = method.extra_loss(model)
+            whole = loss if extra is None else loss + extra
+            (whole / len(parts)).backward()  # type: ignore[no-untyped-call]
         method.before_update(model, step)
         watch(step)
         optimizer.step()
