@@ -118,7 +118,7 @@ def train_adapter(
         return told
     trainable.eval()
     observer.progress(LOOP, "writing the adapter")
-    course.parameters = sum(p.numel() for p in trainable.parameters() if p.requires_grad)
+    course.parameters = method.trained_parameters(trainable)
     method.settle(trainable)
     expected = task.predict(trainable, bench.probe_rows)
     course.own = _own_report(method, trainable, bench)

@@ -109,6 +109,10 @@ class TrainMethod(ABC, Generic[Options]):
         makes the model what the adapter will be: all that follows, the check of the written files too, is about that.
         """
 
+    def trained_parameters(self, model: nn.Module) -> int:
+        """How many numbers the training has changed, for the report."""
+        return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+
     def evaluate(self, model: nn.Module, measure: Callable[[nn.Module], dict[str, float]]) -> dict[str, Any]:
         """What only this method can measure on the trained model, for the report; `model` is left as it was.
 

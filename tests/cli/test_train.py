@@ -55,11 +55,16 @@ def test_files_are_trained_here_and_the_report_lies_beside_the_weights(cli: Any,
     assert "is there already and not empty" in again.err
 
 
-def test_the_report_is_shown_to_people(cli: Any, folder: Path, tmp_path: Path) -> None:
-    result = cli("train", write_recipe(folder, training={"steps": 2}), "-o", tmp_path / "out")
+def test_the_report_is_shown_to_people_and_the_pictures_lie_beside_the_weights(
+    cli: Any, folder: Path, tmp_path: Path
+) -> None:
+    parameters = {"target_rank": 1, "increment": 1}
+    recipe = write_recipe(folder, method="increlora", parameters=parameters, training={"steps": 2})
+    result = cli("train", recipe, "-o", tmp_path / "out")
     assert result.code == 0, result.err
-    for words in ("training report: lora", "on the rows held out", "perplexity", "logits differ by"):
+    for words in ("training report: increlora", "on the rows held out", "perplexity", "logits differ by"):
         assert words in result.out
+    assert "Rank of every adapted layer" in (tmp_path / "out" / "ranks.svg").read_text()
 
 
 @pytest.mark.parametrize(

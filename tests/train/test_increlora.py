@@ -402,6 +402,11 @@ def test_a_training_that_grows_goes_on_in_the_middle_of_it_and_shows_its_ranks(t
     ranks = report.own["ranks"]
     assert sum(ranks.values()) == report.own["total_rank"] == report.own["budget"] == 28
     assert whole.points[12]["total_rank"] == 28
+    factors = dict(Adapter.open(adapter).items())
+    wanted = sum(
+        (rank + 1) * (factors[path].A.shape[1] + factors[path].B.shape[0]) + rank for path, rank in ranks.items()
+    )
+    assert report.trainable_parameters == wanted  # the room for what never came is not counted
     picture = HeatMap.of(report.own["pictures"][0])
     assert list(picture.rows) == ["model.layers.0", "model.layers.1"]
     shown = {
@@ -438,6 +443,21 @@ def test_what_can_not_be_done_is_refused_where_it_is_wrong(
     with pytest.raises(RequestInvalid) as caught:
         check_method(IncreloraOptions(**options), known)
     assert [(item.pointer, words in item.message) for item in caught.value.errors] == [(f"/parameters/{pointer}", True)]
+
+
+def test_an_estimate_counts_the_mean_rank_and_what_is_in_advance() -> None:
+    options = IncreloraOptions(target_rank=4)
+    assert options.parameters_of(16, 8) == (4 + 2) * (16 + 8) + 4
+
+
+def test_a_training_that_ends_early_drops_what_is_in_advance() -> None:
+    model = Maps()
+    method = prepared(model, **RANDOM, interval=30)
+    drive(method, model, taught(model, [1, 1, 1]), 3)
+    assert not method.spent
+    method.settle(model)
+    for layer in method.growing.values():
+        torch.testing.assert_close(delta(layer), delta(layer, 0, layer.rank), rtol=0, atol=0)
 
 
 def test_what_can_be_done_is_not_refused() -> None:

@@ -42,7 +42,7 @@ class Increlora(OwnMethod[IncreloraOptions]):
         self.growing = {}
         self._generator = torch.Generator().manual_seed(context.seed)
         prepared = super().prepare(model, context)
-        self._settle()
+        self._silence_if_spent()
         return prepared
 
     def layer(self, path: str, base: nn.Module) -> AdaptedLinear:
@@ -128,6 +128,17 @@ class Increlora(OwnMethod[IncreloraOptions]):
         for _, gains in self.history:
             self._advance(gains)
 
+    def settle(self, model: nn.Module) -> None:
+        """Of a training that ended before the budget was spent, the components in advance are dropped too."""
+        for layer in self.growing.values():
+            layer.silence_reserve()
+
+    def trained_parameters(self, model: nn.Module) -> int:
+        """Without the room for components that never came."""
+        room = sum(parameter.numel() for layer in self.growing.values() for _, parameter in layer.own_tensors())
+        used = sum(layer.live * (layer.d_in + layer.d_out) + layer.rank for layer in self.growing.values())
+        return super().trained_parameters(model) - room + used
+
     def report(self, model: nn.Module) -> dict[str, Any]:
         ranks = {path: layer.rank for path, layer in self.growing.items()}
         spent = f"{sum(ranks.values())} of a budget of {self.plan.total_rank} ranks"
@@ -143,9 +154,6 @@ class Increlora(OwnMethod[IncreloraOptions]):
             "total_rank": sum(ranks.values()),
             "budget": self.plan.total_rank,
             "growth": [{"step": step, "gains": gains} for step, gains in self.history],
-            "parameters_in_use": sum(
-                layer.live * (layer.d_in + layer.d_out) + layer.rank for layer in self.growing.values()
-            ),
             "pictures": [picture.to_dict()],
         }
 
@@ -178,7 +186,7 @@ class Increlora(OwnMethod[IncreloraOptions]):
             for path, gain in gains.items():
                 self.growing[path].rescale(gain)
         self.history.append((step, gains))
-        self._settle()
+        self._silence_if_spent()
 
     def _begin(self) -> None:
         """The ranks of step 0."""
@@ -189,7 +197,7 @@ class Increlora(OwnMethod[IncreloraOptions]):
         """The ranks after a round; returns what joins the training."""
         return [rows for path, gain in gains.items() for rows in self.growing[path].grow(gain)]
 
-    def _settle(self) -> None:
+    def _silence_if_spent(self) -> None:
         if self.spent:
             for layer in self.growing.values():
                 layer.silence_reserve()
