@@ -11,14 +11,19 @@ from app.schemas.train import TrainParams, TrainRequest
 from app.service_state import alive_servers
 from app.settings import Settings
 from artifacts.errors import FieldError, NotFound, RequestInvalid
-from storage import database, datasets, models
+from artifacts.manifest import AdapterManifest
+from storage import adapters, database, datasets, models
 from storage.tables import DatasetRow, ModelRow
-from train.catalog import parse_parameters
+from train.catalog import find_method, parse_parameters
+from train.continuation import ContinueFrom, check_base, continued_options, place
 from train.estimate import Estimate, check_fits, estimate
 from train.feasibility import check_feasible
 from train.options.common import Circumstances
 from train.settings import TaskSettings
 from train.targets import check_method, resolve_targets
+
+_WITHOUT_HEAD: frozenset[str] = frozenset({"causal-lm"})
+"""Tasks that train no module whole."""
 
 
 def check_train(settings: Settings, session: Session, request: TrainParams, devices: int = 1) -> str:
@@ -45,7 +50,7 @@ def check_train(settings: Settings, session: Session, request: TrainParams, devi
             errors=[FieldError("/dataset", error.detail)],
         ) from error
     _check_suitable(dataset, request.full_task)
-    needed = _estimate(row, request, devices)
+    needed = _estimate(session, row, request, devices)
     memory = _memory_of_all(settings, session)
     if needed is not None and memory is not None:
         where = "this machine" if devices == 1 else f"each of {devices} devices of this machine"
@@ -77,7 +82,7 @@ def estimate_training(session: Session, request: TrainRequest) -> Estimate | Non
     wanted = request.resources.devices if request.resources is not None else None
     devices = wanted or 1
     check_feasible(request.training, request.evaluation, devices)
-    return _estimate(_base_model(session, request.base_model), request, devices)
+    return _estimate(session, _base_model(session, request.base_model), request, devices)
 
 
 def _base_model(session: Session, name: str) -> ModelRow:
@@ -92,15 +97,37 @@ def _base_model(session: Session, name: str) -> ModelRow:
     return row
 
 
-def _estimate(row: ModelRow, request: TrainParams, devices: int) -> Estimate | None:
+def _estimate(session: Session, row: ModelRow, request: TrainParams, devices: int) -> Estimate | None:
     options = parse_parameters(request.method, request.parameters)
+    start = _start(session, row, request.start)
+    if start is not None:
+        options = continued_options(find_method(request.method), options, start)
     if row.fingerprint is None:
         return None
     linear = {str(path): (int(d_out), int(d_in)) for path, d_out, d_in in row.fingerprint}
     targets = resolve_targets(linear, options.target_modules)
+    if start is not None:
+        # What a task trains whole, such as a new classifier, only the worker knows.
+        place(start, targets, () if request.full_task.type in _WITHOUT_HEAD else None)
     known = Circumstances(targets, request.training, request.training.steps)
     check_method(options, known)
     return estimate(options, targets, linear, request.training, request.full_task, row.parameter_count, devices)
+
+
+def _start(session: Session, base: ModelRow, wanted: ContinueFrom | None) -> AdapterManifest | None:
+    """The adapter that the training goes on from."""
+    if wanted is None:
+        return None
+    try:
+        row = adapters.get_adapter(session, wanted.adapter)
+    except NotFound as error:
+        raise RequestInvalid(
+            f"There is no adapter {wanted.adapter} to go on from.",
+            hint="GET /adapters lists what is here.",
+            errors=[FieldError("/continue_from", error.detail)],
+        ) from error
+    check_base(row.id, adapters.base_of(session, row), models.ref_of(base), wanted.minimum_compatibility)
+    return adapters.manifest_of(row)
 
 
 def _memory_of_all(settings: Settings, session: Session) -> int | None:

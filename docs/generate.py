@@ -147,10 +147,16 @@ def training_part(_: str) -> str:
     menu = table(["method", "what it does", "arXiv", "comes out as", "mergeable"], rows)
     sections = [
         f"## {row.title} {{ #{row.name} }}\n\n{inspect.getdoc(row.options)}\n\n* When: {row.when}\n* Cost: {row.cost}\n"
-        f"* Comes out as: {row.output}\n\n{_parameters(row.options)}"
+        f"* Comes out as: {row.output}\n* Goes on from: {_continues(row.capabilities.continues)}\n\n"
+        f"{_parameters(row.options)}"
         for row in METHODS.values()
     ]
     return "\n\n".join([menu, *sections])
+
+
+def _continues(kinds: tuple[str, ...]) -> str:
+    """The types of adapters that a method goes on from."""
+    return f"{' and '.join(kinds)} adapters (`continue_from`)." if kinds else "no stored adapter; it starts anew."
 
 
 def recipe_part(name: str) -> str:

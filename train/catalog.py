@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 
 Task = Literal["causal-lm"]
 Export = Literal["lora", "dora", "vera", "miss", "bat_row"]
+PLAIN = ("lora", "rslora")
+"""The types of adapters whose ΔW is scaling·B·A."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,10 +60,12 @@ class Capabilities(Form):
         exports, mergeable: with the parameters' defaults.
         tasks: what it can be trained on.
         variants: what comes out instead with that value of the parameter `variant`.
+        continues: the types of stored adapters that it can go on from (`continue_from`).
     """
 
     tasks: tuple[Task, ...] = ("causal-lm",)
     variants: Mapping[str, Form] = field(default_factory=dict)
+    continues: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,7 +109,7 @@ _ROWS = (
         implementation="train.methods.lora:Lora",
         arxiv="2106.09685",
         reference_url="https://arxiv.org/abs/2106.09685",
-        capabilities=Capabilities(exports="lora", mergeable=True),
+        capabilities=Capabilities(exports="lora", mergeable=True, continues=PLAIN),
     ),
     Method(
         name="rslora",
@@ -118,7 +122,7 @@ _ROWS = (
         implementation="train.methods.rslora:RsLora",
         arxiv="2312.03732",
         reference_url="https://arxiv.org/abs/2312.03732",
-        capabilities=Capabilities(exports="lora", mergeable=True),
+        capabilities=Capabilities(exports="lora", mergeable=True, continues=PLAIN),
     ),
     Method(
         name="dora",
@@ -133,7 +137,7 @@ _ROWS = (
         implementation="train.methods.dora:Dora",
         arxiv="2402.09353",
         reference_url="https://arxiv.org/abs/2402.09353",
-        capabilities=Capabilities(exports="dora", mergeable=False),
+        capabilities=Capabilities(exports="dora", mergeable=False, continues=("dora",)),
     ),
     Method(
         name="pissa",
@@ -218,7 +222,7 @@ _ROWS = (
         implementation="train.methods.lora_plus:LoraPlus",
         arxiv="2402.12354",
         reference_url="https://arxiv.org/abs/2402.12354",
-        capabilities=Capabilities(exports="lora", mergeable=True),
+        capabilities=Capabilities(exports="lora", mergeable=True, continues=PLAIN),
     ),
     Method(
         name="lora-fa",
@@ -231,7 +235,7 @@ _ROWS = (
         implementation="train.methods.lora_fa:LoraFa",
         arxiv="2308.03303",
         reference_url="https://arxiv.org/abs/2308.03303",
-        capabilities=Capabilities(exports="lora", mergeable=True),
+        capabilities=Capabilities(exports="lora", mergeable=True, continues=PLAIN),
     ),
     Method(
         name="vera",
@@ -244,7 +248,7 @@ _ROWS = (
         implementation="train.methods.vera:Vera",
         arxiv="2310.11454",
         reference_url="https://arxiv.org/abs/2310.11454",
-        capabilities=Capabilities(exports="vera", mergeable=False),
+        capabilities=Capabilities(exports="vera", mergeable=False, continues=("vera",)),
     ),
     Method(
         name="miss",
@@ -258,7 +262,7 @@ _ROWS = (
         implementation="train.methods.miss:Miss",
         arxiv="2409.15371",
         reference_url="https://arxiv.org/abs/2409.15371",
-        capabilities=Capabilities(exports="miss", mergeable=True),
+        capabilities=Capabilities(exports="miss", mergeable=True, continues=("miss",)),
     ),
     Method(
         name="allora",
@@ -272,7 +276,7 @@ _ROWS = (
         implementation="train.methods.allora:Allora",
         arxiv="2410.09692",
         reference_url="https://arxiv.org/abs/2410.09692",
-        capabilities=Capabilities(exports="lora", mergeable=True),
+        capabilities=Capabilities(exports="lora", mergeable=True, continues=PLAIN),
     ),
     Method(
         name="bone",

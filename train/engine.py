@@ -16,6 +16,7 @@ from transformers import set_seed
 from artifacts.errors import AttemptCancelled
 from train.base_files import BaseFiles
 from train.checkpoints import CARRIED
+from train.continuation import Start
 from train.data import DataFile, Examples
 from train.estimate import Estimate, check_fits, estimate
 from train.evaluation import Scores, compare
@@ -66,12 +67,15 @@ class Inputs:
 
     Attributes:
         resume: an unpacked checkpoint of the same training.
+        start: the adapter that the training goes on from; the plan's options follow it
+            (`train.continuation.continued_options`).
     """
 
     base: BaseFiles
     data: DataFile
     folder: Path
     resume: Path | None = None
+    start: Start | None = None
 
 
 def train_adapter(
@@ -102,13 +106,19 @@ def train_adapter(
     bench = _Bench(plan, task, examples, observer)
     carried = _carried(inputs.resume)
     course = _Course(plan, known, needed, examples)
+    if inputs.start is not None:
+        course.start = inputs.start.placed(known.targets, task.whole(model))
     if carried is not None:
         course.before = _scores(task, carried)
-    elif world.first:
+    elif course.start is None and world.first:
         course.before = bench.scores(model, "before", (PREPARING, BEFORE))
     world.wait()
     set_seed(plan.seed)
     trainable = _prepare(course, method, model, task, inputs.resume)
+    if carried is None and course.start is not None:
+        if world.first:
+            course.before = bench.scores(trainable.eval(), "before", (PREPARING, BEFORE))
+        world.wait()
     course.result = _run(course, method, trainable, bench, inputs, world)
     if course.result.stopped:
         raise AttemptCancelled(f"the training was asked to stop after step {course.result.steps}")
@@ -146,6 +156,7 @@ class _Course:
     reload: Reload | None = None
     parameters: int = 0
     own: Mapping[str, Any] = field(default_factory=dict)
+    start: Start | None = None
 
     def report(self, peak_memory: Mapping[str, int | None]) -> TrainReport:
         plan, result = self.plan, self.result
@@ -173,7 +184,8 @@ class _Course:
             own=self.own,
             early_stopping=result.early_stopping,
             devices=result.devices,
-            warnings=plan.options.warnings(self.known),
+            continued_from=None if self.start is None else self.start.to_dict(),
+            warnings=[*plan.options.warnings(self.known), *(() if self.start is None else self.start.warnings)],
         )
 
 
@@ -222,6 +234,7 @@ def _prepare(
         settings=plan.training,
         seed=plan.seed,
         checkpoint=checkpoint,
+        start=course.start,
         task_type=task.peft_type,
         whole=task.whole(model),
     )

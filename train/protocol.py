@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from torch.optim import Optimizer
     from torch.optim.lr_scheduler import LRScheduler
 
+    from train.continuation import Start
     from train.settings import TrainingSettings
 
 Options = TypeVar("Options", bound=TrainOptions)
@@ -34,6 +35,8 @@ class MethodContext:
             or would not give the same values on another machine.
         task_type: PEFT's name of the task, for the adapter's configuration; None where PEFT has none.
         whole: paths of modules that are trained as they are and stored with the adapter, such as a new classifier.
+        start: the adapter that the training goes on from, with its layers placed; of a kind that the method's
+            `capabilities.continues` names. After `prepare` the model computes what that adapter does.
     """
 
     targets: Sequence[str]
@@ -44,6 +47,7 @@ class MethodContext:
     checkpoint: Path | None = None
     task_type: str | None = "CAUSAL_LM"
     whole: Sequence[str] = ()
+    start: Start | None = None
 
 
 class TrainMethod(ABC, Generic[Options]):

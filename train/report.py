@@ -27,6 +27,8 @@ class TrainReport:
         own: what the method itself tells; its "pictures" are shown by GET /jobs/{id}/pictures.
         early_stopping: what was measured on the way and which step was taken (`train.early_stopping`); empty without.
         devices: that the rows of a batch were shared out among.
+        continued_from: the adapter that the training went on from: {adapter, method, compatibility}; its figures before
+            the training are those of that adapter.
         warnings: whole sentences.
     """
 
@@ -46,6 +48,7 @@ class TrainReport:
     own: Mapping[str, Any] = field(default_factory=dict)
     early_stopping: Mapping[str, Any] = field(default_factory=dict)
     devices: int = 1
+    continued_from: Mapping[str, str] | None = None
     warnings: Sequence[str] = ()
 
     def to_dict(self) -> dict[str, Any]:

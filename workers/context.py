@@ -179,15 +179,18 @@ class JobContext:
             log.warning("progress_not_written", job_id=self.spec.job_id, error=error.detail)
         self._last_progress = time.monotonic()
 
-    def adapter(self, adapter_id: str) -> tuple[StoredAdapter, Path]:
+    def adapter(self, adapter_id: str, *, deleted: bool = False) -> tuple[StoredAdapter, Path]:
         """What is known of an adapter, and a directory with its files, whose digests were verified.
+
+        Args:
+            deleted: take it also if it was deleted: the sweep leaves the files of what an unfinished job names.
 
         Raises:
             NotFound: there is no such adapter, or it was deleted since the job was submitted.
             BlobMissing, BlobCorrupt, BlobStoreUnavailable: its files can not be had.
         """
         with self.database.read() as session:
-            row = adapters.get_adapter(session, adapter_id)
+            row = adapters.get_adapter(session, adapter_id, deleted=deleted)
             stored = StoredAdapter(
                 id=row.id,
                 name=row.name,

@@ -51,11 +51,23 @@ def train_local(recipe: Recipe, output: Path, *, device: str, progress: Callable
     assert recipe.dataset_file is not None
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise RequestInvalid(f"{output} is there already and not empty.", hint="Choose another -o, or remove it.")
+    if recipe.request.continue_from is not None and recipe.adapter_folder is None:
+        raise RequestInvalid(
+            f"continue_from names no folder: {recipe.body['continue_from']}. "
+            "A training of files goes on from an adapter in a folder.",
+            hint="`rankwise adapters download` writes one.",
+        )
+    from artifacts.intake import inspect as inspect_adapter
     from train.catalog import find_method, parse_parameters
+    from train.continuation import Start, continued_options
     from train.rows import find_format, inspect
 
     request = recipe.request
     options = parse_parameters(request.method, request.parameters)
+    start = None
+    if recipe.adapter_folder is not None:
+        start = Start(str(recipe.adapter_folder), inspect_adapter(recipe.adapter_folder), recipe.adapter_folder)
+        options = continued_options(find_method(request.method), options, start.manifest)
     data_format = find_format(recipe.dataset_file, recipe.dataset_file.name)
     inspect(recipe.dataset_file, data_format)
     progress(0.0, "load torch")
@@ -83,6 +95,7 @@ def train_local(recipe: Recipe, output: Path, *, device: str, progress: Callable
             base=BaseFiles(recipe.model_folder.name, str(recipe.model_folder)),
             data=DataFile(recipe.dataset_file, data_format),
             folder=Path(scratch),
+            start=start,
         )
         report = train_adapter(plan, find_method(request.method).load(options), inputs, result, watcher).to_dict()
         (result / REPORT_FILE).write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

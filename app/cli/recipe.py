@@ -14,7 +14,8 @@ from app.problems import pointer_of
 from app.schemas.train import TrainRequest
 from artifacts.errors import FieldError, RequestInvalid
 
-_PLACEHOLDER = "dat_" + "0" * 32
+_DATASET = "dat_" + "0" * 32
+_ADAPTER = "adp_" + "0" * 32
 MAX_BYTES = 1024 * 1024
 
 
@@ -26,12 +27,14 @@ class Recipe:
         body: as the service takes it, but for the files.
         model_folder: the base model, if it is a folder of this machine; the training then runs here.
         dataset_file: the dataset, if it is a file of this machine.
+        adapter_folder: the adapter to go on from, if it is a folder of this machine.
     """
 
     body: dict[str, Any]
     request: TrainRequest
     model_folder: Path | None
     dataset_file: Path | None
+    adapter_folder: Path | None = None
 
 
 def read_recipe(path: Path) -> Recipe:
@@ -53,7 +56,10 @@ def read_recipe(path: Path) -> Recipe:
     dataset_file = _existing(path.parent, body.get("dataset"), folder=False)
     checked = dict(body)
     if dataset_file is not None:
-        checked["dataset"] = _PLACEHOLDER
+        checked["dataset"] = _DATASET
+    adapter_folder = _existing(path.parent, body.get("continue_from"), folder=True)
+    if adapter_folder is not None:
+        checked["continue_from"] = _ADAPTER
     try:
         request = TrainRequest.model_validate(checked)
     except ValidationError as error:
@@ -62,12 +68,12 @@ def read_recipe(path: Path) -> Recipe:
             for item in error.errors(include_url=False, include_context=False, include_input=False)
         ]
         raise RequestInvalid(f"{path}: {findings[0].pointer}: {findings[0].message}", errors=findings) from error
-    return Recipe(body, request, model_folder, dataset_file)
+    return Recipe(body, request, model_folder, dataset_file, adapter_folder)
 
 
 def _existing(beside: Path, value: object, *, folder: bool) -> Path | None:
     """The path that a value names, if there is such a folder (or else file)."""
-    if not isinstance(value, str) or value.startswith(("dat_", "mdl_")):
+    if not isinstance(value, str) or value.startswith(("dat_", "mdl_", "adp_")):
         return None
     found = beside / Path(value).expanduser()
     exists = found.is_dir() if folder else found.is_file()

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from app.cli import datasets
+from app.cli import adapters, datasets
 from app.cli.adapters import DownloadFormat, fetch
 from app.cli.client import Client
 from app.cli.jobs import show
@@ -61,6 +61,9 @@ def _train_remotely(client: Client, recipe: Recipe, output: Path | None, wait: b
     if recipe.dataset_file is not None:
         dataset, _ = datasets.upload(client, recipe.dataset_file, {"name": recipe.dataset_file.stem})
         body["dataset"] = dataset["id"]
+    if recipe.adapter_folder is not None:
+        adapter, _ = adapters.upload(client, recipe.adapter_folder, {"name": recipe.adapter_folder.name})
+        body["continue_from"] = adapter["id"]
     job = client.post("/train", body)
     if wait:
         job = require_success(watch(client, job["id"]))

@@ -11,6 +11,7 @@ from app.schemas.common import BaseModelName, Name, RequestModel, Timestamp
 from app.schemas.resources import Resources
 from storage.job_metrics import Point
 from train.catalog import METHODS
+from train.continuation import AdapterId, ContinueFrom
 from train.estimate import Estimate
 from train.settings import EvaluationSettings, TaskName, TaskSettings, TrainingSettings, parse_task
 
@@ -32,10 +33,20 @@ class TrainParams(RequestModel):
     )
     training: TrainingSettings = Field(default_factory=TrainingSettings)
     evaluation: EvaluationSettings = Field(default_factory=EvaluationSettings)
+    continue_from: AdapterId | ContinueFrom | None = Field(
+        None,
+        description="A stored adapter to go on from: its layers, rank and scaling hold, and `parameters` leaves them "
+        "out. `capabilities.continues` of a method tells from which types it can.",
+    )
     seed: Annotated[int, Field(strict=True, ge=0, le=MAX_SEED)] = Field(
         0, description="Of the adapter's first values, the order of the rows and dropout."
     )
     name: Name | None = Field(None, description="Name of the trained adapter.")
+
+    @property
+    def start(self) -> ContinueFrom | None:
+        """The adapter to go on from."""
+        return ContinueFrom.of(self.continue_from)
 
     @property
     def full_task(self) -> TaskSettings:

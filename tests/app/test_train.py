@@ -191,6 +191,72 @@ def test_the_series_and_the_curve_of_a_job(training: Any, fake_pool: Any) -> Non
     assert (missing.status_code, missing.json()["code"]) == (404, "not_found")
 
 
+@pytest.fixture
+def continued(training: Any, adapter_files: Any) -> Any:
+    """(server, body, upload of an adapter with other fields)."""
+    server, body = training
+    modules = tuple(path for path in LAYERS if "embed" not in path)
+
+    def add(**changes: Any) -> str:
+        files = adapter_files(**{"rank": 4, "d_in": 8, "d_out": 8, "modules": modules[:1]} | changes)
+        response = server.upload(files.parts(), {"base_model": changes.get("base_model", body["base_model"])})
+        assert response.status_code == 201, response.text
+        found: str = response.json()["id"]
+        return found
+
+    return server, body | {"parameters": {}}, add
+
+
+def test_a_training_goes_on_from_a_stored_adapter(continued: Any) -> None:
+    server, body, add = continued
+    adapter = add()
+    for wanted in (adapter, {"adapter": adapter, "minimum_compatibility": "weights"}):
+        response = server.client.post("/train", json={**body, "continue_from": wanted})
+        assert response.status_code == 202, response.text
+        assert response.json()["params"]["continue_from"] == (
+            wanted if isinstance(wanted, str) else {"adapter": adapter, "minimum_compatibility": "weights"}
+        )
+    # the adapter has one of the two layers: what is trained follows it
+    found = server.client.post("/train/estimate", json={**body, "continue_from": adapter}).json()
+    assert found["trainable_parameters"] == 4 * (8 + 8)
+
+
+@pytest.mark.parametrize(
+    ("source", "changes", "pointer", "words"),
+    [
+        ({}, {"parameters": {"rank": 2}}, "/parameters/rank", "rank is 2, but the adapter has 4"),
+        ({}, {"parameters": {"target_modules": ["up_proj"]}}, "/continue_from", "adapts no such layer"),
+        ({}, {"method": "pissa"}, "/continue_from", "method pissa always starts anew"),
+        ({}, {"method": "dora"}, "/continue_from", "it is of type lora; method dora goes on from dora"),
+        (
+            {"d_in": 6, "base_model": "acme/tiny"},
+            {},
+            "/continue_from",
+            "made for a weight of 8×6, the layer has 8×8",
+        ),
+        ({"base_model": "acme/other-llm"}, {}, "/continue_from", "made for the base model acme/other-llm"),
+    ],
+)
+def test_an_adapter_that_does_not_fit_is_refused_when_the_training_is_submitted(
+    continued: Any, source: dict[str, Any], changes: dict[str, Any], pointer: str, words: str
+) -> None:
+    server, body, add = continued
+    response = server.client.post("/train", json={**body, **changes, "continue_from": add(**source)})
+    assert response.status_code == 422, response.text
+    findings = [(item["pointer"], item["message"]) for item in response.json()["errors"]]
+    assert any(at == pointer and words in message for at, message in findings), findings
+    assert server.client.get("/jobs").json()["items"] == []
+
+
+def test_an_adapter_that_is_not_there_is_no_start(continued: Any) -> None:
+    server, body, add = continued
+    gone = add()
+    assert server.client.delete(f"/adapters/{gone}").status_code == 204
+    for adapter in (gone, "adp_" + "0" * 32):
+        response = server.client.post("/train", json={**body, "continue_from": adapter})
+        assert (response.status_code, response.json()["errors"][0]["pointer"]) == (422, "/continue_from")
+
+
 def test_the_menu_has_the_training_methods(training: Any) -> None:
     server, _ = training
     listed = {item["name"] for item in server.client.get("/methods").json()["items"] if item["kind"] == "train"}

@@ -50,6 +50,10 @@ def train(server: Any, body: dict[str, Any], seconds: int) -> dict[str, Any]:
     response = server.client.post("/train", json=body)
     job: dict[str, Any] = response.json()
     assert response.status_code == 202, job
+    return ended(server, job, seconds)
+
+
+def ended(server: Any, job: dict[str, Any], seconds: int) -> dict[str, Any]:
     deadline = time.monotonic() + seconds
     while job["finished_at"] is None and time.monotonic() < deadline:
         job = server.client.get(f"/jobs/{job['id']}", headers={"Prefer": "wait=60"}, timeout=90).json()
@@ -101,6 +105,22 @@ def test_a_training_from_upload_to_merge(serve: Any, tmp_path: Path) -> None:
     assert merged["state"] == "succeeded", merged
     shown = server.client.get(f"/adapters/{ids[0]}").json()
     assert (shown["origin"], shown["base_model"], shown["model_id"]) == ("train", "base", inputs["base_model"])
+    go_on(server, {**inputs, "continue_from": ids[1], "training": {**training, "steps": 2}}, series)
+
+
+def go_on(server: Any, body: dict[str, Any], earlier: dict[str, Any]) -> None:
+    """Train on from an adapter that is deleted while its training waits."""
+    source = body["continue_from"]
+    job = server.client.post("/train", json=body).json()
+    assert server.client.delete(f"/adapters/{source}").status_code == 204
+    job = ended(server, job, 200)
+    series = server.client.get(f"/jobs/{job['id']}/metrics").json()["items"]
+    assert series[0]["numbers"]["loss"] < earlier["items"][0]["numbers"]["loss"] / 2
+    report = job["result"]["report"]
+    assert report["continued_from"] == {"adapter": source, "method": "lora", "compatibility": "weights"}
+    assert report["parameters"]["rank"] == 2
+    lineage = server.client.get(f"/adapters/{job['result']['adapters'][0]}/lineage").json()
+    assert [(edge["parent"], edge["recipe"]["method"]) for edge in lineage["edges"]] == [(source, "lora")]
 
 
 @pytest.mark.slow

@@ -50,6 +50,11 @@ def test_files_are_trained_here_and_the_report_lies_beside_the_weights(cli: Any,
     assert written == ["adapter_config.json", "adapter_model.safetensors", "loss_curve.svg", "train_report.json"]
     assert json.loads((tmp_path / "out" / "train_report.json").read_text()) == report
     assert "<polyline" in (tmp_path / "out" / "loss_curve.svg").read_text()
+    source = {"continue_from": str(tmp_path / "out"), "parameters": {}, "training": {"steps": 1}}
+    more = cli("train", write_recipe(folder, **source), "-o", tmp_path / "more", "--json")
+    assert more.code == 0, more.err
+    assert more.json["report"]["continued_from"]["adapter"] == str(tmp_path / "out")
+    assert more.json["report"]["evaluation"]["before"]["loss"] == pytest.approx(report["evaluation"]["after"]["loss"])
     again = cli("train", write_recipe(folder), "-o", tmp_path / "out")
     assert again.code == 1
     assert "is there already and not empty" in again.err
@@ -76,6 +81,7 @@ def test_the_report_is_shown_to_people_and_the_pictures_lie_beside_the_weights(
         ({"training": {"steps": 2, "epochs": 3}}, "give steps or epochs, not both"),
         ({"speed": 3}, "/speed"),
         ({"base_model": None}, "/base_model"),
+        ({"continue_from": "adp_" + "0" * 32}, "goes on from an adapter in a folder"),
     ],
 )
 def test_a_wrong_recipe_leaves_nothing_behind(

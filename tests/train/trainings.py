@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from train.base_files import BaseFiles
 from train.catalog import find_method, parse_parameters
+from train.continuation import Start, continued_options
 from train.data import DataFile
 from train.engine import Inputs, Plan, train_adapter
 from train.report import TrainReport
@@ -67,6 +68,7 @@ class Trainings:
         parameters: Mapping[str, Any] | None = None,
         *,
         resume: Path | None = None,
+        start: Start | None = None,
         task: Mapping[str, Any] | None = None,
         evaluation: Mapping[str, Any] | None = None,
         rows: list[dict[str, Any]] | None = None,
@@ -79,6 +81,8 @@ class Trainings:
         folder = self.folder / f"run-{self.count}"
         folder.mkdir()
         options = parse_parameters(method, parameters or {})
+        if start is not None:
+            options = continued_options(find_method(method), options, start.manifest)
         data = self.data if rows is None else DataFile(write_rows(folder / "rows.jsonl", rows), "jsonl")
         plan = Plan(
             method=method,
@@ -89,7 +93,7 @@ class Trainings:
             seed=seed,
             device="cpu",
         )
-        inputs = Inputs(self.base_files, data, folder, resume)
+        inputs = Inputs(self.base_files, data, folder, resume, start)
         watcher = Watcher(folder, stop_at)
         report = train_adapter(plan, find_method(method).load(options), inputs, folder / "adapter", watcher)
         return report, folder / "adapter", watcher

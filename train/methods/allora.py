@@ -124,6 +124,12 @@ class Allora(OwnMethod[AlloraOptions]):
         options = self.options
         return AlloraLinear(base, options.rank, options.inverse_eta_sq, scale_B=options.placement == "gradient")
 
+    def begin(self, path: str, layer: AdaptedLinear, start: LowRank) -> None:
+        assert isinstance(layer, AlloraLinear)
+        with torch.no_grad():
+            layer.lora_A.copy_(start.A)
+            layer.lora_B.copy_(start.scaling * start.B)
+
     def factors(self, path: str, layer: AdaptedLinear) -> LowRank:
         assert isinstance(layer, AlloraLinear)
         return LowRank(layer.lora_A, layer.lora_B, 1.0)

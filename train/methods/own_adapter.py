@@ -14,9 +14,11 @@ from torch import Tensor, nn
 
 from artifacts.errors import FileBroken
 from train.adapted_layers import AdaptedLinear, LowRank, exchange
+from train.continuation import Start
 from train.methods.peft_adapter import WEIGHTS, write_adapter
 from train.options.common import TrainOptions
 from train.protocol import MethodContext, TrainMethod
+from train.stored_factors import low_rank, whole_tensors
 
 PREFIX = "base_model.model."
 
@@ -48,7 +50,16 @@ class OwnMethod(TrainMethod[Options]):
             self.layers[path] = layer
         for path in context.whole:
             model.get_submodule(path).to(torch.float32).requires_grad_(True)
+        if context.start is not None and context.checkpoint is None:
+            self._go_on(model, context.start)
         return model
+
+    def begin(self, path: str, layer: AdaptedLinear, start: LowRank) -> None:
+        """Let the new layer compute what a stored LoRA does; the same rank and scaling in all layers.
+
+        For methods with "lora" in `capabilities.continues`.
+        """
+        raise TypeError(f"{type(self).__name__} goes on from no adapter, not at {path}")
 
     def save(self, model: nn.Module, directory: Path) -> None:
         save_file(self._tensors(model), directory / WEIGHTS)
@@ -83,6 +94,15 @@ class OwnMethod(TrainMethod[Options]):
             for path in self.context.whole
             for name, value in model.get_submodule(path).named_parameters()
         }
+
+    def _go_on(self, model: nn.Module, start: Start) -> None:
+        for path, factors in low_rank(start).items():
+            self.begin(path, self.layers[path], factors)
+        saved, places = whole_tensors(start), self.whole_tensors(model)
+        if saved.keys() != places.keys():
+            raise FileBroken(f"The adapter to go on from holds other whole modules: {', '.join(sorted(saved)[:5])}.")
+        for name, place in places.items():
+            place.copy_(saved[name])
 
     def _places(self, model: nn.Module) -> dict[str, Tensor]:
         own = {f"{path}.{name}": value for path, layer in self.layers.items() for name, value in layer.own_tensors()}

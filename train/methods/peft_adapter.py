@@ -19,6 +19,7 @@ from artifacts.safetensors_writer import SafetensorsWriter, TensorEntry
 from train.options.common import TrainOptions
 from train.protocol import MethodContext, TrainMethod
 from train.quiet import peft_deprecations_ignored
+from train.stored_factors import peft_tensors
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 ADAPTER = "default"
@@ -37,7 +38,10 @@ class PeftMethod(TrainMethod[Options]):
     def prepare(self, model: nn.Module, context: MethodContext) -> nn.Module:
         config = self.config(context)
         config.base_model_name_or_path = str(getattr(model, "name_or_path", "") or "")
-        return self.wrap(model, config)
+        prepared = self.wrap(model, config)
+        if context.start is not None and context.checkpoint is None:
+            put_adapter_tensors(prepared, peft_tensors(context.start))
+        return prepared
 
     def wrap(self, model: nn.Module, config: PeftConfig, *, empty: bool = False) -> nn.Module:
         """The model with the adapter; `empty` leaves its factors without memory, for what fills them at once."""
@@ -64,7 +68,7 @@ def adapter_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def put_adapter_tensors(model: nn.Module, tensors: dict[str, torch.Tensor]) -> None:
-    """Put tensors of `adapter_tensors` back into the model.
+    """Put tensors of `adapter_tensors`, or of a stored adapter, into the model.
 
     Raises:
         FileBroken: some are missing or have no place.
@@ -73,7 +77,7 @@ def put_adapter_tensors(model: nn.Module, tensors: dict[str, torch.Tensor]) -> N
     expected = adapter_tensors(model).keys()
     if result.unexpected_keys or tensors.keys() != expected:
         lost = sorted(set(result.unexpected_keys) | (tensors.keys() ^ expected))
-        raise FileBroken(f"The checkpoint does not hold the adapter that is trained: {', '.join(lost[:5])}.")
+        raise FileBroken(f"The file does not hold the adapter that is trained: {', '.join(lost[:5])}.")
 
 
 def write_adapter(

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+import math
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, StrictInt, model_validator
 
@@ -11,6 +12,8 @@ from train.options.common import Alpha, Dropout, LowRankOptions, Rank, TrainOpti
 
 class LoraOptions(LowRankOptions):
     """LoRA, arXiv:2106.09685: scaling alpha/r, lora_B starts at 0."""
+
+    layers_may_differ: ClassVar[bool] = True
 
     initialisation: Literal["kaiming", "gaussian"] = Field(
         "kaiming",
@@ -22,9 +25,8 @@ class LoraOptions(LowRankOptions):
 class RsloraOptions(LoraOptions):
     """Rank-stabilised LoRA, arXiv:2312.03732: scaling alpha/√r, so that large ranks learn as fast as small ones."""
 
-    @property
-    def numerator(self) -> float:
-        return self.alpha if self.alpha is not None else 2.0 * float(self.rank) ** 0.5
+    def alpha_of(self, scaling: float, rank: int) -> float:
+        return scaling * math.sqrt(rank)
 
 
 class DoraOptions(LoraOptions):

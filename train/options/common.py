@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StrictInt, StringConstraints
 
@@ -50,6 +50,9 @@ class TrainOptions(BaseModel):
     """What every training method understands."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+
+    layers_may_differ: ClassVar[bool] = False
+    """Whether the method can go on from an adapter whose layers have several ranks or scalings."""
 
     target_modules: Literal["all-linear"] | Annotated[list[ModuleName], Field(min_length=1, max_length=MAX_TARGETS)] = (
         Field(
@@ -100,4 +103,8 @@ class LowRankOptions(TrainOptions):
     @property
     def numerator(self) -> float:
         """The alpha in force."""
-        return self.alpha if self.alpha is not None else 2.0 * self.rank
+        return self.alpha if self.alpha is not None else self.alpha_of(2.0, self.rank)
+
+    def alpha_of(self, scaling: float, rank: int) -> float:
+        """The alpha with which a layer of this rank has this scaling."""
+        return scaling * rank

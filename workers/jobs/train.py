@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -11,14 +12,16 @@ from typing import Any
 import structlog
 
 from artifacts.errors import DatabaseUnavailable, FieldError, RequestInvalid
+from storage.adapters import Parent
 from storage.job_metrics import Point, record_metrics
 from train.base_files import BaseFiles
 from train.catalog import find_method, parse_parameters
+from train.continuation import ContinueFrom, Start, check_base, continued_options
 from train.data import DataFile
 from train.engine import BEFORE, LOOP, Inputs, Plan, train_adapter
 from train.settings import EvaluationSettings, TrainingSettings, parse_task
 from workers.checkpointing import Checkpoints
-from workers.context import JobContext, JobOutcome, NewAdapter
+from workers.context import JobContext, JobOutcome, NewAdapter, StoredModel
 
 LIBRARIES = ("rankwise", "torch", "transformers", "peft", "accelerate")
 NAME_LIMIT = 200
@@ -32,7 +35,7 @@ log = structlog.get_logger(__name__)
 def run(context: JobContext) -> JobOutcome:
     """Train the adapter that the job's parameters describe.
 
-    `params`: {method, base_model, dataset, task, parameters, training, evaluation, seed, name}.
+    `params`: {method, base_model, dataset, task, parameters, training, evaluation, seed, name, continue_from}.
 
     Raises:
         NotFound: the base model or the dataset is not there any more.
@@ -40,8 +43,12 @@ def run(context: JobContext) -> JobOutcome:
         AttemptCancelled, AttemptStale
     """
     plan = plan_of(context)
+    wanted = ContinueFrom.of(context.params.get("continue_from"))
     dataset, path = context.dataset(context.params["dataset"])
     model, source = context.model_source(context.params["base_model"])
+    start = None if wanted is None else fetch_start(context, wanted, model)
+    if start is not None:
+        plan = replace(plan, options=continued_options(find_method(plan.method), plan.options, start.manifest))
     checkpoints = Checkpoints(context)
     resumed = checkpoints.fetch()
     observer = JobObserver(context, checkpoints)
@@ -50,6 +57,7 @@ def run(context: JobContext) -> JobOutcome:
         data=DataFile(path, dataset.format),
         folder=context.scratch,
         resume=None if resumed is None else resumed[0],
+        start=start,
     )
     output = context.scratch / "trained"
     method = find_method(plan.method).load(plan.options)
@@ -67,8 +75,35 @@ def run(context: JobContext) -> JobOutcome:
         description=f"Trained on {dataset.name} with {plan.method}, {report['steps']} steps.",
         base_model=model.name,
         model_id=model.id,
+        parents=() if wanted is None else (Parent(wanted.adapter, recipe_of(plan, context)),),
     )
     return JobOutcome((trained,), report)
+
+
+def fetch_start(context: JobContext, wanted: ContinueFrom, model: StoredModel) -> Start:
+    """The adapter to go on from, with its files; one that was deleted since the job was submitted will do.
+
+    Raises:
+        NotFound: it was gone before that.
+        BaseMismatch: it is known to belong to another base model.
+        BlobMissing, BlobCorrupt, BlobStoreUnavailable: its files can not be had.
+    """
+    stored, directory = context.adapter(wanted.adapter, deleted=True)
+    level, warnings = check_base(stored.id, stored.base, model.ref, wanted.minimum_compatibility)
+    return Start(stored.id, stored.manifest, directory, level, warnings)
+
+
+def recipe_of(plan: Plan, context: JobContext) -> dict[str, Any]:
+    """All that is needed to train from the earlier adapter to this one again."""
+    return {
+        "method": plan.method,
+        "parameters": plan.options.model_dump(mode="json"),
+        "training": plan.training.model_dump(mode="json"),
+        "seed": plan.seed,
+        "dataset": context.params["dataset"],
+        "base_model": context.params["base_model"],
+        "versions": {library: version(library) for library in LIBRARIES},
+    }
 
 
 def plan_of(context: JobContext) -> Plan:

@@ -1,0 +1,247 @@
+"""Training on from a stored adapter: where it starts, what it refuses, and that it resumes to the bit."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from test_methods import digests
+from transformers import AutoTokenizer
+
+from artifacts.base_model import BaseModelRef
+from artifacts.errors import BaseMismatch, RequestInvalid, ShapeMismatch
+from artifacts.intake import inspect
+from train.catalog import METHODS, find_method, parse_parameters
+from train.continuation import Start, check_base, continued_options, place
+from train.engine import linear_layers
+from train.protocol import MethodContext
+from train.quiet import peft_deprecations_ignored
+from train.settings import TrainingSettings
+from train.targets import resolve_targets
+
+PROMPT = "3 plus 4 is "
+PARAMETERS: dict[str, dict[str, Any]] = {"miss": {"rank": 8}, "vera": {"rank": 32}, "rslora": {"rank": 4, "alpha": 3.0}}
+PAIRS = [
+    ("lora", "lora"),
+    ("lora", "rslora"),
+    ("rslora", "lora"),
+    ("rslora", "rslora"),
+    ("lora", "lora-plus"),
+    ("rslora", "lora-fa"),
+    ("eva", "lora"),
+    ("adalora", "rslora"),
+    ("rslora", "allora"),
+    ("pissa", "lora"),
+    ("dora", "dora"),
+    ("vera", "vera"),
+    ("miss", "miss"),
+]
+
+
+@pytest.fixture(scope="module")
+def stored(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """A trained adapter of each method, made once."""
+    from trainings import Trainings
+
+    trainings = Trainings(tmp_path_factory.mktemp("stored"), tiny_base)
+    made: dict[str, Path] = {}
+
+    def adapter(method: str) -> Path:
+        if method not in made:
+            rate = 0.05 if method == "vera" else 0.01
+            parameters = {} if method == "adalora" else PARAMETERS.get(method, {"rank": 4})
+            made[method] = trainings.run(method, parameters, steps=3, learning_rate=rate, batch_size=4)[1]
+        return made[method]
+
+    return adapter
+
+
+def tokenizer_of(trainings: Any) -> Any:
+    return AutoTokenizer.from_pretrained(trainings.base)
+
+
+def logits(model: Any, tokenizer: Any) -> torch.Tensor:
+    with torch.no_grad():
+        found: torch.Tensor = model(**tokenizer(PROMPT, return_tensors="pt")).logits
+    return found
+
+
+def started(trainings: Any, method: str, source: Path, parameters: dict[str, Any] | None = None) -> Any:
+    """The model before the first step."""
+    base = trainings.load_base()
+    manifest = inspect(source)
+    options = continued_options(find_method(method), parse_parameters(method, parameters or {}), manifest)
+    targets = resolve_targets(linear_layers(base), options.target_modules)
+    context = MethodContext(
+        targets=[target.path for target in targets],
+        total_steps=1,
+        batches=lambda: iter(()),
+        settings=TrainingSettings(steps=1),
+        start=Start("source", manifest, source).placed(targets),
+    )
+    return find_method(method).load(options).prepare(base, context).eval()
+
+
+@pytest.mark.parametrize(("source", "method"), PAIRS)
+def test_the_first_step_sees_the_stored_adapter(
+    trainings: Any, stored: Callable[[str], Path], source: str, method: str
+) -> None:
+    adapter = stored(source)
+    model = started(trainings, method, adapter)
+    plain = logits(trainings.load_base(), tokenizer_of(trainings))
+    with peft_deprecations_ignored():
+        stock = PeftModel.from_pretrained(trainings.load_base(), adapter).eval()
+    expected = logits(stock, tokenizer_of(trainings))
+    torch.testing.assert_close(logits(model, tokenizer_of(trainings)), expected, rtol=0, atol=1e-5)
+    assert float((expected - plain).abs().max()) > 1e-3
+
+
+def test_a_method_that_goes_on_from_lora_is_tested_with_one() -> None:
+    tested = {method for _, method in PAIRS}
+    assert tested == {name for name, row in METHODS.items() if row.capabilities.continues}
+
+
+def test_it_is_measured_from_the_stored_adapter_on_and_resumes_to_the_same_bytes(
+    trainings: Any, stored: Callable[[str], Path]
+) -> None:
+    manifest = inspect(stored("lora"))
+    start = Start("adp_source", manifest, stored("lora"), "weights", ["A warning."])
+    settings = {"steps": 5, "batch_size": 4, "start": start}
+    report, adapter, whole = trainings.run("lora", {"dropout": 0.1}, checkpoint_steps=3, **settings)
+    first, _, _ = trainings.run("lora", {"rank": 4}, steps=3, batch_size=4)  # what made the source, and its data
+    assert report.evaluation["before"]["loss"] == pytest.approx(first.evaluation["after"]["loss"], rel=1e-5)
+    assert report.evaluation["after"]["loss"] < report.evaluation["before"]["loss"]
+    assert report.continued_from == {"adapter": "adp_source", "method": "lora", "compatibility": "weights"}
+    assert "A warning." in report.warnings
+    assert inspect(adapter).rank == 4
+    again, resumed, _ = trainings.run("lora", {"dropout": 0.1}, resume=whole.checkpoints[3], **settings)
+    assert again.resumed_at == 3
+    assert digests(resumed) == digests(adapter)
+    assert again.evaluation == report.evaluation
+
+
+def test_ranks_and_scalings_of_every_layer_stay(trainings: Any, stored: Callable[[str], Path]) -> None:
+    source = inspect(stored("eva"))
+    assert len({module.rank for module in source.modules}) > 1
+    start = Start("source", source, stored("eva"))
+    _, adapter, _ = trainings.run("rslora", {}, steps=1, start=start)
+    found = inspect(adapter)
+    assert [(m.path, m.rank) for m in found.modules] == [(m.path, m.rank) for m in source.modules]
+    assert [m.scaling for m in found.modules] == pytest.approx([m.scaling for m in source.modules])
+
+
+def test_a_half_precision_file_without_the_models_first_component_is_found(
+    trainings: Any, stored: Callable[[str], Path], tmp_path: Path
+) -> None:
+    shutil.copytree(stored("lora"), tmp_path / "half")
+    tensors = load_file(stored("lora") / "adapter_model.safetensors")
+    renamed = {key.replace(".model.model.", ".model."): value.half() for key, value in tensors.items()}
+    save_file(renamed, tmp_path / "half" / "adapter_model.safetensors", metadata={"format": "pt"})
+    path = tmp_path / "half" / "adapter_config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps(config | {"target_modules": ["q_proj", "v_proj", "k_proj", "o_proj"]}))
+    leaves = ("gate_proj", "up_proj", "down_proj")
+    kept = {key: value for key, value in renamed.items() if not any(leaf in key for leaf in leaves)}
+    save_file(kept, tmp_path / "half" / "adapter_model.safetensors", metadata={"format": "pt"})
+    model = started(trainings, "lora", tmp_path / "half")
+    layer = model.get_submodule("base_model.model.model.layers.0.self_attn.q_proj")
+    expected = kept["base_model.model.layers.0.self_attn.q_proj.lora_A.weight"]
+    assert torch.equal(layer.lora_A["default"].weight, expected.float())
+
+
+def refused(method: str, source: Path, parameters: dict[str, Any] | None = None) -> Iterator[tuple[str, str]]:
+    with pytest.raises(RequestInvalid) as caught:
+        continued_options(find_method(method), parse_parameters(method, parameters or {}), inspect(source))
+    assert caught.value.detail
+    return ((item.pointer, item.message) for item in caught.value.errors)
+
+
+@pytest.mark.parametrize(
+    ("source", "method", "parameters", "pointer", "words"),
+    [
+        ("lora", "pissa", {}, "/continue_from", "it is of type lora; method pissa always starts anew"),
+        ("lora", "dora", {}, "/continue_from", "method dora goes on from dora"),
+        ("vera", "lora", {}, "/continue_from", "it is of type vera; method lora goes on from lora or rslora"),
+        ("lora", "lora", {"rank": 8}, "/parameters/rank", "rank is 8, but the adapter has 4"),
+        ("lora", "rslora", {"alpha": 8}, "/parameters/alpha", "alpha is 8.0, but the adapter has 4"),
+        ("eva", "allora", {}, "/continue_from", "this method needs the same in all"),
+        ("vera", "vera", {"rank": 8}, "/parameters/rank", "rank is 8, but the adapter has 32"),
+    ],
+)
+def test_what_a_method_can_not_go_on_from_is_refused(
+    stored: Callable[[str], Path], source: str, method: str, parameters: dict[str, Any], pointer: str, words: str
+) -> None:
+    findings = list(refused(method, stored(source), parameters))
+    assert [found for found, _ in findings] == [pointer]
+    assert words in findings[0][1]
+
+
+def test_parameters_that_say_the_same_are_no_contradiction(stored: Callable[[str], Path]) -> None:
+    options = parse_parameters("lora", {"rank": 4, "alpha": 8, "dropout": 0.2})
+    found = continued_options(find_method("lora"), options, inspect(stored("lora")))
+    assert (found.rank, found.numerator, found.dropout) == (4, 8.0, 0.2)  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"bias": "all"}, "bias is set"),
+        ({"init_lora_weights": "pissa"}, "init_lora_weights is 'pissa'"),
+        ({"trainable_token_indices": [1]}, "trainable_token_indices is set"),
+    ],
+)
+def test_what_would_be_lost_is_refused(
+    stored: Callable[[str], Path], tmp_path: Path, changes: dict[str, Any], words: str
+) -> None:
+    source = Path(shutil.copytree(stored("lora"), tmp_path / "source"))
+    config = json.loads((source / "adapter_config.json").read_text())
+    (source / "adapter_config.json").write_text(json.dumps(config | changes))
+    assert any(words in message for _, message in refused("lora", source))
+
+
+def test_another_form_of_miss_and_broken_numbers_are_refused(stored: Callable[[str], Path]) -> None:
+    miss, lora = inspect(stored("miss")), inspect(stored("lora"))
+    bat = replace(miss, config={**miss.config, "init_weights": "bat"})
+    broken = replace(lora, report=replace(lora.report, nonfinite={"x.lora_A.weight": 3}))
+    for method, manifest, words in (("miss", bat, "another form of MiSS"), ("lora", broken, "NaN")):
+        with pytest.raises(RequestInvalid, match=words):
+            continued_options(find_method(method), parse_parameters(method, {}), manifest)
+
+
+def test_layers_of_other_shapes_or_places_are_named(trainings: Any, stored: Callable[[str], Path]) -> None:
+    manifest = inspect(stored("lora"))
+    linear = linear_layers(trainings.load_base())
+    fewer = resolve_targets(linear, ["q_proj", "v_proj"])
+    with pytest.raises(ShapeMismatch, match="adapts no such layer") as caught:
+        place(manifest, fewer)
+    assert len(caught.value.errors) == 10  # of two layers, the five that are not q_proj or v_proj
+    wider = resolve_targets({path: (d_out + 1, d_in) for path, (d_out, d_in) in linear.items()}, "all-linear")
+    with pytest.raises(ShapeMismatch, match="made for a weight of 48×32, the layer has") as caught:
+        place(replace(manifest, modules=tuple(m for m in manifest.modules if "gate_proj" in m.path)), wider)
+    assert {item.pointer for item in caught.value.errors} == {"/continue_from"}
+    with pytest.raises(RequestInvalid, match="Modules trained whole"):
+        place(manifest, resolve_targets(linear, "all-linear"), ["score"])
+
+
+def test_the_base_model_is_compared_as_in_a_merge() -> None:
+    base = BaseModelRef("acme/one", "hub", "acme/one", revision="a" * 40)
+    assert check_base("adp", base, base, "revision") == ("revision", [])
+    level, warnings = check_base("adp", None, base, None)
+    assert level == "shape"
+    assert "Nothing but names and shapes" in warnings[0]
+    other = BaseModelRef.named("acme/two")
+    with pytest.raises(BaseMismatch, match="belongs to another base model"):
+        check_base("adp", other, base, None)
+    with pytest.raises(BaseMismatch, match="minimum_compatibility asks for 'weights'"):
+        check_base("adp", base, base, "weights")
+    level, warnings = check_base("adp", other, base, "shape")
+    assert level == "shape"
+    assert "was made for another base model" in warnings[0]
