@@ -213,3 +213,30 @@ def test_the_same_idempotency_key_at_once_makes_one_job(server: Any, two_adapter
     assert len({answer.json()["id"] for answer in answers}) == 1
     assert server.rows()["jobs"] == 1
     assert server.rows()["job_events"] == 1
+
+
+def blocks_of(files: Any, make_safetensors: Any, name: str) -> list[Any]:
+    """The same modules as an adapter of MiSS, or of BONE as it was called."""
+    key = "base_model.model.{}." + name.lower() + "_block"
+    shape = [files.rank, files.d_out]
+    tensors = {key.format(path): ("F32", shape, files.numbers(files.rank * files.d_out, 5)) for path in files.modules}
+    files.config.update({"peft_type": name, "init_weights": True})
+    return [("file", ("adapter_model.safetensors", make_safetensors(tensors))), files.parts()[1]]
+
+
+def test_an_old_bone_adapter_goes_into_a_merge_beside_one_that_tells_the_sides(
+    server: Any, adapter_files: Any, make_safetensors: Any
+) -> None:
+    bone = server.upload(blocks_of(adapter_files(seed=3), make_safetensors, "BONE"))
+    assert bone.status_code == 201, bone.text
+    body = bone.json()
+    assert (body["method"], body["mergeable"]) == ("miss", True)
+    assert any("renamed" in warning for warning in body["report"]["warnings"])
+    again = server.upload(blocks_of(adapter_files(seed=3), make_safetensors, "MISS"))
+    assert (again.status_code, again.json()["id"]) == (200, body["id"])
+    alone = server.client.post("/merge", json=merge([body["id"]], method="cat", parameters={}))
+    assert (alone.status_code, alone.json()["code"]) == (422, "merge_refused"), alone.text
+    assert "do not tell the sides" in alone.json()["detail"]
+    lora = server.upload(adapter_files(seed=1).parts()).json()
+    response = server.client.post("/merge", json=merge([body["id"], lora["id"]]))
+    assert response.status_code == 202, response.text
