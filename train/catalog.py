@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any
 
 from pydantic import ValidationError
 
 from artifacts.errors import FieldError, RequestInvalid
+from train import three_factor_rows
+from train.menu_row import PLAIN, Capabilities, Form, Method
 from train.options.allora import AlloraOptions
 from train.options.baselines import (
     AdaloraOptions,
@@ -28,74 +28,6 @@ from train.options.bone import BoneOptions
 from train.options.common import TrainOptions
 from train.options.dylora import DyloraOptions
 from train.options.increlora import IncreloraOptions
-
-if TYPE_CHECKING:
-    from train.protocol import TrainMethod
-
-Task = Literal["causal-lm"]
-Export = Literal["lora", "dora", "vera", "miss", "bat_row"]
-PLAIN = ("lora", "rslora")
-"""The types of adapters whose ΔW is scaling·B·A."""
-
-
-@dataclass(frozen=True, slots=True)
-class Form:
-    """What comes out of a training.
-
-    Attributes:
-        exports: what the adapter is: "lora" is a plain LoRA, bat_row is a type of Rankwise's own, any other is PEFT's
-            type of that name.
-        mergeable: the adapter can go into `POST /merge`.
-    """
-
-    exports: Export
-    mergeable: bool
-
-
-@dataclass(frozen=True, slots=True)
-class Capabilities(Form):
-    """What a method gives.
-
-    Attributes:
-        exports, mergeable: with the parameters' defaults.
-        tasks: what it can be trained on.
-        variants: what comes out instead with that value of the parameter `variant`.
-        continues: the types of stored adapters that it can go on from (`continue_from`).
-    """
-
-    tasks: tuple[Task, ...] = ("causal-lm",)
-    variants: Mapping[str, Form] = field(default_factory=dict)
-    continues: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True, slots=True)
-class Method:
-    """One row of the menu. `implementation` is imported in a worker only.
-
-    Attributes:
-        when: when to take it rather than another, whole sentences.
-        cost: parameters, time and memory beside LoRA of the same rank.
-        output: what comes out, and what loads it.
-    """
-
-    name: str
-    title: str
-    summary: str
-    when: str
-    cost: str
-    output: str
-    options: type[TrainOptions]
-    implementation: str
-    arxiv: str | None
-    reference_url: str
-    capabilities: Capabilities
-
-    def load(self, options: TrainOptions) -> TrainMethod[Any]:
-        """Import the implementation (torch) and make one for these options."""
-        module, _, name = self.implementation.partition(":")
-        made: TrainMethod[Any] = getattr(importlib.import_module(module), name)(options)
-        return made
-
 
 _ROWS = (
     Method(
@@ -323,6 +255,7 @@ _ROWS = (
         reference_url="https://arxiv.org/abs/2210.07558",
         capabilities=Capabilities(exports="lora", mergeable=True),
     ),
+    *three_factor_rows.ROWS,
 )
 
 METHODS: Mapping[str, Method] = {row.name: row for row in _ROWS}

@@ -14,7 +14,7 @@ from artifacts.base_model import BaseModelRef, Level, compare
 from artifacts.errors import BaseMismatch, FieldError, RequestInvalid, ShapeMismatch
 from artifacts.manifest import AdapterManifest, LoraModule
 from artifacts.peft_config import parse_config
-from train.catalog import Method
+from train.menu_row import Method
 from train.options.common import MAX_TARGETS, LowRankOptions, Target, TrainOptions
 
 AdapterId = Annotated[str, StringConstraints(pattern=r"^adp_[0-9a-f]{32}$")]

@@ -15,7 +15,7 @@ from artifacts.errors import NotFound
 from merge.catalog import METHODS as MERGE_METHODS
 from merge.catalog import MergeMethod
 from train.catalog import METHODS as TRAIN_METHODS
-from train.catalog import Method as TrainMethod
+from train.menu_row import Method as TrainMethod
 
 router = APIRouter(tags=["methods"])
 
