@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -23,13 +23,14 @@ from train.evaluation import Scores, compare
 from train.feasibility import check_feasible
 from train.loop import LoopInputs, LoopResult, Observer, run_loop, total_steps
 from train.options.common import Circumstances, TrainOptions
-from train.protocol import MethodContext, TrainMethod
+from train.protocol import MethodContext, TrainMethod, loss_of_model
 from train.reload import Reload, check_reload
 from train.report import MemoryMeter, TrainReport, free_memory
 from train.settings import EvaluationSettings, TaskSettings, TrainingSettings
 from train.targets import check_method, resolve_targets
 from train.tasks.catalog import make_task
 from train.tasks.protocol import Task, TaskContext
+from train.tasks.rows import IGNORED
 from train.world import World
 
 PREPARING, BEFORE, LOOP, RELOADED, AFTER = 0.02, 0.08, 0.85, 0.9, 1.0
@@ -237,8 +238,23 @@ def _prepare(
         start=course.start,
         task_type=task.peft_type,
         whole=task.whole(model),
+        loss=_batch_loss(task),
     )
     return method.prepare(model, context)
+
+
+def _batch_loss(task: Task[Any]) -> Callable[[nn.Module, Mapping[str, Tensor]], Tensor]:
+    """The task's mean loss of one batch, as the loop has it."""
+    own = task.loss()
+    if own is None:
+        return loss_of_model
+
+    def loss(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
+        labels = batch["labels"]
+        outputs = model(**{name: value for name, value in batch.items() if name != "labels"})
+        return own(outputs, labels, (labels != IGNORED).sum().clamp(min=1))
+
+    return loss
 
 
 def _run(

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from artifacts.errors import FieldError, RequestInvalid, TrainingDiverged
+from train.protocol import loss_of_model
 
 SUM_BYTES = 4
 LEAST_ROWS = 16
@@ -19,6 +20,7 @@ _SHARE = 1000  # one row in so many, as the authors of LoRA-SB take
 _SCALES = {torch.float16: (2.0**16, 2.0**10, 2.0**4, 1.0)}
 
 Row = Mapping[str, Tensor]
+Loss = Callable[[nn.Module, Row], Tensor]
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +72,7 @@ def full_gradients(
     *,
     memory_bytes: int,
     seed: int,
+    loss: Loss = loss_of_model,
     checkpointing: bool = False,
 ) -> Iterator[FullGradient]:
     """The gradient of every weight, one after another, in as many passes over the rows as the memory makes necessary.
@@ -78,10 +81,10 @@ def full_gradients(
     is given out, its modes, what is trainable in it and torch's random numbers are as before, and so are all weights.
 
     Args:
-        model: `model(**row).loss` is the loss.
         paths: of linear layers.
         memory_bytes: bound on the sums that are kept at once; a single larger weight has a pass of its own.
         seed: of the model's own dropout, the same in every pass.
+        loss: of the model on a row.
         checkpointing: recompute activations instead of keeping them, where the model can.
 
     Raises:
@@ -89,7 +92,7 @@ def full_gradients(
         TrainingDiverged: the loss or a gradient is NaN or infinite.
     """
     for group in grouped(shared_weights(model, paths), memory_bytes):
-        sums = _sums(model, group, rows, seed, checkpointing)
+        sums = _sums(model, group, rows, seed, loss, checkpointing)
         for _, sharing in group:
             total = sums.pop(0)
             turned = not isinstance(model.get_submodule(sharing[0]), nn.Linear)
@@ -135,13 +138,14 @@ def _sums(
     group: Sequence[tuple[nn.Parameter, tuple[str, ...]]],
     rows: Sequence[Row],
     seed: int,
+    loss: Loss,
     checkpointing: bool,
 ) -> list[Tensor]:
     weights = [weight for weight, _ in group]
     scales = _SCALES.get(weights[0].dtype, (1.0,))
     for scale in scales:
         with _estimating(model, weights, seed, checkpointing):
-            sums = _accumulate(model, weights, rows, scale)
+            sums = _accumulate(model, weights, rows, loss, scale)
         if all(total is None or bool(total.isfinite().all()) for total in sums):
             break
     else:
@@ -159,7 +163,7 @@ def _sums(
 
 
 def _accumulate(
-    model: nn.Module, weights: Sequence[nn.Parameter], rows: Sequence[Row], scale: float
+    model: nn.Module, weights: Sequence[nn.Parameter], rows: Sequence[Row], loss: Loss, scale: float
 ) -> list[Tensor | None]:
     """The sums over all rows; None for a weight that got no gradient."""
     sums: list[Tensor | None] = [None] * len(weights)
@@ -181,15 +185,24 @@ def _accumulate(
     ]
     try:
         for row in rows:
-            loss: Tensor = model(**row).loss
-            if not bool(loss.isfinite()):
-                raise TrainingDiverged(f"The loss before the first step is {float(loss.detach())}.")
-            if loss.requires_grad:  # it does not where none of the weights is used
-                (loss * scale).backward()  # type: ignore[no-untyped-call]
+            value = loss(model, row)
+            if not bool(value.isfinite()):
+                raise TrainingDiverged(f"The loss before the first step is {float(value.detach())}.")
+            if value.requires_grad:  # it does not where none of the weights is used
+                (value * scale).backward()  # type: ignore[no-untyped-call]
     finally:
         for handle in handles:
             handle.remove()
     return sums
+
+
+@contextmanager
+def random_apart(model: nn.Module, seed: int) -> Iterator[None]:
+    """Torch's random numbers start at `seed` and are put back afterwards, on the CPU and on the model's device."""
+    device = next(model.parameters()).device
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        yield
 
 
 @contextmanager
@@ -198,7 +211,6 @@ def _estimating(model: nn.Module, weights: Sequence[nn.Parameter], seed: int, ch
     trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     modes = [(module, module.training) for module in model.modules()]
     enable = getattr(model, "activation_checkpointing_enable", None) if checkpointing else None
-    devices = [weights[0].device] if weights[0].is_cuda else []
     try:
         model.requires_grad_(False)
         for weight in weights:
@@ -206,8 +218,7 @@ def _estimating(model: nn.Module, weights: Sequence[nn.Parameter], seed: int, ch
         model.train()
         if enable is not None:
             enable(activation_checkpointing_kwargs={"use_reentrant": False})
-        with torch.random.fork_rng(devices=devices), torch.enable_grad():
-            torch.manual_seed(seed)
+        with random_apart(model, seed), torch.enable_grad():
             yield
     finally:
         if enable is not None:

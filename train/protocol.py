@@ -21,6 +21,12 @@ if TYPE_CHECKING:
 Options = TypeVar("Options", bound=TrainOptions)
 
 
+def loss_of_model(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
+    """What the model itself makes of the labels."""
+    loss: Tensor = model(**batch).loss
+    return loss
+
+
 @dataclass(frozen=True, slots=True)
 class MethodContext:
     """What a method may look at when it prepares the model.
@@ -37,6 +43,7 @@ class MethodContext:
         whole: paths of modules that are trained as they are and stored with the adapter, such as a new classifier.
         start: the adapter that the training goes on from, with its layers placed; of a kind that the method's
             `capabilities.continues` names. After `prepare` the model computes what that adapter does.
+        loss: the task's mean loss of a model on a batch.
     """
 
     targets: Sequence[str]
@@ -48,6 +55,7 @@ class MethodContext:
     task_type: str | None = "CAUSAL_LM"
     whole: Sequence[str] = ()
     start: Start | None = None
+    loss: Callable[[nn.Module, Mapping[str, Tensor]], Tensor] = loss_of_model
 
 
 class TrainMethod(ABC, Generic[Options]):

@@ -80,8 +80,13 @@ def test_the_model_and_the_random_numbers_are_as_before() -> None:
 
 def test_preparing_draws_from_no_one_elses_generator() -> None:
     random = torch.get_rng_state()
+
+    def drawing() -> Iterator[Mapping[str, Tensor]]:
+        for batch in in_batches(ROWS)():
+            yield {**batch, "inputs": batch["inputs"] + torch.randn(len(batch["inputs"]), 10)}
+
     for name in ("lora-sb", "lora-xs", "slora", "nlora", "inttune"):
-        prepare(name, {"rank": 4}, Net(dropout=0.3), in_batches(ROWS))
+        prepare(name, {"rank": 4}, Net(dropout=0.3), drawing)
         assert torch.equal(torch.get_rng_state(), random), name
 
 
@@ -92,6 +97,15 @@ def test_the_same_seed_gives_the_same_start_and_another_one_other_rows() -> None
     ]
     assert torch.equal(starts[0].B, starts[1].B)
     assert not torch.equal(starts[0].B, starts[2].B)
+
+
+def test_the_loss_is_the_tasks() -> None:
+    def tripled(model: nn.Module, row: Mapping[str, Tensor]) -> Tensor:
+        loss: Tensor = 3 * model(**row).loss
+        return loss
+
+    for plain, found in zip(estimate(Net()), estimate(Net(), loss=tripled), strict=True):
+        torch.testing.assert_close(found.total, 3 * plain.total)
 
 
 def test_a_layer_that_the_loss_does_not_use_is_named() -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from train.full_gradients import full_gradients, grouped, pick_rows, shared_weights
+from train.full_gradients import full_gradients, grouped, pick_rows, random_apart, shared_weights
 from train.methods.three_factor import ThreeFactorMethod, ThreeFactors
 from train.options.three_factor import LoraSbOptions
 from train.protocol import MethodContext
@@ -38,7 +38,8 @@ class LoraSb(ThreeFactorMethod[LoraSbOptions]):
         """Fill `_first`, and say how it was found."""
         options, settings = self.options, context.settings
         eta = options.eta or settings.learning_rate / max(1, settings.warmup_steps)
-        rows = pick_rows(context.batches, options.samples, context.seed)
+        with random_apart(model, context.seed):  # a task may draw when it makes a batch
+            rows = pick_rows(context.batches, options.samples, context.seed)
         memory = options.gradient_memory * MIB
         paths = sorted(context.targets)
         generator = torch.Generator().manual_seed(context.seed)
@@ -49,6 +50,7 @@ class LoraSb(ThreeFactorMethod[LoraSbOptions]):
             rows,
             memory_bytes=memory,
             seed=context.seed,
+            loss=context.loss,
             checkpointing=settings.gradient_checkpointing,
         )
         for gradient in found:
