@@ -14,6 +14,8 @@ from train.catalog import METHODS, parse_parameters
 from train.full_gradients import full_gradients
 from train.methods.lora_sb import best_factors, first_update
 from train.methods.three_factor import MIDDLE, ThreeFactorLinear, ThreeFactors
+from train.options.three_factor import LoraSbOptions
+from train.settings import TrainingSettings
 from train.truncated_svd import truncated_svd
 
 DOUBLE, SINGLE = 1e-12, 1e-5
@@ -51,7 +53,7 @@ def net() -> Net:
 def prepared(net: Net) -> tuple[Any, Net]:
     """LoRA-SB of rank 4 on all rows, eta 0.01."""
     model = Net()
-    return prepare("lora-sb", {"rank": 4, "samples": 24}, model, in_batches(ROWS)), model
+    return prepare("lora-sb", {"rank": 4, "samples": 24, "eta": 0.01}, model, in_batches(ROWS)), model
 
 
 def test_the_estimate_is_the_sum_of_the_gradients_of_the_rows(net: Net) -> None:
@@ -256,6 +258,18 @@ def test_the_step_of_adamw_has_one_length_and_no_scale() -> None:
     torch.testing.assert_close(first.B @ first.R @ first.A, again.B @ again.R @ again.A, atol=DOUBLE, rtol=0)
     raw = [best_factors(first_update(k * g, 0.01, 5, raw=True), 4, generator())[0] for k in (1, 37.5)]
     assert float(raw[1].R.norm()) == pytest.approx(37.5 * float(raw[0].R.norm()))
+
+
+def test_the_length_of_the_step_is_that_of_the_first_warm_up_step_within_reason() -> None:
+    def length(parameters: dict[str, Any], **training: Any) -> float:
+        options = parse_parameters("lora-sb", parameters)
+        assert isinstance(options, LoraSbOptions)
+        return options.step_length(TrainingSettings(**training))
+
+    assert length({}, learning_rate=1e-4, warmup_steps=31) == pytest.approx(1e-4 / 31)
+    assert length({}, learning_rate=1e-3) == 1e-5
+    assert length({"update": "raw"}, learning_rate=1e-3) == 1e-3
+    assert length({"eta": 0.02}, learning_rate=1e-3, warmup_steps=10) == 0.02
 
 
 def test_lora_xs_keeps_the_singular_vectors_of_the_weight(net: Net) -> None:

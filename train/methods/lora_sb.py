@@ -37,7 +37,7 @@ class LoraSb(ThreeFactorMethod[LoraSbOptions]):
     def _estimate(self, model: nn.Module, context: MethodContext) -> dict[str, Any]:
         """Fill `_first`, and say how it was found."""
         options, settings = self.options, context.settings
-        eta = options.eta or settings.learning_rate / max(1, settings.warmup_steps)
+        eta = options.step_length(settings)
         with random_apart(model, context.seed):  # a task may draw when it makes a batch
             rows = pick_rows(context.batches, options.samples, context.seed)
         memory = options.gradient_memory * MIB

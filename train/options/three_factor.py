@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field, StrictBool, StrictInt, ValidationInfo, field_validator, model_validator
 
@@ -10,7 +10,11 @@ from artifacts.errors import FieldError
 from train.options.common import Alpha, Circumstances, Dropout, Rank, TrainOptions
 from train.targets import NOT_ADAPTED
 
+if TYPE_CHECKING:
+    from train.settings import TrainingSettings
+
 FEW_SAMPLES = 16
+MOST_ETA = 1e-5  # of full fine-tuning; the rates at which R alone is trained would destroy the model in one such step
 NOTICEABLE_RANK = 64
 TYPICAL_DEVIATION = 0.02  # of the weights of a language model, for a figure that can be told before any is loaded
 _HEADS = frozenset({"lm_head", "embed_out"})
@@ -67,7 +71,8 @@ class LoraSbOptions(ThreeFactorOptions):
     )
     eta: Annotated[float, Field(gt=0, le=10, allow_inf_nan=False)] | None = Field(
         None,
-        description="Length of the estimated step; unset, training.learning_rate over the warm-up steps (at least 1).",
+        description="Length of the estimated step; unset, training.learning_rate over the warm-up steps (at least 1), "
+        f"and with sign at most {MOST_ETA:g}: the model is changed by it before training begins.",
     )
     gradient_memory: MemoryMib = Field(
         4096,
@@ -82,6 +87,13 @@ class LoraSbOptions(ThreeFactorOptions):
         if alpha is not None and rank is not None and alpha != rank:
             raise ValueError(f"the scaling of LoRA-SB is 1, so alpha can only be the rank, {rank}")
         return alpha
+
+    def step_length(self, training: TrainingSettings) -> float:
+        """The eta in force: that of the first warm-up step."""
+        if self.eta is not None:
+            return self.eta
+        first = training.learning_rate / max(1, training.warmup_steps)
+        return min(first, MOST_ETA) if self.update == "sign" else first
 
     def warnings(self, known: Circumstances) -> list[str]:
         found = super().warnings(known)
