@@ -66,6 +66,17 @@ def test_every_combination_gives_the_training_of_the_plain_large_batch(
             assert found[0] == plain[0], "activations that are computed twice are the same ones"
 
 
+def test_a_term_of_the_method_counts_once_in_a_step_however_many_forward_passes_it_has(trainings: Any) -> None:
+    """AdaLoRA's orthogonality: with PEFT left to itself the loss of the first step would be larger by 3 times it."""
+    losses = []
+    for parts in (1, 4):
+        parameters = {"initial_rank": 4, "target_rank": 2}
+        sizes = {"batch_size": 16 // parts, "gradient_accumulation": parts}
+        _, _, watcher = trainings.run("adalora", parameters, steps=1, evaluation={"validation_fraction": 0}, **sizes)
+        losses.append(watcher.points[1]["loss"])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
 def test_bfloat16_follows_float32(trained: Callable[..., Found]) -> None:
     settings = {"batch_size": 4, "gradient_accumulation": 2, "gradient_checkpointing": True}
     exact, rounded = (trained(precision=precision, **settings) for precision in ("float32", "bfloat16"))

@@ -37,13 +37,24 @@ class Adalora(PeftMethod[AdaloraOptions]):
             tinit=first,
             tfinal=last,
             deltaT=options.interval,
-            orth_reg_weight=options.orthogonality,
+            orth_reg_weight=0.0,  # PEFT adds it once for each forward pass and rank; `extra_loss` once for each step
             total_step=total,
         )
 
     def prepare(self, model: nn.Module, context: MethodContext) -> nn.Module:
         self._prepared = super().prepare(model, context)
         return self._prepared
+
+    def extra_loss(self, model: nn.Module) -> Tensor | None:
+        """The mean over all A and B of ‖A Aᵀ − I‖ and ‖Bᵀ B − I‖ (eq. 4 without squares, as PEFT has it), weighted."""
+        if not self.options.orthogonality:
+            return None
+        distances = []
+        for name, factor in _factors(model):
+            if ".lora_E" not in name:
+                gram = factor @ factor.T if ".lora_A" in name else factor.T @ factor
+                distances.append(torch.linalg.norm(gram - torch.eye(len(gram), device=gram.device)))
+        return self.options.orthogonality * torch.stack(distances).mean()
 
     def after_update(self, model: nn.Module, step: int) -> None:
         model.base_model.update_and_allocate(step)  # type: ignore[union-attr,operator]

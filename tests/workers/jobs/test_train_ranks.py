@@ -25,6 +25,13 @@ SECONDS = 150.0
 FEW = TRAINING | {"steps": 9, "gradient_accumulation": 2, "learning_rate": 1e-3}
 
 
+def ranks_of(supervisor: Any, job_id: str) -> tuple[int, int]:
+    """The processes of the two ranks: the worker, and what it forked."""
+    (leader,) = {slot["pid"] for slot in supervisor.status() if slot["job_id"] == job_id}
+    (other,) = psutil.Process(leader).children()
+    return leader, other.pid
+
+
 @pytest.mark.parametrize(
     "method", ["lora", *(pytest.param(name, marks=pytest.mark.slow) for name in METHODS if name != "lora")]
 )
@@ -67,12 +74,11 @@ def test_a_killed_rank_has_the_training_go_on_from_its_checkpoint_to_the_same_by
     pool, dataset_id = train_pool, add_dataset()
     changes = {"parameters": {"rank": 4, "dropout": 0.1}, "method": "lora"}
     training = TRAINING | {"steps": 30, "checkpoint_steps": 4}
-    start(pool, tiny_base, devices=TWO)
+    supervisor = start(pool, tiny_base, devices=TWO)
     killed = pool.submit("train", {"devices": 2}, **params_of(base_id, dataset_id, training=training, **changes))
     row = wait_until(lambda: checkpoint_of(pool, killed), "the first checkpoint", SECONDS)
-    leader = pool.attempts(killed)[0].pid
-    (other,) = psutil.Process(leader).children()
-    os.kill(other.pid, signal.SIGKILL)
+    _, other = ranks_of(supervisor, killed)
+    os.kill(other, signal.SIGKILL)
     whole = pool.submit("train", {"devices": 2}, **params_of(base_id, dataset_id, training=training, **changes))
     job, uninterrupted = pool.ended(killed, SECONDS), pool.ended(whole, SECONDS)
     assert job.error is None
@@ -91,9 +97,7 @@ def test_a_stop_ends_all_ranks_after_the_same_step_with_a_checkpoint(
     job_id = pool.submit("train", {"devices": 2}, **params_of(base_id, add_dataset(), training=endless))
     supervisor = start(pool, tiny_base, devices=TWO)
     wait_until(lambda: pool.job(job_id).step, "the first steps", SECONDS)
-    leader = pool.attempts(job_id)[0].pid
-    pids = [leader, *(child.pid for child in psutil.Process(leader).children())]
-    assert len(pids) == 2
+    pids = ranks_of(supervisor, job_id)
     supervisor.stop()  # as a server does that is stopped: the attempt has time for a checkpoint
     stopped_at = checkpoint_of(pool, job_id)
     assert stopped_at is not None
