@@ -25,6 +25,11 @@ DECLARED_TYPES: Mapping[str, DeclaredType] = MappingProxyType(
         "RANKWISE_BAT_ROW": DeclaredType(
             "bat_row", "whose ΔW has full rank and depends on the base weights; train.declared.load puts it on its base"
         ),
+        "RANKWISE_LOFTQ": DeclaredType(
+            "loftq",
+            "whose factors are for a quantised base and not for the original; train.declared.load quantises it again "
+            "and puts them on it",
+        ),
     }
 )
 """`peft_type` → type. `train.declared` has what loads each."""

@@ -65,6 +65,13 @@ class AdaptedLinear(nn.Module, ABC):
         eye = torch.eye(self.d_in, dtype=torch.float32, device=self.weight.device)
         return self.adapter(eye).T
 
+    def base_norm(self) -> float:
+        """‖W‖_F, by which a stored adapter knows its base again."""
+        return float(self.weight.detach().double().norm())
+
+    def filled(self) -> None:
+        """Called when a loader has put stored tensors into the layer."""
+
     def own_tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Name and tensor of all that is the adapter's, sorted by name."""
         own = [*self.named_parameters(), *self.named_buffers()]

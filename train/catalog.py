@@ -28,6 +28,7 @@ from train.options.bone import BoneOptions
 from train.options.common import TrainOptions
 from train.options.dylora import DyloraOptions
 from train.options.increlora import IncreloraOptions
+from train.options.loftq import LoftqOptions
 
 _ROWS = (
     Method(
@@ -98,6 +99,22 @@ _ROWS = (
         arxiv="2406.01775",
         reference_url="https://arxiv.org/abs/2406.01775",
         capabilities=Capabilities(exports="lora", mergeable=True),
+    ),
+    Method(
+        name="loftq",
+        title="LoftQ",
+        summary="Trains beside quantised weights, and starts at the best low-rank part of what quantising loses.",
+        when="When the model shall run quantised: the adapter learns on the weights that it will meet there.",
+        cost="As LoRA, and an SVD of every weight in each round before the first step. The quantised weights are kept "
+        "in the precision of the training, so it takes no less memory than LoRA.",
+        output="An adapter of Rankwise's own type with the recipe of its quantised base, loaded by train.declared, "
+        "which can also fold it into a dense model. On the original weights it is another model, so it can not be "
+        "merged.",
+        options=LoftqOptions,
+        implementation="train.methods.loftq:Loftq",
+        arxiv="2310.08659",
+        reference_url="https://arxiv.org/abs/2310.08659",
+        capabilities=Capabilities(exports="loftq", mergeable=False),
     ),
     Method(
         name="eva",

@@ -20,7 +20,10 @@ from artifacts.errors import BaseMismatch, FieldError, FileBroken, FormatUnknown
 from artifacts.layout import CONFIG_NAME, WEIGHTS_NAME, read_json
 from train.adapted_layers import AdaptedLinear, exchange
 
-LAYERS: Mapping[str, str] = {"RANKWISE_BAT_ROW": "train.bat_row:BatRowLinear"}
+LAYERS: Mapping[str, str] = {
+    "RANKWISE_BAT_ROW": "train.bat_row:BatRowLinear",
+    "RANKWISE_LOFTQ": "train.loftq_layer:LoftqLinear",
+}
 """`peft_type` → the class of its layers, as "module:class", with a classmethod `declared(base, configuration)`."""
 
 LOADER = "train.declared.load"
@@ -56,7 +59,7 @@ def write(
         "loader": LOADER,
         "inference_mode": True,
         "target_modules": sorted(layers),
-        "base_weight_norms": {path: _norm(layer.weight) for path, layer in sorted(layers.items())},
+        "base_weight_norms": {path: layer.base_norm() for path, layer in sorted(layers.items())},
     }
     (directory / CONFIG_NAME).write_text(json.dumps(document, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
@@ -89,6 +92,7 @@ def load(model: nn.Module, directory: Path) -> nn.Module:
         places |= {f"{path}.{name}": value for name, value in layers[path].own_tensors()}
     _fill(places, load_file(directory / WEIGHTS_NAME))
     for path, layer in layers.items():
+        layer.filled()
         exchange(model, path, layer)
     return model
 

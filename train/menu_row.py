@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from train.protocol import TrainMethod
 
 Task = Literal["causal-lm"]
-Export = Literal["lora", "dora", "vera", "miss", "bat_row"]
+Export = Literal["lora", "dora", "vera", "miss", "bat_row", "loftq"]
 PLAIN = ("lora", "rslora")
 """The types of adapters whose ΔW is scaling·B·A."""
 

@@ -26,6 +26,7 @@ PARAMETERS: dict[str, dict[str, Any]] = {
     "inttune": {"rank": 12, "dropout": 0.1},
     "lora-sb": {"rank": 12, "dropout": 0.1, "samples": 16},
     "lora-xs": {"rank": 12, "dropout": 0.1},
+    "loftq": {"rank": 4, "bits": 4, "iterations": 2},
     "miss": {"rank": 8, "dropout": 0.1},
     "nlora": {"rank": 4, "dropout": 0.1, "residual": True},
     "vera": {"rank": 32, "dropout": 0.1},
