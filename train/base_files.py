@@ -25,8 +25,14 @@ class BaseFiles:
     location: str
     revision: str | None = None
 
-    def load(self, auto_class: Any, kind: str, *, dtype: str, device: str, **options: Any) -> PreTrainedModel:
-        """The model as one of transformers' automatic classes makes it, for evaluation, with no gradients.
+    def load(self, auto_class: Any, kind: str, *, dtype: str, device: str) -> PreTrainedModel:
+        """The model as one of transformers' automatic classes makes it; see `load_with_info`."""
+        return self.load_with_info(auto_class, kind, dtype=dtype, device=device)[0]
+
+    def load_with_info(
+        self, auto_class: Any, kind: str, *, dtype: str, device: str, **options: Any
+    ) -> tuple[PreTrainedModel, dict[str, Any]]:
+        """The model for evaluation, with no gradients, and what transformers tells of the loading.
 
         No pickle is read.
 
@@ -38,13 +44,14 @@ class BaseFiles:
             RequestInvalid: it can not be loaded.
         """
         try:
-            model: PreTrainedModel = auto_class.from_pretrained(
+            model, info = auto_class.from_pretrained(
                 self.location,
                 revision=self.revision or "main",
                 dtype=dtype,
                 use_safetensors=True,
                 trust_remote_code=False,
                 low_cpu_mem_usage=True,
+                output_loading_info=True,
                 **options,
             )
         except (OSError, ValueError, KeyError) as error:
@@ -54,7 +61,7 @@ class BaseFiles:
             ) from error
         model.requires_grad_(False)
         model.name_or_path = self.name  # PEFT writes it into the adapter's configuration
-        return model.to(device).eval()
+        return model.to(device).eval(), info
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The tokenizer that lies beside the model.

@@ -101,7 +101,7 @@ def train_adapter(
     examples = task.read(inputs.data, plan.evaluation)
     observer.progress(PREPARING / 2, "loading the base model")
     model = task.load()
-    known, needed = _check(plan, model, examples, world.size)
+    known, needed = _check(plan, model, examples, task.whole(model), world.size)
     task.check(model, examples)
 
     bench = _Bench(plan, task, examples, observer)
@@ -134,6 +134,7 @@ def train_adapter(
     expected = task.predict(trainable, bench.probe_rows)
     course.own = _own_report(method, trainable, bench)
     method.export(trainable, output)
+    task.finish(output)
     del model, trainable
     _free()
 
@@ -203,13 +204,16 @@ def linear_layers(model: nn.Module) -> dict[str, tuple[int, int]]:
     return found
 
 
-def _check(plan: Plan, model: nn.Module, examples: Examples, devices: int) -> tuple[Circumstances, Estimate]:
+def _check(
+    plan: Plan, model: nn.Module, examples: Examples, whole: Sequence[str], devices: int
+) -> tuple[Circumstances, Estimate]:
     """Raises RequestInvalid when the method, its layers or the memory do not allow the training."""
-    linear = linear_layers(model)
+    linear = {path: sides for path, sides in linear_layers(model).items() if not _is_whole(path, whole)}
     targets = resolve_targets(linear, plan.options.target_modules)
     known = Circumstances(targets, plan.training, total_steps(len(examples.train), plan.training))
     check_method(plan.options, known)
-    needed = estimate(plan.options, targets, linear, plan.training, plan.task, _parameters(model), devices)
+    heads = sum(_parameters(model.get_submodule(path)) for path in whole)
+    needed = estimate(plan.options, targets, linear, plan.training, plan.task, _parameters(model), devices, heads)
     check_fits(needed, free_memory(plan.device) + needed.base_bytes, plan.device)  # the base is in it already
     return known, needed
 
@@ -322,6 +326,11 @@ def _own_report(method: TrainMethod[Any], model: nn.Module, bench: _Bench) -> di
     found = method.report(model)
     evaluated = method.evaluate(model, measure) if bench.examples.validation else {}
     return found | ({"evaluation": evaluated} if evaluated else {})
+
+
+def _is_whole(path: str, whole: Sequence[str]) -> bool:
+    """Whether the layer is, or lies in, a module that is trained whole: that gets no adapter."""
+    return any(path == module or path.startswith(f"{module}.") for module in whole)
 
 
 def _carried(resume: Path | None) -> dict[str, Any] | None:

@@ -47,6 +47,7 @@ def estimate(
     task: TaskSettings,
     parameter_count: int | None = None,
     devices: int = 1,
+    whole: int = 0,
 ) -> Estimate:
     """What the training takes on a base model with these layers, on each of its devices.
 
@@ -54,8 +55,9 @@ def estimate(
         linear: path → (d_out, d_in) of all weights of the base model.
         parameter_count: of the base model; unknown, it is counted from `linear`.
         devices: that share the rows of a batch.
+        whole: parameters of modules that are trained as they are; what a new head has is known when the rows are read.
     """
-    trainable = sum(options.parameters_of(target.d_out, target.d_in) for target in targets)
+    trainable = whole + sum(options.parameters_of(target.d_out, target.d_in) for target in targets)
     parameters = parameter_count or sum(
         d_out * d_in for path, (d_out, d_in) in linear.items() if not _tied(path, linear)
     )

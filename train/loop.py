@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from accelerate.state import AcceleratorState, GradientState
-from torch import nn
+from torch import Tensor, nn
 from transformers import PrinterCallback, TrainingArguments
 
 from train.batches import Batches
@@ -20,7 +20,7 @@ from train.early_stopping import BestStep
 from train.follower import Follower, LoopResult, Observer, Position
 from train.protocol import TrainMethod
 from train.settings import TrainingSettings
-from train.tasks.protocol import Task
+from train.tasks.protocol import Loss, Task
 from train.trainer import IDLE, LoopTrainer
 from train.world import World
 
@@ -100,7 +100,7 @@ def _train(
         args=_arguments(inputs, world),
         train_dataset=inputs.examples,
         data_collator=batch,
-        compute_loss_func=inputs.task.loss(),
+        compute_loss_func=_counting(inputs.task.loss()),
         callbacks=[follower],
     )
     trainer.remove_callback(PrinterCallback)
@@ -147,6 +147,17 @@ def _fresh_accelerate() -> Iterator[None]:
 def _forget_accelerate() -> None:
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
+
+
+def _counting(loss: Loss | None) -> Callable[..., Tensor] | None:
+    """A task's loss under the names by which the Trainer calls it."""
+    if loss is None:
+        return None
+
+    def called(outputs: Any, labels: Any, num_items_in_batch: Tensor) -> Tensor:
+        return loss(outputs, labels, num_items_in_batch)
+
+    return called
 
 
 def total_steps(rows: int, settings: TrainingSettings) -> int:

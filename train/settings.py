@@ -26,23 +26,15 @@ class _Settings(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
 
 
-class CausalLmTask(_Settings):
-    """Predict the next token. A row has `messages` (chat), or `prompt` and `completion`, or `text`.
+class TextTask(_Settings):
+    """What the tasks of text have in common."""
 
-    The loss counts what the model has to say: of a chat the assistant's turns, of a pair the completion, of a text all.
-    """
-
-    type: Literal["causal-lm"] = "causal-lm"
     max_length: Annotated[StrictInt, Field(ge=2, le=1_048_576)] = Field(
         1024, description="Longest row, tokens; never above what the base model was made for."
     )
     overlong: Literal["error", "drop", "truncate"] = Field(
         "error", description="What becomes of longer rows: refuse and name them, leave them out, or cut their end off."
     )
-    messages_column: Column = Field("messages", description="Column with a list of {role, content}.")
-    prompt_column: Column = Field("prompt", description="Column with what the model is given.")
-    completion_column: Column = Field("completion", description="Column with what it shall answer.")
-    text_column: Column = Field("text", description="Column with plain text.")
 
     @property
     def positions(self) -> int:
@@ -50,9 +42,76 @@ class CausalLmTask(_Settings):
         return self.max_length
 
 
-TaskSettings = CausalLmTask
-TaskName = Literal["causal-lm"]
-TASKS: Mapping[str, type[TaskSettings]] = {"causal-lm": CausalLmTask}
+class CausalLmTask(TextTask):
+    """Predict the next token. A row has `messages` (chat), or `prompt` and `completion`, or `text`.
+
+    The loss counts what the model has to say: of a chat the assistant's turns, of a pair the completion, of a text all.
+    """
+
+    type: Literal["causal-lm"] = "causal-lm"
+    messages_column: Column = Field("messages", description="Column with a list of {role, content}.")
+    prompt_column: Column = Field("prompt", description="Column with what the model is given.")
+    completion_column: Column = Field("completion", description="Column with what it shall answer.")
+    text_column: Column = Field("text", description="Column with plain text.")
+
+
+class ClassificationSettings(TextTask):
+    """What the classification tasks have in common."""
+
+    max_length: Annotated[StrictInt, Field(ge=2, le=1_048_576)] = Field(
+        512, description="Longest row, tokens; never above what the base model was made for."
+    )
+
+    @property
+    def label_name(self) -> str:
+        """The column that has the labels."""
+        raise TypeError(f"{type(self).__name__} is no task")
+
+
+class SequenceClassificationTask(ClassificationSettings):
+    """Tell which of several labels a text has. A row has `text` and `label`, and may have `text_pair`.
+
+    The labels are those of the training rows. The base model gets a new classifier, which is trained whole and stored
+    in the adapter; a causal model classifies by a text's last token.
+    """
+
+    type: Literal["sequence-classification"] = "sequence-classification"
+    text_column: Column = Field("text", description="Column with the text.")
+    text_pair_column: Column | None = Field(
+        None, description="Column with a second text; unset, `text_pair` where a row has one."
+    )
+    label_column: Column = Field("label", description="Column with the label: text or a whole number.")
+
+    @property
+    def label_name(self) -> str:
+        return self.label_column
+
+
+class TokenClassificationTask(ClassificationSettings):
+    """Tell which tag every token of a text has. A row has `tokens` and as many `tags`.
+
+    A token that the base's tokenizer cuts into pieces counts at its first piece. The tags are those of the training
+    rows; the classifier is new, trained whole and stored in the adapter.
+    """
+
+    type: Literal["token-classification"] = "token-classification"
+    tokens_column: Column = Field("tokens", description="Column with a list of text.")
+    tags_column: Column = Field("tags", description="Column with a list of tags: all text, or all whole numbers.")
+
+    @property
+    def label_name(self) -> str:
+        return self.tags_column
+
+
+TaskSettings = Annotated[
+    CausalLmTask | SequenceClassificationTask | TokenClassificationTask, Field(discriminator="type")
+]
+TaskName = Literal["causal-lm", "sequence-classification", "token-classification"]
+TASKS: Mapping[str, type[CausalLmTask | SequenceClassificationTask | TokenClassificationTask]] = {
+    "causal-lm": CausalLmTask,
+    "sequence-classification": SequenceClassificationTask,
+    "token-classification": TokenClassificationTask,
+}
 """Every task by its name."""
 
 

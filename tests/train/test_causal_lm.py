@@ -12,8 +12,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from artifacts.errors import FileBroken
 from train.settings import CausalLmTask
 from train.tasks.causal_lm import row_losses
-from train.tasks.causal_rows import collate, encode_row, padding_of
+from train.tasks.causal_rows import collate, encode_row
 from train.tasks.rows import IGNORED, Encoded, RowProblemError, encode_rows
+from train.tasks.text_batches import padding_of
 
 TASK = CausalLmTask()
 
@@ -75,7 +76,7 @@ def rows(*lengths: int) -> list[tuple[int, dict[str, str]]]:
 
 
 def encoded(tokenizer: Any, found: Any, overlong: str = "error") -> Encoded[Any]:
-    return encode_rows(found, lambda row: encode_row(row, tokenizer, TASK), overlong, 20)
+    return encode_rows(found, lambda row, cut: encode_row(row, tokenizer, TASK, cut), overlong, 20)
 
 
 def test_overlong_rows_are_named_dropped_or_cut(tokenizer: Any) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}[{{ message['role'] }}]{{ message['content'] }}<end>\n{% endfor %}"
@@ -16,20 +16,26 @@ CHAT_TEMPLATE = (
 )
 
 
-def write_tiny_base(directory: Path) -> Path:
-    """A random Llama, hidden size 32; the same bytes every time."""
+def write_tokenizer(directory: Path, **options: Any) -> int:
+    """One token per byte; returns the size of the vocabulary, in which <end> is 0."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {symbol: index for index, symbol in enumerate(["<end>", *alphabet])}
     core = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     core.decoder = decoders.ByteLevel()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<end>", pad_token="<end>")
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<end>", pad_token="<end>", **options)
     tokenizer.chat_template = CHAT_TEMPLATE
     tokenizer.save_pretrained(directory)
+    return len(vocabulary)
+
+
+def write_tiny_base(directory: Path) -> Path:
+    """A random Llama, hidden size 32; the same bytes every time."""
+    size = write_tokenizer(directory)
     with torch.random.fork_rng():
         torch.manual_seed(0)
         config = LlamaConfig(
-            vocab_size=len(vocabulary),
+            vocab_size=size,
             hidden_size=32,
             intermediate_size=48,
             num_hidden_layers=2,
@@ -43,6 +49,41 @@ def write_tiny_base(directory: Path) -> Path:
         )
         LlamaForCausalLM(config).save_pretrained(directory)
     return directory
+
+
+def write_tiny_encoder(directory: Path) -> Path:
+    """A random BERT without a head, hidden size 32."""
+    size = write_tokenizer(directory, model_input_names=["input_ids", "token_type_ids", "attention_mask"])
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        config = BertConfig(
+            vocab_size=size,
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            max_position_embeddings=128,
+            pad_token_id=0,
+            initializer_range=0.2,
+        )
+        BertModel(config).save_pretrained(directory)
+    return directory
+
+
+def moods(count: int = 40) -> list[dict[str, Any]]:
+    """Text and label: which of three letters is in the text most."""
+    return [
+        {"text": f"{number:02d} " + "abc"[number % 3] * (3 + number % 4), "label": ("low", "high", "odd")[number % 3]}
+        for number in range(count)
+    ]
+
+
+def tagged(count: int = 40) -> list[dict[str, Any]]:
+    """Tokens and tags: words of digits are numbers."""
+    return [
+        {"tokens": ["take", str(number), "of", str(number * 7)], "tags": ["O", "NUM", "O", "NUM"]}
+        for number in range(count)
+    ]
 
 
 def sums(limit: int = 8) -> list[dict[str, Any]]:

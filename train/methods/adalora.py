@@ -12,13 +12,14 @@ from peft.tuners.adalora import SVDLinear
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from train.methods.peft_adapter import ADAPTER, WEIGHTS, PeftMethod, write_adapter
+from train.methods.peft_adapter import ADAPTER, WEIGHTS, PeftMethod, to_file, write_adapter
 from train.options.baselines import AdaloraOptions
 from train.protocol import MethodContext
 
 IMPORTANCE = "importance.safetensors"
 _AVERAGES = ("ipt", "exp_avg_ipt", "exp_avg_unc")
 _LAYER_PREFIX = "base_model.model."
+_WHOLE = f".modules_to_save.{ADAPTER}"  # in the name of a parameter that is trained as it is
 
 
 class Adalora(PeftMethod[AdaloraOptions]):
@@ -34,6 +35,7 @@ class Adalora(PeftMethod[AdaloraOptions]):
             lora_alpha=options.alpha,
             lora_dropout=options.dropout,
             target_modules=list(context.targets),
+            modules_to_save=list(context.whole) or None,
             tinit=first,
             tfinal=last,
             deltaT=options.interval,
@@ -64,7 +66,7 @@ class Adalora(PeftMethod[AdaloraOptions]):
         return {"mean_rank": sum(ranks) / len(ranks)}
 
     def save(self, model: nn.Module, directory: Path) -> None:
-        save_file({name: value.detach().cpu().contiguous() for name, value in _factors(model)}, directory / WEIGHTS)
+        save_file({name: to_file(value) for name, value in _trained(model)}, directory / WEIGHTS)
         allocator = model.base_model.rankallocator  # type: ignore[union-attr]
         averages = {
             f"{kind}/{name}": value.cpu().contiguous()
@@ -76,7 +78,7 @@ class Adalora(PeftMethod[AdaloraOptions]):
     def load(self, model: nn.Module, directory: Path) -> None:
         saved = load_file(directory / WEIGHTS)
         with torch.no_grad():
-            for name, parameter in _factors(model):
+            for name, parameter in _trained(model):
                 parameter.copy_(saved[name])
         allocator = model.base_model.rankallocator  # type: ignore[union-attr]
         device = next(model.parameters()).device
@@ -115,8 +117,10 @@ class Adalora(PeftMethod[AdaloraOptions]):
             alpha_pattern=dict(smaller),
             target_modules=sorted(ranks),
             base_model_name_or_path=config.base_model_name_or_path,
+            modules_to_save=config.modules_to_save,
             fan_in_fan_out=config.fan_in_fan_out,
         )
+        tensors |= {name.replace(_WHOLE, ""): to_file(value) for name, value in _trained(model) if _WHOLE in name}
         write_adapter(directory, tensors, plain)
 
 
@@ -127,6 +131,11 @@ def _layers(model: nn.Module) -> list[tuple[str, Any]]:
         for name, module in model.named_modules()
         if isinstance(module, SVDLinear)
     ]
+
+
+def _trained(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    """The factors, and what is trained whole."""
+    return [(name, parameter) for name, parameter in model.named_parameters() if ".lora_" in name or _WHOLE in name]
 
 
 def _factors(model: nn.Module) -> list[tuple[str, nn.Parameter]]:

@@ -62,14 +62,19 @@ class ChangedBase(LoraFamily[Options]):
         trained, joined = adapter_tensors(model), {}
         for name, value in trained.items():
             first = self._initial[name]
-            is_a = ".lora_A." in name
-            joined[name] = torch.cat([value, first]) if is_a else torch.cat([value, -first], dim=1)
+            if ".lora_A." in name:
+                joined[name] = torch.cat([value, first])
+            elif ".lora_B." in name:
+                joined[name] = torch.cat([value, -first], dim=1)
+            else:  # of a module that is trained whole
+                joined[name] = value
         config: LoraConfig = model.peft_config[ADAPTER]  # type: ignore[index]
         plain = LoraConfig(
             task_type=config.task_type,
             r=2 * config.r,
             lora_alpha=2 * config.lora_alpha,
             target_modules=config.target_modules,
+            modules_to_save=config.modules_to_save,
             base_model_name_or_path=config.base_model_name_or_path,
             fan_in_fan_out=config.fan_in_fan_out,
         )

@@ -24,6 +24,7 @@ class Miss(PeftMethod[MissOptions]):
             r=self.options.rank,
             miss_dropout=self.options.dropout,
             target_modules=list(context.targets),
+            modules_to_save=list(context.whole) or None,
         )
 
     def export(self, model: nn.Module, directory: Path) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from artifacts.errors import FileBroken
 from train.adapted_layers import AdaptedLinear, LowRank, exchange
 from train.continuation import Start
-from train.methods.peft_adapter import WEIGHTS, write_adapter
+from train.methods.peft_adapter import WEIGHTS, to_file, write_adapter
 from train.options.common import TrainOptions
 from train.protocol import MethodContext, TrainMethod
 from train.stored_factors import low_rank, whole_tensors
@@ -150,11 +150,6 @@ def write_plain_lora(
         tensors[f"{PREFIX}{path}.lora_A.weight"] = to_file(factors.A)
         tensors[f"{PREFIX}{path}.lora_B.weight"] = to_file(factors.B)
     write_adapter(directory, tensors, config, metadata)
-
-
-def to_file(value: Tensor) -> Tensor:
-    """A copy of the tensor as safetensors takes it."""
-    return value.detach().to("cpu", copy=True).contiguous()
 
 
 def _commonest(values: Mapping[str, float]) -> float:

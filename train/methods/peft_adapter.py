@@ -64,7 +64,12 @@ def adapter_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
     """The adapter's tensors on the CPU, under the names of its file."""
     # Left to itself PEFT asks the hub whether the vocabulary was resized.
     found = get_peft_model_state_dict(model, adapter_name=ADAPTER, save_embedding_layers=False)
-    return {name: value.detach().to("cpu", copy=True).contiguous() for name, value in sorted(found.items())}
+    return {name: to_file(value) for name, value in sorted(found.items())}
+
+
+def to_file(value: torch.Tensor) -> torch.Tensor:
+    """A copy of the tensor as safetensors takes it."""
+    return value.detach().to("cpu", copy=True).contiguous()
 
 
 def put_adapter_tensors(model: nn.Module, tensors: dict[str, torch.Tensor]) -> None:
@@ -107,4 +112,7 @@ def config_document(config: PeftConfig) -> dict[str, Any]:
         key: sorted(value) if isinstance(value, set | frozenset) else value for key, value in config.to_dict().items()
     }
     document["inference_mode"] = True
+    # PEFT adds the usual names of heads each time that it wraps a classifier.
+    if saved := document.get("modules_to_save"):
+        document["modules_to_save"] = sorted(set(saved))
     return document

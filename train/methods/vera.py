@@ -17,6 +17,7 @@ class Vera(PeftMethod[VeraOptions]):
             task_type=context.task_type,
             r=self.options.rank,
             target_modules=list(context.targets),
+            modules_to_save=list(context.whole) or None,
             vera_dropout=self.options.dropout,
             d_initial=self.options.initial_scale,
             projection_prng_key=context.seed,

@@ -11,6 +11,8 @@ from train.tasks.protocol import Task, TaskContext
 
 IMPLEMENTATIONS: Mapping[str, str] = {
     "causal-lm": "train.tasks.causal_lm:CausalLm",
+    "sequence-classification": "train.tasks.sequence_classification:SequenceClassification",
+    "token-classification": "train.tasks.token_classification:TokenClassification",
 }
 
 

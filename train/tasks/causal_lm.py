@@ -13,10 +13,11 @@ from torch.nn import functional
 
 from train.data import DataFile, Examples, SplitRows, counts, listed
 from train.evaluation import Scores
-from train.settings import CausalLmTask, EvaluationSettings, TrainingSettings
-from train.tasks.causal_rows import Example, collate, encode_row, padding_of
+from train.settings import CausalLmTask, EvaluationSettings
+from train.tasks.causal_rows import Example, collate, encode_row
 from train.tasks.protocol import Task, TaskContext
 from train.tasks.rows import IGNORED, encode_rows, row_limit
+from train.tasks.text_batches import device_of, moved, padding_of, ready_transformer
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -39,7 +40,7 @@ class CausalLm(Task[CausalLmTask]):
         limit = row_limit(self.settings.max_length, self.base.config())
         rows = SplitRows(file, evaluation.validation_fraction)
         encoded = encode_rows(
-            rows, lambda row: encode_row(row, self.tokenizer, self.settings), self.settings.overlong, limit
+            rows, lambda row, cut: encode_row(row, self.tokenizer, self.settings, cut), self.settings.overlong, limit
         )
         train, validation = rows.parted(encoded.numbers, encoded.examples)
         report = counts(
@@ -103,7 +104,7 @@ class CausalLm(Task[CausalLmTask]):
         for example in examples:
             batch = self.collate([example])
             del batch["labels"]
-            found.append(model(**_moved(batch, model)).logits[0].float().cpu())
+            found.append(model(**moved(batch, device_of(model))).logits[0].float().cpu())
         return found
 
 
@@ -139,7 +140,7 @@ class CausalScores(Scores):
 @torch.no_grad()
 def row_losses(model: nn.Module, examples: Sequence[Example], padding: int) -> list[float]:
     """The summed negative log likelihood of each row's counted tokens, nats."""
-    batch = _moved(collate(examples, padding), model)
+    batch = moved(collate(examples, padding), device_of(model))
     labels = batch.pop("labels")[:, 1:]
     logits = model(**batch).logits[:, :-1]
     found = []
@@ -157,7 +158,7 @@ def answers(
     """Whether the greedy answer to the row's prompt is the row's own, white space at the ends aside."""
     from transformers import GenerationConfig
 
-    prompt = torch.from_numpy(example.ids[: max(example.answer_start, 1)].astype(np.int64))[None].to(_device(model))
+    prompt = torch.from_numpy(example.ids[: max(example.answer_start, 1)].astype(np.int64))[None].to(device_of(model))
     config = GenerationConfig(
         max_new_tokens=max_new_tokens,
         do_sample=False,
@@ -171,21 +172,5 @@ def answers(
     return _text(tokenizer, written.tolist()) == _text(tokenizer, wanted)
 
 
-def ready_transformer(model: Any, training: TrainingSettings) -> None:
-    """A model of transformers is going to be trained."""
-    if training.gradient_checkpointing:
-        model.enable_input_require_grads()
-    model.config.use_cache = False
-
-
 def _text(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
     return str(tokenizer.decode(ids, skip_special_tokens=True)).strip()
-
-
-def _moved(batch: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    device = _device(model)
-    return {name: value.to(device) for name, value in batch.items()}
-
-
-def _device(model: nn.Module) -> torch.device:
-    return next(model.parameters()).device

@@ -45,8 +45,15 @@ class Example:
         return Example(self.ids[:limit], self.labels[:limit], min(self.answer_start, limit))
 
 
-def encode_row(row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, task: CausalLmTask) -> Example:
-    """Encode one row by the columns that it has. Raises RowProblemError."""
+def encode_row(
+    row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, task: CausalLmTask, limit: int | None = None
+) -> Example:
+    """Encode one row by the columns that it has, cut at the limit. Raises RowProblemError."""
+    example = _encode(row, tokenizer, task)
+    return example if limit is None else example.cut(limit)
+
+
+def _encode(row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, task: CausalLmTask) -> Example:
     if row.get(task.messages_column) is not None:
         return _encode_chat(row[task.messages_column], tokenizer)
     if row.get(task.completion_column) is not None:
@@ -134,11 +141,3 @@ def collate(examples: Sequence[Example], padding: int) -> dict[str, torch.Tensor
         "attention_mask": torch.from_numpy(mask),
         "labels": torch.from_numpy(labels),
     }
-
-
-def padding_of(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The id that fills short rows; it is masked, so that any one does."""
-    for found in (tokenizer.pad_token_id, tokenizer.eos_token_id):
-        if found is not None:
-            return int(found)
-    return 0

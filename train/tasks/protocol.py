@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
 from train.base_files import BaseFiles
@@ -106,3 +107,7 @@ class Task(ABC, Generic[Settings]):
     @abstractmethod
     def predict(self, model: nn.Module, examples: Sequence[Any]) -> list[Tensor]:
         """What the model gives for each example (logits, say), on the CPU in float32: to compare two models by."""
+
+    def finish(self, directory: Path) -> None:
+        """Called when the method has written the adapter: the place for what the task adds to its folder."""
+        del directory

@@ -26,9 +26,6 @@ class Encodable(Protocol):
     @property
     def counted(self) -> int: ...
 
-    def cut(self, limit: int) -> Any:
-        """The same with its end cut off."""
-
 
 E = TypeVar("E", bound=Encodable)
 
@@ -69,14 +66,14 @@ class RowFaults:
 
 def encode_rows(
     rows: Iterable[tuple[int, Mapping[str, Any]]],
-    encode: Callable[[Mapping[str, Any]], E],
+    encode: Callable[[Mapping[str, Any], int | None], E],
     overlong: str,
     limit: int,
 ) -> Encoded[E]:
     """Encode numbered rows.
 
     Args:
-        encode: makes an example of a row; raises RowProblemError.
+        encode: (row, None) → an example; (row, limit) → one that is cut to so many tokens. Raises RowProblemError.
         overlong: "error", "drop" or "truncate": what becomes of rows over the limit.
         limit: the longest row, tokens.
 
@@ -91,7 +88,7 @@ def encode_rows(
     faults = RowFaults()
     for number, row in rows:
         try:
-            example = encode(row)
+            example = encode(row, None)
             if example.length > limit and overlong == "error":
                 raise RowProblemError(f"{example.length} tokens, {limit} are allowed")
             if example.length > limit and overlong == "drop":
@@ -99,7 +96,7 @@ def encode_rows(
                 continue
             if example.length > limit:
                 cut.append(number)
-                example = example.cut(limit)
+                example = encode(row, limit)
             if example.counted == 0:
                 raise RowProblemError("nothing is left that the loss could count")
         except RowProblemError as error:
