@@ -6,9 +6,9 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
+import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -87,28 +87,13 @@ inspect_apart(Path(sys.argv[1]), "jsonl")
 
 def test_the_reader_ends_with_its_parent(tmp_path: Path) -> None:
     fifo = tmp_path / "endless"
-    os.mkfifo(fifo)  # nobody writes into it: the reader waits
-    parent = subprocess.Popen([sys.executable, "-c", PARENT, str(fifo)])
-    try:
-        child = _child_of(parent.pid)
-        parent.send_signal(signal.SIGKILL)
-        parent.wait(30)
-        _until(lambda: not Path(f"/proc/{child}").exists() or "State:\tZ" in Path(f"/proc/{child}/status").read_text())
-    finally:
-        parent.kill()
-        parent.wait(30)
-
-
-def _child_of(pid: int) -> int:
-    children = Path(f"/proc/{pid}/task/{pid}/children")
-    _until(lambda: bool(children.read_text().split()))
-    child = int(children.read_text().split()[0])
-    _until(lambda: b"train.inspection" in Path(f"/proc/{child}/cmdline").read_bytes())
-    return child
-
-
-def _until(condition: object) -> None:
-    deadline = time.monotonic() + 30
-    while not condition():  # type: ignore[operator]
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
+    os.mkfifo(fifo)
+    with subprocess.Popen([sys.executable, "-c", PARENT, str(fifo)]) as parent:
+        try:
+            with fifo.open("wb"):  # opened when the reader has opened it, which then waits for what nobody writes
+                (reader,) = psutil.Process(parent.pid).children()
+                parent.send_signal(signal.SIGKILL)
+                parent.wait(30)
+                assert psutil.wait_procs([reader], timeout=30)[1] == []
+        finally:
+            parent.kill()

@@ -11,7 +11,6 @@ import json
 import os
 import shutil
 import sys
-import time
 from typing import Any
 
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
@@ -57,9 +56,8 @@ class Nodes:
     def stop(self) -> dict[str, Any]:
         session = self.nodes[0].get_session_dir_path()
         self.cluster.shutdown()
-        deadline = time.monotonic() + DEADLINE_SECONDS
-        while (left := _processes_of(session)) and time.monotonic() < deadline:
-            time.sleep(0.05)
+        psutil.wait_procs(_processes_of(session), timeout=DEADLINE_SECONDS)
+        left = [str(process) for process in _processes_of(session)]
         shutil.rmtree(session, ignore_errors=True)
         return {"left": left}
 
@@ -75,7 +73,7 @@ def _arguments(given: dict[str, Any], **more: Any) -> dict[str, Any]:
     }
 
 
-def _processes_of(session: str) -> list[str]:
+def _processes_of(session: str) -> list[psutil.Process]:
     found = []
     for process in psutil.process_iter():
         try:
@@ -83,7 +81,7 @@ def _processes_of(session: str) -> list[str]:
         except (psutil.NoSuchProcess, psutil.ZombieProcess):
             continue
         if session in command and process.pid != os.getpid():
-            found.append(command[:200])
+            found.append(process)
     return found
 
 

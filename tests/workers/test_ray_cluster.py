@@ -142,16 +142,18 @@ def test_workers_see_the_gpus_that_ray_gives_them(
 
 
 SERVER = """
-import sys, time
+import signal, sys, threading
 from workers.ray_provider import RayProvider
 provider = RayProvider(sys.argv[1], work_dir=sys.argv[2], preload=("workers.runtime",))
+changed = threading.Event()
 while not provider.slots():
-    time.sleep(0.05)
-worker = provider.start(provider.slots()[:1], lambda: None)
+    changed.wait(0.05)  # nobody tells when the nodes are known
+worker = provider.start(provider.slots()[:1], changed.set)
 while not worker.ready:
-    time.sleep(0.05)
+    changed.wait()
+    changed.clear()
 print(provider._driver.pid, worker.pid, flush=True)
-time.sleep(600)
+signal.pause()
 """
 
 
