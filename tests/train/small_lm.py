@@ -1,0 +1,121 @@
+"""The first layers of SmolLM2 with the words of one small task alone: a language model that learns in seconds."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from small_nets import prepare
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from examples.smollm2.base_model import base_model_directory
+from examples.smollm2.tasks import TASKS, make_items
+
+IGNORED = -100
+LAYERS = 2
+Batch = Mapping[str, Tensor]
+
+
+@dataclass
+class SmallLanguageModel:
+    """The model, its training batches and one of rows that are not trained on."""
+
+    model: nn.Module
+    batches: list[Batch]
+    held_out: Batch
+
+    @classmethod
+    def load(cls, task: str, rows: int = 32, size: int = 4) -> SmallLanguageModel:
+        directory = base_model_directory()
+        tokenizer = AutoTokenizer.from_pretrained(directory)
+        config = AutoConfig.from_pretrained(directory, num_hidden_layers=LAYERS)
+        model = AutoModelForCausalLM.from_pretrained(directory, config=config, dtype=torch.float32)
+        made = [
+            [_encode(tokenizer, item) for item in make_items(TASKS[task], split, count)]
+            for split, count in (("train", rows), ("held_out", 16))
+        ]
+        words = sorted({word for split in made for ids, _ in split for word in ids})
+        _keep_words(model, words)
+        place = {word: number for number, word in enumerate(words)}
+        train = [_collate(made[0][start : start + size], place) for start in range(0, rows, size)]
+        return cls(model.requires_grad_(False).eval(), train, _collate(made[1], place))
+
+    def loss(self, model: nn.Module) -> float:
+        """Held out."""
+        with torch.no_grad():
+            return float(model.eval()(**self.held_out).loss)
+
+    def train(
+        self,
+        name: str,
+        parameters: Mapping[str, Any],
+        *,
+        steps: int,
+        learning_rate: float,
+        estimate: list[Batch] | None = None,
+        change: Callable[[Any], None] | None = None,
+        seed: int = 0,
+    ) -> tuple[float, float, nn.Module]:
+        """Losses on the held-out rows before and after AdamW has trained what the method makes trainable; the model.
+
+        Args:
+            estimate: other batches for the method's preparation.
+            change: is given the method after it has prepared the model.
+        """
+        torch.manual_seed(seed)
+        model = copy.deepcopy(self.model)
+        targets = tuple(
+            path for path, module in model.named_modules() if isinstance(module, nn.Linear) and path != "lm_head"
+        )
+        method = prepare(
+            name,
+            parameters,
+            model,
+            lambda: iter(estimate or self.batches),
+            targets=targets,
+            seed=seed,
+            learning_rate=learning_rate,
+        )
+        if change is not None:
+            change(method)
+        before = self.loss(model)
+        optimizer = torch.optim.AdamW(
+            [value for value in model.parameters() if value.requires_grad], lr=learning_rate, weight_decay=0
+        )
+        for step in range(steps):
+            optimizer.zero_grad()
+            model(**self.batches[step % len(self.batches)]).loss.backward()
+            optimizer.step()
+        return before, self.loss(model), model
+
+
+def _encode(tokenizer: Any, item: Any) -> tuple[list[int], list[int]]:
+    prompt = tokenizer(item.prompt).input_ids
+    completion = [*tokenizer(item.completion, add_special_tokens=False).input_ids, tokenizer.eos_token_id]
+    return [*prompt, *completion], [*[IGNORED] * len(prompt), *completion]
+
+
+def _keep_words(model: Any, words: list[int]) -> None:
+    """Leave out all other rows of the embedding, which is the output head as well."""
+    kept = nn.Parameter(model.get_input_embeddings().weight.detach()[words].clone())
+    model.get_input_embeddings().weight = kept
+    model.lm_head.weight = kept
+    model.config.vocab_size = model.vocab_size = len(words)
+
+
+def _collate(rows: list[tuple[list[int], list[int]]], place: Mapping[int, int]) -> Batch:
+    longest = max(len(ids) for ids, _ in rows)
+    batch = {
+        "input_ids": torch.zeros(len(rows), longest, dtype=torch.long),
+        "attention_mask": torch.zeros(len(rows), longest, dtype=torch.long),
+        "labels": torch.full((len(rows), longest), IGNORED),
+    }
+    for number, (ids, labels) in enumerate(rows):
+        batch["input_ids"][number, : len(ids)] = torch.tensor([place[word] for word in ids])
+        batch["attention_mask"][number, : len(ids)] = 1
+        batch["labels"][number, : len(ids)] = torch.tensor([place.get(word, IGNORED) for word in labels])
+    return batch
