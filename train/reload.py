@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -10,10 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from artifacts.errors import BaseMismatch, FileBroken, FormatUnknown, ReloadMismatch
-from train.tasks.protocol import Task
-
-TOLERANCES: Mapping[str, float] = {"float32": 1e-4, "bfloat16": 5e-2, "float16": 1e-2}
-"""Largest difference of a logit, as a share of the largest logit (and at least of 1), by the precision of the base."""
+from train.tasks.protocol import TOLERANCES, Task
 
 
 @dataclass(frozen=True, slots=True)

@@ -53,6 +53,11 @@ class CausalLmTask(TextTask):
     prompt_column: Column = Field("prompt", description="Column with what the model is given.")
     completion_column: Column = Field("completion", description="Column with what it shall answer.")
     text_column: Column = Field("text", description="Column with plain text.")
+    packing: StrictBool = Field(
+        False,
+        description="Join training rows up to max_length; none sees another. Then training.batch_size counts packs: "
+        "faster where rows are much shorter than max_length.",
+    )
 
 
 class ClassificationSettings(TextTask):

