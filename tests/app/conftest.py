@@ -117,6 +117,14 @@ def serve(tmp_path: Path, empty_database: Path) -> Iterator[Servers]:
     servers.stop()
 
 
+@pytest.fixture(scope="module")
+def module_servers(tmp_path_factory: pytest.TempPathFactory, empty_database: Path) -> Iterator[Servers]:
+    """Starts servers that stay for all tests of a module: for those that are slow to fill."""
+    servers = Servers(tmp_path_factory.mktemp("module"), empty_database)
+    yield servers
+    servers.stop()
+
+
 @pytest.fixture
 def server(serve: Servers) -> Running:
     """A server with the defaults and no pool."""
