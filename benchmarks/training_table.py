@@ -250,10 +250,14 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="trainings at a time, one thread each")
     arguments = parser.parse_args()
 
+    import transformers.utils.logging as transformers_logging
+
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
     import torch  # before the forks: a thread pool of OpenMP does not survive one
-    from examples.minilm.base_model import base_model_directory
 
     import train.engine  # noqa: F401
+    from examples.minilm.base_model import base_model_directory
 
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory(prefix="rankwise-table-") as folder:

@@ -12,7 +12,8 @@ from train.options.common import TrainOptions
 if TYPE_CHECKING:
     from train.protocol import TrainMethod
 
-Task = Literal["causal-lm"]
+Task = Literal["causal-lm", "sequence-classification", "token-classification"]
+TEXT_TASKS: tuple[Task, ...] = ("causal-lm", "sequence-classification", "token-classification")
 Export = Literal["lora", "dora", "vera", "miss", "bat_row", "loftq"]
 PLAIN = ("lora", "rslora")
 """The types of adapters whose ΔW is scaling·B·A."""
@@ -43,7 +44,7 @@ class Capabilities(Form):
         continues: the types of stored adapters that it can go on from (`continue_from`).
     """
 
-    tasks: tuple[Task, ...] = ("causal-lm",)
+    tasks: tuple[Task, ...] = TEXT_TASKS
     variants: Mapping[str, Form] = field(default_factory=dict)
     continues: tuple[str, ...] = ()
 

@@ -23,7 +23,8 @@ from artifacts.rank_cut import write_cut
 from train.quiet import peft_deprecations_ignored
 from train.settings import CausalLmTask
 from train.tasks.causal_lm import row_losses
-from train.tasks.causal_rows import encode_row, padding_of
+from train.tasks.causal_rows import encode_row
+from train.tasks.text_batches import padding_of
 
 pytestmark = pytest.mark.slow
 RANKS = (1, 2, 4, 8)
