@@ -26,10 +26,10 @@ TARGETS = ["q_proj", "v_proj"]
 PARAMETERS: dict[str, dict[str, Any]] = {
     "adalora": {"initial_rank": 4, "target_rank": 2},
     "increlora": {"initial_rank": 1, "target_rank": 2, "increment": 1, "layers_per_round": 60, "interval": 1},
+    "inttune": {"rank": 4, "residual": True},  # else the model is another one before the first step
     "vera": {"rank": 16},
 }
 
-RATES = {"inttune": 1e-4}  # R·R weights that start as blocks of W: what the others need is too much for them
 LOADED_BY_US = ("loftq",)
 """What no loader but ours gives the meaning that it was trained with: `train.declared.load`."""
 
@@ -108,7 +108,7 @@ class Service:
             "training": {
                 "steps": 4,
                 "batch_size": 4,
-                "learning_rate": RATES.get(method, 0.002),
+                "learning_rate": 0.002,
                 "schedule": "constant",
             },
             "task": {"type": "causal-lm", "max_length": 32},
