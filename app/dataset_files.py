@@ -17,7 +17,13 @@ from train.text_lines import GZIP_MAGIC
 
 PREVIEW_BYTES = 4 * 1024**2
 GZIP_TYPE = "application/gzip"
-MEDIA_TYPES = {"jsonl": "application/jsonl", "csv": "text/csv", "parquet": "application/vnd.apache.parquet"}
+MEDIA_TYPES = {
+    "jsonl": "application/jsonl",
+    "csv": "text/csv",
+    "parquet": "application/vnd.apache.parquet",
+    "images": "application/zip",
+}
+_ENDINGS = {"images": "zip"}
 
 
 def preview(blobs: BlobStore, row: DatasetRow, offset: int, limit: int) -> DatasetRows:
@@ -56,5 +62,5 @@ def download(blobs: BlobStore, row: DatasetRow) -> Download:
         (BlobSlice(row.sha256, 0, row.size),),
         f'"{row.sha256}"',
         GZIP_TYPE if packed else MEDIA_TYPES[row.format],
-        f"{name}.{row.format}{'.gz' if packed else ''}",
+        f"{name}.{_ENDINGS.get(row.format, row.format)}{'.gz' if packed else ''}",
     )

@@ -23,7 +23,7 @@ from train.text_lines import GZIP_MAGIC
 
 TEXT_FIELDS = frozenset({"name", "format"})
 SMALL_BYTES = 1024**2
-_SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".parquet")
+_SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".parquet", ".zip")
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +86,7 @@ def default_name(file_name: str) -> str:
 
 def _is_small_text(file: UploadedFile, found: Format) -> bool:
     """Whether the file is read so soon, and so safely, that a process of its own is not worth the wait."""
-    if found == "parquet" or file.size > SMALL_BYTES:
+    if found in ("parquet", "images") or file.size > SMALL_BYTES:
         return False
     with file.path.open("rb") as stream:
         return stream.read(2) != GZIP_MAGIC

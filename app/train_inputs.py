@@ -20,7 +20,7 @@ from train.estimate import Estimate, check_fits, estimate
 from train.feasibility import check_feasible
 from train.options.common import Circumstances
 from train.settings import TaskSettings
-from train.targets import check_method, resolve_targets
+from train.targets import check_method, resolve_targets, wanted_targets
 
 _WITHOUT_HEAD: frozenset[str] = frozenset({"causal-lm"})
 """Tasks that train no module whole."""
@@ -60,6 +60,10 @@ def check_train(settings: Settings, session: Session, request: TrainParams, devi
 
 def _check_suitable(dataset: DatasetRow, task: TaskSettings) -> None:
     """Refuse a dataset that was found unfit when it was uploaded, unless the task names columns of its own."""
+    if (dataset.format == "images") != (task.type == "text-to-image"):
+        what = "a zip of images" if dataset.format == "images" else "no zip of images"
+        problem = f"the dataset {dataset.name!r} is {what}: it can not serve {task.type}"
+        raise RequestInvalid(f"T{problem[1:]}.", errors=[FieldError("/dataset", problem)])
     forms = [item for item in dataset.tasks if item["task"] == task.type]
     own_columns = any(name.endswith("_column") for name in task.model_fields_set)
     if own_columns or not forms or any(item["usable"] for item in forms):
@@ -105,7 +109,7 @@ def _estimate(session: Session, row: ModelRow, request: TrainParams, devices: in
     if row.fingerprint is None:
         return None
     linear = {str(path): (int(d_out), int(d_in)) for path, d_out, d_in in row.fingerprint}
-    targets = resolve_targets(linear, options.target_modules)
+    targets = resolve_targets(linear, wanted_targets(options, request.full_task))
     if start is not None:
         # What a task trains whole, such as a new classifier, only the worker knows.
         place(start, targets, () if request.full_task.type in _WITHOUT_HEAD else None)

@@ -108,7 +108,7 @@ def unpack(
         raise ArchiveRefused("This is no archive.", hint="Send a zip, tar or tar.gz.")
     unpacking = _Unpacking(archive, destination, limits, wanted)
     try:
-        with _refusing_damage(kind):
+        with refusing_damage(kind):
             if kind == "zip":
                 unpacking.zip()
             else:
@@ -121,7 +121,7 @@ def unpack(
 
 
 @contextmanager
-def _refusing_damage(kind: str) -> Iterator[None]:
+def refusing_damage(kind: str) -> Iterator[None]:
     """The standard library's many ways to say that an archive is broken, as one."""
     try:
         yield
@@ -151,17 +151,14 @@ class _Unpacking:
         self.written: list[Path] = []
 
     def zip(self) -> None:
-        self._check_directory()
+        with self._archive.open("rb") as file:
+            check_central_directory(file, self._limits.max_entries)
         with zipfile.ZipFile(self._archive) as archive:
             infos = archive.infolist()
             self._check_checkpoint(infos)
             for info in infos:
                 self._count_entry()
-                mode = info.external_attr >> 16
-                if mode and stat.S_IFMT(mode) not in (0, stat.S_IFREG, stat.S_IFDIR):
-                    raise ArchiveRefused(f"{info.filename[:80]!r} is a link or a special file.")
-                if info.flag_bits & 0x1 or info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-                    raise ArchiveRefused(f"{info.filename[:80]!r} is encrypted or packed by an unusual method.")
+                check_zip_entry(info)
                 name = self._checked_name(info.orig_filename)
                 if not info.is_dir():
                     _refuse_nested_name(name)
@@ -169,21 +166,6 @@ class _Unpacking:
                     self._check_size(self._packed)
                     if self._wanted(name):
                         self._write_zipped(archive, info, name)
-
-    def _check_directory(self) -> None:
-        """Bound the central directory before zipfile reads all of it into memory."""
-        with self._archive.open("rb") as file:
-            file.seek(max(0, self._packed - _ZIP_TAIL_BYTES))
-            tail = file.read()
-        at = tail.rfind(b"PK\x05\x06")
-        if at < 0 or len(tail) - at < 22:
-            raise ArchiveRefused("The zip archive is broken: it has no end record.")
-        size = int.from_bytes(tail[at + 12 : at + 16], "little")
-        if tail[at - 20 : at - 16] == b"PK\x06\x07" and at >= 76:
-            # the 64-bit record, whose size counts instead
-            size = int.from_bytes(tail[at - 76 + 40 : at - 76 + 48], "little")
-        if size > self._limits.max_entries * _ZIP_ENTRY_BYTES:
-            raise ArchiveRefused(f"The archive has more than {self._limits.max_entries} entries.")
 
     def _check_checkpoint(self, infos: list[zipfile.ZipInfo]) -> None:
         for info in infos[: self._limits.max_entries]:
@@ -243,12 +225,7 @@ class _Unpacking:
 
     def _checked_name(self, name: str) -> str:
         """The path inside the archive, harmless and seen for the first time."""
-        parts = [part for part in name.replace("\\", "/").split("/") if part not in ("", ".")]
-        if _ABSOLUTE.match(name) or ".." in parts:
-            raise ArchiveRefused(f"{name[:80]!r} is absolute or leads out of the archive.")
-        if len(name) > MAX_NAME_LENGTH or not name.isprintable() or any(len(part.encode()) > 200 for part in parts):
-            raise ArchiveRefused(f"{name[:80]!r} is too long, or has characters that can not be printed.")
-        clean = "/".join(parts)
+        clean = clean_name(name)
         folded = clean.casefold()
         if clean and folded in self._seen:
             raise ArchiveRefused(f"{clean[:80]!r} is in the archive twice.")
@@ -270,6 +247,41 @@ class _Unpacking:
                 file.write(chunk)
         self.written.append(target)
         return written
+
+
+def check_central_directory(file: IO[bytes], max_entries: int) -> None:
+    """Bound the central directory of a zip before zipfile reads all of it into memory. Raises ArchiveRefused."""
+    packed = file.seek(0, 2)
+    file.seek(max(0, packed - _ZIP_TAIL_BYTES))
+    tail = file.read()
+    at = tail.rfind(b"PK\x05\x06")
+    if at < 0 or len(tail) - at < 22:
+        raise ArchiveRefused("The zip archive is broken: it has no end record.")
+    size = int.from_bytes(tail[at + 12 : at + 16], "little")
+    if tail[at - 20 : at - 16] == b"PK\x06\x07" and at >= 76:
+        # the 64-bit record, whose size counts instead
+        size = int.from_bytes(tail[at - 76 + 40 : at - 76 + 48], "little")
+    if size > max_entries * _ZIP_ENTRY_BYTES:
+        raise ArchiveRefused(f"The archive has more than {max_entries} entries.")
+
+
+def check_zip_entry(info: zipfile.ZipInfo) -> None:
+    """Raises ArchiveRefused for what is no plain file or folder, or can not be read by everybody."""
+    mode = info.external_attr >> 16
+    if mode and stat.S_IFMT(mode) not in (0, stat.S_IFREG, stat.S_IFDIR):
+        raise ArchiveRefused(f"{info.filename[:80]!r} is a link or a special file.")
+    if info.flag_bits & 0x1 or info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+        raise ArchiveRefused(f"{info.filename[:80]!r} is encrypted or packed by an unusual method.")
+
+
+def clean_name(name: str) -> str:
+    """The path inside an archive, harmless. Raises ArchiveRefused."""
+    parts = [part for part in name.replace("\\", "/").split("/") if part not in ("", ".")]
+    if _ABSOLUTE.match(name) or ".." in parts:
+        raise ArchiveRefused(f"{name[:80]!r} is absolute or leads out of the archive.")
+    if len(name) > MAX_NAME_LENGTH or not name.isprintable() or any(len(part.encode()) > 200 for part in parts):
+        raise ArchiveRefused(f"{name[:80]!r} is too long, or has characters that can not be printed.")
+    return "/".join(parts)
 
 
 def check_ratio(unpacked: int, packed: int, limits: ArchiveLimits) -> None:

@@ -37,6 +37,8 @@ _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.\-]*/[A-Za-z0-9][\w.\-]*")
 _SNAPSHOT = re.compile(r"models--(?P<owner>.+?)--(?P<name>.+)")
 _CONV1D_MODELS = frozenset({"gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp"})
 _CONV1D_MODULES = frozenset({"c_attn", "c_proj", "c_fc", "q_attn"})
+PIPELINE_INDEX = "model_index.json"
+"""The file that makes a folder a diffusers pipeline."""
 _MAX_JSON_BYTES = 64 * 1024 * 1024
 
 
@@ -151,14 +153,19 @@ def check_modules(fingerprint: Fingerprint, modules: Sequence[LoraModule]) -> li
 
 def inspect_base(path: Path) -> BaseModelRef:
     """Describe a local transformers folder by its config.json, the headers and the bytes of its weights, and its
-    tokenizer files. Every byte of the weights is read once, in buffers.
+    tokenizer files; a diffusers pipeline by those of its UNet and its tokenizer. Every byte of the weights is read
+    once, in buffers.
 
     Raises:
-        FormatUnknown: no config.json or no safetensors weights.
+        FormatUnknown: no config.json or no safetensors weights; a pipeline without a UNet.
         FileBroken: a weights file or config.json is broken, or two files hold the same tensor.
     """
-    config = _read_config(path / "config.json")
-    files = _weight_files(path)
+    pipeline = (path / PIPELINE_INDEX).is_file()
+    weights = path / "unet" if pipeline else path
+    if pipeline and not weights.is_dir():
+        raise FormatUnknown(f"{path.name} is a diffusers pipeline without a folder unet.")
+    config = _read_config(weights / "config.json")
+    files = _weight_files(weights)
     entries: list[tuple[TensorInfo, str]] = []
     for file in files:
         header = read_header(file, dtypes=BASE_DTYPE_BYTES, max_header_bytes=MAX_BASE_HEADER_BYTES)
@@ -168,6 +175,12 @@ def inspect_base(path: Path) -> BaseModelRef:
         twice = next(name for name in names if names.count(name) > 1)
         raise FileBroken(f"{path.name}: two weights files hold the tensor {twice!r}.")
     name, source, revision = _origin(path)
+    if pipeline:
+        config["architectures"] = [config.get("_class_name")]
+        # Only linear layers get adapters: kernels of convolutions are no targets.
+        entries_of_layers = [(info, digest) for info, digest in entries if len(info.shape) == 2]
+    else:
+        entries_of_layers = entries
     architectures = config.get("architectures")
     known = isinstance(architectures, list) and architectures and isinstance(architectures[0], str)
     architecture = architectures[0] if known else config.get("model_type")  # type: ignore[index]
@@ -178,8 +191,8 @@ def inspect_base(path: Path) -> BaseModelRef:
         revision=revision,
         architecture=architecture if isinstance(architecture, str) else None,
         weights_digest=combine_digests(entries),
-        tokenizer_digest=_tokenizer_digest(path),
-        fingerprint=_fingerprint((info for info, _ in entries), config),
+        tokenizer_digest=_tokenizer_digest(path / "tokenizer" if pipeline else path),
+        fingerprint=_fingerprint((info for info, _ in entries_of_layers), config),
     )
 
 
@@ -227,7 +240,8 @@ def _load(path: Path) -> Any:
 
 def _weight_files(path: Path) -> list[Path]:
     """The files named by the index, or all *.safetensors of the folder, sorted by name."""
-    index = path / "model.safetensors.index.json"
+    indices = [path / f"{stem}.safetensors.index.json" for stem in ("model", "diffusion_pytorch_model")]
+    index = next((found for found in indices if found.is_file()), indices[0])
     if not index.is_file():
         files = sorted(entry for entry in path.glob("*.safetensors") if entry.is_file())
         if not files:

@@ -224,7 +224,7 @@ class DatasetRow(Base):
     id: Mapped[str] = mapped_column(String(48), primary_key=True)
     name: Mapped[str] = mapped_column(String(200))
     name_folded: Mapped[str] = mapped_column(Text)
-    format: Mapped[str] = mapped_column(String(16))  # "jsonl" | "csv" | "parquet"
+    format: Mapped[str] = mapped_column(String(16))  # "jsonl" | "csv" | "parquet" | "images"
     sha256: Mapped[str] = mapped_column(ForeignKey("blobs.sha256"))
     size: Mapped[int] = mapped_column(BigInteger)  # bytes of the file as it was sent
     rows: Mapped[int] = mapped_column(BigInteger)

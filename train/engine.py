@@ -6,6 +6,7 @@ import gc
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -27,7 +28,7 @@ from train.protocol import MethodContext, TrainMethod, loss_of_model
 from train.reload import Reload, check_reload
 from train.report import MemoryMeter, TrainReport, free_memory
 from train.settings import EvaluationSettings, TaskSettings, TrainingSettings
-from train.targets import check_method, resolve_targets
+from train.targets import check_method, resolve_targets, wanted_targets
 from train.tasks.catalog import make_task
 from train.tasks.protocol import Task, TaskContext
 from train.tasks.rows import IGNORED
@@ -97,7 +98,7 @@ def train_adapter(
     check_feasible(plan.training, plan.evaluation, world.size)
     meter = MemoryMeter(plan.device)
     observer.progress(0.0, "reading the dataset")
-    task = make_task(plan.task, TaskContext(inputs.base, plan.training, plan.device, plan.seed))
+    task = make_task(plan.task, TaskContext(inputs.base, plan.training, plan.device, plan.seed, inputs.folder))
     examples = task.read(inputs.data, plan.evaluation)
     observer.progress(PREPARING / 2, "loading the base model")
     model = task.load()
@@ -139,7 +140,7 @@ def train_adapter(
     _free()
 
     observer.progress(LOOP, "loading the adapter onto a fresh base model")
-    fresh, course.reload = check_reload(task, method.reload, output, bench.probe_rows, expected)
+    fresh, course.reload = check_reload(task, partial(task.reload, method.reload), output, bench.probe_rows, expected)
     course.after = bench.scores(fresh, "after", (RELOADED, AFTER))
     return world.from_first(course.report(meter.peak()))
 
@@ -209,7 +210,7 @@ def _check(
 ) -> tuple[Circumstances, Estimate]:
     """Raises RequestInvalid when the method, its layers or the memory do not allow the training."""
     linear = {path: sides for path, sides in linear_layers(model).items() if not _is_whole(path, whole)}
-    targets = resolve_targets(linear, plan.options.target_modules)
+    targets = resolve_targets(linear, wanted_targets(plan.options, plan.task))
     known = Circumstances(targets, plan.training, total_steps(len(examples.train), plan.training))
     check_method(plan.options, known)
     heads = sum(_parameters(model.get_submodule(path)) for path in whole)
@@ -227,7 +228,7 @@ def _prepare(
     def batches() -> Iterator[Mapping[str, Tensor]]:
         for start in range(0, len(rows), size):
             batch = task.collate(rows[start : start + size])
-            yield task.step_inputs({name: value.to(plan.device) for name, value in batch.items()})
+            yield {name: value.to(plan.device) for name, value in batch.items()}
 
     task.before_training(model)
     total = course.known.steps
@@ -254,9 +255,10 @@ def _batch_loss(task: Task[Any]) -> Callable[[nn.Module, Mapping[str, Tensor]], 
         return loss_of_model
 
     def loss(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
-        labels = batch["labels"]
-        outputs = model(**{name: value for name, value in batch.items() if name != "labels"})
-        return own(outputs, labels, (labels != IGNORED).sum().clamp(min=1))
+        items = (batch["labels"] != IGNORED).sum().clamp(min=1)
+        given = task.step_inputs(dict(batch))
+        labels = given.pop("labels")
+        return own(model(**given), labels, items)
 
     return loss
 

@@ -18,14 +18,14 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast
 
-from artifacts.errors import FieldError, FileBroken, RankwiseError, TooLarge
+from artifacts.errors import ArchiveRefused, FieldError, FileBroken, RankwiseError, TooLarge
 from train.records import Column, DatasetInfo, Kind, Limits, Suitability
 from train.rows import Format, inspect
 
 MEMORY_BYTES = 6 * 1024**3  # of address space: what a row group may take, several times over
 CPU_SECONDS = 2 * 3600
 _ROOT = Path(__file__).resolve().parent.parent
-_ERRORS: dict[str, type[RankwiseError]] = {error.code: error for error in (FileBroken, TooLarge)}
+_ERRORS: dict[str, type[RankwiseError]] = {error.code: error for error in (FileBroken, TooLarge, ArchiveRefused)}
 _LOG_BYTES = 4000
 
 
@@ -81,7 +81,7 @@ def _answer(request: dict[str, Any]) -> dict[str, Any]:
         info = inspect(Path(request["path"]), cast("Format", request["format"]), Limits(**request["limits"]))
     except MemoryError:
         error: RankwiseError = FileBroken("Reading the file takes too much memory.")
-    except (FileBroken, TooLarge) as refusal:
+    except (FileBroken, TooLarge, ArchiveRefused) as refusal:
         error = refusal
     else:
         return asdict(info)

@@ -182,6 +182,7 @@ def _batches(inputs: LoopInputs, world: World) -> Batches:
 def _arguments(inputs: LoopInputs, world: World) -> TrainingArguments:
     settings = inputs.settings
     split = _split(inputs, world)
+    checkpointing = settings.gradient_checkpointing and inputs.task.checkpointing_by_trainer
     return TrainingArguments(
         output_dir=str(inputs.folder),
         per_device_train_batch_size=max(settings.batch_size // split // world.size, 1),
@@ -197,8 +198,8 @@ def _arguments(inputs: LoopInputs, world: World) -> TrainingArguments:
         data_seed=inputs.seed,
         bf16=settings.precision == "bfloat16",
         fp16=settings.precision == "float16",
-        activation_checkpointing=settings.gradient_checkpointing,
-        activation_checkpointing_kwargs={"use_reentrant": False} if settings.gradient_checkpointing else None,
+        activation_checkpointing=checkpointing,
+        activation_checkpointing_kwargs={"use_reentrant": False} if checkpointing else None,
         ddp_find_unused_parameters=True,  # which parameters a step uses is the method's business
         ddp_broadcast_buffers=False,  # methods draw alike on every rank
         use_cpu=not inputs.device.startswith("cuda"),

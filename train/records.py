@@ -22,6 +22,7 @@ class Limits:
         max_bytes: of its text, unpacked.
         max_row_bytes: of one row; in Parquet, of one value.
         max_row_group_bytes: of one row group of a Parquet file, unpacked: about what reading it takes in memory.
+        max_images, max_image_bytes, max_pixels: of a zip of images, the last two of one image.
     """
 
     max_bytes: int = 8 * 1024 * MIB
@@ -29,6 +30,9 @@ class Limits:
     max_row_bytes: int = MIB
     max_columns: int = 256
     max_row_group_bytes: int = 512 * MIB
+    max_images: int = 100_000
+    max_image_bytes: int = 64 * MIB
+    max_pixels: int = 64_000_000
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import BinaryIO, Literal
 
 from artifacts.errors import FieldError, FileBroken, RequestInvalid
-from train import csv_records, json_lines, parquet_records
+from train import csv_records, image_archive, json_lines, parquet_records
 from train.census import Census, problems_of
 from train.records import Column, DatasetInfo, Faults, FirstFault, Limits, Row, Suitability
 from train.splits import Split, canonical, split_of
@@ -33,9 +33,9 @@ __all__ = [
     "split_of",
 ]
 
-Format = Literal["jsonl", "csv", "parquet"]
-FORMATS: tuple[Format, ...] = ("jsonl", "csv", "parquet")
-NAMES = {"jsonl": "JSON Lines", "csv": "CSV", "parquet": "Parquet"}
+Format = Literal["jsonl", "csv", "parquet", "images"]
+FORMATS: tuple[Format, ...] = ("jsonl", "csv", "parquet", "images")
+NAMES = {"jsonl": "JSON Lines", "csv": "CSV", "parquet": "Parquet", "images": "a zip of images"}
 
 _SUFFIXES: dict[str, Format] = {".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "jsonl", ".csv": "csv"}
 _STORED = Limits(max_bytes=2**62)  # what was let in under a higher limit can still be read
@@ -57,6 +57,8 @@ def find_format(path: Path, file_name: str, given: str | None = None) -> Format:
         raise FileBroken("The file is empty.")
     if magic == _PARQUET_MAGIC:
         return _checked("parquet", given)
+    if magic.startswith(image_archive.ZIP_MAGIC):
+        return _checked("images", given)
     if given is not None:
         return _checked(next(name for name in FORMATS if name == given), given)
     suffixes = Path(file_name.lower().removesuffix(".gz")).suffix
@@ -91,13 +93,17 @@ def inspect(path: Path, format: Format, limits: Limits = Limits()) -> DatasetInf
     Raises:
         FileBroken: some rows are not valid (the first 20 are named, all are counted), or there are none, or the file as
             a whole is not what its format promises.
+        ArchiveRefused: a zip that is damaged, or not harmless.
         TooLarge: more bytes, unpacked, than allowed.
     """
     faults, candidates = Faults(), Candidates()
     rows = 0
     with path.open("rb") as file:
         census = Census(limits.max_columns, _declared(file, format, limits))
-        for number, row in read_rows(file, format, limits, faults):
+        found = read_rows(file, format, limits, faults)
+        if format == "images":
+            found = image_archive.decoded(file, found, limits, faults)
+        for number, row in found:
             if number > limits.max_rows:
                 raise FileBroken(f"The file has more than {limits.max_rows} rows.", hint="Split it.")
             fault = census.add(number, row)
@@ -110,6 +116,8 @@ def inspect(path: Path, format: Format, limits: Limits = Limits()) -> DatasetInf
     if rows == 0:
         raise FileBroken("The file has no rows.", hint="A dataset has at least one row of data.")
     columns = census.columns()
+    if format == "images":
+        return DatasetInfo(rows, columns, (), (image_archive.SUITABLE,))
     return DatasetInfo(rows, columns, problems_of(columns), candidates.verdicts())
 
 
@@ -146,6 +154,8 @@ def read_rows(
     """
     if format == "parquet":
         return parquet_records.read(file, limits, faults, skip)
+    if format == "images":
+        return image_archive.read(file, limits, faults, skip)
     reader = json_lines.read if format == "jsonl" else csv_records.read
     rows = reader(file, limits, faults)
     return dropwhile(lambda row: row[0] <= skip, rows) if skip else rows
@@ -155,4 +165,6 @@ def _declared(file: BinaryIO, format: Format, limits: Limits) -> tuple[str, ...]
     """The columns that the file names before its rows."""
     if format == "parquet":
         return tuple(parquet_records.read_header(file, limits))
+    if format == "images":
+        return image_archive.COLUMNS
     return tuple(csv_records.read_header(file, limits)) if format == "csv" else ()

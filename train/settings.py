@@ -19,6 +19,7 @@ from pydantic import (
 Column = Annotated[str, StringConstraints(min_length=1, max_length=200)]
 Share = Annotated[float, Field(ge=0, le=0.5, allow_inf_nan=False)]
 Count = Annotated[StrictInt, Field(ge=1, le=10_000_000)]
+Targets = Literal["all-linear"] | list[str]
 SECONDS_PER_DAY = 86400
 
 
@@ -40,6 +41,11 @@ class TextTask(_Settings):
     def positions(self) -> int:
         """Of the longest row: what activations grow with."""
         return self.max_length
+
+    @property
+    def default_targets(self) -> Targets:
+        """The layers that are adapted if the request names none."""
+        return "all-linear"
 
 
 class CausalLmTask(TextTask):
@@ -108,14 +114,55 @@ class TokenClassificationTask(ClassificationSettings):
         return self.tags_column
 
 
-TaskSettings = Annotated[
-    CausalLmTask | SequenceClassificationTask | TokenClassificationTask, Field(discriminator="type")
-]
-TaskName = Literal["causal-lm", "sequence-classification", "token-classification"]
-TASKS: Mapping[str, type[CausalLmTask | SequenceClassificationTask | TokenClassificationTask]] = {
+class TextToImageTask(_Settings):
+    """Predict the noise in images from their captions. The dataset is a zip of images, the base model a folder of a
+    StableDiffusionPipeline, of which the UNet is adapted.
+
+    Images are scaled and cut to a square in the middle; what VAE and text encoder make of them is computed once.
+    """
+
+    type: Literal["text-to-image"] = "text-to-image"
+    resolution: Annotated[StrictInt, Field(ge=16, le=2048, multiple_of=8)] = Field(
+        512,
+        description="Width and height of the images, pixels; a multiple of 8 (of the VAE's factor, if it is larger).",
+    )
+    prediction: Literal["auto", "epsilon", "v-prediction"] = Field(
+        "auto", description="What the UNet predicts: the noise, or v (arXiv:2202.00512); auto: as its scheduler says."
+    )
+    noise_offset: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)] = Field(
+        0.0,
+        description="Standard deviation of noise that is one value for a whole channel: for dark or light images.",
+    )
+    min_snr_gamma: Annotated[float, Field(gt=0, le=1000, allow_inf_nan=False)] | None = Field(
+        None, description="γ of min-SNR weighting (arXiv:2303.09556; 5 there); unset, all noise levels weigh the same."
+    )
+    prompt_dropout: Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)] = Field(
+        0.0,
+        description="Share of the rows of a step whose caption is taken as empty, for guidance without a classifier.",
+    )
+    evaluation_draws: Annotated[StrictInt, Field(ge=1, le=100)] = Field(
+        4, description="Noise levels, each with a fixed noise, at which every validation image is measured."
+    )
+
+    @property
+    def positions(self) -> int:
+        """Of an image, at the layers of the highest resolution: what activations grow with."""
+        return (self.resolution // 8) ** 2
+
+    @property
+    def default_targets(self) -> Targets:
+        """The projections of attention."""
+        return ["to_q", "to_k", "to_v", "to_out.0"]
+
+
+AnyTask = CausalLmTask | SequenceClassificationTask | TokenClassificationTask | TextToImageTask
+TaskSettings = Annotated[AnyTask, Field(discriminator="type")]
+TaskName = Literal["causal-lm", "sequence-classification", "token-classification", "text-to-image"]
+TASKS: Mapping[str, type[AnyTask]] = {
     "causal-lm": CausalLmTask,
     "sequence-classification": SequenceClassificationTask,
     "token-classification": TokenClassificationTask,
+    "text-to-image": TextToImageTask,
 }
 """Every task by its name."""
 

@@ -8,6 +8,7 @@ from typing import Literal
 
 from artifacts.errors import FieldError, RequestInvalid
 from train.options.common import Circumstances, Target, TrainOptions
+from train.settings import TaskSettings
 
 # The ends of the paths of what looks like a linear layer in a checkpoint and is none, and of output heads.
 NOT_ADAPTED = frozenset(
@@ -65,6 +66,11 @@ def resolve_targets(
             errors=[FieldError("/parameters/target_modules", "no layer is left")],
         )
     return [Target(path, *linear[path]) for path in sorted(found)]
+
+
+def wanted_targets(options: TrainOptions, task: TaskSettings) -> Literal["all-linear"] | Sequence[str]:
+    """What the request names; if it names nothing, what the task adapts."""
+    return options.target_modules if "target_modules" in options.model_fields_set else task.default_targets
 
 
 def check_rank(options: TrainOptions, targets: Sequence[Target]) -> None:

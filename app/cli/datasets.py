@@ -24,6 +24,7 @@ class DatasetFormat(StrEnum):
     JSONL = "jsonl"
     CSV = "csv"
     PARQUET = "parquet"
+    IMAGES = "images"
 
 
 Format = Annotated[DatasetFormat | None, typer.Option("--format", help="Unless given, by the name or the content.")]

@@ -71,8 +71,12 @@ def _train_remotely(client: Client, recipe: Recipe, output: Path | None, wait: b
     if not wait:
         note(f"follow it: rankwise jobs watch {job['id']}")
     elif output is not None:
-        target = fetch(client, job["result"]["adapters"][0], output, DownloadFormat.PEFT, unpack=True)
-        write_pictures(job["result"]["report"].get("own") or {}, target)
+        adapter_id = job["result"]["adapters"][0]
+        # An adapter of images is one file, as diffusers has it.
+        in_folder = client.get(f"/adapters/{adapter_id}")["format"] == "peft"
+        layout = DownloadFormat.PEFT if in_folder else DownloadFormat.SAFETENSORS
+        target = fetch(client, adapter_id, output, layout, unpack=in_folder)
+        write_pictures(job["result"]["report"].get("own") or {}, target if in_folder else output)
         note(f"written to {target}")
 
 

@@ -52,8 +52,8 @@ class DatasetColumn(BaseModel):
 class DatasetTask(BaseModel):
     """Whether the dataset can serve one task, in one form of data."""
 
-    task: str = Field(description="causal-lm, sequence-classification or token-classification.")
-    form: str = Field(description="chat, prompt-completion, text, text-label or tokens-tags.")
+    task: str = Field(description="causal-lm, sequence-classification, token-classification or text-to-image.")
+    form: str = Field(description="chat, prompt-completion, text, text-label, tokens-tags or images.")
     columns: list[str] = Field(description="Those that the task reads.")
     usable: bool
     reason: str | None = Field(description="Why it can not serve it.")
@@ -116,7 +116,11 @@ UPLOAD_FORM_SCHEMA: dict[str, Any] = {
     "additionalProperties": False,
     "required": ["file"],
     "properties": {
-        "file": {"description": "JSON Lines, CSV (both also as .gz) or Parquet.", "type": "string", "format": "binary"},
+        "file": {
+            "description": "JSON Lines, CSV (both also as .gz), Parquet, or a zip of images.",
+            "type": "string",
+            "format": "binary",
+        },
         "name": {"type": "string", "minLength": 1, "maxLength": 200, "pattern": PLAIN},
         "format": {
             "description": "Unset: by the file's name or, failing that, by its content.",

@@ -98,3 +98,77 @@ def test_minilm_learns_to_tell_praise_from_blame_over_http(serve: Any, tmp_path:
     merge = server.client.post("/merge", json={"adapters": [{"id": adapter_id}, {"id": other}], "method": "cat"})
     assert (merge.status_code, merge.json()["code"]) == (422, "not_mergeable")
     assert "modules_to_save" in merge.text
+
+
+# In a process of its own: nothing but diffusers. Prints how far the UNet's prediction moves.
+STOCK_IMAGES = """
+import json, sys
+import torch
+from diffusers import StableDiffusionPipeline
+
+base, adapter = sys.argv[1:]
+pipeline = StableDiffusionPipeline.from_pretrained(base, safety_checker=None)
+torch.manual_seed(1)
+inputs = torch.randn(1, 4, 16, 16), torch.tensor([7]), torch.randn(1, 16, 16)
+with torch.no_grad():
+    plain = pipeline.unet(*inputs).sample
+    pipeline.load_lora_weights(adapter)
+    print(json.dumps(float((plain - pipeline.unet(*inputs).sample).abs().max())))
+"""
+
+
+def stock_effect(base: Path, adapter: Path) -> float:
+    command = [sys.executable, "-W", "ignore", "-c", STOCK_IMAGES, str(base), str(adapter)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return float(json.loads(done.stdout.splitlines()[-1]))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_unet_is_trained_on_images_over_http(serve: Any, tmp_path: Path) -> None:
+    from tiny_pipeline import write_images, write_tiny_pipeline
+
+    base = write_tiny_pipeline(tmp_path / "roots" / "pipeline")
+    server = serve(pool="local", devices="cpu:1", max_wait_seconds=60, model_roots=(base.parent,))
+    model = server.client.post("/models", json={"path": str(base)})
+    assert (model.status_code, model.json()["architecture"]) == (201, "UNet2DConditionModel"), model.text
+    archive = write_images(tmp_path / "images.zip").read_bytes()
+    dataset = server.client.post("/datasets", files=[("file", ("squares.zip", archive))])
+    assert (dataset.status_code, dataset.json()["format"]) == (201, "images"), dataset.text
+    dataset_id = dataset.json()["id"]
+    rows = server.client.get(f"/datasets/{dataset_id}/rows", params={"offset": 1, "limit": 1}).json()
+    assert rows["items"] == [{"row": 2, "values": {"file_name": "pictures/01.png", "text": "a blue square"}}]
+    sent = server.client.get(f"/datasets/{dataset_id}/download")
+    assert (sent.content, sent.headers["content-type"]) == (archive, "application/zip")
+    bad = write_images(tmp_path / "bad.zip", extra={"pictures/03.png": b"no image"}).read_bytes()
+    refused = server.client.post("/datasets", files=[("file", ("bad.zip", bad))])
+    assert (refused.status_code, refused.json()["errors"][0]["pointer"]) == (422, "row 4")
+
+    body: dict[str, Any] = {
+        "base_model": model.json()["id"],
+        "dataset": dataset_id,
+        "task": {"type": "text-to-image", "resolution": 32},
+        "parameters": {"rank": 4},
+        "training": {"steps": 10, "batch_size": 4, "learning_rate": 0.01},
+        "evaluation": {"validation_fraction": 0.3},
+    }
+    wrong = server.client.post("/train", json={**body, "task": "causal-lm"})
+    assert (wrong.status_code, wrong.json()["errors"][0]["pointer"]) == (422, "/dataset")
+    estimate = server.client.post("/train/estimate", json=body).json()
+    jobs = [train(server, {**body, "seed": seed}, 600) for seed in (0, 1)]
+    report = jobs[0]["result"]["report"]
+    assert estimate["trainable_parameters"] == report["trainable_parameters"]
+    assert report["evaluation"]["difference"]["loss"]["high"] < 0
+    first, second = (job["result"]["adapters"][0] for job in jobs)
+
+    weights = server.client.get(f"/adapters/{first}/download", params={"format": "safetensors"}).content
+    folder = tmp_path / "downloaded"
+    folder.mkdir()
+    (folder / "pytorch_lora_weights.safetensors").write_bytes(weights)
+    assert stock_effect(base, folder) > 1e-3
+    again = server.upload([("file", ("trained.safetensors", weights))])
+    assert (again.status_code, again.json()["id"]) == (200, first)
+    merge = {"adapters": [{"id": first}, {"id": second}], "method": "cat"}
+    merged = server.client.post("/merge", json=merge, headers={"Prefer": "wait=200"}, timeout=220).json()
+    assert merged["state"] == "succeeded", merged

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +54,7 @@ class Eva(LoraFamily[EvaOptions]):
             initialize_lora_eva_weights(
                 prepared,
                 _Batches(context),
+                forward_fn=context.loss,
                 prepare_model_inputs_fn=_counted,
                 prepare_layer_inputs_fn=_samples,
                 show_progress_bar=False,
@@ -66,7 +67,7 @@ class Eva(LoraFamily[EvaOptions]):
         largest = max(context.batches(), key=_sample_count)
         if (found := _sample_count(largest)) < wanted:
             self._refuse(f"no batch has {wanted} tokens that the loss counts (rank × rho); the largest has {found}")
-        counts = _layer_counts(model, context.targets, largest)
+        counts = _layer_counts(model, context, largest)
         for path, found in counts.items():
             if found < wanted:
                 self._refuse(f"{path} gets {found} inputs from a batch; {wanted} (rank × rho) are needed")
@@ -148,7 +149,7 @@ def _sample_count(batch: Mapping[str, Tensor]) -> int:
 
 
 @torch.no_grad()
-def _layer_counts(model: nn.Module, targets: Sequence[str], batch: Mapping[str, Tensor]) -> dict[str, int]:
+def _layer_counts(model: nn.Module, context: MethodContext, batch: Mapping[str, Tensor]) -> dict[str, int]:
     """How many inputs each layer gets from the batch."""
     places = _counted(batch)
     found: dict[str, int] = {}
@@ -160,9 +161,9 @@ def _layer_counts(model: nn.Module, targets: Sequence[str], batch: Mapping[str, 
 
         return hook
 
-    hooks = [model.get_submodule(path).register_forward_pre_hook(count(path)) for path in targets]
+    hooks = [model.get_submodule(path).register_forward_pre_hook(count(path)) for path in context.targets]
     try:
-        model(**batch)
+        context.loss(model, batch)
     finally:
         for handle in hooks:
             handle.remove()

@@ -12,6 +12,7 @@ from train.tasks.protocol import Task, TaskContext
 IMPLEMENTATIONS: Mapping[str, str] = {
     "causal-lm": "train.tasks.causal_lm:CausalLm",
     "sequence-classification": "train.tasks.sequence_classification:SequenceClassification",
+    "text-to-image": "train.tasks.text_to_image:TextToImage",
     "token-classification": "train.tasks.token_classification:TokenClassification",
 }
 

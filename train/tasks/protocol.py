@@ -26,12 +26,13 @@ Loss = Callable[[Any, Any, "Tensor"], "Tensor"]
 
 @dataclass(frozen=True, slots=True)
 class TaskContext:
-    """Of one training: where it runs, and how."""
+    """Of one training: where it runs, and how; `folder` is its own, to write into."""
 
     base: BaseFiles
     training: TrainingSettings
     device: str
     seed: int
+    folder: Path
 
 
 class Task(ABC, Generic[Settings]):
@@ -42,13 +43,15 @@ class Task(ABC, Generic[Settings]):
 
     peft_type: ClassVar[str | None] = None
     """PEFT's name of the task, if it has one."""
+    checkpointing_by_trainer: ClassVar[bool] = True
+    """Whether the Trainer switches gradient checkpointing on; else `before_training` does."""
     predicted: ClassVar[str] = "logits"
     """What `predict` gives, in a word."""
 
     def __init__(self, settings: Settings, context: TaskContext) -> None:
         self.settings = settings
         self.base, self.training = context.base, context.training
-        self.device, self.seed = context.device, context.seed
+        self.device, self.seed, self.folder = context.device, context.seed, context.folder
 
     @abstractmethod
     def read(self, file: DataFile, evaluation: EvaluationSettings) -> Examples:
@@ -110,6 +113,10 @@ class Task(ABC, Generic[Settings]):
     @abstractmethod
     def predict(self, model: nn.Module, examples: Sequence[Any]) -> list[Tensor]:
         """What the model gives for each example (logits, say), on the CPU in float32: to compare two models by."""
+
+    def reload(self, by_method: Callable[[nn.Module, Path], nn.Module], model: nn.Module, directory: Path) -> nn.Module:
+        """`load`'s model with the written adapter, as users load it: as the method says, if `finish` left its form."""
+        return by_method(model, directory)
 
     def finish(self, directory: Path) -> None:
         """Called when the method has written the adapter: the place for what the task adds to its folder."""

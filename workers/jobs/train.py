@@ -23,7 +23,7 @@ from train.settings import EvaluationSettings, TrainingSettings, parse_task
 from workers.checkpointing import Checkpoints
 from workers.context import JobContext, JobOutcome, NewAdapter, StoredModel
 
-LIBRARIES = ("rankwise", "torch", "transformers", "peft", "accelerate")
+LIBRARIES = ("rankwise", "torch", "transformers", "peft", "accelerate", "diffusers")
 NAME_LIMIT = 200
 SECONDS_BETWEEN = 1.0
 LONGEST_BETWEEN = 30.0
