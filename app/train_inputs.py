@@ -22,7 +22,7 @@ from train.options.common import Circumstances
 from train.settings import TaskSettings
 from train.targets import check_method, resolve_targets, wanted_targets
 
-_WITHOUT_HEAD: frozenset[str] = frozenset({"causal-lm"})
+_WITHOUT_HEAD: frozenset[str] = frozenset({"causal-lm", "text-to-image"})
 """Tasks that train no module whole."""
 
 

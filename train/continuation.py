@@ -19,6 +19,8 @@ from train.options.common import MAX_TARGETS, LowRankOptions, Target, TrainOptio
 
 AdapterId = Annotated[str, StringConstraints(pattern=r"^adp_[0-9a-f]{32}$")]
 POINTER = "/continue_from"
+USUAL_HEADS = frozenset({"classifier", "score"})
+"""PEFT names them in the configuration of every classifier, whether its model has them or not."""
 NAMED_OFFENDERS = 20
 FACTORED = ("lora", "rslora", "dora")
 """The types whose files hold A and B for every layer."""
@@ -188,7 +190,7 @@ def place(
 
 
 def _check_whole(saved: set[str], whole: Sequence[str]) -> None:
-    strange = [path for path in saved if not any(_ends_with(own, path) for own in whole)]
+    strange = [path for path in saved - USUAL_HEADS if not any(_ends_with(own, path) for own in whole)]
     missing = [path for path in whole if not any(_ends_with(path, own) for own in saved)]
     if strange or missing:
         problem = f"modules trained whole: the adapter has {sorted(saved)}, this training {sorted(whole)}"

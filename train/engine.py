@@ -109,6 +109,7 @@ def train_adapter(
     carried = _carried(inputs.resume)
     course = _Course(plan, known, needed, examples)
     if inputs.start is not None:
+        task.check_start(inputs.start.directory)
         course.start = inputs.start.placed(known.targets, task.whole(model))
     if carried is not None:
         course.before = _scores(task, carried)

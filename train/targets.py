@@ -34,6 +34,8 @@ def resolve_targets(
 ) -> list[Target]:
     """The layers that are meant, sorted by path; a name means every layer whose path is it or ends with it.
 
+    A first component that a whole path has, and the base model's path has not, makes no difference.
+
     Args:
         linear: path → (d_out, d_in) of the base model's layers.
 
@@ -47,6 +49,8 @@ def resolve_targets(
         problems = []
         for position, name in enumerate(wanted):
             hits = {path for path in linear if path == name or path.endswith(f".{name}")}
+            # Classes with a head, and pipelines, put a component before the paths of the checkpoint.
+            hits = hits or {name.partition(".")[2]} & linear.keys()
             found |= hits
             if not hits:
                 problems.append(

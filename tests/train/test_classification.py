@@ -18,6 +18,7 @@ from artifacts.errors import FileBroken, RequestInvalid
 from artifacts.intake import inspect
 from train.base_files import BaseFiles
 from train.catalog import METHODS
+from train.continuation import Start
 from train.evaluation import compare
 from train.settings import EvaluationSettings
 from train.tasks.class_scores import ClassScores
@@ -217,3 +218,14 @@ def test_the_interval_of_a_classifier_covers_its_difference() -> None:
     for name, found in compare(before, after, EvaluationSettings(), 1).items():
         assert found["low"] < found["difference"] < found["high"]
         assert (found["high"] < 0) if name == "loss" else (found["low"] > 0)
+
+
+def test_a_classifier_goes_on_with_its_head_and_only_with_its_labels(encoder_trainings: Any) -> None:
+    first, adapter, _ = learn(encoder_trainings, "lora", TEXTS, moods())
+    start = Start("source", inspect(adapter), adapter)
+    report, _, _ = encoder_trainings.run("lora", {}, task=TEXTS, rows=moods(), steps=1, start=start, learning_rate=1e-8)
+    assert report.evaluation["before"]["loss"] == pytest.approx(first.evaluation["after"]["loss"], rel=1e-4)
+    assert report.evaluation["after"]["loss"] == pytest.approx(first.evaluation["after"]["loss"], rel=1e-3)
+    renamed = [row | {"label": row["label"].upper()} for row in moods()]
+    with pytest.raises(RequestInvalid, match="its labels are"):
+        encoder_trainings.run("lora", {}, task=TEXTS, rows=renamed, steps=1, start=start)

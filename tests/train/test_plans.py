@@ -32,6 +32,8 @@ def test_all_linear_leaves_embeddings_and_the_head_alone() -> None:
 def test_a_name_means_the_ends_of_paths_at_a_dot() -> None:
     assert [target.path for target in resolve_targets(LINEAR, ["0.self_attn.q_proj"])] == [sorted(LINEAR)[3]]
     assert len(resolve_targets(LINEAR, ["q_proj"])) == 2
+    named = resolve_targets(LINEAR, ["unet.model.layers.0.self_attn.q_proj"])
+    assert [target.path for target in named] == [sorted(LINEAR)[3]]
     with pytest.raises(RequestInvalid, match="no layer called 'proj'"):
         resolve_targets(LINEAR, ["proj"])
 

@@ -18,6 +18,7 @@ from artifacts.errors import FormatUnknown, RequestInvalid
 from artifacts.intake import inspect
 from train.base_files import BaseFiles
 from train.catalog import METHODS
+from train.continuation import Start
 from train.data import DataFile
 from train.tasks.denoising import Noising, noising_of
 from train.tasks.text_to_image import DIFFUSERS_WEIGHTS, ImageScores
@@ -71,6 +72,17 @@ def test_it_learns_resumes_to_the_same_bytes_and_writes_what_diffusers_reads(ima
     assert (manifest.method, manifest.mergeable, manifest.base_model) == ("lora", True, "tiny-pipeline")
     assert all(module.path.startswith("unet.") for module in manifest.modules)
     assert manifest.report.warnings == ()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["lora", "allora"])
+def test_a_training_goes_on_from_an_adapter_in_the_form_of_diffusers(imaging: Any, method: str) -> None:
+    first, adapter, _ = learn(imaging)
+    start = Start("source", inspect(adapter), adapter)
+    more = {"steps": 1, "start": start, "learning_rate": 1e-8, "evaluation": {"validation_fraction": 0.3}}
+    report, _, _ = imaging.run(method, {}, task=TASK, batch_size=4, **more)
+    assert report.evaluation["before"]["loss"] == pytest.approx(first.evaluation["after"]["loss"], rel=1e-5)
+    assert report.evaluation["after"]["loss"] == pytest.approx(first.evaluation["after"]["loss"], rel=1e-4)
 
 
 def test_gradient_checkpointing_and_the_kind_of_prediction(imaging: Any, tmp_path: Path) -> None:

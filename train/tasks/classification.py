@@ -15,6 +15,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional
 
+from artifacts.errors import FieldError, RequestInvalid
+from artifacts.layout import read_layout
 from artifacts.safetensors_header import read_header
 from artifacts.safetensors_writer import SafetensorsWriter, TensorEntry
 from train.data import DataFile, Examples, SplitRows, counts, listed
@@ -153,6 +155,16 @@ class Classification(Task[S], Generic[S]):
 
     def whole(self, model: nn.Module) -> Sequence[str]:
         return self._whole
+
+    def check_start(self, directory: Path) -> None:
+        told = read_header(read_layout(directory).weights_path).metadata.get(LABELS_KEY)
+        if told is not None and json.loads(told) != list(self.labels.names):
+            problem = f"its labels are {told[:200]}, those of the training rows are others"
+            raise RequestInvalid(
+                f"The adapter can not be trained on: {problem}.",
+                hint="Give rows with the same labels, or begin anew.",
+                errors=[FieldError("/continue_from", problem)],
+            )
 
     def before_training(self, model: Any) -> None:
         ready_transformer(model, self.training)

@@ -75,6 +75,10 @@ class Task(ABC, Generic[Settings]):
         """Raises RequestInvalid when the loaded model can not do what the settings ask for."""
         del model, examples
 
+    def check_start(self, directory: Path) -> None:
+        """Raises RequestInvalid when the adapter that the training goes on from is of another kind."""
+        del directory
+
     def before_training(self, model: Any) -> None:
         """Called before the method changes the model; what only evaluation needs can go."""
         del model
