@@ -222,8 +222,16 @@ def _postgres_work(url: str) -> tuple[float, int]:
     assert row is not None
     postmaster = psutil.Process(row[0]).parent()
     assert postmaster is not None
-    times = [process.cpu_times() for process in (postmaster, *postmaster.children())]
-    return sum(found.user + found.system for found in times), int(row[1])
+    return sum(_cpu_seconds(process) for process in (postmaster, *postmaster.children())), int(row[1])
+
+
+def _cpu_seconds(process: psutil.Process) -> float:
+    """0 for one that has ended since it was listed."""
+    try:
+        times = process.cpu_times()
+    except psutil.NoSuchProcess:
+        return 0.0
+    return float(times.user + times.system)
 
 
 @contextmanager

@@ -73,6 +73,18 @@ def only_loopback() -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True)
+def logs_as_before() -> Iterator[None]:
+    """What a test makes of structlog for its process, a server say, ends with it."""
+    structlog = sys.modules.get("structlog")
+    before = structlog.get_config() if structlog else None
+    yield
+    if before is not None:
+        sys.modules["structlog"].configure(**before)
+    elif "structlog" in sys.modules:
+        sys.modules["structlog"].reset_defaults()
+
+
+@pytest.fixture(autouse=True)
 def seeds() -> None:
     """The same random numbers in every run and in every order; libraries that are not loaded are not loaded for it."""
     random.seed(SEED)
