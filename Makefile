@@ -7,6 +7,7 @@
 # PYTHON=…       the interpreter that makes it (3.11 or newer)
 # PIP_FLAGS=…    more options for pip, e.g. an index that holds a CPU-only torch
 # ARGS=…         more arguments for pytest, `rankwise serve` or `rankwise demo`
+# TEST_WORKERS=… processes of the fast test suite (default 2; 0 runs it in one)
 
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
@@ -16,6 +17,9 @@ PYTHON ?= python3
 VENV ?= .venv
 PIP_FLAGS ?=
 ARGS ?=
+# Processes of the fast test suite; each has one thread for its arithmetic. 0 runs it in one process.
+TEST_WORKERS ?= 2
+TEST_THREADS = $(if $(filter 0,$(TEST_WORKERS)),2,1)
 
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.rankwise-setup
@@ -52,7 +56,7 @@ serve: setup  ## start the service on http://127.0.0.1:8000
 	$(BIN)/rankwise serve $(ARGS)
 
 test: setup  ## the fast test suite
-	$(BIN)/python -m pytest $(ARGS)
+	OMP_NUM_THREADS=$(TEST_THREADS) $(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile $(ARGS)
 
 test-slow: setup  ## only the slow suites: fidelity, chaos
 	$(BIN)/python -m pytest -m 'slow and not gpu' $(ARGS)
