@@ -211,7 +211,7 @@ def _line(name: str, learning_rate: float, reports: Sequence[dict[str, Any]]) ->
         parameters=reports[0]["trainable_parameters"],
         losses=[scores["loss"] for scores in after],
         accuracies=[scores["accuracy"] for scores in after],
-        f1s=[scores["f1"] for scores in after],
+        f1s=[scores["macro_f1"] for scores in after],
         step_ms=statistics.median(1e3 * report["seconds"] / report["steps"] for report in reports),
         peak_mb=max(report["peak_memory"]["resident"] for report in reports) / 1e6,
     )

@@ -28,7 +28,7 @@ TEXTS = {"type": "sequence-classification", "max_length": 64}
 TOKENS = {"type": "token-classification", "max_length": 64}
 SIZES: dict[str, dict[str, Any]] = {
     "adalora": {"initial_rank": 4, "target_rank": 2},
-    "eva": {"rank": 2, "target_modules": ["query", "value"]},
+    "eva": {"rank": 2},
     "increlora": {"target_rank": 4, "increment": 3, "layers_per_round": 7, "wait": 0},
     "vera": {"rank": 16},
 }

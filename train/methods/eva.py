@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import EvaConfig, LoraConfig, PeftConfig, initialize_lora_eva_weights
+from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from artifacts.errors import FieldError, RequestInvalid
@@ -51,14 +53,15 @@ class Eva(LoraFamily[EvaOptions]):
             self._check_samples(model, context)
         prepared = super().prepare(model, context)
         if context.checkpoint is None:
-            initialize_lora_eva_weights(
-                prepared,
-                _Batches(context),
-                forward_fn=context.loss,
-                prepare_model_inputs_fn=_counted,
-                prepare_layer_inputs_fn=_samples,
-                show_progress_bar=False,
-            )
+            with _contiguous_inputs(prepared):
+                initialize_lora_eva_weights(
+                    prepared,
+                    _Batches(context),
+                    forward_fn=context.loss,
+                    prepare_model_inputs_fn=_counted,
+                    prepare_layer_inputs_fn=_samples,
+                    show_progress_bar=False,
+                )
         return prepared
 
     def _check_samples(self, model: nn.Module, context: MethodContext) -> None:
@@ -168,3 +171,20 @@ def _layer_counts(model: nn.Module, context: MethodContext, batch: Mapping[str, 
         for handle in hooks:
             handle.remove()
     return found
+
+
+@contextmanager
+def _contiguous_inputs(model: nn.Module) -> Iterator[None]:
+    """PEFT reads the inputs of the layers as flat memory, which slices are not: a pooler's first token, say."""
+
+    def contiguous(_: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+        return tuple(value.contiguous() if isinstance(value, Tensor) else value for value in inputs)
+
+    hooks = [
+        module.register_forward_pre_hook(contiguous) for module in model.modules() if isinstance(module, LoraLayer)
+    ]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
