@@ -46,10 +46,18 @@ def test_a_training_stores_an_adapter_with_its_report_and_its_series(
     assert all(point.numbers["gradient_norm"] > 0 for point, _ in points)
 
 
+PARAMETERS: dict[str, dict[str, Any]] = {
+    "adalora": {"initial_rank": 4, "target_rank": 2, "dropout": 0.1},
+    "allora": {"rank": 4},
+    "increlora": {"initial_rank": 1, "target_rank": 2, "interval": 10, "dropout": 0.1},
+    "loftq": {"rank": 4},
+}
+"""Of those methods that have no dropout, or no rank of that name."""
+
+
 def kill_and_compare(pool: Any, tiny_base: Path, base_id: str, dataset_id: str, method: str, wait_until: Any) -> Any:
     """Run the same training twice, once killed after its first checkpoint; returns the killed job."""
-    sizes = {"initial_rank": 4, "target_rank": 2} if method == "adalora" else {"rank": 4}
-    changes = {"method": method, "parameters": {**sizes, "dropout": 0.1}}
+    changes = {"method": method, "parameters": PARAMETERS.get(method, {"rank": 4, "dropout": 0.1})}
     whole = pool.submit("train", **params_of(base_id, dataset_id, training=TRAINING, **changes))
     start(pool, tiny_base)
     assert pool.ended(whole).error is None
