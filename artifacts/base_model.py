@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -17,6 +17,8 @@ from artifacts.manifest import LoraModule
 from artifacts.safetensors_header import BASE_DTYPE_BYTES, MAX_BASE_HEADER_BYTES, TensorInfo, read_header
 
 Level = Literal["weights", "revision", "architecture", "shape"]
+STRENGTH: Mapping[Level, int] = {"weights": 3, "revision": 2, "architecture": 1, "shape": 0}
+"""How much a level proves: a larger one more."""
 Source = Literal["hub", "path", "named"]
 Fingerprint = tuple[tuple[str, int, int], ...]
 
@@ -87,6 +89,10 @@ class Comparison:
 
     level: Level
     contradiction: str | None = None
+
+    def reaches(self, minimum: Level | None) -> bool:
+        """Whether as much is proven as is asked for; None asks for nothing."""
+        return minimum is None or STRENGTH[self.level] >= STRENGTH[minimum]
 
 
 def compare(first: BaseModelRef, second: BaseModelRef) -> Comparison:

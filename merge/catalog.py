@@ -7,9 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from pydantic import BaseModel, ValidationError
-
-from artifacts.errors import FieldError, RequestInvalid
+from artifacts.menu import find_row, parse_options
 from merge.options import CatOptions, LegoOptions, LinearOptions, MergeOptions, SvdOptions
 
 
@@ -97,14 +95,7 @@ METHODS: Mapping[str, MergeMethod] = {row.name: row for row in _ROWS}
 
 def find_method(name: str) -> MergeMethod:
     """The row of a method. Raises RequestInvalid, with the names that exist, when there is none."""
-    if name not in METHODS:
-        known = ", ".join(METHODS)
-        raise RequestInvalid(
-            f"There is no merge method {name[:80]!r}.",
-            hint=f"Methods: {known}. See GET /methods.",
-            errors=[FieldError("/method", f"must be one of: {known}")],
-        )
-    return METHODS[name]
+    return find_row(METHODS, "merge", name)
 
 
 def parse_parameters(method: str, parameters: Mapping[str, Any]) -> MergeOptions:
@@ -113,26 +104,4 @@ def parse_parameters(method: str, parameters: Mapping[str, Any]) -> MergeOptions
     Raises:
         RequestInvalid: unknown method or parameter, or a value out of range; each finding with its JSON pointer.
     """
-    row = find_method(method)
-    try:
-        return row.options.model_validate(dict(parameters))
-    except ValidationError as error:
-        findings = _findings(row.options, error)
-        raise RequestInvalid(
-            f"The parameters of merge method {method!r} are not valid: {findings[0].message}",
-            hint=f"GET /methods/merge/{method} describes every parameter.",
-            errors=findings,
-        ) from error
-
-
-def _findings(options: type[BaseModel], error: ValidationError) -> list[FieldError]:
-    """One finding per field: a union reports every branch that failed, which would only repeat itself."""
-    findings: dict[str, list[str]] = {}
-    for item in error.errors(include_url=False, include_context=False, include_input=False):
-        # Beyond the field's name, a location only tells which branch of a union was tried.
-        pointer = "/parameters" + (f"/{item['loc'][0]}" if item["loc"] else "")
-        findings.setdefault(pointer, []).append(item["msg"].removeprefix("Value error, "))
-    return [
-        FieldError(pointer, f"{pointer.rsplit('/', 1)[-1]}: " + ", or ".join(dict.fromkeys(messages)))
-        for pointer, messages in findings.items()
-    ]
+    return parse_options(find_method(method).options, "merge", "merge", method, parameters)

@@ -10,7 +10,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from artifacts.base_model import BaseModelRef, Level, compare
+from artifacts.base_model import STRENGTH, BaseModelRef, Level, compare
 from artifacts.errors import (
     BaseMismatch,
     FieldError,
@@ -27,7 +27,6 @@ from merge.sides import with_sides
 
 MAX_ADAPTERS = 256
 NAMED_OFFENDERS = 20
-_STRENGTH: Mapping[Level, int] = {"weights": 3, "revision": 2, "architecture": 1, "shape": 0}
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,7 +193,7 @@ def _base_compatibility(inputs: Sequence[MergeInput], minimum: Level | None) -> 
             comparison = compare(inputs[other].base, item.base)
             pair = f"{inputs[other].name} ({inputs[other].base.name}) and {item.name} ({item.base.name})"
             pointer = [FieldError(f"/adapters/{position}/id", f"base model {item.base.name}")]
-            if minimum is not None and _STRENGTH[comparison.level] < _STRENGTH[minimum]:
+            if not comparison.reaches(minimum):
                 raise BaseMismatch(
                     f"{pair}: that they share a base model is proven to the level {comparison.level!r} only; "
                     f"minimum_compatibility asks for {minimum!r}.",
@@ -209,8 +208,7 @@ def _base_compatibility(inputs: Sequence[MergeInput], minimum: Level | None) -> 
                 )
             if comparison.contradiction:
                 warnings.append(f"base_models_differ: {pair}: {comparison.contradiction}.")
-            if _STRENGTH[comparison.level] < _STRENGTH[level]:
-                level = comparison.level
+            level = min(level, comparison.level, key=lambda found: STRENGTH[found])
     if level == "shape":
         names = sorted({item.base.name for item in inputs})
         warnings.append(

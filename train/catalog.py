@@ -5,10 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from pydantic import ValidationError
-
-from artifacts.errors import FieldError, RequestInvalid
-from train import three_factor_rows
+from artifacts.menu import find_row, parse_options
 from train.menu_row import PLAIN, Capabilities, Form, Method
 from train.options.allora import AlloraOptions
 from train.options.baselines import (
@@ -29,6 +26,7 @@ from train.options.common import TrainOptions
 from train.options.dylora import DyloraOptions
 from train.options.increlora import IncreloraOptions
 from train.options.loftq import LoftqOptions
+from train.options.three_factor import InttuneOptions, LoraSbOptions, LoraXsOptions, NloraOptions, SloraOptions
 
 _ROWS = (
     Method(
@@ -272,7 +270,76 @@ _ROWS = (
         reference_url="https://arxiv.org/abs/2210.07558",
         capabilities=Capabilities(exports="lora", mergeable=True),
     ),
-    *three_factor_rows.ROWS,
+    Method(
+        name="lora-sb",
+        title="LoRA-SB",
+        summary="Trains one r×r matrix a layer between frozen factors that span the first step of full fine-tuning, "
+        "estimated on your rows. Far fewer parameters than LoRA.",
+        when="When adapters must be small, or optimiser memory is short. Take 5 to 10 times the learning rate of LoRA, "
+        "and a larger rank than with LoRA.",
+        cost="r² trained parameters a layer. Before the first step: a forward and backward pass of every sample with "
+        "gradients of whole weights, within parameters.gradient_memory, and an SVD of every weight's gradient.",
+        output="A plain LoRA on the untouched base.",
+        options=LoraSbOptions,
+        implementation="train.methods.lora_sb:LoraSb",
+        arxiv="2411.19557",
+        reference_url="https://arxiv.org/abs/2411.19557",
+        capabilities=Capabilities(exports="lora", mergeable=True),
+    ),
+    Method(
+        name="lora-xs",
+        title="LoRA-XS",
+        summary="Trains one r×r matrix a layer between frozen singular vectors of the weight. What LoRA-SB is compared "
+        "with.",
+        when="As LoRA-SB, when no estimate on the data is wanted; LoRA-SB usually learns better at the same rank.",
+        cost="r² trained parameters a layer, and an SVD of every weight before the first step.",
+        output="A plain LoRA on the untouched base.",
+        options=LoraXsOptions,
+        implementation="train.methods.lora_xs:LoraXs",
+        arxiv="2405.17604",
+        reference_url="https://arxiv.org/abs/2405.17604",
+        capabilities=Capabilities(exports="lora", mergeable=True),
+    ),
+    Method(
+        name="slora",
+        title="SLoRA",
+        summary="LoRA with a trained r×r matrix between A and B: learns faster for a few more parameters.",
+        when="When LoRA learns slowly and the adapter shall begin exactly at the base model.",
+        cost="r·(d_in + d_out + r) trained parameters a layer.",
+        output="A plain LoRA on the untouched base.",
+        options=SloraOptions,
+        implementation="train.methods.slora:Slora",
+        arxiv="2502.14482",
+        reference_url="https://arxiv.org/abs/2502.14482",
+        capabilities=Capabilities(exports="lora", mergeable=True),
+    ),
+    Method(
+        name="nlora",
+        title="NLoRA",
+        summary="SLoRA started at rows and columns of the weights (Nyström), which costs no SVD. Changes the model a "
+        "little before the first step unless residual is set.",
+        when="When few steps are available, as PiSSA, with a start that costs nothing.",
+        cost="r·(d_in + d_out + r) trained parameters a layer.",
+        output="A plain LoRA on the untouched base; of twice the rank with residual.",
+        options=NloraOptions,
+        implementation="train.methods.nlora:Nlora",
+        arxiv="2502.14482",
+        reference_url="https://arxiv.org/abs/2502.14482",
+        capabilities=Capabilities(exports="lora", mergeable=True),
+    ),
+    Method(
+        name="inttune",
+        title="IntTune",
+        summary="The start of NLoRA, of which only the r×r matrix is trained: about a hundredth of LoRA's parameters.",
+        when="When adapters must be small and no estimate on the data is wanted; LoRA-SB has better founded factors.",
+        cost="r² trained parameters a layer.",
+        output="A plain LoRA on the untouched base.",
+        options=InttuneOptions,
+        implementation="train.methods.inttune:Inttune",
+        arxiv="2502.14482",
+        reference_url="https://arxiv.org/abs/2502.14482",
+        capabilities=Capabilities(exports="lora", mergeable=True),
+    ),
 )
 
 METHODS: Mapping[str, Method] = {row.name: row for row in _ROWS}
@@ -280,14 +347,7 @@ METHODS: Mapping[str, Method] = {row.name: row for row in _ROWS}
 
 def find_method(name: str) -> Method:
     """The row of a method. Raises RequestInvalid, with the names that exist, when there is none."""
-    if name not in METHODS:
-        known = ", ".join(METHODS)
-        raise RequestInvalid(
-            f"There is no training method {name[:80]!r}.",
-            hint=f"Methods: {known}. See GET /methods.",
-            errors=[FieldError("/method", f"must be one of: {known}")],
-        )
-    return METHODS[name]
+    return find_row(METHODS, "training", name)
 
 
 def parse_parameters(method: str, parameters: Mapping[str, Any]) -> TrainOptions:
@@ -296,26 +356,4 @@ def parse_parameters(method: str, parameters: Mapping[str, Any]) -> TrainOptions
     Raises:
         RequestInvalid: unknown method or parameter, or a value out of range; each finding with its JSON pointer.
     """
-    row = find_method(method)
-    try:
-        return row.options.model_validate(dict(parameters))
-    except ValidationError as error:
-        findings = _findings(error)
-        raise RequestInvalid(
-            f"The parameters of training method {method!r} are not valid: {findings[0].message}",
-            hint=f"GET /methods/train/{method} describes every parameter.",
-            errors=findings,
-        ) from error
-
-
-def _findings(error: ValidationError) -> list[FieldError]:
-    """One finding per field: a union reports every branch that failed, which would only repeat itself."""
-    findings: dict[str, list[str]] = {}
-    for item in error.errors(include_url=False, include_context=False, include_input=False):
-        # Beyond the field's name, a location only tells which branch of a union was tried.
-        pointer = "/parameters" + (f"/{item['loc'][0]}" if item["loc"] else "")
-        findings.setdefault(pointer, []).append(item["msg"].removeprefix("Value error, "))
-    return [
-        FieldError(pointer, f"{pointer.rsplit('/', 1)[-1]}: " + ", or ".join(dict.fromkeys(messages)))
-        for pointer, messages in findings.items()
-    ]
+    return parse_options(find_method(method).options, "train", "training", method, parameters)

@@ -24,7 +24,6 @@ USUAL_HEADS = frozenset({"classifier", "score"})
 NAMED_OFFENDERS = 20
 FACTORED = ("lora", "rslora", "dora")
 """The types whose files hold A and B for every layer."""
-_STRENGTH: Mapping[Level, int] = {"weights": 3, "revision": 2, "architecture": 1, "shape": 0}
 _MISS_FORMS = (None, True)
 """`init_weights` of a MiSS adapter in the balanced form, the one that is trained here."""
 
@@ -126,7 +125,7 @@ def check_base(
     """
     found = compare(adapter or BaseModelRef.named("unknown"), base)
     error = [FieldError(POINTER, f"made for the base model {adapter.name if adapter else 'unknown'}, not {base.name}")]
-    if minimum is not None and _STRENGTH[found.level] < _STRENGTH[minimum]:
+    if not found.reaches(minimum):
         raise BaseMismatch(
             f"That {name} belongs to the base model {base.name!r} is proven to the level {found.level!r} only; "
             f"minimum_compatibility asks for {minimum!r}.",

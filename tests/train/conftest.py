@@ -36,3 +36,21 @@ def trainings(tiny_base: Path, tmp_path: Path) -> object:
     from trainings import Trainings
 
     return Trainings(tmp_path, tiny_base)
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> object:
+    """The first two layers of SmolLM2, which a test copies before it changes them, and tokens."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from examples.smollm2.base_model import base_model_directory
+
+    directory = base_model_directory()
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+    model.model.layers = model.model.layers[:2]
+    model.requires_grad_(False).eval()
+    model.name_or_path = "acme/smollm2"
+    rows = [f"Code of item {number}: <{number * 7 % 97:02d}-ok>" for number in range(10, 18)]
+    return model, tokenizer(rows, return_tensors="pt", padding=True).input_ids

@@ -378,21 +378,6 @@ def test_rows_that_are_larger_take_relatively_smaller_steps_at_all_times() -> No
     assert (steps[0] / steps[1]).argsort().tolist() == norms.argsort(descending=True).tolist()
 
 
-@pytest.fixture(scope="module")
-def smollm2() -> tuple[Any, Tensor]:
-    """The first two layers of SmolLM2, and tokens."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    from examples.smollm2.base_model import base_model_directory
-
-    directory = base_model_directory()
-    tokenizer = AutoTokenizer.from_pretrained(directory)
-    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
-    model.model.layers = model.model.layers[:2]
-    rows = [f"Code of item {number}: <{number * 7 % 97:02d}-ok>" for number in range(10, 18)]
-    return model, tokenizer(rows, return_tensors="pt", padding=True).input_ids
-
-
 def smollm2_losses(base: tuple[Any, Tensor], placement: str, eta: float, steps: int) -> tuple[list[float], Tensor]:
     """Losses before each of the steps under AdamW, and B of the last layer's down_proj after the first."""
     model, ids = copy.deepcopy(base[0]), base[1]

@@ -25,23 +25,6 @@ def test_llama_2_7b_has_the_87_million_parameters_of_the_paper() -> None:
     assert 32 * sum(options.parameters_of(*each) for each in sides) == 87_031_808
 
 
-@pytest.fixture(scope="module")
-def smollm2() -> tuple[Any, Tensor]:
-    """The first two layers of SmolLM2, and tokens."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    from examples.smollm2.base_model import base_model_directory
-
-    directory = base_model_directory()
-    tokenizer = AutoTokenizer.from_pretrained(directory)
-    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
-    model.model.layers = model.model.layers[:2]
-    model.requires_grad_(False).eval()
-    model.name_or_path = "acme/smollm2"
-    rows = [f"Code of item {number}: <{number * 7 % 97:02d}-ok>" for number in range(10, 18)]
-    return model, tokenizer(rows, return_tensors="pt", padding=True).input_ids
-
-
 def loss_of(model: Any, ids: Tensor) -> Tensor:
     loss: Tensor = model(input_ids=ids, labels=ids, use_cache=False).loss
     return loss

@@ -1,0 +1,63 @@
+"""How a menu of methods is looked into, whatever its methods do: a row by its name, parameters by its options."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ValidationError
+
+from artifacts.errors import FieldError, RequestInvalid
+
+Row = TypeVar("Row")
+Options = TypeVar("Options", bound=BaseModel)
+
+
+def find_row(menu: Mapping[str, Row], title: str, name: str) -> Row:
+    """The row of a method; `title` is its kind in a sentence.
+
+    Raises:
+        RequestInvalid: there is none; with the names that exist.
+    """
+    if name not in menu:
+        known = ", ".join(menu)
+        raise RequestInvalid(
+            f"There is no {title} method {name[:80]!r}.",
+            hint=f"Methods: {known}. See GET /methods.",
+            errors=[FieldError("/method", f"must be one of: {known}")],
+        )
+    return menu[name]
+
+
+def parse_options(options: type[Options], kind: str, title: str, name: str, parameters: Mapping[str, Any]) -> Options:
+    """Validate the parameters of a method.
+
+    Args:
+        kind, name: where `GET /methods/{kind}/{name}` describes them.
+        title: of the kind, in a sentence.
+
+    Raises:
+        RequestInvalid: an unknown parameter, or a value out of range; each finding with its JSON pointer.
+    """
+    try:
+        return options.model_validate(dict(parameters))
+    except ValidationError as error:
+        findings = _findings(error)
+        raise RequestInvalid(
+            f"The parameters of {title} method {name!r} are not valid: {findings[0].message}",
+            hint=f"GET /methods/{kind}/{name} describes every parameter.",
+            errors=findings,
+        ) from error
+
+
+def _findings(error: ValidationError) -> list[FieldError]:
+    """One finding per field: a union reports every branch that failed, which would only repeat itself."""
+    findings: dict[str, list[str]] = {}
+    for item in error.errors(include_url=False, include_context=False, include_input=False):
+        # Beyond the field's name, a location only tells which branch of a union was tried.
+        pointer = "/parameters" + (f"/{item['loc'][0]}" if item["loc"] else "")
+        findings.setdefault(pointer, []).append(item["msg"].removeprefix("Value error, "))
+    return [
+        FieldError(pointer, f"{pointer.rsplit('/', 1)[-1]}: " + ", or ".join(dict.fromkeys(messages)))
+        for pointer, messages in findings.items()
+    ]
