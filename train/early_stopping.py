@@ -17,7 +17,7 @@ from train.settings import EarlyStopping
 from train.world import World
 
 BEST, MEASURED = "best", "early_stopping.json"
-HIGHER_IS_BETTER = frozenset({"accuracy", "exact_match", "f1", "mcc"})
+HIGHER_IS_BETTER = frozenset({"exact_match"})
 
 
 class BestStep:

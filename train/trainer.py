@@ -17,11 +17,11 @@ from train.checkpoints import CARRIED, disk_full_told, load_method, save_method
 from train.protocol import TrainMethod
 from train.settings import TrainingSettings
 from train.tasks.protocol import Task
+from train.tasks.rows import IGNORED
 from train.world import World
 
 IDLE = "idle"
 """Marks the batch of a rank that has no rows left: it goes through the model like the others', and counts nothing."""
-_IGNORED = -100
 
 
 class LoopTrainer(Trainer):  # type: ignore[misc]
@@ -84,7 +84,7 @@ class LoopTrainer(Trainer):  # type: ignore[misc]
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Any:
         counted = [
-            {**batch, "labels": torch.full_like(batch["labels"], _IGNORED)} if IDLE in batch else batch
+            {**batch, "labels": torch.full_like(batch["labels"], IGNORED)} if IDLE in batch else batch
             for batch in batch_samples
         ]
         return super()._get_num_items_in_batch(counted, device)
