@@ -7,7 +7,7 @@
 # PYTHON=…       the interpreter that makes it (3.11 or newer)
 # PIP_FLAGS=…    more options for pip, e.g. an index that holds a CPU-only torch
 # ARGS=…         more arguments for pytest, `rankwise serve` or `rankwise demo`
-# TEST_WORKERS=… processes of the fast test suite (default 2; 0 runs it in one)
+# TEST_WORKERS=… processes of a test suite (default 2; 0 runs it in one)
 
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
@@ -17,7 +17,7 @@ PYTHON ?= python3
 VENV ?= .venv
 PIP_FLAGS ?=
 ARGS ?=
-# Processes of the fast test suite; each has one thread for its arithmetic. 0 runs it in one process.
+# Processes of a test suite; each has one thread for its arithmetic. 0 runs it in one process.
 TEST_WORKERS ?= 2
 TEST_THREADS = $(if $(filter 0,$(TEST_WORKERS)),2,1)
 
@@ -59,10 +59,10 @@ test: setup  ## the fast test suite
 	OMP_NUM_THREADS=$(TEST_THREADS) $(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile $(ARGS)
 
 test-slow: setup  ## only the slow suites: fidelity, chaos
-	$(BIN)/python -m pytest -m 'slow and not gpu' $(ARGS)
+	OMP_NUM_THREADS=$(TEST_THREADS) $(BIN)/python -m pytest -m 'slow and not gpu' -n $(TEST_WORKERS) --dist loadfile $(ARGS)
 
 test-all: setup  ## the fast and the slow suites
-	$(BIN)/python -m pytest -m 'not gpu' $(ARGS)
+	OMP_NUM_THREADS=$(TEST_THREADS) $(BIN)/python -m pytest -m 'not gpu' -n $(TEST_WORKERS) --dist loadfile $(ARGS)
 
 check: setup  ## lint, format, types, floors of the house, sizes
 	$(BIN)/ruff check $(SOURCES)

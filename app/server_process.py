@@ -73,6 +73,12 @@ class ServerProcess:
     def __exit__(self, *exc: object) -> None:
         self.stop()
 
+    @property
+    def pid(self) -> int:
+        """The process id of the service while it runs."""
+        assert self._process is not None
+        return self._process.pid
+
     def wait(self) -> int:
         """Wait until the service ends by itself and return its exit code."""
         assert self._process is not None
