@@ -39,7 +39,7 @@ def check_train(settings: Settings, session: Session, request: TrainParams, devi
         RequestInvalid and its kin: an unknown or removed base model, an unknown dataset, parameters that do not fit the
             layers of the base model, more memory than the machine has.
     """
-    check_feasible(request.training, request.evaluation, devices)
+    check_feasible(request.full_task, request.training, request.evaluation, devices)
     row = _base_model(session, request.base_model)
     try:
         dataset = datasets.get_dataset(session, request.dataset, lock=True)
@@ -85,7 +85,7 @@ def estimate_training(session: Session, request: TrainRequest) -> Estimate | Non
     """
     wanted = request.resources.devices if request.resources is not None else None
     devices = wanted or 1
-    check_feasible(request.training, request.evaluation, devices)
+    check_feasible(request.full_task, request.training, request.evaluation, devices)
     return _estimate(session, _base_model(session, request.base_model), request, devices)
 
 

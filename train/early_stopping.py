@@ -12,12 +12,12 @@ from typing import Any
 from torch import nn
 
 from train.checkpoints import load_method, save_method
+from train.metrics import HIGHER_IS_BETTER
 from train.protocol import TrainMethod
 from train.settings import EarlyStopping
 from train.world import World
 
 BEST, MEASURED = "best", "early_stopping.json"
-HIGHER_IS_BETTER = frozenset({"exact_match"})
 
 
 class BestStep:
@@ -73,7 +73,7 @@ class BestStep:
         if self._best is None:
             return True
         gain = value - self._best[1]
-        return (gain if self._settings.metric in HIGHER_IS_BETTER else -gain) > self._settings.min_delta
+        return (gain if HIGHER_IS_BETTER[self._settings.metric] else -gain) > self._settings.min_delta
 
     def save(self, checkpoint: Path) -> None:
         """Into a checkpoint."""

@@ -95,7 +95,7 @@ def train_adapter(
         Whatever the observer raises.
     """
     world = World()
-    check_feasible(plan.training, plan.evaluation, world.size)
+    check_feasible(plan.task, plan.training, plan.evaluation, world.size)
     meter = MemoryMeter(plan.device)
     observer.progress(0.0, "reading the dataset")
     task = make_task(plan.task, TaskContext(inputs.base, plan.training, plan.device, plan.seed, inputs.folder))

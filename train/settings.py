@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import (
     BaseModel,
@@ -16,6 +16,8 @@ from pydantic import (
     model_validator,
 )
 
+from train.metrics import Metric
+
 Column = Annotated[str, StringConstraints(min_length=1, max_length=200)]
 Share = Annotated[float, Field(ge=0, le=0.5, allow_inf_nan=False)]
 Count = Annotated[StrictInt, Field(ge=1, le=10_000_000)]
@@ -27,7 +29,14 @@ class _Settings(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
 
 
-class TextTask(_Settings):
+class _TaskSettings(_Settings):
+    """What all tasks have in common."""
+
+    metrics: ClassVar[tuple[Metric, ...]]
+    """What an evaluation measures; exact_match only if `EvaluationSettings.exact_match` asks for it."""
+
+
+class TextTask(_TaskSettings):
     """What the tasks of text have in common."""
 
     max_length: Annotated[StrictInt, Field(ge=2, le=1_048_576)] = Field(
@@ -54,6 +63,8 @@ class CausalLmTask(TextTask):
     The loss counts what the model has to say: of a chat the assistant's turns, of a pair the completion, of a text all.
     """
 
+    metrics: ClassVar[tuple[Metric, ...]] = ("loss", "perplexity", "exact_match")
+
     type: Literal["causal-lm"] = "causal-lm"
     messages_column: Column = Field("messages", description="Column with a list of {role, content}.")
     prompt_column: Column = Field("prompt", description="Column with what the model is given.")
@@ -68,6 +79,8 @@ class CausalLmTask(TextTask):
 
 class ClassificationSettings(TextTask):
     """What the classification tasks have in common."""
+
+    metrics: ClassVar[tuple[Metric, ...]] = ("loss", "accuracy", "macro_f1", "mcc")
 
     max_length: Annotated[StrictInt, Field(ge=2, le=1_048_576)] = Field(
         512, description="Longest row, tokens; never above what the base model was made for."
@@ -114,12 +127,14 @@ class TokenClassificationTask(ClassificationSettings):
         return self.tags_column
 
 
-class TextToImageTask(_Settings):
+class TextToImageTask(_TaskSettings):
     """Predict the noise in images from their captions. The dataset is a zip of images, the base model a folder of a
     StableDiffusionPipeline, of which the UNet is adapted.
 
     Images are scaled and cut to a square in the middle; what VAE and text encoder make of them is computed once.
     """
+
+    metrics: ClassVar[tuple[Metric, ...]] = ("loss",)
 
     type: Literal["text-to-image"] = "text-to-image"
     resolution: Annotated[StrictInt, Field(ge=16, le=2048, multiple_of=8)] = Field(
@@ -170,8 +185,10 @@ TASKS: Mapping[str, type[AnyTask]] = {
 class EarlyStopping(_Settings):
     """Measure the validation rows while training, end when nothing is gained, and keep the adapter of the best step."""
 
-    metric: Literal["loss", "perplexity", "exact_match"] = Field(
-        "loss", description="Figure of the evaluation that is gone by; exact_match writes answers: slow."
+    metric: Metric = Field(
+        "loss",
+        description="Figure of the evaluation that is gone by, one that the task has. causal-lm: loss, perplexity, "
+        "exact_match (writes answers: slow); classification: loss, accuracy, macro_f1, mcc; text-to-image: loss.",
     )
     every_steps: Count = Field(50, description="Steps between two measurements; the last step is measured too.")
     patience: Annotated[StrictInt, Field(ge=1, le=10_000)] = Field(
@@ -245,7 +262,8 @@ class EvaluationSettings(_Settings):
         200, description="Most rows that are measured, the first of the validation rows."
     )
     exact_match: StrictBool = Field(
-        False, description="Also write greedy answers and count those equal to the completion: slow."
+        False,
+        description="Also write greedy answers and count those equal to the completion: slow. causal-lm only.",
     )
     max_new_tokens: Annotated[StrictInt, Field(ge=1, le=8192)] = Field(64, description="Longest greedy answer.")
     bootstrap: Annotated[StrictInt, Field(ge=100, le=100_000)] = Field(

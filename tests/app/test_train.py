@@ -98,6 +98,22 @@ def test_a_base_model_may_be_named_and_a_task_written_out(training: Any) -> None
             "/training/early_stopping/metric",
             "exact_match needs evaluation.exact_match",
         ),
+        (
+            {"task": "token-classification", "training": {"early_stopping": {"metric": "perplexity"}}},
+            "/training/early_stopping/metric",
+            "token-classification measures loss, accuracy, macro_f1, mcc, not perplexity",
+        ),
+        (
+            {"task": "text-to-image", "training": {"early_stopping": {"metric": "accuracy"}}},
+            "/training/early_stopping/metric",
+            "text-to-image measures loss, not accuracy",
+        ),
+        ({"training": {"early_stopping": {"metric": "rouge"}}}, "/training/early_stopping/metric", "'macro_f1'"),
+        (
+            {"task": "sequence-classification", "evaluation": {"exact_match": True}},
+            "/evaluation/exact_match",
+            "sequence-classification measures loss, accuracy, macro_f1, mcc",
+        ),
         ({"training": {"early_stopping": {"patience": 0}}}, "/training/early_stopping/patience", "greater than or"),
     ],
 )

@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 from test_methods import digests
+from tiny_base import moods
 
-from artifacts.errors import AttemptCancelled
+from artifacts.errors import AttemptCancelled, RequestInvalid
+from train.early_stopping import BestStep
+from train.evaluation import Scores
+from train.metrics import HIGHER_IS_BETTER
+from train.settings import TASKS, EarlyStopping
+from train.tasks.causal_lm import CausalScores
+from train.tasks.class_scores import ClassScores
+from train.tasks.text_to_image import ImageScores
+from train.world import World
 
 STOPPING = {"every_steps": 3, "patience": 2}
 # Few rows, learnt by heart: the training loss falls on while the validation loss rises.
@@ -96,3 +107,62 @@ def test_the_exported_factors_are_those_of_the_best_step(trainings: Any, rows: l
     first, second = (load_file(folder / "adapter_model.safetensors") for folder in (adapter, exact))
     for name, value in first.items():
         assert torch.equal(value, second[name]), name
+
+
+ONE, CLASS = np.ones(1), np.zeros(1, np.int64)
+MEASURED: dict[str, Scores] = {
+    "causal-lm": CausalScores(ONE, ONE, ONE),
+    "sequence-classification": ClassScores(1, 2, CLASS, CLASS, CLASS, ONE),
+    "token-classification": ClassScores(1, 2, CLASS, CLASS, CLASS, ONE),
+    "text-to-image": ImageScores(ONE),
+}
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_a_task_measures_what_it_says(task: str) -> None:
+    metrics = TASKS[task].metrics
+    assert list(MEASURED[task].to_dict()) == list(metrics)
+    assert set(metrics) <= HIGHER_IS_BETTER.keys()
+
+
+class NothingToKeep:
+    """A method without a state."""
+
+    def save(self, model: torch.nn.Module, folder: Path) -> None:
+        pass
+
+    def state(self) -> dict[str, Any]:
+        return {}
+
+
+@pytest.mark.parametrize("metric", HIGHER_IS_BETTER)
+def test_the_best_is_the_largest_or_the_smallest_by_the_metric(metric: Any, tmp_path: Path) -> None:
+    figures = iter([0.5, 0.9, 0.1, 0.4])
+    settings = EarlyStopping(metric=metric, every_steps=1, patience=4)
+    method: Any = NothingToKeep()
+    best = BestStep(settings, method, lambda _: next(figures), tmp_path / "best", World())
+    for step in range(1, 5):
+        best.after_step(torch.nn.Identity(), step, last=step == 4)
+    assert best.report()["best_step"] == (2 if metric in {"exact_match", "accuracy", "macro_f1", "mcc"} else 3)
+
+
+def test_a_classifier_stops_by_its_accuracy(encoder_trainings: Any) -> None:
+    report, _, _ = encoder_trainings.run(
+        "lora",
+        {"rank": 4},
+        rows=moods(),
+        task={"type": "sequence-classification"},
+        evaluation={"validation_fraction": 0.3},
+        steps=24,
+        early_stopping={"metric": "accuracy", "every_steps": 4, "patience": 2},
+    )
+    found = report.early_stopping
+    values = [item["value"] for item in found["measured"]]
+    assert found["best"] == max(values) > min(values)
+    assert report.evaluation["after"]["accuracy"] == found["best"]
+
+
+def test_a_metric_that_the_task_lacks_is_refused_before_anything_is_read(trainings: Any) -> None:
+    with pytest.raises(RequestInvalid, match="causal-lm measures loss, perplexity, exact_match, not mcc") as refusal:
+        trainings.run(rows=[], early_stopping={"metric": "mcc"})
+    assert [item.pointer for item in refusal.value.errors] == ["/training/early_stopping/metric"]
