@@ -13,6 +13,8 @@
     │   │   ├── BaseMismatch          422 base_model_mismatch    adapters of different base models
     │   │   ├── ShapeMismatch         422 shape_mismatch         the same module with other dimensions
     │   │   └── RankOutOfRange        422 rank_out_of_range      below 1 or above the sum of the ranks
+    │   ├── ComposeRefused            422 compose_refused        the image can not be composed this way
+    │   ├── CompositionDiverged       422 composition_diverged   a gradient or a prediction became NaN or infinite
     │   ├── TrainingDiverged          422 training_diverged      the loss became NaN or infinite
     │   └── IdempotencyKeyReused      422 idempotency_key_reused same key, other body
     ├── MalformedRequest              400 malformed_request      not parseable as HTTP, JSON or multipart
@@ -124,6 +126,14 @@ class ShapeMismatch(MergeRefused):
 
 class RankOutOfRange(MergeRefused):
     code, title = "rank_out_of_range", "The rank is out of range"
+
+
+class ComposeRefused(RequestInvalid):
+    code, title = "compose_refused", "The image can not be composed this way"
+
+
+class CompositionDiverged(RequestInvalid):
+    code, title = "composition_diverged", "The composition diverged"
 
 
 class TrainingDiverged(RequestInvalid):

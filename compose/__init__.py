@@ -1,0 +1,1 @@
+"""Many adapters in, one image out (floor 2)."""

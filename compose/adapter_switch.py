@@ -1,0 +1,101 @@
+"""Adapters of a pipeline, switched on and off: exactly, without gradients, and put back whatever happens."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+
+
+def tuner_layers(model: nn.Module) -> list[Any]:
+    """The layers that hold adapters."""
+    return [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+
+
+def activate(model: nn.Module, weights: Mapping[str, float]) -> None:
+    """Exactly these adapters act, each with its weight; none with no weights.
+
+    Weights are set on every switch, because PEFT keeps those of the switch before; and nothing becomes trainable,
+    which PEFT's own switch does to every adapter that it turns on.
+    """
+    names = list(weights)
+    for layer in tuner_layers(model):
+        layer._disable_adapters = not names
+        if names:
+            layer.set_adapter(names, inference_mode=True)
+            for name, weight in weights.items():
+                layer.set_scale(name, weight)
+
+
+def rest(model: nn.Module) -> None:
+    """No adapter acts, nothing is trainable, weights are 1: how a pipeline waits."""
+    for layer in tuner_layers(model):
+        for name in layer.scaling:
+            layer.set_scale(name, 1.0)
+        layer.set_adapter([], inference_mode=True)
+        layer._disable_adapters = True
+    model.requires_grad_(False)
+
+
+@dataclass(frozen=True, slots=True)
+class _LayerState:
+    layer: Any
+    active: str | tuple[str, ...]
+    disabled: bool
+    scaling: dict[str, float]
+
+    @classmethod
+    def of(cls, layer: Any) -> _LayerState:
+        active = layer._active_adapter
+        return cls(
+            layer, active if isinstance(active, str) else tuple(active), layer._disable_adapters, dict(layer.scaling)
+        )
+
+    def restore(self) -> None:
+        self.layer._active_adapter = self.active if isinstance(self.active, str) else list(self.active)
+        self.layer._disable_adapters = self.disabled
+        for name in self.layer.scaling:
+            if name in self.scaling:
+                self.layer.scaling[name] = self.scaling[name]
+
+
+@contextmanager
+def restored(*models: nn.Module) -> Iterator[None]:
+    """Whatever happens inside: afterwards the same adapters act with the same weights, the same parameters are
+    trainable, the same processors attend, and no gradient is left. Layers that came inside act no more."""
+    layers = [_LayerState.of(layer) for model in models for layer in tuner_layers(model)]
+    trainable = [(parameter, parameter.requires_grad) for model in models for parameter in model.parameters()]
+    modules = [(module, module.training) for model in models for module in model.modules()]
+    checkpointing = _flags(module for module, _ in modules)
+    processors: list[tuple[Any, Any]] = [
+        (module, module.processor) for module, _ in modules if hasattr(module, "set_processor")
+    ]
+    try:
+        yield
+    finally:
+        for attention, processor in processors:
+            if attention.processor is not processor:
+                attention.set_processor(processor)
+        for item, value in checkpointing:
+            item.gradient_checkpointing = value
+        for module, training in modules:
+            module.training = training
+        known = {id(state.layer) for state in layers}
+        for model in models:
+            if any(id(layer) not in known for layer in tuner_layers(model)):
+                rest(model)
+        for state in layers:
+            state.restore()
+        for parameter, flag in trainable:
+            parameter.requires_grad_(flag)
+            parameter.grad = None
+
+
+def _flags(modules: Iterable[Any]) -> list[tuple[Any, bool]]:
+    """The modules that can compute activations again, and whether they do."""
+    found = [(module, getattr(module, "gradient_checkpointing", None)) for module in modules]
+    return [(module, flag) for module, flag in found if isinstance(flag, bool)]

@@ -1,0 +1,1 @@
+"""One composition method per file; `compose.catalog` names them."""

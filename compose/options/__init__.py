@@ -1,0 +1,1 @@
+"""The menu of composition methods: every hyper-parameter with its default, range, unit and source. Imports no torch."""
