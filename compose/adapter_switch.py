@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
@@ -99,3 +100,39 @@ def _flags(modules: Iterable[Any]) -> list[tuple[Any, bool]]:
     """The modules that can compute activations again, and whether they do."""
     found = [(module, getattr(module, "gradient_checkpointing", None)) for module in modules]
     return [(module, flag) for module, flag in found if isinstance(flag, bool)]
+
+
+def can_mix(model: nn.Module, branches: Sequence[Mapping[str, float]]) -> bool:
+    """Whether these branches can run in one batch: one plain LoRA each at most, with one weight wherever it occurs."""
+    if any(len(branch) > 1 for branch in branches):
+        return False
+    weights = {(name, weight) for branch in branches for name, weight in branch.items()}
+    names = {name for name, _ in weights}
+    return len(weights) == len(names) and all(
+        isinstance(layer, LoraLayer) and not any(layer.use_dora.get(name, False) for name in names)
+        for layer in tuner_layers(model)
+    )
+
+
+@contextmanager
+def mixed_batch(model: nn.Module, branches: Sequence[Mapping[str, float]], repeats: int = 1) -> Iterator[None]:
+    """Each row of a batch has a branch's own adapter: PEFT's mixed batches, without its wrapper around the model.
+
+    Args:
+        branches: as `can_mix` allows them.
+        repeats: consecutive rows of one branch.
+    """
+    activate(model, {name: weight for branch in branches for name, weight in branch.items()})
+    names = [next(iter(branch), "__base__") for branch in branches for _ in range(repeats)]
+
+    def choose(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        del module
+        return args, {**kwargs, "adapter_names": names}
+
+    active = [layer for layer in tuner_layers(model) if not layer._disable_adapters]
+    handles = [layer.register_forward_pre_hook(choose, with_kwargs=True) for layer in active]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

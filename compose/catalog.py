@@ -7,7 +7,8 @@ from typing import Any
 
 from artifacts.menu import find_row, parse_options
 from compose.menu_row import Capabilities, Method
-from compose.options.baselines import MergeOptions
+from compose.options.baselines import CompositeOptions, MergeOptions, SwitchOptions
+from compose.options.clora import CloraMaskOnlyOptions, CloraOptions
 from compose.options.common import ComposeOptions
 
 _ROWS = (
@@ -22,6 +23,57 @@ _ROWS = (
         arxiv=None,
         reference_url="https://huggingface.co/docs/diffusers/using-diffusers/merge_loras",
         capabilities=Capabilities(),
+    ),
+    Method(
+        name="switch",
+        title="LoRA-Switch",
+        summary="One adapter at a time: after every few steps the next takes over, under one prompt with all triggers.",
+        when="As a cheap baseline, when adapters disturb each other in a weighted sum.",
+        cost="As a plain generation.",
+        options=SwitchOptions,
+        implementation="compose.methods.switch:Switch",
+        arxiv="2402.16843",
+        reference_url="https://arxiv.org/abs/2402.16843",
+        capabilities=Capabilities(),
+    ),
+    Method(
+        name="composite",
+        title="LoRA-Composite",
+        summary="In every step each adapter predicts alone, and the mean of the predictions is taken.",
+        when="As a baseline that guides by all adapters in every step.",
+        cost="A plain generation for each concept.",
+        options=CompositeOptions,
+        implementation="compose.methods.composite:Composite",
+        arxiv="2402.16843",
+        reference_url="https://arxiv.org/abs/2402.16843",
+        capabilities=Capabilities(),
+    ),
+    Method(
+        name="clora",
+        title="CLoRA",
+        summary="A branch for each concept; the latent is moved until their attention maps part, and each branch's "
+        "prediction counts only inside its own mask.",
+        when="When concepts bleed into each other or one of them is missing from a weighted sum. Not every pair "
+        "gains: compare with merge at several weights.",
+        cost="A plain generation for each concept and one for the base, and a shortened forward and backward pass of "
+        "each for every update.",
+        options=CloraOptions,
+        implementation="compose.methods.clora:Clora",
+        arxiv="2403.19776",
+        reference_url="https://arxiv.org/abs/2403.19776",
+        capabilities=Capabilities(masks=True),
+    ),
+    Method(
+        name="clora_mask_only",
+        title="CLoRA without updates",
+        summary="A branch for each concept, fused inside masks of their attention; the latent is left alone.",
+        when="When time or memory is short for CLoRA, or to see what its update does.",
+        cost="A plain generation for each concept and one for the base.",
+        options=CloraMaskOnlyOptions,
+        implementation="compose.methods.clora_mask_only:CloraMaskOnly",
+        arxiv="2403.19776",
+        reference_url="https://arxiv.org/abs/2403.19776",
+        capabilities=Capabilities(masks=True),
     ),
 )
 

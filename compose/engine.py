@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from functools import partial
 from typing import Any
 
@@ -52,9 +53,9 @@ def compose_with(
 ) -> Composition:
     """As `compose`, with a pipeline that is at hand."""
     started = time.perf_counter()
-    with loaded.lock, torch.no_grad(), loaded.restored():
-        scene = _scene(loaded, request, validated)
-        method: CompositionMethod = find_method(request.method).load()(scene)
+    with loaded.lock, torch.no_grad(), loaded.restored(), ExitStack() as stack:
+        scene = make_scene(loaded, request, validated)
+        method: CompositionMethod = find_method(request.method).load()(scene, stack)
         method.prepare()
         noise = _noise(scene) if latents is None else latents
         begin = method.start(noise.to(loaded.device, torch.float32) * scene.schedule.initial_sigma)
@@ -67,7 +68,8 @@ def compose_with(
     return Composition(image, report, evidence.masks, evidence.pictures)
 
 
-def _scene(loaded: LoadedPipeline, request: CompositionRequest, validated: Validated) -> Scene:
+def make_scene(loaded: LoadedPipeline, request: CompositionRequest, validated: Validated) -> Scene:
+    """Everything that a method needs; adapters are loaded. Raises as `compose`."""
     options = validated.options
     kind = find_method(request.method).load()
     multiple = kind.size_multiple(options, loaded.unet) * loaded.vae_factor

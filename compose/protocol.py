@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -42,15 +43,20 @@ class Evidence:
 
 class CompositionMethod:
     """A way to make one image of several adapters. Made for one request; everything runs without gradients unless a
-    method turns them on, and whatever it changes in the UNet is put back by the engine."""
+    method turns them on. Adapters, processors and flags are put back by the engine.
 
-    def __init__(self, scene: Scene) -> None:
+    Attributes:
+        stack: closed when the request ends, however it does.
+    """
+
+    def __init__(self, scene: Scene, stack: ExitStack) -> None:
         self.scene = scene
+        self.stack = stack
 
     @staticmethod
-    def size_multiple(scene_options: Any, unet: Any) -> int:
+    def size_multiple(options: Any, unet: Any) -> int:
         """Latent pixels that both sides must be a multiple of."""
-        del scene_options, unet
+        del options, unet
         return 1
 
     def prepare(self) -> None:

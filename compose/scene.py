@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from artifacts.errors import ComposeRefused, CompositionDiverged, FieldError
+from compose.attention_maps import Stop
 from compose.options.common import ComposeOptions
 from compose.pipelines import LoadedPipeline
 from compose.prompts import ScenePrompts, prompt_ids
@@ -56,10 +57,6 @@ class Prediction:
 
     uncond: Tensor | None
     cond: Tensor
-
-
-class Stop(Exception):
-    """Raised in the last layer that a forward pass is needed for."""
 
 
 @dataclass(slots=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import warnings
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -95,7 +96,10 @@ def make_schedule(
     scheduler = classes[kind].from_config(config)
     if getattr(scheduler, "order", 1) > 1:
         raise _refused(f"{name} calls the model {scheduler.order} times a step.")
-    scheduler.set_timesteps(steps, device=device)
+    with warnings.catch_warnings():
+        # NumPy's word to diffusers, about its own way of making σ
+        warnings.filterwarnings("ignore", "__array__ implementation doesn't accept a copy", DeprecationWarning)
+        scheduler.set_timesteps(steps, device=device)
     return Schedule(scheduler, scheduler.timesteps, generator)
 
 

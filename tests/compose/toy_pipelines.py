@@ -100,7 +100,7 @@ def _wake(model: nn.Module) -> nn.Module:
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "attn2.to_q" in name or "attn2.to_k" in name:
-                parameter.mul_(6)
+                parameter.mul_(4)
     return model
 
 
@@ -156,8 +156,8 @@ def lora_tensors(model: nn.Module, seed: int, targets: tuple[str, ...], rank: in
     found = {}
     for path, module in model.named_modules():
         if isinstance(module, nn.Linear) and path.endswith(targets):
-            found[f"{path}.lora_A.weight"] = torch.randn(rank, module.in_features, generator=generator) * 0.3
-            found[f"{path}.lora_B.weight"] = torch.randn(module.out_features, rank, generator=generator) * 0.3
+            found[f"{path}.lora_A.weight"] = torch.randn(rank, module.in_features, generator=generator) * 0.2
+            found[f"{path}.lora_B.weight"] = torch.randn(module.out_features, rank, generator=generator) * 0.2
     return found
 
 

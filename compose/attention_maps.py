@@ -1,0 +1,228 @@
+"""Cross-attention maps of a UNet: where the words look, averaged over the layers of one grid and their heads.
+
+Grids are told by how many times coarser than the latent they are, read from the blocks of the UNet at hand, so that any
+size and any UNet of diffusers' UNet2DConditionModel will do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from artifacts.errors import ComposeRefused, FieldError
+
+SUITABLE_SIDE = 16
+"""Cells a side that a grid should have at the model's native size (arXiv:2403.19776 takes maps of 16×16)."""
+
+_PLAIN = ("AttnProcessor", "AttnProcessor2_0")
+_POINTER = "/parameters/map_grid"
+
+
+class Stop(Exception):
+    """Ends a forward pass in the last layer that it was for."""
+
+
+@dataclass(frozen=True, slots=True)
+class MapLayer:
+    """A cross-attention layer: its path in the UNet, and the factor by which its grid is coarser than the latent."""
+
+    path: str
+    factor: int
+
+
+def map_layers(unet: Any) -> list[MapLayer]:
+    """Every cross-attention layer, in the order in which a forward pass meets them."""
+    found: list[MapLayer] = []
+
+    def collect(prefix: str, block: Any, factor: int) -> None:
+        for name, module in block.named_modules():
+            if name.rpartition(".")[2] == "attn2" and getattr(module, "is_cross_attention", True):
+                found.append(MapLayer(f"{prefix}.{name}", factor))
+
+    factor = 1
+    for index, block in enumerate(unet.down_blocks):
+        collect(f"down_blocks.{index}", block, factor)
+        factor *= 2 if getattr(block, "downsamplers", None) else 1
+    if unet.mid_block is not None:
+        collect("mid_block", unet.mid_block, factor)
+    for index, block in enumerate(unet.up_blocks):
+        collect(f"up_blocks.{index}", block, factor)
+        factor //= 2 if getattr(block, "upsamplers", None) else 1
+    return found
+
+
+def map_factor(unet: Any, wanted: int | None = None) -> int:
+    """How many latent pixels a side are one cell of the maps.
+
+    The coarsest grid with at least `SUITABLE_SIDE` cells a side at the model's native size, or the finest of all if
+    none has as many: 4 for Stable Diffusion (16×16 of 64×64) and SDXL (32×32 of 128×128).
+
+    Raises:
+        ComposeRefused: the UNet has no cross-attention, or none on the grid that is asked for.
+    """
+    factors = sorted({layer.factor for layer in map_layers(unet)})
+    if not factors:
+        raise ComposeRefused("The UNet has no cross-attention, so that words have no place in the picture.")
+    if wanted is not None:
+        if wanted not in factors:
+            raise ComposeRefused(
+                f"The UNet has no cross-attention on a grid {wanted} times coarser than the latent.",
+                hint=f"It has some at {', '.join(map(str, factors))}.",
+                errors=[FieldError(_POINTER, f"must be one of {', '.join(map(str, factors))}")],
+            )
+        return wanted
+    native = unet.config.sample_size
+    side = native if isinstance(native, int) else max(native)
+    suitable = [factor for factor in factors if side // factor >= SUITABLE_SIDE]
+    return suitable[-1] if suitable else factors[0]
+
+
+@dataclass(slots=True)
+class MapRecorder:
+    """Sums maps while forward passes run; in `installed` only.
+
+    Attributes:
+        grid: (h, w) of the maps.
+        recording: whether passes are looked at. Off while activations are computed again for a gradient.
+        stopping: whether a pass ends after the last layer with a map.
+    """
+
+    unet: Any
+    factor: int
+    grid: tuple[int, int]
+    recording: bool = False
+    stopping: bool = False
+    _sum: Tensor | None = field(default=None, repr=False)
+    _count: int = 0
+
+    @property
+    def layers(self) -> list[str]:
+        """Paths, in the order of a forward pass."""
+        return [layer.path for layer in map_layers(self.unet) if layer.factor == self.factor]
+
+    @contextmanager
+    def installed(self) -> Iterator[None]:
+        """Layers of this grid show their maps; afterwards they have the processors that they had.
+
+        Raises:
+            ComposeRefused: a layer attends by fused projections, xformers or another way that forms no probabilities.
+        """
+        layers = [self.unet.get_submodule(path) for path in self.layers]
+        for path, layer in zip(self.layers, layers, strict=True):
+            _check_plain(path, layer)
+        before = [layer.processor for layer in layers]
+        try:
+            for layer in layers:
+                layer.set_processor(_Recording(self, last=layer is layers[-1]))
+            yield
+        finally:
+            for layer, processor in zip(layers, before, strict=True):
+                layer.set_processor(processor)
+            self._sum, self._count = None, 0
+
+    @contextmanager
+    def watching(self, *, stopping: bool = False) -> Iterator[None]:
+        """Passes inside are recorded; `take` gives what was seen."""
+        self._sum, self._count = None, 0
+        self.recording, self.stopping = True, stopping
+        try:
+            yield
+        finally:
+            self.recording, self.stopping = False, False
+
+    def take(self) -> Tensor:
+        """(batch, h·w, tokens) in float32: mean over layers and heads; each row sums to 1."""
+        if self._sum is None or self._count != len(self.layers):
+            raise AssertionError(f"{self._count} of {len(self.layers)} layers were seen")
+        found = self._sum / self._count
+        self._sum, self._count = None, 0
+        return found
+
+    def add(self, probabilities: Tensor) -> None:
+        """(batch, heads, h·w, tokens) of one layer."""
+        mean = probabilities.mean(dim=1)
+        self._sum = mean if self._sum is None else self._sum + mean
+        self._count += 1
+
+
+@dataclass(slots=True)
+class _Recording:
+    """An attention processor that forms its probabilities, in float32, and shows them.
+
+    It calls to_q, to_k, to_v and to_out as modules, which may hold adapters.
+    """
+
+    recorder: MapRecorder
+    last: bool
+
+    def __call__(
+        self,
+        attn: Any,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        temb: Tensor | None = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Tensor:
+        del args, kwargs
+        residual, shape = hidden_states, hidden_states.shape
+        if attn.spatial_norm is not None:
+            hidden_states = attn.spatial_norm(hidden_states, temb)
+        if len(shape) == 4:
+            hidden_states = hidden_states.flatten(2).transpose(1, 2)
+        context = hidden_states if encoder_hidden_states is None else encoder_hidden_states
+        if attn.group_norm is not None:
+            hidden_states = attn.group_norm(hidden_states.transpose(1, 2)).transpose(1, 2)
+        if encoder_hidden_states is not None and attn.norm_cross:
+            context = attn.norm_encoder_hidden_states(context)
+        query, key, value = (
+            _heads(project(states), attn.heads)
+            for project, states in ((attn.to_q, hidden_states), (attn.to_k, context), (attn.to_v, context))
+        )
+        query = query if attn.norm_q is None else attn.norm_q(query)
+        key = key if attn.norm_k is None else attn.norm_k(key)
+        scores = attn.scale * (query.float() @ key.float().transpose(-1, -2))
+        if attention_mask is not None:
+            mask = attn.prepare_attention_mask(attention_mask, context.shape[1], len(context))
+            scores = scores + mask.view(len(context), attn.heads, -1, mask.shape[-1]).float()
+        probabilities = scores.softmax(dim=-1)
+        self._show(probabilities)
+        mixed = (probabilities.to(value.dtype) @ value).transpose(1, 2).flatten(2)
+        out: Tensor = attn.to_out[1](attn.to_out[0](mixed))
+        if len(shape) == 4:
+            out = out.transpose(-1, -2).reshape(shape)
+        if attn.residual_connection:
+            out = out + residual
+        return out / float(attn.rescale_output_factor)
+
+    def _show(self, probabilities: Tensor) -> None:
+        recorder = self.recorder
+        if not recorder.recording:
+            return
+        rows, columns = recorder.grid
+        if probabilities.shape[2] != rows * columns:
+            raise AssertionError(f"a map of {probabilities.shape[2]} cells is none of {rows}×{columns}")
+        recorder.add(probabilities)
+        if self.last and recorder.stopping:
+            raise Stop
+
+
+def _heads(states: Tensor, heads: int) -> Tensor:
+    """(batch, n, heads·d) → (batch, heads, n, d)."""
+    batch, cells, width = states.shape
+    return states.view(batch, cells, heads, width // heads).transpose(1, 2)
+
+
+def _check_plain(path: str, layer: Any) -> None:
+    kind = type(layer.processor).__name__
+    if kind not in _PLAIN:
+        raise ComposeRefused(
+            f"The attention layer {path} runs by {kind}, which forms no attention map.",
+            hint="Undo it: unfuse_qkv_projections(), disable_xformers_memory_efficient_attention() or the like.",
+            errors=[FieldError("/base_model", f"{path} runs by {kind}")],
+        )

@@ -1,0 +1,87 @@
+"""Masks of the branches, from attention maps (arXiv:2403.19776)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from compose.options.clora import CloraMaskOnlyOptions
+
+
+def token_mask(maps: Tensor, tokens: Sequence[int], threshold: float, grid: tuple[int, int]) -> Tensor:
+    """(h, w) of 0 and 1: cells where any token's map is above `threshold` times that map's own maximum.
+
+    Args:
+        maps: (h·w, tokens), row by row of the grid (h, w).
+    """
+    if not tokens:
+        return torch.zeros(grid, device=maps.device)
+    chosen = maps[:, list(tokens)].float()
+    inside = chosen > threshold * chosen.amax(dim=0, keepdim=True)
+    return inside.any(dim=1).reshape(grid).float()
+
+
+def refined_mask(mask: Tensor, options: CloraMaskOnlyOptions) -> Tensor:
+    """(h, w), after those of dilation, erosion, opening and closing that are asked for, in this order."""
+    if options.mask_dilate:
+        mask = _dilated(mask)
+    if options.mask_erode:
+        mask = _eroded(mask)
+    if options.mask_opening:
+        mask = _dilated(_eroded(mask))
+    if options.mask_closing:
+        mask = _eroded(_dilated(mask))
+    return mask
+
+
+def _dilated(mask: Tensor) -> Tensor:
+    return functional.max_pool2d(mask[None], kernel_size=3, stride=1, padding=1)[0]
+
+
+def _eroded(mask: Tensor) -> Tensor:
+    return 1 - _dilated(1 - mask)
+
+
+def branch_masks(
+    maps: Sequence[Tensor],
+    mask_tokens: Sequence[Sequence[int]],
+    grid: tuple[int, int],
+    options: CloraMaskOnlyOptions,
+) -> Tensor:
+    """(branches, h, w) of 0 and 1 on the grid of the maps; before the background is given away."""
+    return torch.stack(
+        [
+            refined_mask(token_mask(branch, tokens, options.mask_threshold, grid), options)
+            for branch, tokens in zip(maps, mask_tokens, strict=True)
+        ]
+    )
+
+
+def mask_weights(masks: Tensor, size: tuple[int, int], *, base_branch: bool = True) -> Tensor:
+    """(branches, 1, H, W), how much each branch counts at each latent pixel; they sum to 1 everywhere.
+
+    Where no mask is, the base branch (the first) counts alone; with no base branch, all count alike. Where several are,
+    these share alike.
+
+    Args:
+        masks: (branches, h, w). size: (H, W) of the latent.
+    """
+    empty = masks.sum(dim=0, keepdim=True) == 0
+    filled = (
+        torch.cat([torch.where(empty, 1.0, masks[:1]), masks[1:]]) if base_branch else torch.where(empty, 1.0, masks)
+    )
+    wide = functional.interpolate(filled[:, None], size=size, mode="nearest")
+    return wide / wide.sum(dim=0, keepdim=True)
+
+
+def even_weights(branches: int, size: tuple[int, int], device: torch.device) -> Tensor:
+    """(branches, 1, H, W), all alike."""
+    return torch.full((branches, 1, *size), 1 / branches, device=device)
+
+
+def coverage(weights: Tensor) -> list[float]:
+    """For each branch the fraction of latent pixels in which it counts."""
+    return [float(share) for share in (weights > 0).float().mean(dim=(1, 2, 3))]
