@@ -12,7 +12,7 @@ from typing import Any
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from artifacts.errors import ComposeRefused, FormatUnknown, PickleRefused
+from artifacts.errors import ComposeRefused, FieldError, FormatUnknown, PickleRefused
 from artifacts.layout import (
     CONFIG_NAME,
     METADATA_KEY,
@@ -28,6 +28,7 @@ COMPONENTS = (UNET, "text_encoder", "text_encoder_2")
 
 _PEFT_PREFIX = "base_model.model."
 _DOWN = re.compile(r"(?P<path>.+?)\.(lora_A|lora\.down|lora_linear_layer\.down)\.weight")
+_OLD_DOWN = re.compile(r"(?P<attention>.+)\.processor\.(?P<layer>to_q|to_k|to_v|to_out)_lora\.down\.weight")
 _HARMLESS_STARTS = (True, False, None, "gaussian", "eva", "orthogonal")
 """Initialisations that leave the base weights as they are."""
 _UNABLE = ("modules_to_save", "trainable_token_indices", "layer_replication", "target_parameters")
@@ -101,14 +102,14 @@ def check_fits(weights: AdapterWeights, pipeline: Any, name: str, pointer: str) 
     unknown, matched = [], 0
     for key, value in weights.state.items():
         component, _, rest = key.partition(".")
-        found = _DOWN.fullmatch(rest)
-        if found is None:
+        path = _layer_path(rest)
+        if path is None:
             continue
-        module = _module(getattr(pipeline, component, None), found["path"])
+        module = _module(getattr(pipeline, component, None), path)
         shape = None if module is None else tuple(module.weight.shape)
         if shape is None or shape[1:] != tuple(value.shape[1:]):
             has = "is not there" if shape is None else f"takes {shape[1]} inputs, not {value.shape[1]}"
-            unknown.append(f"{component}.{found['path']} {has}")
+            unknown.append(f"{component}.{path} {has}")
         matched += 1
     if not matched or len(unknown) == matched:
         raise ComposeRefused(
@@ -125,9 +126,18 @@ def check_fits(weights: AdapterWeights, pipeline: Any, name: str, pointer: str) 
         )
 
 
-def _found(pointer: str, messages: list[str]) -> list[Any]:
-    from artifacts.errors import FieldError
+def _layer_path(key: str) -> str | None:
+    """The layer of a lora_A, in new names and in those of diffusers' first LoRAs; None for other tensors."""
+    found = _DOWN.fullmatch(key)
+    if found is not None:
+        return found["path"]
+    old = _OLD_DOWN.fullmatch(key)
+    if old is None:
+        return None
+    return f"{old['attention']}.{'to_out.0' if old['layer'] == 'to_out' else old['layer']}"
 
+
+def _found(pointer: str, messages: list[str]) -> list[FieldError]:
     return [FieldError(pointer, message) for message in messages[:20]]
 
 

@@ -116,9 +116,11 @@ class LoadedPipeline:
     @contextmanager
     def restored(self) -> Iterator[None]:
         """A request: afterwards the pipeline is as it was, but for the adapters that stay loaded, at rest."""
-        with restored(*self.models):
-            yield
-        self.evict(self.max_adapters)
+        try:
+            with restored(*self.models):
+                yield
+        finally:
+            self.evict(self.max_adapters)
 
     def adapter(self, path: Path, name: str, pointer: str) -> str:
         """The name within the pipeline of an adapter, which is loaded if it is not yet.
@@ -195,6 +197,8 @@ class LoadedPipeline:
     def evict(self, most: int) -> None:
         """Unload the least recently used adapters until so many are left; with none left, the layers that held them
         are gone too."""
+        if len(self.names) <= most:
+            return
         while len(self.names) > most:
             _, internal = self.names.popitem(last=False)
             self._delete(internal)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import inspect
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -93,12 +95,11 @@ def make_schedule(
     prediction = config.get("prediction_type", "epsilon")
     if prediction not in _PREDICTIONS:
         raise _refused(f"The base model predicts {prediction!r}; supported are {' and '.join(_PREDICTIONS)}.")
-    scheduler = classes[kind].from_config(config)
+    with _numpy_quiet():
+        scheduler = classes[kind].from_config(config)
     if getattr(scheduler, "order", 1) > 1:
         raise _refused(f"{name} calls the model {scheduler.order} times a step.")
-    with warnings.catch_warnings():
-        # NumPy's word to diffusers, about its own way of making σ
-        warnings.filterwarnings("ignore", "__array__ implementation doesn't accept a copy", DeprecationWarning)
+    with _numpy_quiet():
         scheduler.set_timesteps(steps, device=device)
     return Schedule(scheduler, scheduler.timesteps, generator)
 
@@ -119,3 +120,11 @@ def _refused(detail: str) -> ComposeRefused:
         hint="Take the scheduler 'ddim' or 'euler', with a base model that predicts noise or velocity.",
         errors=[FieldError(POINTER, detail)],
     )
+
+
+@contextmanager
+def _numpy_quiet() -> Iterator[None]:
+    """NumPy has a word with diffusers about its way of making σ, which nobody else can change."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "__array__ implementation doesn't accept a copy", DeprecationWarning)
+        yield
