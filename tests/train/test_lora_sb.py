@@ -207,7 +207,7 @@ def test_the_best_equivalent_gradient_does_not_depend_on_the_scaling() -> None:
     assert twin.grad is not None
     best = torch.linalg.inv(b.T @ b) @ layer.lora_R.grad @ torch.linalg.inv(a @ a.T) / s**2
     projected = b @ torch.linalg.pinv(b) @ twin.grad @ torch.linalg.pinv(a) @ a
-    torch.testing.assert_close(s * b @ best @ a, projected, atol=1e-11, rtol=0)
+    torch.testing.assert_close(s * b @ best @ a, projected, atol=DOUBLE, rtol=0)
 
 
 def test_the_raw_step_spans_the_best_subspace_of_the_first_gradient() -> None:
