@@ -50,7 +50,7 @@ def check_train(settings: Settings, session: Session, request: TrainParams, devi
             errors=[FieldError("/dataset", error.detail)],
         ) from error
     _check_suitable(dataset, request.full_task)
-    needed = _estimate(session, row, request, devices)
+    needed = _estimate(session, row, request, devices, dataset.rows)
     memory = _memory_of_all(settings, session)
     if needed is not None and memory is not None:
         where = "this machine" if devices == 1 else f"each of {devices} devices of this machine"
@@ -101,7 +101,9 @@ def _base_model(session: Session, name: str) -> ModelRow:
     return row
 
 
-def _estimate(session: Session, row: ModelRow, request: TrainParams, devices: int) -> Estimate | None:
+def _estimate(
+    session: Session, row: ModelRow, request: TrainParams, devices: int, rows: int | None = None
+) -> Estimate | None:
     options = parse_parameters(request.method, request.parameters)
     start = _start(session, row, request.start)
     if start is not None:
@@ -113,7 +115,8 @@ def _estimate(session: Session, row: ModelRow, request: TrainParams, devices: in
     if start is not None:
         # What a task trains whole, such as a new classifier, only the worker knows.
         place(start, targets, () if request.full_task.type in _WITHOUT_HEAD else None)
-    known = Circumstances(targets, request.training, request.training.steps)
+    steps = request.training.steps if rows is None else request.training.steps_for(rows)
+    known = Circumstances(targets, request.training, steps, rows)
     check_method(options, known)
     return estimate(options, targets, linear, request.training, request.full_task, row.parameter_count, devices)
 

@@ -22,7 +22,7 @@ from train.data import DataFile, Examples
 from train.estimate import Estimate, check_fits, estimate
 from train.evaluation import Scores, compare
 from train.feasibility import check_feasible
-from train.loop import LoopInputs, LoopResult, Observer, run_loop, total_steps
+from train.loop import LoopInputs, LoopResult, Observer, run_loop
 from train.options.common import Circumstances, TrainOptions
 from train.protocol import MethodContext, TrainMethod, loss_of_model
 from train.reload import Reload, check_reload
@@ -212,7 +212,8 @@ def _check(
     """Raises RequestInvalid when the method, its layers or the memory do not allow the training."""
     linear = {path: sides for path, sides in linear_layers(model).items() if not _is_whole(path, whole)}
     targets = resolve_targets(linear, wanted_targets(plan.options, plan.task))
-    known = Circumstances(targets, plan.training, total_steps(len(examples.train), plan.training))
+    rows = len(examples.train)
+    known = Circumstances(targets, plan.training, plan.training.steps_for(rows), rows)
     check_method(plan.options, known)
     heads = sum(_parameters(model.get_submodule(path)) for path in whole)
     needed = estimate(plan.options, targets, linear, plan.training, plan.task, _parameters(model), devices, heads)

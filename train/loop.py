@@ -24,7 +24,7 @@ from train.tasks.protocol import Loss, Task
 from train.trainer import IDLE, LoopTrainer
 from train.world import World
 
-__all__ = ["LoopInputs", "LoopResult", "Observer", "run_loop", "total_steps"]
+__all__ = ["LoopInputs", "LoopResult", "Observer", "run_loop"]
 
 SCHEDULES: Mapping[str, str] = {"constant": "constant_with_warmup", "linear": "linear", "cosine": "cosine"}
 OPTIMIZERS: Mapping[str, str] = {"adamw": "adamw_torch", "sgd": "sgd"}
@@ -131,7 +131,7 @@ def _is_over(inputs: LoopInputs, best: BestStep | None) -> bool:
     assert inputs.resume is not None
     if best is not None and best.stopped:
         return True
-    return Position.of(inputs.resume).step >= total_steps(len(inputs.examples), inputs.settings)
+    return Position.of(inputs.resume).step >= inputs.settings.steps_for(len(inputs.examples))
 
 
 @contextmanager
@@ -160,15 +160,6 @@ def _counting(loss: Loss | None) -> Callable[..., Tensor] | None:
     return called
 
 
-def total_steps(rows: int, settings: TrainingSettings) -> int:
-    """Optimiser steps of the whole training."""
-    if settings.steps is not None:
-        return settings.steps
-    batches = -(-rows // settings.batch_size)
-    per_epoch = max(-(-batches // settings.gradient_accumulation), 1)
-    return math.ceil((settings.epochs or 1.0) * per_epoch)
-
-
 def _split(inputs: LoopInputs, world: World) -> int:
     """Into how many forward passes the rows of a batch are split on every rank."""
     return math.gcd(max(inputs.settings.batch_size // world.size, 1), inputs.micro_batches)
@@ -187,7 +178,7 @@ def _arguments(inputs: LoopInputs, world: World) -> TrainingArguments:
         output_dir=str(inputs.folder),
         per_device_train_batch_size=max(settings.batch_size // split // world.size, 1),
         gradient_accumulation_steps=settings.gradient_accumulation * split,
-        max_steps=total_steps(len(inputs.examples), settings),
+        max_steps=settings.steps_for(len(inputs.examples)),
         optim=OPTIMIZERS[settings.optimizer],
         learning_rate=settings.learning_rate,
         lr_scheduler_type=SCHEDULES[settings.schedule],

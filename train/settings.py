@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -250,6 +251,14 @@ class TrainingSettings(_Settings):
         if self.steps is not None and self.epochs is not None:
             raise ValueError("give steps or epochs, not both")
         return self
+
+    def steps_for(self, rows: int) -> int:
+        """Optimiser steps of the whole training on so many rows."""
+        if self.steps is not None:
+            return self.steps
+        batches = -(-rows // self.batch_size)
+        per_epoch = max(-(-batches // self.gradient_accumulation), 1)
+        return math.ceil((self.epochs or 1.0) * per_epoch)
 
 
 class EvaluationSettings(_Settings):

@@ -10,14 +10,12 @@ from artifacts.errors import FieldError, RequestInvalid
 from train.options.common import Circumstances, Target, TrainOptions
 from train.settings import TaskSettings
 
-# The ends of the paths of what looks like a linear layer in a checkpoint and is none, and of output heads.
-NOT_ADAPTED = frozenset(
+# The ends of paths in a checkpoint: of what looks like a linear layer and is none, and of output heads.
+EMBEDDINGS = frozenset(
     {
         "embed_in",
-        "embed_out",
         "embed_positions",
         "embed_tokens",
-        "lm_head",
         "position_embeddings",
         "shared",
         "token_type_embeddings",
@@ -26,6 +24,7 @@ NOT_ADAPTED = frozenset(
         "wte",
     }
 )
+HEADS = frozenset({"embed_out", "lm_head"})
 _SHOWN = 20
 
 
@@ -43,7 +42,7 @@ def resolve_targets(
         RequestInvalid: a name that no layer has; the names that the base model has are listed.
     """
     if wanted == "all-linear":
-        found = {path for path in linear if path.rpartition(".")[2] not in NOT_ADAPTED}
+        found = {path for path in linear if path.rpartition(".")[2] not in EMBEDDINGS | HEADS}
     else:
         found = set()
         problems = []
@@ -106,10 +105,19 @@ def check_method(options: TrainOptions, known: Circumstances) -> None:
         RequestInvalid: with every finding.
     """
     check_rank(options, known.targets)
-    problems = options.problems(known)
+    problems = [*_embeddings(known.targets), *options.problems(known)]
     if problems:
         first = problems[0].message
         raise RequestInvalid(f"{first[0].upper()}{first[1:].rstrip('.')}.", errors=problems)
+
+
+def _embeddings(targets: Sequence[Target]) -> list[FieldError]:
+    """Tables that are looked up, not multiplied by."""
+    return [
+        FieldError("/parameters/target_modules", f"{target.path} is an embedding and no linear layer")
+        for target in targets
+        if target.path.rpartition(".")[2] in EMBEDDINGS
+    ]
 
 
 def leaves(linear: Mapping[str, tuple[int, int]]) -> list[str]:

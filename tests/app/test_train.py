@@ -78,6 +78,26 @@ def test_a_base_model_may_be_named_and_a_task_written_out(training: Any) -> None
             "/parameters/target_modules/1",
             "no layer is called 'qproj'; did you mean 'q_proj'?",
         ),
+        (
+            {"parameters": {"target_modules": ["q_proj", "embed_tokens"]}},
+            "/parameters/target_modules",
+            "model.embed_tokens is an embedding and no linear layer",
+        ),
+        (
+            {"method": "bone", "parameters": {"variant": "bat_col", "rank": 8}},
+            "/parameters/rank",
+            "8 does not divide 12 of model.layers.0.mlp.up_proj",
+        ),
+        (
+            {"method": "lora-sb", "parameters": {"rank": 4, "samples": 21}},
+            "/parameters/samples",
+            "21 samples were asked for, of at most 20 training rows",
+        ),
+        (
+            {"method": "increlora", "parameters": {"target_rank": 2, "interval": 2}, "training": {"epochs": 2}},
+            "/parameters/interval",
+            "would be at step 6, beyond the training of 6 steps",
+        ),
         ({"base_model": "nobody/nothing"}, "/base_model", "there is no base model 'nobody/nothing'"),
         ({"dataset": "dat_" + "0" * 32}, "/dataset", "there is no dataset"),
         ({"dataset": "adp_" + "0" * 32}, "/dataset", "pattern"),

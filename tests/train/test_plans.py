@@ -13,8 +13,9 @@ from artifacts.errors import RequestInvalid
 from train.catalog import METHODS, parse_parameters
 from train.estimate import check_fits, estimate
 from train.loss_curve import draw
+from train.options.common import Circumstances
 from train.settings import CausalLmTask, TrainingSettings
-from train.targets import check_rank, resolve_targets
+from train.targets import check_method, check_rank, resolve_targets
 
 LINEAR = {
     "lm_head": (100, 8),
@@ -57,6 +58,23 @@ def test_a_rank_above_the_smallest_side_is_refused(method: str, parameters: dict
         check_rank(parse_parameters(method, parameters), targets)
     assert caught.value.errors[0].pointer == pointer
     check_rank(parse_parameters("vera", {"rank": 4096}), targets)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_an_embedding_is_refused_by_its_name_and_a_head_is_not(name: str) -> None:
+    small = {"adalora": {"initial_rank": 3, "target_rank": 2}, "increlora": {"target_rank": 2}}
+    options = parse_parameters(name, small.get(name, {"rank": 4}))
+    with pytest.raises(RequestInvalid, match=r"Model.embed_tokens is an embedding and no linear layer") as caught:
+        check_method(options, Circumstances(resolve_targets(LINEAR, ["embed_tokens", "q_proj"]), TrainingSettings()))
+    assert [finding.pointer for finding in caught.value.errors] == ["/parameters/target_modules"]
+    check_method(options, Circumstances(resolve_targets(LINEAR, ["lm_head"]), TrainingSettings()))
+
+
+@pytest.mark.parametrize(
+    ("training", "steps"), [({}, 3), ({"epochs": 2.5}, 8), ({"gradient_accumulation": 4}, 1), ({"steps": 7}, 7)]
+)
+def test_the_steps_of_twenty_rows_in_batches_of_eight(training: dict[str, float], steps: int) -> None:
+    assert TrainingSettings(**training).steps_for(20) == steps
 
 
 def test_estimates_know_what_each_method_trains() -> None:

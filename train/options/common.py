@@ -39,11 +39,14 @@ class Circumstances:
     Attributes:
         targets: the layers that will be adapted.
         steps: optimiser steps of the whole training; None while the number of rows is not known.
+        rows: those that are trained on, with which `steps` goes. Before the dataset is read both are the most that it
+            can come to: rows may be held out, dropped or packed.
     """
 
     targets: Sequence[Target]
     training: TrainingSettings
     steps: int | None = None
+    rows: int | None = None
 
 
 class TrainOptions(BaseModel):

@@ -8,7 +8,6 @@ from pydantic import Field, StrictBool, StrictInt, ValidationInfo, field_validat
 
 from artifacts.errors import FieldError
 from train.options.common import Alpha, Circumstances, Dropout, Rank, TrainOptions
-from train.targets import NOT_ADAPTED
 
 if TYPE_CHECKING:
     from train.settings import TrainingSettings
@@ -17,7 +16,6 @@ FEW_SAMPLES = 16
 MOST_ETA = 1e-5  # of full fine-tuning; the rates at which R alone is trained would destroy the model in one such step
 NOTICEABLE_RANK = 64
 TYPICAL_DEVIATION = 0.02  # of the weights of a language model, for a figure that can be told before any is loaded
-_HEADS = frozenset({"lm_head", "embed_out"})
 
 MemoryMib = Annotated[StrictInt, Field(ge=1, le=4 * 1024 * 1024)]
 
@@ -40,17 +38,6 @@ class ThreeFactorOptions(TrainOptions):
     def parameters_of(self, d_out: int, d_in: int) -> int:
         del d_out, d_in
         return self.rank * self.rank
-
-    def problems(self, known: Circumstances) -> list[FieldError]:
-        """Refuse tables of embeddings: the outer factors are made for y = W x."""
-        found = super().problems(known)
-        for target in known.targets:
-            leaf = target.path.rpartition(".")[2]
-            if leaf in NOT_ADAPTED - _HEADS:
-                found.append(
-                    FieldError("/parameters/target_modules", f"{target.path} is an embedding and no linear layer")
-                )
-        return found
 
 
 class LoraSbOptions(ThreeFactorOptions):
@@ -94,6 +81,17 @@ class LoraSbOptions(ThreeFactorOptions):
             return self.eta
         first = training.learning_rate / max(1, training.warmup_steps)
         return min(first, MOST_ETA) if self.update == "sign" else first
+
+    def problems(self, known: Circumstances) -> list[FieldError]:
+        found = super().problems(known)
+        if self.samples is not None and known.rows is not None and self.samples > known.rows:
+            found.append(
+                FieldError(
+                    "/parameters/samples",
+                    f"{self.samples} samples were asked for, of at most {known.rows} training rows",
+                )
+            )
+        return found
 
     def warnings(self, known: Circumstances) -> list[str]:
         found = super().warnings(known)
