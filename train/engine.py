@@ -251,14 +251,14 @@ def _prepare(
 
 
 def _batch_loss(task: Task[Any]) -> Callable[[nn.Module, Mapping[str, Tensor]], Tensor]:
-    """The task's mean loss of one batch, as the loop has it."""
+    """The task's mean loss of one batch, as the loop has it in the first epoch."""
     own = task.loss()
     if own is None:
         return loss_of_model
 
     def loss(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
         items = (batch["labels"] != IGNORED).sum().clamp(min=1)
-        given = task.step_inputs(dict(batch))
+        given = task.step_inputs(dict(batch), epoch=0)
         labels = given.pop("labels")
         return own(model(**given), labels, items)
 

@@ -20,7 +20,7 @@ from train.base_files import BaseFiles
 from train.catalog import METHODS
 from train.continuation import Start
 from train.data import DataFile
-from train.tasks.denoising import Noising, noising_of
+from train.tasks.denoising import Noising, draws, noising_of
 from train.tasks.text_to_image import DIFFUSERS_WEIGHTS, ImageScores
 
 TASK = {"type": "text-to-image", "resolution": 32}
@@ -183,6 +183,24 @@ def test_noise_and_v_at_each_level() -> None:
     torch.testing.assert_close(epsilon, noise)
     torch.testing.assert_close(kept * sample - added * v, x)
     torch.testing.assert_close(added * sample + kept * v, noise)
+
+
+def test_draws_are_by_seed_epoch_and_row_and_not_by_the_batch() -> None:
+    shape, levels = (4, 8, 8), 100
+    batch = draws(3, 1, range(1, 201), shape, levels)
+    apart = draws(3, 1, [7], shape, levels)
+    assert [part.shape for part in apart] == [(1, *shape), (1, *shape), (1, 4, 1, 1), (1,), (1,)]
+    assert all(torch.equal(whole[6:7], part) for whole, part in zip(batch, apart, strict=True))
+    for other in (draws(3, 1, [8], shape, levels), draws(3, 2, [7], shape, levels), draws(4, 1, [7], shape, levels)):
+        assert not torch.equal(other.latents, apart.latents)
+        assert not torch.equal(other.noise, apart.noise)
+    for normal in (batch.latents, batch.noise, batch.offset):
+        assert normal.dtype == torch.float32
+        assert float(normal.mean()) == pytest.approx(0.0, abs=0.1)
+        assert float(normal.std()) == pytest.approx(1.0, abs=0.1)
+    assert not torch.equal(batch.latents, batch.noise)
+    assert 0 <= int(batch.level.min()) < 10 < 90 <= int(batch.level.max()) < levels
+    assert float((batch.caption < 0.25).float().mean()) == pytest.approx(0.25, abs=0.1)
 
 
 def test_min_snr_weights_are_those_of_the_paper() -> None:

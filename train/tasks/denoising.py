@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -22,6 +24,46 @@ class Target(NamedTuple):
 
     value: Tensor
     weight: Tensor
+
+
+class Draws(NamedTuple):
+    """What chance decides for the rows of a batch.
+
+    Attributes:
+        latents: (rows, c, h, w) standard normal: which latents of an image's distribution are taken.
+        noise: (rows, c, h, w) standard normal.
+        offset: (rows, c, 1, 1) standard normal: of the noise of a whole channel.
+        level: (rows,) of the noise, each as likely as another.
+        caption: (rows,) in [0, 1): whether the caption is left out.
+    """
+
+    latents: Tensor
+    noise: Tensor
+    offset: Tensor
+    level: Tensor
+    caption: Tensor
+
+
+def draws(seed: int, epoch: int, rows: Sequence[int], shape: tuple[int, int, int], levels: int) -> Draws:
+    """The draws of each row by itself, on the CPU: whatever batch, rank or device a row is in, they are the same.
+
+    Args:
+        rows: their numbers.
+        shape: (c, h, w) of the latents of one.
+    """
+    drawn = [_draws_of_row(np.random.default_rng((seed, epoch, row)), shape, levels) for row in rows]
+    return Draws(*(torch.from_numpy(np.stack(column)) for column in zip(*drawn, strict=True)))
+
+
+def _draws_of_row(generator: np.random.Generator, shape: tuple[int, int, int], levels: int) -> tuple[Any, ...]:
+    normal = partial(generator.standard_normal, dtype=np.float32)
+    return (
+        normal(shape),
+        normal(shape),
+        normal((shape[0], 1, 1)),
+        generator.integers(levels),
+        generator.random(dtype=np.float32),
+    )
 
 
 @dataclass(frozen=True, slots=True)

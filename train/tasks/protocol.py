@@ -87,8 +87,13 @@ class Task(ABC, Generic[Settings]):
     def collate(self, examples: Sequence[Any]) -> dict[str, Tensor]:
         """A batch, on the CPU: what the model is called with, and `labels`, in which -100 is not counted."""
 
-    def step_inputs(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """The batch as the model takes it in a step, on its device: the place for draws of torch's generator."""
+    def step_inputs(self, batch: dict[str, Any], epoch: int) -> dict[str, Any]:
+        """The batch as the model takes it in a step, on its device: the place for random draws.
+
+        They go by the seed, the epoch and the row, and by no generator that others use: then the training is the same
+        on any number of ranks, whose rows are others.
+        """
+        del epoch
         return batch
 
     def loss(self) -> Loss | None:

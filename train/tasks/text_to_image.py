@@ -24,7 +24,7 @@ from train.image_archive import ImageArchive, read
 from train.records import FirstFault, Limits
 from train.settings import EvaluationSettings, TextToImageTask
 from train.splits import split_of
-from train.tasks.denoising import Target, noising_of
+from train.tasks.denoising import Draws, Target, draws, noising_of
 from train.tasks.protocol import Loss, Task, TaskContext
 from train.tasks.rows import RowFaults
 from train.tasks.stable_diffusion import PipelineFiles, longest_caption, pixels_of
@@ -157,26 +157,25 @@ class TextToImage(Task[TextToImageTask]):
             model.enable_gradient_checkpointing()
 
     def collate(self, examples: Sequence[ImageExample]) -> dict[str, Tensor]:
-        """latents (rows, 2·c, h, w), context (rows, tokens, d); `labels` are the means of the latents."""
+        """latents (rows, 2·c, h, w), context (rows, tokens, d), number (rows,); `labels` are the latents' means."""
         latents = torch.from_numpy(np.stack([example.latents for example in examples]))
         context = torch.from_numpy(np.stack([example.context for example in examples]))
-        return {"latents": latents, "context": context, "labels": latents.chunk(2, dim=1)[0]}
+        number = torch.tensor([example.number for example in examples])
+        return {"latents": latents, "context": context, "number": number, "labels": latents.chunk(2, dim=1)[0]}
 
-    def step_inputs(self, batch: dict[str, Any]) -> dict[str, Any]:
+    def step_inputs(self, batch: dict[str, Any], epoch: int) -> dict[str, Any]:
         """Draws latents, noise, its level, and which captions are left out."""
         settings, context = self.settings, batch["context"]
         mean, deviation = batch["latents"].chunk(2, dim=1)
-        rows, device = len(mean), mean.device
-        latents = self._scaled(mean + deviation * torch.randn_like(mean))
-        noise = torch.randn_like(latents)
-        if settings.noise_offset:
-            noise = noise + settings.noise_offset * torch.randn(*noise.shape[:2], 1, 1, device=device)
-        level = torch.randint(self.noising.levels, (rows,), device=device)
-        if settings.prompt_dropout:
-            left_out = torch.rand(rows, device=device) < settings.prompt_dropout
-            context = torch.where(left_out.view(-1, 1, 1), self.empty.to(device), context)
-        weight = self.noising.weights(level, settings.min_snr_gamma)
-        return self._inputs(latents, noise, level, context, weight)
+        _, *shape = mean.shape
+        on_cpu = draws(self.seed, epoch, batch["number"].tolist(), (shape[0], shape[1], shape[2]), self.noising.levels)
+        drawn = Draws(*(value.to(mean.device) for value in on_cpu))
+        latents = self._scaled(mean + deviation * drawn.latents)
+        noise = drawn.noise + settings.noise_offset * drawn.offset
+        left_out = drawn.caption < settings.prompt_dropout
+        context = torch.where(left_out.view(-1, 1, 1), self.empty.to(mean.device), context)
+        weight = self.noising.weights(drawn.level, settings.min_snr_gamma)
+        return self._inputs(latents, noise, drawn.level, context, weight)
 
     def _inputs(self, latents: Tensor, noise: Tensor, level: Tensor, context: Tensor, weight: Tensor) -> dict[str, Any]:
         sample, target = self.noising.noised(latents, noise, level)

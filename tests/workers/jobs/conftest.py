@@ -36,26 +36,55 @@ def base_id(train_pool: Any, tiny_base: Path) -> str:
         return models.add_model(session, inspect_base(tiny_base))[0].id
 
 
+@pytest.fixture(scope="session")
+def tiny_pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from tiny_pipeline import write_tiny_pipeline
+
+    return write_tiny_pipeline(tmp_path_factory.mktemp("tiny-pipeline") / "pipeline")
+
+
+@pytest.fixture
+def pipeline_id(train_pool: Any, tiny_pipeline: Path) -> str:
+    """The tiny pipeline, registered."""
+    with train_pool.database.write() as session:
+        return models.add_model(session, inspect_base(tiny_pipeline))[0].id
+
+
 @pytest.fixture
 def add_dataset(train_pool: Any) -> Callable[..., str]:
     """Stores rows as JSON Lines; returns the dataset's id."""
 
     def add(rows: list[dict[str, Any]] | None = None, name: str = "sums") -> str:
         found = sums() if rows is None else rows
-        path = write_rows(train_pool.folder / f"{name}.jsonl", found)
-        digest = file_sha256(path)
-        BlobStore(train_pool.settings().blob_url).put_file(path, digest)
-        with train_pool.database.write() as session:
-            row, added = datasets.add_dataset(
-                session,
-                name=name,
-                format="jsonl",
-                sha256=digest,
-                size=path.stat().st_size,
-                rows=len(found),
-                columns=[],
-            )
-        assert added
-        return row.id
+        return _store(train_pool, write_rows(train_pool.folder / f"{name}.jsonl", found), "jsonl", len(found))
 
     return add
+
+
+@pytest.fixture
+def add_images(train_pool: Any) -> Callable[[int], str]:
+    """Stores so many images with captions; returns the dataset's id."""
+
+    from tiny_pipeline import write_images
+
+    def add(count: int) -> str:
+        return _store(train_pool, write_images(train_pool.folder / "images.zip", count), "images", count)
+
+    return add
+
+
+def _store(pool: Any, path: Path, format_: str, rows: int) -> str:
+    digest = file_sha256(path)
+    BlobStore(pool.settings().blob_url).put_file(path, digest)
+    with pool.database.write() as session:
+        row, added = datasets.add_dataset(
+            session,
+            name=path.stem,
+            format=format_,
+            sha256=digest,
+            size=path.stat().st_size,
+            rows=rows,
+            columns=[],
+        )
+    assert added
+    return row.id

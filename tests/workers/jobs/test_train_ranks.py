@@ -39,18 +39,25 @@ def test_two_ranks_train_what_one_trains_with_the_same_batches(
     train_pool: Any, tiny_base: Path, base_id: str, add_dataset: Any, method: str
 ) -> None:
     """51 rows are 6 batches of 8 and one of 3, which the ranks share as 1 and 2; completions differ in length."""
-    pool, dataset_id = train_pool, add_dataset()
     # Without dropout, whose masks are others on every rank.
     sizes = {name: value for name, value in PARAMETERS.get(method, USUAL).items() if name != "dropout"}
-    jobs = [
-        pool.submit(
-            "train",
-            resources={"devices": devices},
-            **params_of(base_id, dataset_id, method=method, training=FEW, parameters=sizes),
-        )
-        for devices in (1, 2)
-    ]
-    start(pool, tiny_base, devices=TWO)
+    params = params_of(base_id, add_dataset(), method=method, training=FEW, parameters=sizes)
+    check_ranks(train_pool, tiny_base, params)
+
+
+@pytest.mark.slow
+def test_two_ranks_draw_the_noise_of_one_for_the_same_images(
+    train_pool: Any, tiny_pipeline: Path, pipeline_id: str, add_images: Any
+) -> None:
+    """Of 27 images 8 are taken at a time, 2 or 3 at the end of an epoch, in two epochs and a half."""
+    task = {"type": "text-to-image", "resolution": 32, "noise_offset": 0.1, "prompt_dropout": 0.5}
+    training = FEW | {"gradient_accumulation": 1}
+    check_ranks(train_pool, tiny_pipeline, params_of(pipeline_id, add_images(27), task=task, training=training))
+
+
+def check_ranks(pool: Any, base: Path, params: dict[str, Any]) -> None:
+    jobs = [pool.submit("train", resources={"devices": devices}, **params) for devices in (1, 2)]
+    start(pool, base, devices=TWO)
     one, two = (pool.ended(job_id, SECONDS) for job_id in jobs)
     assert one.error is None
     assert two.error is None
