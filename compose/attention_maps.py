@@ -14,11 +14,19 @@ from typing import Any
 from torch import Tensor
 
 from artifacts.errors import ComposeRefused, FieldError
+from compose.attention_processor import (
+    PlainAttention,
+    check_plain,
+    given_mask,
+    key_of,
+    probabilities_of,
+    query_of,
+    value_of,
+)
 
 SUITABLE_SIDE = 16
 """Cells a side that a grid should have at the model's native size (arXiv:2403.19776 takes maps of 16×16)."""
 
-_PLAIN = ("AttnProcessor", "AttnProcessor2_0")
 _POINTER = "/parameters/map_grid"
 
 
@@ -34,25 +42,30 @@ class MapLayer:
     factor: int
 
 
-def map_layers(unet: Any) -> list[MapLayer]:
-    """Every cross-attention layer, in the order in which a forward pass meets them."""
-    found: list[MapLayer] = []
-
-    def collect(prefix: str, block: Any, factor: int) -> None:
-        for name, module in block.named_modules():
-            if name.rpartition(".")[2] == "attn2" and getattr(module, "is_cross_attention", True):
-                found.append(MapLayer(f"{prefix}.{name}", factor))
-
+def block_factors(unet: Any) -> list[tuple[str, Any, int]]:
+    """Path, module and grid of each block, in the order of a forward pass. The grid is the factor by which it is
+    coarser than the latent."""
+    found = []
     factor = 1
     for index, block in enumerate(unet.down_blocks):
-        collect(f"down_blocks.{index}", block, factor)
+        found.append((f"down_blocks.{index}", block, factor))
         factor *= 2 if getattr(block, "downsamplers", None) else 1
     if unet.mid_block is not None:
-        collect("mid_block", unet.mid_block, factor)
+        found.append(("mid_block", unet.mid_block, factor))
     for index, block in enumerate(unet.up_blocks):
-        collect(f"up_blocks.{index}", block, factor)
+        found.append((f"up_blocks.{index}", block, factor))
         factor //= 2 if getattr(block, "upsamplers", None) else 1
     return found
+
+
+def map_layers(unet: Any) -> list[MapLayer]:
+    """Every cross-attention layer, in the order in which a forward pass meets them."""
+    return [
+        MapLayer(f"{prefix}.{name}", factor)
+        for prefix, block, factor in block_factors(unet)
+        for name, module in block.named_modules()
+        if name.rpartition(".")[2] == "attn2" and getattr(module, "is_cross_attention", True)
+    ]
 
 
 def map_factor(unet: Any, wanted: int | None = None) -> int:
@@ -113,7 +126,7 @@ class MapRecorder:
         """
         layers = [self.unet.get_submodule(path) for path in self.layers]
         for path, layer in zip(self.layers, layers, strict=True):
-            _check_plain(path, layer)
+            check_plain(path, layer)
         before = [layer.processor for layer in layers]
         try:
             for layer in layers:
@@ -149,56 +162,18 @@ class MapRecorder:
         self._count += 1
 
 
-@dataclass(slots=True)
-class _Recording:
-    """An attention processor that forms its probabilities, in float32, and shows them.
+class _Recording(PlainAttention):
+    """Attention that forms its probabilities, in float32, and shows them."""
 
-    It calls to_q, to_k, to_v and to_out as modules, which may hold adapters.
-    """
+    def __init__(self, recorder: MapRecorder, *, last: bool) -> None:
+        self.recorder = recorder
+        self.last = last
 
-    recorder: MapRecorder
-    last: bool
-
-    def __call__(
-        self,
-        attn: Any,
-        hidden_states: Tensor,
-        encoder_hidden_states: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        temb: Tensor | None = None,
-        *args: Any,
-        **kwargs: Any,
-    ) -> Tensor:
-        del args, kwargs
-        residual, shape = hidden_states, hidden_states.shape
-        if attn.spatial_norm is not None:
-            hidden_states = attn.spatial_norm(hidden_states, temb)
-        if len(shape) == 4:
-            hidden_states = hidden_states.flatten(2).transpose(1, 2)
-        context = hidden_states if encoder_hidden_states is None else encoder_hidden_states
-        if attn.group_norm is not None:
-            hidden_states = attn.group_norm(hidden_states.transpose(1, 2)).transpose(1, 2)
-        if encoder_hidden_states is not None and attn.norm_cross:
-            context = attn.norm_encoder_hidden_states(context)
-        query, key, value = (
-            _heads(project(states), attn.heads)
-            for project, states in ((attn.to_q, hidden_states), (attn.to_k, context), (attn.to_v, context))
-        )
-        query = query if attn.norm_q is None else attn.norm_q(query)
-        key = key if attn.norm_k is None else attn.norm_k(key)
-        scores = attn.scale * (query.float() @ key.float().transpose(-1, -2))
-        if attention_mask is not None:
-            mask = attn.prepare_attention_mask(attention_mask, context.shape[1], len(context))
-            scores = scores + mask.view(len(context), attn.heads, -1, mask.shape[-1]).float()
-        probabilities = scores.softmax(dim=-1)
+    def attend(self, attn: Any, states: Tensor, context: Tensor, attention_mask: Tensor | None) -> Tensor:
+        query, key, value = query_of(attn, states), key_of(attn, context), value_of(attn, context)
+        probabilities = probabilities_of(attn, query, key, given_mask(attn, attention_mask, context))
         self._show(probabilities)
-        mixed = (probabilities.to(value.dtype) @ value).transpose(1, 2).flatten(2)
-        out: Tensor = attn.to_out[1](attn.to_out[0](mixed))
-        if len(shape) == 4:
-            out = out.transpose(-1, -2).reshape(shape)
-        if attn.residual_connection:
-            out = out + residual
-        return out / float(attn.rescale_output_factor)
+        return probabilities.to(value.dtype) @ value
 
     def _show(self, probabilities: Tensor) -> None:
         recorder = self.recorder
@@ -210,19 +185,3 @@ class _Recording:
         recorder.add(probabilities)
         if self.last and recorder.stopping:
             raise Stop
-
-
-def _heads(states: Tensor, heads: int) -> Tensor:
-    """(batch, n, heads·d) → (batch, heads, n, d)."""
-    batch, cells, width = states.shape
-    return states.view(batch, cells, heads, width // heads).transpose(1, 2)
-
-
-def _check_plain(path: str, layer: Any) -> None:
-    kind = type(layer.processor).__name__
-    if kind not in _PLAIN:
-        raise ComposeRefused(
-            f"The attention layer {path} runs by {kind}, which forms no attention map.",
-            hint="Undo it: unfuse_qkv_projections(), disable_xformers_memory_efficient_attention() or the like.",
-            errors=[FieldError("/base_model", f"{path} runs by {kind}")],
-        )

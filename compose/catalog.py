@@ -10,6 +10,7 @@ from compose.menu_row import Capabilities, Method
 from compose.options.baselines import CompositeOptions, MergeOptions, SwitchOptions
 from compose.options.clora import CloraMaskOnlyOptions, CloraOptions
 from compose.options.common import ComposeOptions
+from compose.options.freefuse import FreefuseOptions
 
 _ROWS = (
     Method(
@@ -73,6 +74,19 @@ _ROWS = (
         implementation="compose.methods.clora_mask_only:CloraMaskOnly",
         arxiv="2403.19776",
         reference_url="https://arxiv.org/abs/2403.19776",
+        capabilities=Capabilities(masks=True),
+    ),
+    Method(
+        name="freefuse",
+        title="Masked outputs (FreeFuse)",
+        summary="Masks are read from the attention of the first steps; then all adapters act in one pass, each kept to "
+        "its concept's mask.",
+        when="When concepts bleed into each other in a weighted sum and the passes of CLoRA are too many.",
+        cost="A plain generation, and the first steps once more.",
+        options=FreefuseOptions,
+        implementation="compose.methods.freefuse:Freefuse",
+        arxiv="2510.23515",
+        reference_url="https://arxiv.org/abs/2510.23515",
         capabilities=Capabilities(masks=True),
     ),
 )

@@ -8,7 +8,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from compose.options.clora import CloraMaskOnlyOptions
+from compose.options.masks import MaskOptions
+
+_TINY = torch.finfo(torch.float32).tiny
 
 
 def token_mask(maps: Tensor, tokens: Sequence[int], threshold: float, grid: tuple[int, int]) -> Tensor:
@@ -24,7 +26,7 @@ def token_mask(maps: Tensor, tokens: Sequence[int], threshold: float, grid: tupl
     return inside.any(dim=1).reshape(grid).float()
 
 
-def refined_mask(mask: Tensor, options: CloraMaskOnlyOptions) -> Tensor:
+def refined_mask(mask: Tensor, options: MaskOptions) -> Tensor:
     """(h, w), after those of dilation, erosion, opening and closing that are asked for, in this order."""
     if options.mask_dilate:
         mask = _dilated(mask)
@@ -45,11 +47,39 @@ def _eroded(mask: Tensor) -> Tensor:
     return 1 - _dilated(1 - mask)
 
 
+def token_score(maps: Tensor, tokens: Sequence[int], grid: tuple[int, int]) -> Tensor:
+    """(h, w) from 0 to 1: the largest attention of any token, each measured by its own maximum.
+
+    A cell is in `token_mask` when its score is above the threshold.
+    """
+    chosen = maps[:, list(tokens)].float()
+    return (chosen / chosen.amax(dim=0, keepdim=True).clamp_min(_TINY)).amax(dim=1).reshape(grid)
+
+
+def concept_masks(
+    maps: Tensor, tokens: Sequence[Sequence[int]], grid: tuple[int, int], options: MaskOptions, *, disjoint: bool
+) -> Tensor:
+    """(concepts, h, w) of 0 and 1, from the maps of one prompt that has all concepts.
+
+    Args:
+        maps: (h·w, tokens). tokens: of each concept.
+        disjoint: a cell in several masks stays with the concept whose score is highest there.
+    """
+    masks = torch.stack(
+        [refined_mask(token_mask(maps, item, options.mask_threshold, grid), options) for item in tokens]
+    )
+    if not disjoint:
+        return masks
+    scores = torch.stack([token_score(maps, item, grid) for item in tokens]).masked_fill(masks == 0, -1.0)
+    winner = scores.argmax(dim=0, keepdim=True)
+    return masks * (torch.arange(len(masks), device=masks.device)[:, None, None] == winner)
+
+
 def branch_masks(
     maps: Sequence[Tensor],
     mask_tokens: Sequence[Sequence[int]],
     grid: tuple[int, int],
-    options: CloraMaskOnlyOptions,
+    options: MaskOptions,
 ) -> Tensor:
     """(branches, h, w) of 0 and 1 on the grid of the maps; before the background is given away."""
     return torch.stack(

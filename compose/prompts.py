@@ -198,14 +198,36 @@ def token_table(
     return TokenTable(tuple(map(tuple, groups)), masks)
 
 
-def _positions(tokenizer: Any, ids: list[int], noun: str, trigger: str, order: int) -> tuple[int, ...] | None:
-    """The noun's tokens, and the trigger's before them where there is one; None if they are not there."""
+def full_tokens(
+    tokenizer: Any, prompt: str, concepts: Sequence[Concept], pointer: str, limit: int | None = None
+) -> tuple[tuple[int, ...], ...]:
+    """For each concept the tokens of trigger and noun in the prompt that has all triggers. Raises as `token_table`."""
+    ids = prompt_ids(tokenizer, prompt, pointer, limit)
+    rows = []
+    for index, concept in enumerate(concepts):
+        alike = [other for other in concepts[:index] if other.noun.lower() == concept.noun.lower()]
+        same = sum(other.trigger.lower() == concept.trigger.lower() for other in alike)
+        found = _positions(tokenizer, ids, concept.noun, concept.trigger, len(alike), same)
+        if found is None:
+            raise _not_found(index, concept, concept.trigger, prompt, pointer)
+        rows.append(found)
+    return tuple(rows)
+
+
+def _positions(
+    tokenizer: Any, ids: list[int], noun: str, trigger: str, order: int, same: int = 0
+) -> tuple[int, ...] | None:
+    """The noun's tokens, and the trigger's before them where there is one; None if they are not there.
+
+    Args:
+        order: how many concepts before have this noun; same: how many of them its trigger too.
+    """
     nouns = _find(ids, _pieces(tokenizer, noun))
     if not trigger:
         return nouns[min(order, len(nouns) - 1)] if nouns else None
     together = _find(ids, _pieces(tokenizer, f"{trigger} {noun}"))
     if together:
-        return together[0]
+        return together[min(same, len(together) - 1)]
     triggers = _find(ids, _pieces(tokenizer, trigger))
     if not triggers or not nouns:
         return None

@@ -106,11 +106,12 @@ class Scene:
 
         One adapter that serves two concepts acts with the sum of their weights.
         """
-        found: dict[str, float] = {}
-        for index in indices or range(len(self.concepts)):
-            name = self.concepts[index]
-            found[name] = found.get(name, 0.0) + self.request.concepts[index].weight
-        return found
+        return summed_weights(
+            *(
+                {self.concepts[index]: self.request.concepts[index].weight}
+                for index in indices or range(len(self.concepts))
+            )
+        )
 
     def encode(
         self,
@@ -263,6 +264,15 @@ def checked_size(loaded: LoadedPipeline, height: int | None, width: int | None, 
             raise ComposeRefused(f"The {name} {message}.", errors=[FieldError(f"/{name}", message)])
         found.append(side)
     return found[0], found[1]
+
+
+def summed_weights(*parts: Mapping[str, float]) -> dict[str, float]:
+    """An adapter that is named twice acts with both its weights."""
+    found: dict[str, float] = {}
+    for part in parts:
+        for name, weight in part.items():
+            found[name] = found.get(name, 0.0) + weight
+    return found
 
 
 def _given(value: Tensor | None) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
@@ -13,18 +12,17 @@ from compose.attention_maps import MapRecorder, map_factor
 from compose.branches import Branch, Branches, Seen
 from compose.fusion import fuse
 from compose.mask_pictures import mask_picture, overlay
+from compose.mask_report import labels, lost_concepts, lost_warnings
 from compose.masks import branch_masks, coverage, even_weights, mask_weights
 from compose.options.clora import CloraMaskOnlyOptions
 from compose.prompts import TokenTable, token_table
 from compose.protocol import CompositionMethod, Denoised, Evidence
+from compose.scene import summed_weights
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
     from compose.scene import Scene
-
-LOST_ABOVE = 0.95
-"""A concept whose mask covers more than this, or nothing, has no place of its own."""
 
 
 class CloraMaskOnly(CompositionMethod):
@@ -43,7 +41,7 @@ class CloraMaskOnly(CompositionMethod):
         if not isinstance(scene.options, CloraMaskOnlyOptions):
             raise TypeError("these are no options of CLoRA")
         self.options = scene.options
-        self.names = _labels([concept.noun for concept in scene.request.concepts])
+        self.names = labels([concept.noun for concept in scene.request.concepts])
         self._masks: Tensor | None = None
         self._coverage: dict[int, list[float]] = {}
         self._kept: dict[int, Tensor] = {}
@@ -104,7 +102,7 @@ class CloraMaskOnly(CompositionMethod):
             if index == 0 and not options.base_branch:
                 continue
             own = scene.concept_weights(index - 1) if index else {}
-            adapters = _summed(own, scene.style_weights)
+            adapters = summed_weights(own, scene.style_weights)
             in_text = adapters if options.use_text_encoder_lora else scene.style_weights
             found.append(Branch(adapters, scene.encode(prompt, negative, in_text, pointers[index], where)))
         return found
@@ -165,15 +163,13 @@ class CloraMaskOnly(CompositionMethod):
             {"step": step, **({"base": shares[0]} if self.options.base_branch else {}), **self._by_name(shares)}
             for step, shares in sorted(self._coverage.items())
         ]
-        lost = [
-            name
-            for index, name in enumerate(self.names)
-            if any(not 0 < shares[self._first_subject + index] <= LOST_ABOVE for shares in self._coverage.values())
-        ]
-        self.scene.warnings += [
-            f"concept_lost: the mask of {name!r} covered nothing or nearly everything in a step; see coverage."
-            for name in lost
-        ]
+        lost = lost_concepts(
+            {
+                name: [shares[self._first_subject + index] for shares in self._coverage.values()]
+                for index, name in enumerate(self.names)
+            }
+        )
+        self.scene.warnings += lost_warnings(lost)
         return {
             "branches": len(self.branches),
             "batched": self.branches.together,
@@ -197,21 +193,3 @@ class CloraMaskOnly(CompositionMethod):
             return Evidence(masks)
         final = self._kept[max(self._kept)][self._first_subject :]
         return Evidence(masks, {"overlay": overlay(image, list(final))})
-
-
-def _labels(nouns: list[str]) -> list[str]:
-    """A name of its own for each concept: its noun, numbered where it occurs again."""
-    found: list[str] = []
-    for noun in nouns:
-        count = sum(item == noun or item.startswith(f"{noun} ") for item in found)
-        found.append(noun if not count else f"{noun} {count + 1}")
-    return found
-
-
-def _summed(*parts: Mapping[str, float]) -> dict[str, float]:
-    """An adapter that is named twice acts with both its weights."""
-    found: dict[str, float] = {}
-    for part in parts:
-        for name, weight in part.items():
-            found[name] = found.get(name, 0.0) + weight
-    return found

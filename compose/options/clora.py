@@ -7,17 +7,17 @@ from typing import Annotated, Literal
 from pydantic import Field, StrictBool, StrictInt, StringConstraints, field_validator
 
 from artifacts.errors import FieldError
-from compose.options.common import MAX_STEPS, ComposeOptions, count_problems
+from compose.options.common import count_problems
+from compose.options.masks import MaskOptions, Step
 from compose.request import CompositionRequest
 
 PAPER_REFINEMENT = (0, 10, 20)
 """Steps whose update is repeated in the paper."""
 
-Step = Annotated[StrictInt, Field(ge=0, le=MAX_STEPS)]
 Text = Annotated[str, StringConstraints(max_length=2000)]
 
 
-class CloraMaskOnlyOptions(ComposeOptions):
+class CloraMaskOnlyOptions(MaskOptions):
     """CLoRA without its latent update: a branch per concept, fused by masks of its cross-attention."""
 
     branch_prompts: list[Text] | None = Field(
@@ -31,26 +31,11 @@ class CloraMaskOnlyOptions(ComposeOptions):
     base_branch: StrictBool = Field(
         True, description="Have a branch of the base model alone, which fills what no concept's mask covers."
     )
-    mask_threshold: Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)] = Field(
-        0.3,
-        description="α: a cell belongs to a token's mask when its attention is above α times the token's largest "
-        "(the authors' code 0.3, their example 0.4).",
-    )
     apply_mask_after: Step = Field(
         0, description="Steps in which all branches are averaged before masks are used; at most the steps."
     )
     freeze_mask_after: Step | None = Field(
         None, description="Step after whose masks they stay as they are; unset, every step makes its own."
-    )
-    mask_dilate: StrictBool = Field(False, description="Widen masks by one cell (3×3).")
-    mask_erode: StrictBool = Field(False, description="Then narrow them by one cell.")
-    mask_opening: StrictBool = Field(False, description="Then remove specks: narrow and widen.")
-    mask_closing: StrictBool = Field(False, description="Then fill holes: widen and narrow.")
-    map_grid: Annotated[StrictInt, Field(ge=1, le=64)] | None = Field(
-        None,
-        description="Side of a latent pixel square that is one cell of the attention maps: the factor by which a "
-        "cross-attention layer's grid is coarser than the latent. Unset, the coarsest with at least 16 cells a "
-        "side at the model's native size: 4 for Stable Diffusion 1.5 and SDXL.",
     )
     use_text_encoder_lora: StrictBool = Field(
         False, description="Use the concepts' adapters in the text encoder as well; styles always are."

@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from final_latents import SOFTMAX, final_latents, made
 
 from compose.adapter_switch import tuner_layers
 from compose.branches import Branches
-from compose.composition import Composition
 from compose.engine import compose, make_scene
 from compose.latent_update import cached_gradient, joint_gradient
 from compose.methods.clora import Clora
@@ -21,7 +21,6 @@ from compose.request import Style
 from compose.validation import validate
 
 FLOAT = 1e-5
-SOFTMAX = 1e-4  # explicit softmax against the fused kernel, over several steps
 QUICK = {"iterative_steps": [0], "iterative_repeats": 1, "step_size": 2.0}
 NO_MASKS = {"apply_mask_after": 4}
 
@@ -29,28 +28,6 @@ NO_MASKS = {"apply_mask_after": 4}
 def close(one: torch.Tensor, two: torch.Tensor) -> bool:
     """Equal but for rounding, measured by the largest entry."""
     return float((one - two).abs().max()) <= SOFTMAX * float(two.abs().max())
-
-
-def final_latents(request: Any, pipelines: Any) -> torch.Tensor:
-    """The latent at the end."""
-    return made(request, pipelines)[1]
-
-
-def made(request: Any, pipelines: Any) -> tuple[Composition, torch.Tensor]:
-    seen: list[torch.Tensor] = []
-    loaded = pipelines.get(request.base)
-    decoder = loaded.pipeline.vae.decode
-
-    def decode(z: torch.Tensor, **options: Any) -> Any:
-        seen.append(z * loaded.pipeline.vae.config.scaling_factor)
-        return decoder(z, **options)
-
-    loaded.pipeline.vae.decode = decode
-    try:
-        found = compose(request, pipelines)
-    finally:
-        del loaded.pipeline.vae.decode
-    return found, seen[0]
 
 
 @contextmanager

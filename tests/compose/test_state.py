@@ -13,9 +13,11 @@ import torch
 
 from artifacts.errors import ComposeRefused
 from compose.adapter_switch import tuner_layers
+from compose.catalog import METHODS
 from compose.engine import compose
 from compose.pipelines import LoadedPipeline, PipelineCache
 from compose.request import Concept, Style
+from compose.scene import Scene
 
 QUICK = {
     "iterative_steps": [0], "iterative_repeats": 1, "step_size": 1.0, "gradient_checkpointing": True,
@@ -58,10 +60,28 @@ def loaded(sd: Any, pipelines: PipelineCache) -> LoadedPipeline:
     return found
 
 
-@pytest.mark.parametrize("method", ["merge", "switch", "composite", "clora_mask_only", "clora"])
+SHORT = {"clora": QUICK, "freefuse": {"mask_steps": 1}}
+IMAGE_METHODS = [row.name for row in METHODS.values() if row.capabilities.yields == "image"]
+
+
+@pytest.mark.parametrize("method", IMAGE_METHODS)
 def test_a_request_leaves_no_trace(sd: Any, pipelines: Any, loaded: LoadedPipeline, method: str) -> None:
     before = state_of(loaded)
-    compose(sd.request(method=method, parameters=QUICK if method == "clora" else {}, steps=2), pipelines)
+    compose(sd.request(method=method, parameters=SHORT.get(method, {}), steps=2), pipelines)
+    assert state_of(loaded) == before
+
+
+@pytest.mark.parametrize("method", IMAGE_METHODS)
+@pytest.mark.parametrize("stage", ["last prediction", "decoder"])
+def test_every_method_leaves_no_trace_of_a_failure(
+    sd: Any, pipelines: Any, loaded: LoadedPipeline, method: str, stage: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = state_of(loaded)
+    target, count = {"last prediction": ("guide", 1), "decoder": ("decode", 0)}[stage]
+    monkeypatch.setattr(Scene, target, _nth(count, getattr(Scene, target)))
+    with pytest.raises(BoomError):
+        compose(sd.request(method=method, parameters=SHORT.get(method, {}), steps=2), pipelines)
+    monkeypatch.undo()
     assert state_of(loaded) == before
 
 
