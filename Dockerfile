@@ -25,7 +25,7 @@ RUN python /tmp/list_dependencies.py pyproject.toml "${EXTRAS}" > /tmp/requireme
 COPY . .
 # Editable: the rooms run from /srv/rankwise, beside their migrations, and `rankwise` is on the PATH.
 RUN pip install --no-deps -e . \
-    && python -m compileall -q app artifacts compose merge storage train workers \
+    && python -m compileall -q app artifacts compose merge storage train transfer workers \
     && python -c 'from merge.kmeans import compile_loops; compile_loops()' \
     && rankwise --help > /dev/null
 

@@ -28,7 +28,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 LOCK := -c requirements.lock
 BENCHMARKS := $(sort $(filter-out %/__init__,$(basename $(wildcard benchmarks/*.py))))
 # Whole folders of source that ruff looks at; `.` would also walk scratch folders of a checkout.
-SOURCES := $(wildcard alembic app artifacts benchmarks compose docs examples merge scripts storage tests train workers)
+SOURCES := $(wildcard alembic app artifacts benchmarks compose docs examples merge scripts storage tests train transfer workers)
 
 .PHONY: help setup demo serve test test-slow test-all check format bench docs clean
 

@@ -16,6 +16,8 @@
     │   ├── ComposeRefused            422 compose_refused        the image can not be composed this way
     │   ├── CompositionDiverged       422 composition_diverged   a gradient or a prediction became NaN or infinite
     │   ├── TrainingDiverged          422 training_diverged      the loss became NaN or infinite
+    │   ├── TransferRefused           422 transfer_refused       the adapter can not be moved to that base model
+    │   │   └── TransferStarved       422 transfer_starved       too few generated inputs were accepted
     │   └── IdempotencyKeyReused      422 idempotency_key_reused same key, other body
     ├── MalformedRequest              400 malformed_request      not parseable as HTTP, JSON or multipart
     ├── Unauthenticated               401 unauthenticated
@@ -138,6 +140,14 @@ class CompositionDiverged(RequestInvalid):
 
 class TrainingDiverged(RequestInvalid):
     code, title = "training_diverged", "The training diverged"
+
+
+class TransferRefused(RequestInvalid):
+    code, title = "transfer_refused", "The adapter can not be transferred this way"
+
+
+class TransferStarved(TransferRefused):
+    code, title = "transfer_starved", "Too few generated inputs were accepted"
 
 
 class IdempotencyKeyReused(RequestInvalid):

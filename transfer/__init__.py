@@ -1,0 +1,1 @@
+"""One adapter in, one adapter for another base model out."""
