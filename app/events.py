@@ -26,7 +26,7 @@ EVENT_SCHEMA: dict[str, Any] = {
     "required": ["id", "event", "data"],
     "properties": {
         "id": {"type": "string", "description": "Sequence number."},
-        "event": {"type": "string", "description": "state, progress or warning"},
+        "event": {"type": "string", "description": "state, progress, preview or warning"},
         "data": {"type": "string", "description": "JSON: what changed, and `at`, when."},
     },
 }

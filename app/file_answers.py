@@ -47,7 +47,7 @@ def head_responses(responses: Responses) -> Responses:
 
 
 def answer_file(request: Request, services: Services, found: Download) -> Response:
-    """The answer to GET or HEAD, by Range, If-Range and If-None-Match."""
+    """The answer by Range (of a GET), If-Range and If-None-Match; of HEAD without the bytes."""
     headers = {
         "ETag": found.etag,
         "Accept-Ranges": "bytes",
@@ -62,7 +62,7 @@ def answer_file(request: Request, services: Services, found: Download) -> Respon
             part = parse_range(request.headers.get("range"), found.size)
         except RangeInvalid as error:
             return problem_of(request.scope, error, {"Content-Range": f"bytes */{found.size}"})
-    return _send(services, found, part, headers, body=request.method == "GET")
+    return _send(services, found, part, headers, body=request.method != "HEAD")
 
 
 def _send(

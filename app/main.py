@@ -21,7 +21,9 @@ from app.openapi import complete, operation_id
 from app.routes import (
     adapters,
     attempts,
+    compose,
     datasets,
+    images,
     jobs,
     merge,
     methods,
@@ -49,8 +51,8 @@ MULTIPART_OVERHEAD = 1024**2
 """What the form around the files of an upload may add: part headers, boundaries, text fields."""
 
 _DESCRIPTION = (
-    "Stores LoRA adapters and merges them. Errors are RFC 9457 problems; their `code` is stable. Lists are keyset "
-    "pages: pass `next` as `cursor`. Every POST takes `Idempotency-Key`."
+    "Stores LoRA adapters, merges them, composes images with them and trains them. Errors are RFC 9457 problems; their "
+    "`code` is stable. Lists are keyset pages: pass `next` as `cursor`. Every POST takes `Idempotency-Key`."
 )
 _log = structlog.stdlib.get_logger(__name__)
 
@@ -102,8 +104,10 @@ def create_app(settings: Settings | None = None) -> RankwiseAPI:
         adapters,
         datasets,
         merge,
+        compose,
         train,
         models,
+        images,
         jobs,
         attempts,
         pictures,

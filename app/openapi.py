@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from fastapi.routing import APIRoute
@@ -11,14 +11,19 @@ from pydantic.json_schema import models_json_schema
 
 from app.job_kinds import JOB_KINDS
 from app.problems import Problem
+from compose.catalog import METHODS as COMPOSE_METHODS
 from merge.catalog import METHODS as MERGE_METHODS
 from train.catalog import METHODS as TRAIN_METHODS
 
 REF_TEMPLATE = "#/components/schemas/{model}"
 PUBLIC_OPERATIONS = frozenset({"index", "healthz", "readyz", "list_problems", "get_problem"})
 
+_MENUS: Mapping[str, Mapping[str, Any]] = {"Merge": MERGE_METHODS, "Compose": COMPOSE_METHODS, "Train": TRAIN_METHODS}
+"""By what the schemas of their requests are called."""
+
 _ADAPTER_CALLS = ("get_adapter", "get_lineage", "download_adapter", "head_download", "delete_adapter")
 _DATASET_CALLS = ("get_dataset", "list_rows", "download_dataset", "head_dataset", "delete_dataset")
+_IMAGE_CALLS = ("get_image", "get_image_file", "head_image_file", "delete_image")
 _MODEL_CALLS = ("get_model", "patch_model")
 _JOB_CALLS = (
     "get_job",
@@ -28,6 +33,7 @@ _JOB_CALLS = (
     "get_metrics",
     "get_loss_curve",
     "list_pictures",
+    "get_preview",
     "cancel_job",
     "retry_job",
 )
@@ -60,6 +66,8 @@ _LINKS = (
     ("register_model", "201", _NEW, "model_id", _MODEL_CALLS),
     ("list_jobs", "200", _FIRST, "job_id", _JOB_CALLS),
     ("merge_adapters", "202", _NEW, "job_id", _JOB_CALLS),
+    ("compose_image", "202", _NEW, "job_id", _JOB_CALLS),
+    ("list_images", "200", _FIRST, "image_id", _IMAGE_CALLS),
     ("train_adapter", "202", _NEW, "job_id", _JOB_CALLS),
     ("create_schedule", "201", _NEW, "schedule_id", (*_SCHEDULE_CALLS, "delete_schedule")),
     ("list_schedules", "200", _FIRST, "schedule_id", _SCHEDULE_CALLS),
@@ -75,15 +83,13 @@ def operation_id(route: APIRoute) -> str:
 
 
 def complete(document: dict[str, Any], *, api_keys: bool) -> dict[str, Any]:
-    """Add schemas of problems and merge options, links between the calls, and the security schemes when keys are on."""
+    """Add schemas of problems and of options, links between the calls, and the security schemes when keys are on."""
     components = document.setdefault("components", {})
     schemas = components.setdefault("schemas", {})
     schemas.update(_definitions())
-    merges = [row.options for row in MERGE_METHODS.values()]
-    trainings = [row.options for row in TRAIN_METHODS.values()]
-    for names, options in ((("MergeRequest", "MergeParams"), merges), (("TrainRequest", "TrainParams"), trainings)):
-        for name in names:
-            _one_of_these(schemas[name]["properties"]["parameters"], options)
+    for kind, menu in _MENUS.items():
+        for name in (f"{kind}Request", f"{kind}Params"):
+            _one_of_these(schemas[name]["properties"]["parameters"], [row.options for row in menu.values()])
     _one_of_these(schemas["ScheduledJob"]["properties"]["params"], [kind.params for kind in JOB_KINDS.values()])
     operations = dict(_operations(document))
     for operation in operations.values():
@@ -103,7 +109,7 @@ def _operations(document: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]
 def _definitions() -> dict[str, Any]:
     _, problems = models_json_schema([(Problem, "serialization")], ref_template=REF_TEMPLATE)
     _, options = models_json_schema(
-        [(row.options, "validation") for menu in (MERGE_METHODS, TRAIN_METHODS) for row in menu.values()],
+        [(row.options, "validation") for menu in _MENUS.values() for row in menu.values()],
         by_alias=False,
         ref_template=REF_TEMPLATE,
     )

@@ -7,12 +7,13 @@ import socket
 import psutil
 from sqlalchemy.orm import Session
 
+from app.base_models import base_model
 from app.schemas.train import TrainParams, TrainRequest
 from app.service_state import alive_servers
 from app.settings import Settings
 from artifacts.errors import FieldError, NotFound, RequestInvalid
 from artifacts.manifest import AdapterManifest
-from storage import adapters, database, datasets, models
+from storage import adapters, datasets, models
 from storage.tables import DatasetRow, ModelRow
 from train.catalog import find_method, parse_parameters
 from train.continuation import ContinueFrom, check_base, continued_options, place
@@ -40,7 +41,7 @@ def check_train(settings: Settings, session: Session, request: TrainParams, devi
             layers of the base model, more memory than the machine has.
     """
     check_feasible(request.full_task, request.training, request.evaluation, devices)
-    row = _base_model(session, request.base_model)
+    row = base_model(session, request.base_model)
     try:
         dataset = datasets.get_dataset(session, request.dataset, lock=True)
     except NotFound as error:
@@ -86,19 +87,7 @@ def estimate_training(session: Session, request: TrainRequest) -> Estimate | Non
     wanted = request.resources.devices if request.resources is not None else None
     devices = wanted or 1
     check_feasible(request.full_task, request.training, request.evaluation, devices)
-    return _estimate(session, _base_model(session, request.base_model), request, devices)
-
-
-def _base_model(session: Session, name: str) -> ModelRow:
-    row = models.find_model(session, name)
-    if row is None:
-        problem = f"there is no base model {name!r}"
-        hint = "GET /models lists those that are registered."
-        raise RequestInvalid(f"T{problem[1:]}.", hint=hint, errors=[FieldError("/base_model", problem)])
-    if row.removed_at is not None and row.removed_at <= database.now(session):
-        problem = f"the base model {row.name!r} was removed on {row.removed_at:%Y-%m-%d}"
-        raise RequestInvalid(f"T{problem[1:]}.", errors=[FieldError("/base_model", problem)])
-    return row
+    return _estimate(session, base_model(session, request.base_model), request, devices)
 
 
 def _estimate(

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from artifacts.errors import ComposeRefused, FieldError
+from artifacts.layout import CONFIG_NAME
 from compose.adapter_files import COMPONENTS, UNET, check_fits, read_adapter, weights_file
 from compose.adapter_switch import activate, rest, restored, tuner_layers
 
@@ -93,6 +94,11 @@ class LoadedPipeline:
     def models(self) -> list[nn.Module]:
         """Whatever can hold adapters."""
         return [self.unet, *self.text_encoders]
+
+    @property
+    def parts(self) -> list[nn.Module]:
+        """All that takes memory."""
+        return [*self.models, self.pipeline.vae]
 
     @property
     def is_xl(self) -> bool:
@@ -272,10 +278,13 @@ def _check_pipeline(pipeline: Any) -> None:
 
 
 def _identity(path: Path) -> str:
-    """Of an adapter's file: another file, or other contents of the same one, is another adapter."""
-    file = weights_file(path)
-    status = file.stat()
-    text = f"{file.resolve()}\0{status.st_ino}\0{status.st_size}\0{status.st_mtime_ns}"
+    """Of an adapter's files: other files, or other contents of the same ones, are another adapter.
+
+    Two adapters may share their weights and have other configurations; and one may be reached by several links.
+    """
+    files = [weights_file(path), *([path / CONFIG_NAME] if (path / CONFIG_NAME).is_file() else [])]
+    found = [file.stat() for file in files]
+    text = "\0".join(f"{item.st_dev} {item.st_ino} {item.st_size} {item.st_mtime_ns}" for item in found)
     return hashlib.sha256(text.encode()).hexdigest()
 
 

@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+DEFAULT_STEPS = 50
+
 
 @dataclass(frozen=True, slots=True)
 class Concept:
@@ -58,4 +60,4 @@ class CompositionRequest:
     seed: int = 0
     width: int | None = None
     height: int | None = None
-    steps: int = 50
+    steps: int = DEFAULT_STEPS

@@ -1,4 +1,4 @@
-"""The sweep: removes blobs that nothing refers to, and what is left of adapters and datasets deleted a day ago."""
+"""The sweep: removes blobs that nothing refers to, and what was deleted a day ago."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from sqlalchemy import ColumnElement, and_, delete, exists, select
 from sqlalchemy.orm import Session
 
 from storage import database as clock
+from storage import previews
 from storage.blobs import BlobInfo, BlobStore
 from storage.checkpoints import drop_ended
 from storage.database import Database
@@ -23,6 +24,8 @@ from storage.tables import (
     AdapterRow,
     BlobRow,
     DatasetRow,
+    ImageFileRow,
+    ImageRow,
     JobAttemptRow,
     JobCheckpointRow,
     JobRow,
@@ -44,7 +47,7 @@ class SweepReport:
         scanned: blobs in the store.
         deleted: digests of the blobs removed; `bytes_freed` is their size.
         adapters_forgotten: deleted adapters whose files were given up; rows that others descend from stay.
-        datasets_forgotten: deleted datasets that were given up with their rows.
+        datasets_forgotten, images_forgotten: deleted ones that were given up with their rows.
         staging_removed: entries of abandoned uploads.
     """
 
@@ -53,6 +56,7 @@ class SweepReport:
     bytes_freed: int
     adapters_forgotten: int
     datasets_forgotten: int
+    images_forgotten: int
     staging_removed: int
     dry_run: bool
 
@@ -72,12 +76,15 @@ def sweep_blobs(
         cutoff = clock.now(session) - older_than
         forgotten = _forgettable(session, cutoff)
         datasets = _forgettable_datasets(session, cutoff)
-        live = _live_digests(session, cutoff, forgotten, datasets)
+        images = list(session.scalars(select(ImageRow.id).where(ImageRow.deleted_at < cutoff)))
+        live = _live_digests(session, cutoff, forgotten, datasets, images)
     if not dry_run:
         _forget_adapters(database, forgotten)
         _forget_datasets(database, datasets)
+        _forget_images(database, images)
         with database.write() as session:
             drop_ended(session, cutoff)
+            previews.drop_ended(session, cutoff)
     scanned = 0
     candidates: list[BlobInfo] = []
     for blob in blobs.iter_blobs():
@@ -93,6 +100,7 @@ def sweep_blobs(
         bytes_freed=sum(blob.size for blob in removed),
         adapters_forgotten=len(forgotten),
         datasets_forgotten=len(datasets),
+        images_forgotten=len(images),
         staging_removed=blobs.remove_stale_staging(cutoff, dry_run=dry_run),
         dry_run=dry_run,
     )
@@ -139,12 +147,16 @@ def _forgettable_datasets(session: Session, cutoff: datetime) -> list[str]:
     return [identifier for identifier in deleted if identifier not in needed]
 
 
-def _live_digests(session: Session, cutoff: datetime, forgotten: Sequence[str], datasets: Sequence[str]) -> set[str]:
-    gone, gone_datasets = set(forgotten), set(datasets)
+def _live_digests(
+    session: Session, cutoff: datetime, forgotten: Sequence[str], datasets: Sequence[str], images: Sequence[str]
+) -> set[str]:
+    gone, gone_datasets, gone_images = set(forgotten), set(datasets), set(images)
     files = session.execute(select(AdapterFileRow.adapter_id, AdapterFileRow.sha256))
     live = {sha256 for adapter_id, sha256 in files if adapter_id not in gone}
     data = session.execute(select(DatasetRow.id, DatasetRow.sha256))
     live.update(sha256 for dataset_id, sha256 in data if dataset_id not in gone_datasets)
+    pictures = session.execute(select(ImageFileRow.image_id, ImageFileRow.sha256))
+    live.update(sha256 for image_id, sha256 in pictures if image_id not in gone_images)
     live.update(session.scalars(select(JobCheckpointRow.sha256)))
     logs = session.scalars(select(JobAttemptRow.log_sha256).where(JobAttemptRow.log_sha256.is_not(None)))
     live.update(digest for digest in logs if digest is not None)
@@ -175,6 +187,13 @@ def _forget_datasets(database: Database, forgotten: Sequence[str]) -> None:
     for batch in _batches(forgotten):
         with database.write() as session:
             session.execute(delete(DatasetRow).where(DatasetRow.id.in_(batch)))
+
+
+def _forget_images(database: Database, forgotten: Sequence[str]) -> None:
+    for batch in _batches(forgotten):
+        with database.write() as session:
+            session.execute(delete(ImageFileRow).where(ImageFileRow.image_id.in_(batch)))
+            session.execute(delete(ImageRow).where(ImageRow.id.in_(batch)))
 
 
 def _remove(
@@ -210,6 +229,7 @@ def _is_used() -> ColumnElement[bool]:
     return (
         exists().where(AdapterFileRow.sha256 == BlobRow.sha256)
         | exists().where(DatasetRow.sha256 == BlobRow.sha256)
+        | exists().where(ImageFileRow.sha256 == BlobRow.sha256)
         | exists().where(JobAttemptRow.log_sha256 == BlobRow.sha256)
         | exists().where(JobCheckpointRow.sha256 == BlobRow.sha256)
     )

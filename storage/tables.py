@@ -21,6 +21,7 @@ from sqlalchemy.orm import Mapped, mapped_column, relationship
 
 from storage.automation_tables import DomainEventRow, FiringRow, ScheduleRow, WebhookDeliveryRow, WebhookRow
 from storage.columns import Base, partial_index
+from storage.image_tables import ImageFileRow, ImageRow, JobPreviewRow
 from storage.training_tables import JobCheckpointRow, JobMetricRow
 
 __all__ = [
@@ -37,11 +38,14 @@ __all__ = [
     "DomainEventRow",
     "FiringRow",
     "IdempotencyRow",
+    "ImageFileRow",
+    "ImageRow",
     "JobAttemptRow",
     "JobCheckpointRow",
     "JobEventRow",
     "JobLogRow",
     "JobMetricRow",
+    "JobPreviewRow",
     "JobQueueRow",
     "JobRow",
     "LineageRow",
@@ -69,7 +73,7 @@ class ApiKeyRow(Base):
     max_queued: Mapped[int | None] = mapped_column(Integer)  # jobs that may wait; null: as many as the service allows
     max_running: Mapped[int | None] = mapped_column(Integer)  # device slots that its jobs may hold at once
     max_bytes: Mapped[int | None] = mapped_column(BigInteger)  # of stored files
-    stored_bytes: Mapped[int] = mapped_column(BigInteger, default=0)  # of the live adapters and datasets that it made
+    stored_bytes: Mapped[int] = mapped_column(BigInteger, default=0)  # of what it made and is live
     created_at: Mapped[datetime]
     expires_at: Mapped[datetime | None]
     last_used_at: Mapped[datetime | None]
@@ -331,7 +335,7 @@ class JobEventRow(Base):
 
     job_id: Mapped[str] = mapped_column(ForeignKey("jobs.id"), primary_key=True)
     sequence: Mapped[int] = mapped_column(Integer, primary_key=True)
-    type: Mapped[str] = mapped_column(String(24))  # "state" | "progress" | "warning"
+    type: Mapped[str] = mapped_column(String(24))  # "state" | "progress" | "preview" | "warning"
     data: Mapped[dict[str, Any]]
     created_at: Mapped[datetime]
 

@@ -10,12 +10,15 @@ from typing import TYPE_CHECKING
 
 import psutil
 
+from artifacts.base_model import PIPELINE_INDEX
 from artifacts.errors import NotFound, RequestInvalid
 from storage.tables import ModelRow
 from train.base_files import BaseFiles
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+    from compose.pipelines import LoadedPipeline
 
 DEVICE_SHARE = 0.6  # of a CUDA device's memory, for models that wait to be used again
 HOST_SHARE = 0.25  # of the main memory
@@ -51,7 +54,8 @@ def locate(row: ModelRow, roots: Sequence[str]) -> ModelSource:
             f"The folder {folder} of the base model {row.name!r} is not there.",
             hint="Put it back, or register the model where it is now; then retry the job.",
         )
-    return ModelSource(row.name, str(folder), None, sum(path.stat().st_size for path in folder.glob("*.safetensors")))
+    weights = "*/*.safetensors" if (folder / PIPELINE_INDEX).is_file() else "*.safetensors"
+    return ModelSource(row.name, str(folder), None, sum(path.stat().st_size for path in folder.glob(weights)))
 
 
 def load(source: ModelSource, *, dtype: str, device: str) -> PreTrainedModel:
@@ -64,6 +68,22 @@ def load(source: ModelSource, *, dtype: str, device: str) -> PreTrainedModel:
 
     files = BaseFiles(source.name, source.location, source.revision)
     return files.load(AutoModelForCausalLM, "causal language model", dtype=dtype, device=device)
+
+
+def load_pipeline(source: ModelSource, *, dtype: str, device: str) -> LoadedPipeline:
+    """Load a diffusers pipeline that images are composed with.
+
+    Args:
+        dtype: a torch dtype's name.
+
+    Raises:
+        ComposeRefused: it is no such pipeline, or can not be loaded.
+    """
+    import torch
+
+    from compose.pipelines import LoadedPipeline
+
+    return LoadedPipeline.load(Path(source.location), dtype=getattr(torch, dtype), device=device)
 
 
 def default_limit(device: str) -> int:

@@ -12,7 +12,8 @@ from artifacts.manifest import FileEntry
 from storage import checkpoints
 from storage.blob_rows import reserve_blobs
 from train.checkpoints import pack, unpack
-from workers.context import JobContext, forget_blob
+from workers.context import JobContext
+from workers.publishing import forget_blob
 
 MEDIA_TYPE = "application/x-tar"
 

@@ -10,24 +10,25 @@ from typing import TYPE_CHECKING, Any, cast
 
 import structlog
 
-from artifacts import intake
 from artifacts.base_model import BaseModelRef
-from artifacts.errors import AttemptCancelled, BlobMissing, BlobStoreUnavailable, DatabaseUnavailable
-from artifacts.manifest import AdapterManifest
-from storage import adapters, checkpoints, claims, datasets, models
+from artifacts.content import file_sha256
+from artifacts.errors import AttemptCancelled, BlobMissing, DatabaseUnavailable
+from artifacts.manifest import AdapterManifest, FileEntry
+from storage import adapters, claims, datasets, models, previews
 from storage.adapters import Parent
 from storage.blobs import BlobStore
 from storage.database import Database
-from storage.sweep import remove_unused
+from storage.images import ImageFacts, ImageFile, Role
 from workers import base_models
 from workers.attempt import AttemptSpec
 from workers.base_models import ModelSource
 from workers.cache import place
-from workers.warm_models import WarmModels
+from workers.warm_models import WarmModels, model_bytes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from compose.pipelines import LoadedPipeline
     from train.rows import Format
 
 PROGRESS_SECONDS = 0.25
@@ -94,11 +95,35 @@ class NewAdapter:
 
 
 @dataclass(frozen=True, slots=True)
+class NewFile:
+    """A file of an image, in the attempt's scratch; its name there is the name that it is stored under."""
+
+    path: Path
+    role: Role
+    media_type: str = "image/png"
+    details: Mapping[str, Any] = field(default_factory=dict)
+
+    def stored(self) -> ImageFile:
+        """As the database takes it; reads the file."""
+        entry = FileEntry(self.path.name, file_sha256(self.path), self.path.stat().st_size, self.media_type)
+        return ImageFile(entry, self.role, self.details)
+
+
+@dataclass(frozen=True, slots=True)
+class NewImage:
+    """An image that a job made: what its row will say, and its files, the picture itself first."""
+
+    facts: ImageFacts
+    files: tuple[NewFile, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class JobOutcome:
     """What a job's function returns. `report` is JSON-able."""
 
     adapters: tuple[NewAdapter, ...] = ()
     report: Mapping[str, Any] = field(default_factory=dict)
+    images: tuple[NewImage, ...] = ()
 
 
 class JobContext:
@@ -220,10 +245,59 @@ class JobContext:
             row = models.get_model(session, model_id)
         source = base_models.locate(row, self.spec.model_roots)
         key = (row.id, dtype, self.device)
-        limit = self.spec.warm_bytes if self.spec.warm_bytes is not None else base_models.default_limit(self.device)
-        return self._warm.get(
-            key, limit, source.size, lambda: base_models.load(source, dtype=dtype, device=self.device)
+        model: PreTrainedModel = self._warm.get(
+            key, self._warm_limit, source.size, lambda: base_models.load(source, dtype=dtype, device=self.device)
         )
+        return model
+
+    def pipeline(self, model_id: str, dtype: str) -> tuple[StoredModel, LoadedPipeline]:
+        """What is known of a registered pipeline, and the pipeline on the attempt's device with its adapters at rest.
+
+        Other attempts of this process get the same object while it is kept.
+
+        Args:
+            dtype: a torch dtype's name.
+
+        Raises:
+            NotFound: there is no such model, or its files are gone.
+            RequestInvalid: it lies outside of the folders that models may lie in.
+            ComposeRefused: it is no pipeline that images are composed with, or can not be loaded.
+        """
+        stored, source = self.model_source(model_id)
+        found: LoadedPipeline = self._warm.get(
+            (stored.id, dtype, self.device),
+            self._warm_limit,
+            source.size,
+            lambda: base_models.load_pipeline(source, dtype=dtype, device=self.device),
+            lambda loaded: sum(model_bytes(part) for part in loaded.parts),
+        )
+        return stored, found
+
+    @property
+    def _warm_limit(self) -> int:
+        """Bytes that kept models may take."""
+        return self.spec.warm_bytes if self.spec.warm_bytes is not None else base_models.default_limit(self.device)
+
+    def preview(self, step: int, total: int, data: bytes, media_type: str) -> None:
+        """Show what the job's image looks like by now; `data` has at most `storage.previews.MAX_BYTES`.
+
+        Raises:
+            AttemptCancelled: the job is being cancelled.
+            AttemptStale: a newer attempt owns the job.
+        """
+        try:
+            with self.database.write() as session:
+                previews.record_preview(
+                    session,
+                    self.spec.job_id,
+                    self.spec.attempt,
+                    step=step,
+                    total=total,
+                    data=data,
+                    media_type=media_type,
+                )
+        except DatabaseUnavailable as error:
+            log.warning("preview_not_written", job_id=self.spec.job_id, error=error.detail)
 
     def dataset(self, dataset_id: str) -> tuple[StoredDataset, Path]:
         """What is known of a dataset, and its file, whose digest was verified.
@@ -271,57 +345,3 @@ class JobContext:
                 continue  # another worker made room in the cache in this very moment
             return
         raise BlobMissing(f"blob {sha256} vanished from the cache {_FETCH_TRIES} times", hint="Is its disk too small?")
-
-
-def publish(context: JobContext, outcome: JobOutcome) -> dict[str, Any]:
-    """Make the results of an attempt visible, all of them at once or none.
-
-    Blobs first: they are content-addressed, so that writing them twice is writing them once, and those of an attempt
-    that dies here are swept. Then one transaction, which holds only while the attempt owns the job.
-
-    Returns:
-        The job's result.
-
-    Raises:
-        AttemptCancelled, AttemptStale: nothing was published.
-        RequestInvalid: a directory holds no adapter (a bug of the job's function).
-    """
-    inspected = [(new, intake.inspect(new.directory, base_model=new.base_model)) for new in outcome.adapters]
-    with context.database.write() as session:
-        adapters.reserve_blobs(session, [entry for _, manifest in inspected for entry in manifest.files])
-    for new, manifest in inspected:
-        for entry in manifest.files:
-            context.blobs.put_file(new.directory / entry.path, entry.sha256)
-    spec = context.spec
-    with context.database.write() as session:
-        job = claims.fence(session, spec.job_id, spec.attempt)
-        ids = []
-        for new, manifest in inspected:
-            row, _ = adapters.add_adapter(
-                session,
-                manifest,
-                name=new.name,
-                description=new.description,
-                tags=new.tags,
-                base_model=new.base_model,
-                model_id=new.model_id,
-                origin=spec.kind,
-                job_id=spec.job_id,
-                created_by=job.created_by,
-                parents=new.parents,
-            )
-            ids.append(row.id)
-        result = {"adapters": ids, "images": [], "report": dict(outcome.report)}
-        claims.finish_succeeded(session, spec.job_id, spec.attempt, result)
-        left = checkpoints.drop_checkpoint(session, spec.job_id)
-    if left is not None:
-        forget_blob(context, left)
-    return result
-
-
-def forget_blob(context: JobContext, sha256: str) -> None:
-    """Remove a blob that no row names any more; what fails here is left to the sweep."""
-    try:
-        remove_unused(context.database, context.blobs, sha256)
-    except (DatabaseUnavailable, BlobStoreUnavailable) as error:
-        log.warning("blob_not_removed", sha256=sha256, error=error.detail)

@@ -27,11 +27,12 @@ from storage.database import Database
 from workers import failures
 from workers.attempt import AttemptSpec, Outcome
 from workers.cache import prune
-from workers.context import Interruption, JobContext, JobOutcome, publish
+from workers.context import Interruption, JobContext, JobOutcome
 from workers.forkserver import RSS_UNIT
 from workers.kinds import SINGLE_USE
 from workers.log_shipping import LogShipper
 from workers.logs import captured_output
+from workers.publishing import publish
 from workers.ranks import RankFailedError, Ranks, is_follow_up, process_group, rank_spec
 from workers.warm_models import WarmModels
 

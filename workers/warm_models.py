@@ -1,10 +1,10 @@
-"""The base models that a worker process keeps in memory: the least recently used go first."""
+"""The base models and pipelines that a worker process keeps in memory: the least recently used go first."""
 
 from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import structlog
 
@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 Key = tuple[str, str, str]  # (model id, dtype, device)
+Model = TypeVar("Model")
 
 log = structlog.get_logger(__name__)
 
@@ -20,7 +21,7 @@ class WarmModels:
     """A cache of loaded models, bounded by the bytes of their parameters and buffers."""
 
     def __init__(self) -> None:
-        self._models: OrderedDict[Key, tuple[PreTrainedModel, int]] = OrderedDict()
+        self._models: OrderedDict[Key, tuple[Any, int]] = OrderedDict()
 
     @property
     def ids(self) -> tuple[str, ...]:
@@ -32,7 +33,14 @@ class WarmModels:
         """What they take together."""
         return sum(size for _, size in self._models.values())
 
-    def get(self, key: Key, limit: int, estimate: int, load: Callable[[], PreTrainedModel]) -> PreTrainedModel:
+    def get(
+        self,
+        key: Key,
+        limit: int,
+        estimate: int,
+        load: Callable[[], Model],
+        bytes_of: Callable[[Any], int] | None = None,
+    ) -> Model:
         """The model under `key`, loaded if it is not here.
 
         Room is made before loading, since the device may not hold both. A model larger than `limit` is loaded, and
@@ -41,13 +49,15 @@ class WarmModels:
         Args:
             limit: bytes that all kept models may take.
             estimate: bytes that this one will take.
+            bytes_of: what it takes once it is loaded; unset, it is one module (`model_bytes`).
         """
         if key in self._models:
             self._models.move_to_end(key)
-            return self._models[key][0]
+            found: Model = self._models[key][0]
+            return found
         self._make_room(limit - estimate)
         model = load()
-        size = model_bytes(model)
+        size = (bytes_of or model_bytes)(model)
         self._make_room(limit - size)
         if size <= limit:
             self._models[key] = (model, size)

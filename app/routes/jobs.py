@@ -118,7 +118,7 @@ async def retry_job(
     response_class=StreamingResponse,
     responses={
         200: {
-            "description": "Server-sent events; `id` is the sequence number, `event` is state, progress or warning",
+            "description": "Server-sent events: `id` is the sequence number, `event` state, progress, preview, warning",
             "content": {"text/event-stream": {"schema": EVENT_SCHEMA}},
         },
         204: {"description": "The job has ended and the client has seen all its events: do not come back"},

@@ -12,6 +12,8 @@ from app.dependencies import Reader
 from app.problems import problem_responses
 from app.schemas.service import Method, MethodList, MethodSummary
 from artifacts.errors import NotFound
+from compose.catalog import METHODS as COMPOSE_METHODS
+from compose.menu_row import Method as ComposeMethod
 from merge.catalog import METHODS as MERGE_METHODS
 from merge.catalog import MergeMethod
 from train.catalog import METHODS as TRAIN_METHODS
@@ -22,13 +24,17 @@ router = APIRouter(tags=["methods"])
 Word = Annotated[str, Path(pattern="^[a-z0-9_-]{1,64}$")]
 
 
-MENUS: Mapping[Literal["merge", "train"], Mapping[str, MergeMethod | TrainMethod]] = {
+Kind = Literal["merge", "compose", "train"]
+Row = MergeMethod | ComposeMethod | TrainMethod
+
+MENUS: Mapping[Kind, Mapping[str, MergeMethod] | Mapping[str, ComposeMethod] | Mapping[str, TrainMethod]] = {
     "merge": MERGE_METHODS,
+    "compose": COMPOSE_METHODS,
     "train": TRAIN_METHODS,
 }
 
 
-def _summary(kind: Literal["merge", "train"], row: MergeMethod | TrainMethod) -> MethodSummary:
+def _summary(kind: Kind, row: Row) -> MethodSummary:
     return MethodSummary(
         kind=kind,
         name=row.name,

@@ -11,7 +11,7 @@ from storage.tables import ServerRow
 
 
 class MethodSummary(BaseModel):
-    kind: Literal["merge", "train"]
+    kind: Literal["merge", "compose", "train"]
     name: str
     title: str
     summary: str

@@ -42,8 +42,9 @@ def test_readiness_needs_the_pool_that_is_configured(server: Any) -> None:
 
 def test_methods_are_the_menus(untouched_server: Any) -> None:
     items = untouched_server.client.get("/methods").json()["items"]
-    menus = {kind: [item["name"] for item in items if item["kind"] == kind] for kind in ("merge", "train")}
+    menus = {kind: [item["name"] for item in items if item["kind"] == kind] for kind in ("merge", "compose", "train")}
     assert menus["merge"] == ["lego", "cat", "svd", "linear"]
+    assert {"merge", "clora"} <= set(menus["compose"])
     assert menus["train"][:3] == ["lora", "rslora", "dora"]
     assert len(items) == sum(map(len, menus.values()))
     lego = untouched_server.client.get("/methods/merge/lego").json()
@@ -51,7 +52,7 @@ def test_methods_are_the_menus(untouched_server: Any) -> None:
     properties = lego["parameters_schema"]["properties"]
     assert {"rank", "n_init", "sign_alignment"} <= set(properties)
     assert lego["parameters_schema"]["additionalProperties"] is False
-    for path in ("merge/magic", "compose/clora"):
+    for path in ("merge/magic", "compose/magic"):
         assert untouched_server.client.get(f"/methods/{path}").status_code == 404
 
 

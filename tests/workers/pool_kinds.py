@@ -172,8 +172,7 @@ class HeldContext(JobContext):
 
 def mortal_merge(context: JobContext) -> JobOutcome:
     """The real merge, killed in its first attempt at the moment `dies`."""
-    from workers import context as publishing
-    from workers import runtime
+    from workers import publishing, runtime
     from workers.jobs import merge
 
     def die(*_args: object, **_options: object) -> None:

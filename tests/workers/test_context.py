@@ -18,7 +18,8 @@ from storage.tables import AdapterRow, ApiKeyRow, JobRow
 from workers import context as module
 from workers import failures, runtime
 from workers.attempt import AttemptSpec
-from workers.context import Interruption, JobContext, JobOutcome, NewAdapter, publish
+from workers.context import Interruption, JobContext, JobOutcome, NewAdapter
+from workers.publishing import publish
 from workers.runtime import run_attempt
 
 

@@ -12,9 +12,10 @@ from storage import adapters, claims
 from storage.blobs import BlobStore
 from storage.sweep import sweep_blobs
 from storage.tables import AdapterRow, BlobRow
-from workers import context as publishing
+from workers import publishing
 from workers.attempt import AttemptSpec
-from workers.context import Interruption, JobContext, JobOutcome, NewAdapter, publish
+from workers.context import Interruption, JobContext, JobOutcome, NewAdapter
+from workers.publishing import publish
 
 
 @pytest.fixture

@@ -1,0 +1,104 @@
+"""Whether an image can be composed, from what the database knows of its base model and its adapters."""
+
+from __future__ import annotations
+
+from sqlalchemy.orm import Session
+
+from app.base_models import base_model
+from app.schemas.compose import ComposeParams, ComposeScene
+from app.settings import Settings
+from artifacts.base_model import check_modules
+from artifacts.errors import ComposeRefused, FieldError, NotFound, RequestInvalid
+from artifacts.manifest import LoraModule
+from compose.validation import validate
+from storage import adapters, models
+from storage.tables import AdapterRow, ModelRow
+
+UNET = "UNet2DConditionModel"
+_TEXT_PREFIXES = ("text_encoder.", "text_encoder_2.", "text_model.")
+LOW_RANK = ("lora", "rslora", "dora", "dylora")
+_LISTED = 20
+
+
+def check_compose(settings: Settings, session: Session, request: ComposeParams, devices: int = 1) -> str:
+    """Refuse what can never be composed.
+
+    Returns:
+        The id of the base model.
+
+    Raises:
+        RequestInvalid and its kin: see `check_scene`; or the request does not fit itself (`compose.validation`).
+    """
+    del settings
+    validate(request.scene(request.method, request.parameters))
+    return check_scene(session, request, devices)
+
+
+def check_scene(session: Session, request: ComposeScene, devices: int) -> str:
+    """Check what a scene names.
+
+    Returns:
+        The id of the base model.
+
+    Raises:
+        RequestInvalid: an unknown or removed base model, an unknown adapter, several devices.
+        ComposeRefused: the base model is no pipeline; an adapter is no LoRA, or does not fit it.
+    """
+    if devices > 1:
+        problem = "an image is made on one device"
+        raise RequestInvalid(f"{problem}.", errors=[FieldError("/resources/devices", problem)])
+    row = base_model(session, request.base_model)
+    if row.architecture is not None and row.architecture != UNET:
+        problem = f"the base model {row.name!r} is a {row.architecture}, no diffusers pipeline with a UNet"
+        raise ComposeRefused(
+            f"T{problem[1:]}.",
+            hint="Register the folder of a StableDiffusionPipeline or a StableDiffusionXLPipeline.",
+            errors=[FieldError("/base_model", problem)],
+        )
+    named = [(f"/concepts/{position}/adapter", item.adapter) for position, item in enumerate(request.concepts)]
+    named += [(f"/styles/{position}/adapter", item.adapter) for position, item in enumerate(request.styles)]
+    found = _adapters(session, named)
+    for pointer, adapter_id in named:
+        _check_fits(row, found[adapter_id], pointer)
+    return row.id
+
+
+def _adapters(session: Session, named: list[tuple[str, str]]) -> dict[str, AdapterRow]:
+    found: dict[str, AdapterRow] = {}
+    missing = []
+    for pointer, adapter_id in named:
+        try:
+            found[adapter_id] = adapters.get_adapter(session, adapter_id)
+        except NotFound:
+            missing.append(FieldError(pointer, f"there is no adapter {adapter_id}"))
+    if missing:
+        raise RequestInvalid(f"T{missing[0].message[1:]}.", hint="GET /adapters lists what is here.", errors=missing)
+    return found
+
+
+def _check_fits(base: ModelRow, row: AdapterRow, pointer: str) -> None:
+    """Refuse an adapter that is no LoRA, or whose layers in the UNet are not those of the base model's."""
+    if row.method not in LOW_RANK:
+        problem = f"the adapter {row.name!r} is of type {row.method}; images are composed of LoRAs"
+        raise ComposeRefused(f"T{problem[1:]}.", errors=[FieldError(pointer, problem)])
+    fingerprint = models.ref_of(base).fingerprint
+    if fingerprint is None:
+        return
+    modules = [module for module in adapters.manifest_of(row).modules if _is_comparable(module)]
+    offenders = check_modules(fingerprint, modules)
+    if not offenders:
+        return
+    if len(offenders) == len(modules):
+        problem = f"the adapter {row.name!r} matches no module of the base model {base.name!r}"
+    else:
+        problem = f"{len(offenders)} of {len(modules)} modules of the adapter {row.name!r} do not fit {base.name!r}"
+    raise ComposeRefused(
+        f"{problem[0].upper()}{problem[1:]}: {offenders[0]}.",
+        hint="It belongs to another family of models. Take adapters that were trained on this one.",
+        errors=[FieldError(pointer, problem), *(FieldError(pointer, item) for item in offenders[:_LISTED])],
+    )
+
+
+def _is_comparable(module: LoraModule) -> bool:
+    """Whether the base model's fingerprint says something of it: of the UNet's linear layers it does."""
+    return module.kind == "linear" and not module.path.startswith(_TEXT_PREFIXES)

@@ -1,0 +1,115 @@
+"""The body of POST /compose-image, and the parameters of a compose job."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import ConfigDict, Field, StringConstraints
+
+from app.dependencies import HEX_ID
+from app.schemas.common import BaseModelName, RequestModel
+from app.schemas.resources import Resources
+from compose.catalog import METHODS
+from compose.options.common import MAX_CONCEPTS, MAX_STEPS, MAX_STYLE_WEIGHT
+from compose.request import DEFAULT_STEPS, CompositionRequest, Concept, Style
+from compose.validation import MAX_SIDE, MAX_WEIGHT
+
+MAX_STYLES = 8
+AdapterId = Annotated[str, StringConstraints(pattern=f"^adp_{HEX_ID}$")]
+Word = Annotated[str, StringConstraints(max_length=100)]
+Text = Annotated[str, StringConstraints(max_length=2000)]
+Side = Annotated[int, Field(strict=True, ge=1, le=MAX_SIDE)]
+ConceptWeight = Annotated[float, Field(strict=True, allow_inf_nan=False, ge=-MAX_WEIGHT, le=MAX_WEIGHT)]
+StyleWeight = Annotated[float, Field(strict=True, allow_inf_nan=False, ge=0, le=MAX_STYLE_WEIGHT)]
+
+
+class ComposeConcept(RequestModel):
+    """One thing that shall appear, and the adapter that knows it."""
+
+    adapter: AdapterId
+    trigger: Word = Field("", description="Word that the adapter was trained with, such as sks; may be empty.")
+    noun: Annotated[Word, StringConstraints(min_length=1)] = Field(
+        description="What it is, as a word of the prompt, such as dog."
+    )
+    weight: ConceptWeight = Field(1.0, description="Factor on the adapter.")
+
+
+class ComposeStyle(RequestModel):
+    """An adapter that acts on the whole image."""
+
+    adapter: AdapterId
+    weight: StyleWeight = 1.0
+
+
+class ComposeScene(RequestModel):
+    """What the image shall show."""
+
+    base_model: BaseModelName = Field(description="Id (mdl_…) or name of a registered diffusers pipeline.")
+    concepts: list[ComposeConcept] = Field(min_length=1, max_length=MAX_CONCEPTS)
+    styles: list[ComposeStyle] = Field(default_factory=list, max_length=MAX_STYLES)
+    prompt: Annotated[Text, StringConstraints(min_length=1)] = Field(
+        description="The scene with every concept's noun; triggers may stand before their nouns or be left out."
+    )
+    negative_prompt: Text = ""
+    seed: Annotated[int, Field(strict=True, ge=-(2**63), lt=2**63)] = 0
+    width: Side | None = Field(None, description="Pixels; unset, the base model's own.")
+    height: Side | None = Field(None, description="Pixels; unset, the base model's own.")
+    steps: Annotated[int, Field(strict=True, ge=1, le=MAX_STEPS)] = Field(DEFAULT_STEPS, description="Of the sampler.")
+    precision: Literal["auto", "float32", "float16", "bfloat16"] = Field(
+        "auto", description="auto: float16 on a GPU, float32 on a CPU."
+    )
+    preview_every: Annotated[int, Field(strict=True, ge=1, le=MAX_STEPS)] | None = Field(
+        None,
+        description="Steps between `preview` events; each costs a pass of the decoder. Unset: none.",
+    )
+
+    def scene(self, method: str, parameters: dict[str, Any]) -> CompositionRequest:
+        """As the room takes it, with ids in the place of folders."""
+        return CompositionRequest(
+            base=Path(self.base_model),
+            concepts=tuple(
+                Concept(Path(item.adapter), item.adapter, item.trigger, item.noun, item.weight)
+                for item in self.concepts
+            ),
+            styles=tuple(Style(Path(item.adapter), item.adapter, item.weight) for item in self.styles),
+            prompt=self.prompt,
+            negative_prompt=self.negative_prompt,
+            method=method,
+            parameters=parameters,
+            seed=self.seed,
+            width=self.width,
+            height=self.height,
+            steps=self.steps,
+        )
+
+
+class ComposeParams(ComposeScene):
+    """Compose one image of several adapters."""
+
+    method: str = Field("clora", description="See GET /methods.", json_schema_extra={"enum": list(METHODS)})
+    parameters: dict[str, Any] = Field(
+        default_factory=dict, description="Options of the method; GET /methods/compose/{method} has their JSON Schema."
+    )
+
+
+class ComposeRequest(ComposeParams):
+    """An image, and what may be asked of the machine that makes it."""
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "example": {
+                "base_model": "mdl_" + "0" * 32,
+                "concepts": [
+                    {"adapter": "adp_" + "0" * 32, "trigger": "sks", "noun": "cat"},
+                    {"adapter": "adp_" + "1" * 32, "trigger": "zwx", "noun": "dog"},
+                ],
+                "prompt": "a cat and a dog in the park",
+                "method": "clora",
+                "seed": 7,
+                "steps": 50,
+            }
+        }
+    )
+
+    resources: Resources | None = None

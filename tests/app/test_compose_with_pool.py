@@ -1,0 +1,179 @@
+"""The whole way over HTTP with a real pool: two LoRAs in diffusers' format in, an image with its evidence out."""
+
+from __future__ import annotations
+
+import io
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "compose"))
+
+pytestmark = pytest.mark.timeout(300)
+
+
+@pytest.fixture(scope="module")
+def kitchen(module_servers: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """A server with a pool of one slot, a tiny pipeline registered and two LoRAs uploaded."""
+    import diffusers
+    from toy_pipelines import write_diffusers_lora, write_sd
+
+    folder = tmp_path_factory.mktemp("kitchen")
+    base = write_sd(folder / "roots" / "tiny-sd")
+    pipeline = diffusers.StableDiffusionPipeline.from_pretrained(base, safety_checker=None)
+    server = module_servers(pool="local", devices="cpu:1", max_wait_seconds=200, model_roots=(base.parent,))
+    model = server.client.post("/models", json={"path": str(base)}, timeout=60)
+    assert model.status_code == 201, model.text
+    ids = []
+    for seed, name in ((1, "first"), (2, "second")):
+        file = write_diffusers_lora(folder / name, pipeline, seed) / "pytorch_lora_weights.safetensors"
+        answer = server.upload([("file", (file.name, file.read_bytes()))], {"name": name})
+        assert answer.status_code == 201, answer.text
+        ids.append(answer.json()["id"])
+    return server, model.json()["id"], ids
+
+
+def body_of(kitchen: Any, **changes: Any) -> dict[str, Any]:
+    _, model, (first, second) = kitchen
+    return {
+        "base_model": model,
+        "concepts": [
+            {"adapter": first, "trigger": "sks", "noun": "circle"},
+            {"adapter": second, "trigger": "zwx", "noun": "square", "weight": 0.5},
+        ],
+        "prompt": "a circle and a square",
+        "steps": 4,
+        "seed": 3,
+        "width": 32,
+        "height": 32,
+        **changes,
+    }
+
+
+def composed(kitchen: Any, path: str = "/compose-image", **changes: Any) -> dict[str, Any]:
+    client = kitchen[0].client
+    answer = client.post(path, json=body_of(kitchen, **changes), headers={"Prefer": "wait=200"}, timeout=220)
+    job: dict[str, Any] = answer.json()
+    assert job.get("state") == "succeeded", job
+    assert answer.headers["Preference-Applied"] == "wait"
+    return job
+
+
+def open_png(data: bytes) -> Any:
+    from PIL import Image
+
+    picture = Image.open(io.BytesIO(data))
+    picture.load()
+    return picture
+
+
+def test_an_image_with_masks_recipe_and_report_and_the_same_again(kitchen: Any) -> None:
+    server, model, (first, _) = kitchen
+    job = composed(kitchen, parameters={"step_size": 0.5, "iterative_steps": []})
+    (image_id,) = job["result"]["images"]
+    assert job["result"]["report"]["updates"]
+    shown = server.client.get(f"/images/{image_id}").json()
+    assert (shown["job_id"], shown["method"], shown["model_id"]) == (job["id"], "clora", model)
+    assert (shown["width"], shown["height"], shown["seed"], shown["label"]) == (32, 32, 3, "clora")
+    assert shown["report"] == job["result"]["report"]
+    masks = [file for file in shown["files"] if file["role"] == "mask"]
+    assert {file["details"]["concept"] for file in masks} == {"circle", "square"}
+    for file in shown["files"]:
+        answer = server.client.get(file["link"])
+        assert (answer.status_code, answer.headers["content-type"]) == (200, file["media_type"])
+        assert len(answer.content) == file["size"]
+        if file["media_type"] == "image/png":
+            assert open_png(answer.content).size == (32, 32)
+
+    answer = server.client.get(f"/images/{image_id}", headers={"Accept": "image/png"})
+    assert answer.headers["vary"] == "Accept"
+    picture = open_png(answer.content)
+    recipe = json.loads(picture.info["rankwise"])
+    assert recipe == shown["recipe"]
+    assert recipe["concepts"][0]["adapter"]["id"] == first
+    assert (recipe["parameters"]["step_size"], recipe["concepts"][1]["weight"]) == (0.5, 0.5)
+    known = server.client.get(shown["link"], headers={"If-None-Match": answer.headers["etag"]})
+    assert known.status_code == 304
+
+    again = composed(kitchen, parameters={"step_size": 0.5, "iterative_steps": []})
+    other = server.client.get(f"/images/{again['result']['images'][0]}", headers={"Accept": "image/png"})
+    assert other.content == answer.content, "the same seed gives the same bytes"
+    different = composed(kitchen, seed=4, parameters={"step_size": 0.5, "iterative_steps": []})
+    third = server.client.get(f"/images/{different['result']['images'][0]}", headers={"Accept": "image/png"})
+    assert open_png(third.content).tobytes() != picture.tobytes()
+
+
+def test_the_image_itself_is_the_answer_for_who_asks_for_it(kitchen: Any) -> None:
+    client = kitchen[0].client
+    headers = {"Accept": "image/png", "Prefer": "wait=200"}
+    answer = client.post("/compose-image", json=body_of(kitchen, method="merge"), headers=headers, timeout=220)
+    assert (answer.status_code, answer.headers["content-type"]) == (200, "image/png"), answer.text
+    assert answer.headers["Content-Location"].startswith("/images/img_")
+    assert answer.headers["Location"].startswith("/jobs/job_")
+    assert open_png(answer.content).size == (32, 32)
+    at_once = client.post("/compose-image", json=body_of(kitchen, method="merge"), headers={"Accept": "image/png"})
+    assert (at_once.status_code, at_once.json()["state"]) == (202, "queued"), "without waiting it is a job"
+    long = body_of(kitchen, method="merge", negative_prompt="and a " * 12)
+    refused = client.post("/compose-image", json=long, headers=headers, timeout=220)
+    assert (refused.status_code, refused.headers["content-type"]) == (422, "application/problem+json")
+    assert refused.json()["code"] == "compose_refused"
+
+
+def test_previews_are_told_while_the_image_is_made(kitchen: Any) -> None:
+    client = kitchen[0].client
+    job = client.post("/compose-image", json=body_of(kitchen, method="merge", steps=400, preview_every=1)).json()
+    seen, event = None, ""
+    with client.stream("GET", f"/jobs/{job['id']}/events", timeout=120) as stream:
+        for line in stream.iter_lines():
+            if line.startswith("event: "):
+                event = line.removeprefix("event: ")
+            if event == "preview" and line.startswith("data: "):
+                told = json.loads(line.removeprefix("data: "))
+                seen = client.get(told["link"])
+                break
+    assert seen is not None
+    assert (seen.status_code, seen.headers["content-type"]) == (200, "image/jpeg")
+    assert open_png(seen.content).size == (32, 32)
+    assert client.post(f"/jobs/{job['id']}/cancel").status_code == 200
+    ended = client.get(f"/jobs/{job['id']}", headers={"Prefer": "wait=60"}, timeout=90).json()
+    assert ended["state"] == "cancelled"
+    assert ended["progress"]["step"] < 400
+
+
+def test_images_are_listed_and_deleted(kitchen: Any) -> None:
+    client = kitchen[0].client
+    job = composed(kitchen, method="switch")
+    (image_id,) = job["result"]["images"]
+    listed = client.get("/images", params={"job_id": job["id"]}).json()["items"]
+    assert [item["id"] for item in listed] == [image_id]
+    assert client.get("/images", params={"limit": 1}).json()["items"][0]["id"] == image_id
+    assert client.delete(f"/images/{image_id}").status_code == 204
+    assert client.get(f"/images/{image_id}").status_code == 404
+    assert client.get(f"/images/{image_id}/files/image.png").status_code == 404
+    assert client.delete(f"/images/{image_id}").status_code == 404
+    assert client.get("/images", params={"job_id": job["id"]}).json()["items"] == []
+
+
+def test_an_adapter_that_was_deleted_while_the_job_waited_fails_it_by_name(kitchen: Any, tmp_path: Path) -> None:
+    import diffusers
+    from toy_pipelines import write_diffusers_lora, write_sd
+
+    client = kitchen[0].client
+    pipeline = diffusers.StableDiffusionPipeline.from_pretrained(write_sd(tmp_path / "base"), safety_checker=None)
+    file = write_diffusers_lora(tmp_path / "doomed", pipeline, 9) / "pytorch_lora_weights.safetensors"
+    doomed = kitchen[0].upload([("file", (file.name, file.read_bytes()))], {"name": "doomed"}).json()["id"]
+    blocking = client.post("/compose-image", json=body_of(kitchen, method="merge", steps=1000)).json()
+    body = body_of(kitchen)
+    body["concepts"][1]["adapter"] = doomed
+    job = client.post("/compose-image", json=body).json()
+    assert client.delete(f"/adapters/{doomed}").status_code == 204
+    client.post(f"/jobs/{blocking['id']}/cancel")
+    deadline = time.monotonic() + 120
+    while job["finished_at"] is None and time.monotonic() < deadline:
+        job = client.get(f"/jobs/{job['id']}", headers={"Prefer": "wait=60"}, timeout=90).json()
+    assert (job["state"], job["error"]["code"]) == ("failed", "not_found")
+    assert job["error"]["errors"][0]["pointer"] == "/concepts/1/adapter"

@@ -1,0 +1,79 @@
+"""The results of an attempt become visible: all of them at once or none."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import structlog
+
+from artifacts import intake
+from artifacts.errors import BlobStoreUnavailable, DatabaseUnavailable
+from storage import adapters, checkpoints, claims, images, previews
+from storage.sweep import remove_unused
+from workers.context import JobContext, JobOutcome
+
+log = structlog.get_logger(__name__)
+
+
+def publish(context: JobContext, outcome: JobOutcome) -> dict[str, Any]:
+    """Make the results of an attempt visible, all of them at once or none.
+
+    Blobs first: they are content-addressed, so that writing them twice is writing them once, and those of an attempt
+    that dies here are swept. Then one transaction, which holds only while the attempt owns the job.
+
+    Returns:
+        The job's result.
+
+    Raises:
+        AttemptCancelled, AttemptStale: nothing was published.
+        RequestInvalid: a directory holds no adapter (a bug of the job's function).
+    """
+    inspected = [(new, intake.inspect(new.directory, base_model=new.base_model)) for new in outcome.adapters]
+    pictures = [(image, [file.stored() for file in image.files]) for image in outcome.images]
+    files = [(entry, new.directory / entry.path) for new, manifest in inspected for entry in manifest.files]
+    for image, stored in pictures:
+        files += [(item.entry, file.path) for item, file in zip(stored, image.files, strict=True)]
+    with context.database.write() as session:
+        adapters.reserve_blobs(session, [entry for entry, _ in files])
+    for entry, path in files:
+        context.blobs.put_file(path, entry.sha256)
+    spec = context.spec
+    with context.database.write() as session:
+        job = claims.fence(session, spec.job_id, spec.attempt)
+        ids = []
+        for new, manifest in inspected:
+            row, _ = adapters.add_adapter(
+                session,
+                manifest,
+                name=new.name,
+                description=new.description,
+                tags=new.tags,
+                base_model=new.base_model,
+                model_id=new.model_id,
+                origin=spec.kind,
+                job_id=spec.job_id,
+                created_by=job.created_by,
+                parents=new.parents,
+            )
+            ids.append(row.id)
+        image_ids = [
+            images.add_image(
+                session, image.facts, stored, job_id=spec.job_id, position=position, created_by=job.created_by
+            ).id
+            for position, (image, stored) in enumerate(pictures)
+        ]
+        result = {"adapters": ids, "images": image_ids, "report": dict(outcome.report)}
+        claims.finish_succeeded(session, spec.job_id, spec.attempt, result)
+        previews.drop_preview(session, spec.job_id)
+        left = checkpoints.drop_checkpoint(session, spec.job_id)
+    if left is not None:
+        forget_blob(context, left)
+    return result
+
+
+def forget_blob(context: JobContext, sha256: str) -> None:
+    """Remove a blob that no row names any more; what fails here is left to the sweep."""
+    try:
+        remove_unused(context.database, context.blobs, sha256)
+    except (DatabaseUnavailable, BlobStoreUnavailable) as error:
+        log.warning("blob_not_removed", sha256=sha256, error=error.detail)
