@@ -11,6 +11,7 @@ from compose.options.baselines import CompositeOptions, MergeOptions, SwitchOpti
 from compose.options.clora import CloraMaskOnlyOptions, CloraOptions
 from compose.options.common import ComposeOptions
 from compose.options.freefuse import FreefuseOptions
+from compose.options.omg import OmgOptions
 
 _ROWS = (
     Method(
@@ -87,6 +88,19 @@ _ROWS = (
         implementation="compose.methods.freefuse:Freefuse",
         arxiv="2510.23515",
         reference_url="https://arxiv.org/abs/2510.23515",
+        capabilities=Capabilities(masks=True),
+    ),
+    Method(
+        name="omg",
+        title="OMG with given masks",
+        summary="The base model makes the scene; inside a mask that the user gives, a concept's adapter has its say in "
+        "the noise.",
+        when="When you know where each concept shall be: draw masks on the base model's own picture, or give boxes.",
+        cost="A plain generation for each concept and one for the base.",
+        options=OmgOptions,
+        implementation="compose.methods.omg:Omg",
+        arxiv="2403.10983",
+        reference_url="https://arxiv.org/abs/2403.10983",
         capabilities=Capabilities(masks=True),
     ),
 )

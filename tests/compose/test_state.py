@@ -60,7 +60,13 @@ def loaded(sd: Any, pipelines: PipelineCache) -> LoadedPipeline:
     return found
 
 
-SHORT = {"clora": QUICK, "freefuse": {"mask_steps": 1}}
+LEFT = {"left": 0, "top": 0, "right": 0.5, "bottom": 1}
+RIGHT = {"left": 0.5, "top": 0.25, "right": 1, "bottom": 1}
+SHORT: dict[str, Any] = {
+    "clora": QUICK,
+    "freefuse": {"mask_steps": 1},
+    "omg": {"places": [{"boxes": [LEFT]}, {"boxes": [RIGHT]}]},
+}
 IMAGE_METHODS = [row.name for row in METHODS.values() if row.capabilities.yields == "image"]
 
 
