@@ -81,12 +81,20 @@ class Inputs:
 
 
 def train_adapter(
-    plan: Plan, method: TrainMethod[Any], inputs: Inputs, output: Path, observer: TrainObserver
+    plan: Plan,
+    method: TrainMethod[Any],
+    inputs: Inputs,
+    output: Path,
+    observer: TrainObserver,
+    make: Callable[[Any, TaskContext], Task[Any]] = make_task,
 ) -> TrainReport:
     """Train, write the adapter to `output`, load it again onto a fresh base, compare and measure it there.
 
     With `torch.distributed` every rank calls it, each with a folder and an observer of its own. All of them train; the
     first one evaluates, writes and reports while the others wait for its report.
+
+    Args:
+        make: gives the task of the plan's settings: for a room whose rows need another loss than users' rows do.
 
     Raises:
         FileBroken, RequestInvalid: the data, the targets or the rank do not fit the base model.
@@ -98,7 +106,7 @@ def train_adapter(
     check_feasible(plan.task, plan.training, plan.evaluation, world.size)
     meter = MemoryMeter(plan.device)
     observer.progress(0.0, "reading the dataset")
-    task = make_task(plan.task, TaskContext(inputs.base, plan.training, plan.device, plan.seed, inputs.folder))
+    task = make(plan.task, TaskContext(inputs.base, plan.training, plan.device, plan.seed, inputs.folder))
     examples = task.read(inputs.data, plan.evaluation)
     observer.progress(PREPARING / 2, "loading the base model")
     model = task.load()

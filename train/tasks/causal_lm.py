@@ -40,9 +40,7 @@ class CausalLm(Task[CausalLmTask]):
     def read(self, file: DataFile, evaluation: EvaluationSettings) -> Examples:
         limit = row_limit(self.settings.max_length, self.base.config())
         rows = SplitRows(file, evaluation.validation_fraction)
-        encoded = encode_rows(
-            rows, lambda row, cut: encode_row(row, self.tokenizer, self.settings, cut), self.settings.overlong, limit
-        )
+        encoded = encode_rows(rows, self.encode, self.settings.overlong, limit)
         train, validation = rows.parted(encoded.numbers, encoded.examples)
         packs = pack(train, limit) if self.settings.packing else None
         report = counts(
@@ -58,6 +56,10 @@ class CausalLm(Task[CausalLmTask]):
             **({} if packs is None else {"packs": len(packs)}),
         )
         return Examples(train if packs is None else packs, validation[: evaluation.max_rows], report)
+
+    def encode(self, row: Mapping[str, Any], cut: int | None) -> Example:
+        """A row as tokens, at most `cut` of them. Raises RowProblemError."""
+        return encode_row(row, self.tokenizer, self.settings, cut)
 
     def load(self) -> nn.Module:
         from transformers import AutoModelForCausalLM

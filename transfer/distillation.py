@@ -1,0 +1,110 @@
+"""Stage train: a new adapter for the target base learns the synthetic set, as any dataset is learnt."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from artifacts.errors import FieldError, TransferRefused
+from train.base_files import BaseFiles
+from train.catalog import find_method
+from train.data import DataFile
+from train.engine import Inputs, Plan, TrainObserver, linear_layers, train_adapter
+from train.options.common import TrainOptions
+from train.report import TrainReport
+from train.settings import CausalLmTask, EvaluationSettings, TrainingSettings
+from train.tasks.catalog import make_task
+from transfer.selected_tokens import SelectedTokens
+
+QUERY_VALUE: tuple[tuple[str, ...], ...] = (
+    ("q_proj", "v_proj"),
+    ("query", "value"),
+    ("query_key_value",),
+    ("c_attn",),
+    ("qkv_proj",),
+    ("Wqkv",),
+    ("q", "v"),
+)
+"""What the layers of queries and values are called, family by family; the first of which a base has all is meant."""
+
+
+@dataclass(frozen=True, slots=True)
+class Distillation:
+    """How the target adapter is trained.
+
+    Attributes:
+        method, options: of the menu of training.
+        token_share: share of the tokens of a batch that are learnt, by their scores; None: all.
+    """
+
+    method: str
+    options: TrainOptions
+    training: TrainingSettings
+    max_length: int
+    seed: int
+    device: str = "cpu"
+    token_share: float | None = None
+    micro_batches: int = 1
+
+
+def distil(
+    how: Distillation,
+    base: BaseFiles,
+    rows: Path,
+    folder: Path,
+    output: Path,
+    observer: TrainObserver,
+    resume: Path | None = None,
+) -> TrainReport:
+    """Train on the rows (JSON Lines of `transfer.synthetic.SyntheticSet.training_rows`) and write the adapter.
+
+    Args:
+        folder: the training's own.
+        resume: an unpacked checkpoint of the same training.
+
+    Raises:
+        As `train.engine.train_adapter`.
+    """
+    plan = Plan(
+        method=how.method,
+        options=how.options,
+        task=CausalLmTask(max_length=how.max_length, overlong="drop"),
+        training=how.training,
+        evaluation=EvaluationSettings(validation_fraction=0.0),
+        seed=how.seed,
+        device=how.device,
+        micro_batches=how.micro_batches,
+    )
+    make = make_task if how.token_share is None else partial(SelectedTokens, share=how.token_share)
+    method = find_method(how.method).load(how.options)
+    return train_adapter(plan, method, Inputs(base, DataFile(rows, "jsonl"), folder, resume), output, observer, make)
+
+
+def layers_of(base: BaseFiles) -> Mapping[str, tuple[int, int]]:
+    """Path → (d_out, d_in) of the base model's linear layers; no weight is read."""
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(base.config(), trust_remote_code=False)
+    return linear_layers(model)
+
+
+def query_and_value(layers: Mapping[str, tuple[int, int]]) -> Sequence[str]:
+    """What this base model calls its layers of queries and values: names are resolved for every base anew.
+
+    Raises:
+        TransferRefused: it calls them nothing that is known.
+    """
+    leaves = {path.rpartition(".")[2] for path in layers}
+    for names in QUERY_VALUE:
+        if leaves.issuperset(names):
+            return names
+    raise TransferRefused(
+        "The target base model's layers of queries and values have no name that is known.",
+        hint=f"Name the layers in target_modules. It has: {', '.join(sorted(leaves)[:20])}.",
+        errors=[FieldError("/parameters/target_modules", "name the layers")],
+    )

@@ -1,0 +1,1 @@
+"""Which generated inputs are kept."""

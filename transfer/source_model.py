@@ -1,0 +1,50 @@
+"""The source base model with adapters on it: one copy of the weights, whichever adapter is active."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from artifacts.errors import FieldError, TransferRefused
+from train.base_files import BaseFiles
+from train.quiet import peft_deprecations_ignored
+
+KIND = "causal language model"
+
+
+def load_base(base: BaseFiles, *, dtype: str = "float32", device: str = "cpu") -> Any:
+    """The base model for evaluation. Raises RequestInvalid when it can not be loaded."""
+    from transformers import AutoModelForCausalLM
+
+    return base.load(AutoModelForCausalLM, KIND, dtype=dtype, device=device)
+
+
+def load_adapted(base: BaseFiles, adapters: Mapping[str, Path], *, dtype: str = "float32", device: str = "cpu") -> Any:
+    """The base model with these adapters, by name; the first is active.
+
+    Args:
+        adapters: folders that PEFT loads.
+
+    Raises:
+        RequestInvalid: the base model can not be loaded.
+        TransferRefused: an adapter does not fit it.
+    """
+    from peft import PeftModel
+
+    model = load_base(base, dtype=dtype, device=device)
+    loaded: Any = None
+    with peft_deprecations_ignored():
+        for name, folder in adapters.items():
+            try:
+                if loaded is None:
+                    loaded = PeftModel.from_pretrained(model, str(folder), adapter_name=name)
+                else:
+                    loaded.load_adapter(str(folder), adapter_name=name)
+            except (ValueError, RuntimeError, KeyError) as error:
+                raise TransferRefused(
+                    f"The {name} adapter can not be put onto the base model {base.name!r}: {error}",
+                    hint="It has to be an adapter that PEFT loads, of this base model.",
+                    errors=[FieldError("/adapter", f"does not fit {base.name!r}")],
+                ) from error
+    return loaded.requires_grad_(False).eval()
