@@ -11,6 +11,7 @@ from compose.options.baselines import CompositeOptions, MergeOptions, SwitchOpti
 from compose.options.clora import CloraMaskOnlyOptions, CloraOptions
 from compose.options.common import ComposeOptions
 from compose.options.freefuse import FreefuseOptions
+from compose.options.k_lora import KLoraOptions
 from compose.options.omg import OmgOptions
 
 _ROWS = (
@@ -102,6 +103,19 @@ _ROWS = (
         arxiv="2403.10983",
         reference_url="https://arxiv.org/abs/2403.10983",
         capabilities=Capabilities(masks=True),
+    ),
+    Method(
+        name="k_lora",
+        title="K-LoRA",
+        summary="One concept and one style; in every layer and step the adapter with the larger entries acts alone, "
+        "and the style gains over the steps.",
+        when="To paint one concept in one style, without training.",
+        cost="As a plain generation, after one look at every layer's ΔW.",
+        options=KLoraOptions,
+        implementation="compose.methods.k_lora:KLora",
+        arxiv="2502.18461",
+        reference_url="https://arxiv.org/abs/2502.18461",
+        capabilities=Capabilities(maximum_concepts=1),
     ),
 )
 
