@@ -245,6 +245,7 @@ _ROWS = (
         capabilities=Capabilities(
             exports="lora",
             mergeable=True,
+            continues=("miss",),
             variants={
                 "bat_col": Form(exports="miss", mergeable=False),
                 "bat_row": Form(exports="bat_row", mergeable=False),

@@ -15,6 +15,7 @@ from artifacts.errors import BaseMismatch, FieldError, RequestInvalid, ShapeMism
 from artifacts.manifest import AdapterManifest, LoraModule
 from artifacts.peft_config import parse_config
 from train.menu_row import Method
+from train.options.bone import INIT_WEIGHTS, Variant
 from train.options.common import MAX_TARGETS, LowRankOptions, Target, TrainOptions
 
 AdapterId = Annotated[str, StringConstraints(pattern=r"^adp_[0-9a-f]{32}$")]
@@ -24,8 +25,6 @@ USUAL_HEADS = frozenset({"classifier", "score"})
 NAMED_OFFENDERS = 20
 FACTORED = ("lora", "rslora", "dora")
 """The types whose files hold A and B for every layer."""
-_MISS_FORMS = (None, True)
-"""`init_weights` of a MiSS adapter in the balanced form, the one that is trained here."""
 
 
 class ContinueFrom(BaseModel):
@@ -85,14 +84,14 @@ def continued_options(method: Method, options: TrainOptions, manifest: AdapterMa
     _check_kind(method, manifest)
     decided = _decided(options, manifest)
     problems = [
-        FieldError(f"/parameters/{name}", f"{name} is {getattr(options, name)}, but the adapter has {value:g}")
+        FieldError(f"/parameters/{name}", f"{name} is {getattr(options, name)}, but the adapter has {_told(value)}")
         for name, value in decided.items()
         if name in options.model_fields_set and not _agrees(getattr(options, name), value)
     ]
     if problems:
         raise RequestInvalid(
             f"The adapter to go on from does not fit the parameters: {problems[0].message}.",
-            hint="Leave out what the adapter decides: rank, alpha and target_modules.",
+            hint=f"Leave out what the adapter decides: {', '.join(decided)} and target_modules.",
             errors=problems,
         )
     if "target_modules" not in options.model_fields_set:
@@ -206,7 +205,7 @@ def _check_kind(method: Method, manifest: AdapterManifest) -> None:
             hint="GET /methods tells in capabilities.continues what a method goes on from.",
             errors=[FieldError(POINTER, problem)],
         )
-    obstacles = _obstacles(manifest)
+    obstacles = _obstacles(method, manifest)
     if obstacles:
         raise RequestInvalid(
             f"The adapter can not be trained on: {obstacles[0]}.",
@@ -218,10 +217,14 @@ def _check_kind(method: Method, manifest: AdapterManifest) -> None:
         raise RequestInvalid(f"The adapter can not be trained on: {problem}.", errors=[FieldError(POINTER, problem)])
 
 
-def _obstacles(manifest: AdapterManifest) -> list[str]:
+def _obstacles(method: Method, manifest: AdapterManifest) -> list[str]:
     """What the adapter has besides what its kind has: nothing that is trained here would keep it."""
-    if manifest.method == "miss" and manifest.config.get("init_weights") not in _MISS_FORMS:
-        return [f"init_weights is {manifest.config['init_weights']!r}: another form of MiSS than the balanced one"]
+    if manifest.method == "miss":
+        variant, form = _miss_variant(manifest), f"init_weights is {manifest.config.get('init_weights')!r}"
+        if variant is None:
+            return [f"{form}: no form of MiSS that is trained here"]
+        if variant != "default" and "variant" not in method.options.model_fields:
+            return [f"{form}: another form of MiSS than the balanced one; method bone goes on from it"]
     found = [f"{module.path}: it is no linear layer" for module in manifest.modules if module.kind != "linear"]
     found += [f"{module.path}: lora_B has a bias" for module in manifest.modules if module.bias_key is not None]
     if manifest.format != "peft":
@@ -237,6 +240,10 @@ def _decided(options: TrainOptions, manifest: AdapterManifest) -> dict[str, Any]
     plain = manifest.method in FACTORED
     if "rank" in type(options).model_fields:
         decided["rank"] = manifest.rank if plain else manifest.config.get("r", manifest.rank)
+    if manifest.method == "miss" and "variant" in type(options).model_fields:
+        decided["variant"] = variant = _miss_variant(manifest)
+        if variant == "mini":
+            decided["mini_r"] = manifest.config.get("mini_r", 1)
     if not plain:
         return decided
     shapes = {(module.rank, module.scaling) for module in manifest.modules}
@@ -249,6 +256,13 @@ def _decided(options: TrainOptions, manifest: AdapterManifest) -> dict[str, Any]
     largest = max(manifest.modules, key=lambda module: (module.rank, module.path))
     decided["alpha"] = alpha_of(options, largest)
     return decided
+
+
+def _miss_variant(manifest: AdapterManifest) -> Variant | None:
+    """What Bone calls the form of a MiSS adapter; None for one that is none of its variants."""
+    found = manifest.config.get("init_weights")
+    wanted = True if found is None else found
+    return next((variant for variant, told in INIT_WEIGHTS.items() if told == wanted), None)
 
 
 def _targets(manifest: AdapterManifest) -> list[str] | str:
@@ -266,7 +280,13 @@ def _targets(manifest: AdapterManifest) -> list[str] | str:
 
 
 def _agrees(given: Any, value: Any) -> bool:
-    return given is None or math.isclose(float(given), float(value), rel_tol=1e-6)
+    if given is None or isinstance(value, str):
+        return given in (None, value)
+    return math.isclose(float(given), float(value), rel_tol=1e-6)
+
+
+def _told(value: Any) -> str:
+    return value if isinstance(value, str) else f"{value:g}"
 
 
 def _ends_with(path: str, name: str) -> bool:

@@ -11,13 +11,13 @@ from typing import Any
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import MissConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from test_methods import digests
 from transformers import AutoTokenizer
 
 from artifacts.base_model import BaseModelRef
-from artifacts.errors import BaseMismatch, RequestInvalid, ShapeMismatch
+from artifacts.errors import BaseMismatch, FileBroken, RequestInvalid, ShapeMismatch
 from artifacts.intake import inspect
 from train.catalog import METHODS, find_method, parse_parameters
 from train.continuation import Start, check_base, continued_options, place
@@ -43,7 +43,14 @@ PAIRS = [
     ("dora", "dora"),
     ("vera", "vera"),
     ("miss", "miss"),
+    ("miss", "bone"),
+    ("miss mini", "bone"),
+    ("miss bat", "bone"),
 ]
+FORMS: dict[str, dict[str, Any]] = {
+    "miss mini": {"init_weights": "mini", "mini_r": 4},
+    "miss bat": {"init_weights": "bat"},
+}
 
 
 @pytest.fixture(scope="module")
@@ -55,13 +62,29 @@ def stored(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Callabl
     made: dict[str, Path] = {}
 
     def adapter(method: str) -> Path:
-        if method not in made:
+        if method in FORMS and method not in made:
+            made[method] = write_miss(trainings, FORMS[method])
+        elif method not in made:
             rate = 0.05 if method == "vera" else 0.01
             parameters = {} if method == "adalora" else PARAMETERS.get(method, {"rank": 4})
             made[method] = trainings.run(method, parameters, steps=3, learning_rate=rate, batch_size=4)[1]
         return made[method]
 
     return adapter
+
+
+def write_miss(trainings: Any, form: dict[str, Any]) -> Path:
+    """An adapter as PEFT writes it, of rank 8, with blocks that are not 0."""
+    directory: Path = trainings.folder / f"peft-{form['init_weights']}"
+    with peft_deprecations_ignored():
+        model = get_peft_model(trainings.load_base(), MissConfig(r=8, target_modules=["q_proj", "up_proj"], **form))
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name, value in model.named_parameters():
+            if "miss_block" in name:
+                value.copy_(0.1 * torch.randn(value.shape, generator=generator))
+    model.save_pretrained(directory, save_embedding_layers=False)
+    return directory
 
 
 def tokenizer_of(trainings: Any) -> Any:
@@ -128,6 +151,43 @@ def test_it_is_measured_from_the_stored_adapter_on_and_resumes_to_the_same_bytes
     assert again.evaluation == report.evaluation
 
 
+@pytest.mark.parametrize(
+    ("source", "exports", "variant"),
+    [("miss", "lora", "default"), ("miss mini", "lora", "mini"), ("miss bat", "miss", "bat_col")],
+)
+def test_bone_goes_on_in_the_variant_of_the_adapter_and_resumes_to_the_same_bytes(
+    trainings: Any, stored: Callable[[str], Path], source: str, exports: str, variant: str
+) -> None:
+    start = Start("adp_source", inspect(stored(source)), stored(source))
+    settings = {"steps": 4, "batch_size": 4, "start": start}
+    report, adapter, whole = trainings.run("bone", {}, checkpoint_steps=2, **settings)
+    assert report.evaluation["after"]["loss"] < report.evaluation["before"]["loss"]
+    assert report.own["variant"] == variant
+    assert report.continued_from["method"] == "miss"
+    assert inspect(adapter).method == exports
+    again, resumed, _ = trainings.run("bone", {}, resume=whole.checkpoints[2], **settings)
+    assert again.evaluation == report.evaluation
+    assert digests(resumed) == digests(adapter)
+
+
+def test_blocks_of_another_shape_than_the_layers_are_refused(
+    trainings: Any, stored: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """What headers do not tell of the form bat: for how wide a layer it was made."""
+    source = Path(shutil.copytree(stored("miss bat"), tmp_path / "source"))
+    path = source / "adapter_model.safetensors"
+    short = {name: value[:1].clone() for name, value in load_file(path).items()}
+    save_file(short, path, metadata={"format": "pt"})
+    with pytest.raises(FileBroken, match=r"up_proj.miss_block has the shape \(1, 8, 8\), not \(6, 8, 8\)"):
+        started(trainings, "bone", source)
+
+
+def test_an_adapter_of_bat_row_is_refused_by_its_name(trainings: Any) -> None:
+    adapter = trainings.run("bone", {"variant": "bat_row", "rank": 8}, steps=1)[1]
+    ((pointer, message),) = refused("bone", adapter, {"variant": "bat_row"})
+    assert (pointer, message) == ("/continue_from", "it is of type bat_row; method bone goes on from miss")
+
+
 def test_ranks_and_scalings_of_every_layer_stay(trainings: Any, stored: Callable[[str], Path]) -> None:
     source = inspect(stored("eva"))
     assert len({module.rank for module in source.modules}) > 1
@@ -174,6 +234,18 @@ def refused(method: str, source: Path, parameters: dict[str, Any] | None = None)
         ("lora", "rslora", {"alpha": 8}, "/parameters/alpha", "alpha is 8.0, but the adapter has 4"),
         ("eva", "allora", {}, "/continue_from", "this method needs the same in all"),
         ("vera", "vera", {"rank": 8}, "/parameters/rank", "rank is 8, but the adapter has 32"),
+        ("lora", "bone", {}, "/continue_from", "it is of type lora; method bone goes on from miss"),
+        (
+            "miss",
+            "bone",
+            {"variant": "bat_row"},
+            "/parameters/variant",
+            "variant is bat_row, but the adapter has default",
+        ),
+        ("miss mini", "bone", {"mini_r": 2}, "/parameters/mini_r", "mini_r is 2, but the adapter has 4"),
+        ("miss bat", "bone", {"dropout": 0.1}, "/continue_from", "the variant bat_col has no dropout"),
+        ("miss mini", "miss", {}, "/continue_from", "another form of MiSS than the balanced one; method bone goes on"),
+        ("miss bat", "miss", {}, "/continue_from", "init_weights is 'bat': another form of MiSS"),
     ],
 )
 def test_what_a_method_can_not_go_on_from_is_refused(
@@ -207,11 +279,11 @@ def test_what_would_be_lost_is_refused(
     assert any(words in message for _, message in refused("lora", source))
 
 
-def test_another_form_of_miss_and_broken_numbers_are_refused(stored: Callable[[str], Path]) -> None:
+def test_an_unknown_form_of_miss_and_broken_numbers_are_refused(stored: Callable[[str], Path]) -> None:
     miss, lora = inspect(stored("miss")), inspect(stored("lora"))
-    bat = replace(miss, config={**miss.config, "init_weights": "bat"})
+    random = replace(miss, config={**miss.config, "init_weights": False})
     broken = replace(lora, report=replace(lora.report, nonfinite={"x.lora_A.weight": 3}))
-    for method, manifest, words in (("miss", bat, "another form of MiSS"), ("lora", broken, "NaN")):
+    for method, manifest, words in (("bone", random, "no form of MiSS"), ("lora", broken, "NaN")):
         with pytest.raises(RequestInvalid, match=words):
             continued_options(find_method(method), parse_parameters(method, {}), manifest)
 

@@ -22,14 +22,12 @@ from train.adapted_layers import AdaptedLinear, LowRank, LowRankLinear, exchange
 from train.bat_row import BatRowLinear
 from train.methods.own_adapter import PREFIX, OwnMethod, plain_config, write_plain_lora
 from train.methods.peft_adapter import ADAPTER, PeftMethod, adapter_tensors
-from train.options.bone import BoneOptions
+from train.options.bone import INIT_WEIGHTS, BoneOptions
 from train.protocol import MethodContext, TrainMethod
 from train.truncation import Truncation, truncate
 
 BAT_ROW = "RANKWISE_BAT_ROW"
 _BLOCK = ".miss_block"
-_INIT_WEIGHTS: dict[str, Any] = {"default": True, "mini": "mini", "bat_col": "bat"}
-"""Variant → what PEFT calls it: `init_weights` chooses the algorithm."""
 
 
 def make(options: BoneOptions) -> TrainMethod[BoneOptions]:
@@ -48,7 +46,7 @@ class Bone(PeftMethod[BoneOptions]):
             r=self.options.rank,
             mini_r=self.options.mini_r if self.options.variant == "mini" else 1,
             miss_dropout=self.options.dropout,
-            init_weights=_INIT_WEIGHTS[self.options.variant],
+            init_weights=INIT_WEIGHTS[self.options.variant],
             target_modules=list(context.targets),
             modules_to_save=list(context.whole) or None,
         )

@@ -62,9 +62,13 @@ class PeftMethod(TrainMethod[Options]):
 
 def adapter_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
     """The adapter's tensors on the CPU, under the names of its file."""
+    return {name: to_file(value) for name, value in sorted(_state(model).items())}
+
+
+def _state(model: nn.Module) -> dict[str, torch.Tensor]:
     # Left to itself PEFT asks the hub whether the vocabulary was resized.
-    found = get_peft_model_state_dict(model, adapter_name=ADAPTER, save_embedding_layers=False)
-    return {name: to_file(value) for name, value in sorted(found.items())}
+    found: dict[str, torch.Tensor] = get_peft_model_state_dict(model, adapter_name=ADAPTER, save_embedding_layers=False)
+    return found
 
 
 def to_file(value: torch.Tensor) -> torch.Tensor:
@@ -76,12 +80,17 @@ def put_adapter_tensors(model: nn.Module, tensors: dict[str, torch.Tensor]) -> N
     """Put tensors of `adapter_tensors`, or of a stored adapter, into the model.
 
     Raises:
-        FileBroken: some are missing or have no place.
+        FileBroken: some are missing, have no place, or have another shape than their place.
     """
+    expected = _state(model)
+    if odd := sorted(name for name in tensors.keys() & expected.keys() if tensors[name].shape != expected[name].shape):
+        found, wanted = (tuple(values[odd[0]].shape) for values in (tensors, expected))
+        raise FileBroken(
+            f"The file does not hold the adapter that is trained: {odd[0]} has the shape {found}, not {wanted}."
+        )
     result = set_peft_model_state_dict(model, tensors, adapter_name=ADAPTER)
-    expected = adapter_tensors(model).keys()
-    if result.unexpected_keys or tensors.keys() != expected:
-        lost = sorted(set(result.unexpected_keys) | (tensors.keys() ^ expected))
+    if result.unexpected_keys or tensors.keys() != expected.keys():
+        lost = sorted(set(result.unexpected_keys) | (tensors.keys() ^ expected.keys()))
         raise FileBroken(f"The file does not hold the adapter that is trained: {', '.join(lost[:5])}.")
 
 

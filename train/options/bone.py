@@ -12,6 +12,8 @@ from artifacts.errors import FieldError
 from train.options.common import MAX_RANK, Circumstances, Dropout, Rank, TrainOptions
 
 Variant = Literal["default", "mini", "bat_col", "bat_row"]
+INIT_WEIGHTS: Mapping[Variant, Any] = {"default": True, "mini": "mini", "bat_col": "bat"}
+"""Variant → what PEFT's MissConfig calls it: its `init_weights` chooses the algorithm. PEFT has no bat_row."""
 
 _NO_SCALING = "Bone has no alpha and no scaling: ΔW is made of the trained matrix alone"
 _NO_INIT = "Bone starts at 0 always; a random start would change the model before the first step"
