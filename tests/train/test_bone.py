@@ -233,6 +233,14 @@ def test_training_towards_any_delta_ends_at_the_mean_of_its_shards() -> None:
     left = float((T - delta_of(model)).norm() / T.norm())
     torch.testing.assert_close(left, float((T - best.T.repeat(1, D_IN // R)).norm() / T.norm()), atol=1e-5, rtol=0)
     assert left > 0.7
+    # which a plain LoRA of the same rank is: T has rank 3
+    plain, layer = lora((0.3 * draw(R, D_IN, seed=4), torch.zeros(D_OUT, R)))
+    optimizer = torch.optim.Adam([layer.lora_A["default"].weight, layer.lora_B["default"].weight], lr=0.05)
+    for _ in range(400):
+        optimizer.zero_grad()
+        (plain(eye) - goal).square().sum().backward()
+        optimizer.step()
+    assert float((T - delta_of(plain)).norm() / T.norm()) < 0.01
 
 
 def test_the_mean_of_two_blocks_is_the_mean_of_their_deltas() -> None:
