@@ -22,7 +22,11 @@ log = structlog.get_logger(__name__)
 
 @dataclass(slots=True)
 class Running:
-    """An attempt from its claim until its end has been written. Times are of the monotonic clock."""
+    """An attempt from its claim until its end has been written. Times are of the monotonic clock.
+
+    Attributes:
+        new_pid: the process that was started for it after its claim, until that has been written down.
+    """
 
     claim: Claim
     began: float
@@ -31,6 +35,7 @@ class Running:
     stop: Stop | None = None
     kill_at: float | None = None
     kill_sent: bool = False
+    new_pid: int | None = None
 
     @property
     def key(self) -> tuple[str, int]:
@@ -245,6 +250,7 @@ class Lane:
     def _prepare(self, now: float) -> None:
         """Bring up the process of an attempt on several devices, step by step."""
         assert self._waiting_spec is not None
+        assert self.running is not None
         lanes = (self, *self._partners)
         if not self._shared_worker:
             if all(lane.worker is None or not lane.worker.alive() for lane in lanes):
@@ -259,6 +265,7 @@ class Lane:
             self._note_ready()
             self.worker.submit(self._waiting_spec)
             self._waiting_spec = None
+            self.running.new_pid = self.worker.pid
 
     def next_event(self) -> float | None:
         """When `step` or `ensure_worker` will have something to do, if nothing happens before."""

@@ -12,6 +12,8 @@ from storage.claims import Claims, Renewal, SlotOffer
 from storage.database import Database
 from storage.tables import JobRow
 from storage.transitions import lock_attempt
+from workers.lane import Running
+from workers.settlement import Settlement, Stop
 
 MAX_FAILURES = 3
 Key = tuple[str, int]  # (job id, attempt)
@@ -56,6 +58,7 @@ class Ledger:
             )
 
     def record_pid(self, key: Key, pid: int) -> None:
+        """Note the process that runs an attempt, where its claim could not know it."""
         with self._database.write() as session:
             claims.record_pid(session, *key, pid)
 
@@ -81,6 +84,29 @@ class Ledger:
             found = {(job_id, attempt): state for job_id, attempt, state in rows}
         answers: dict[str, Renewal] = {"running": "ok", "cancelling": "cancel", "succeeded": "ok"}
         return {key: answers.get(found.get(key, "gone"), "lost") for key in keys}
+
+    def settle(self, running: Running, settlement: Settlement, ended: dict[str, Any], delay_seconds: float) -> str:
+        """Write how an attempt ended, as `settlement` says. Returns what became of its job.
+
+        Args:
+            ended: {code, signal, peak_memory} of its process.
+            delay_seconds: until it runs again, if it does.
+        """
+        key, error = running.key, settlement.error or {}
+        match settlement.write:
+            case "fail":
+                return self.fail(key, error, ended)
+            case "cancel":
+                self.cancel(key, ended)
+                return "cancelled"
+            case "requeue":
+                return self.requeue(
+                    key, error, ended, delay_seconds=delay_seconds, reduce_memory=settlement.reduce_memory
+                )
+            case "release":
+                return "released"  # with all others, when the drain is over
+            case "nothing":
+                return "succeeded" if running.stop is not Stop.LOST else "lost"
 
     def fail(self, key: Key, error: dict[str, Any], ended: dict[str, Any]) -> str:
         with self._database.write() as session:

@@ -10,7 +10,8 @@ import socket
 import threading
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ from workers.observer import PoolObserver, Unobserved
 from workers.outage import Outage
 from workers.provider import Slot, WorkerProvider
 from workers.providers import PoolName, RaySettings, make_provider
-from workers.settlement import Settlement, Stop, back_off, settle
+from workers.settlement import Stop, back_off, settle
 
 DRAIN_MARGIN_SECONDS = 15.0
 LEFT_LOG_SECONDS = 1.0
@@ -216,6 +217,7 @@ class Supervisor:
             self._register()
         self._beat(now, provider)
         self._heed_standing(now)
+        self._record_pids()
         for lane in self._lanes.values():
             if lane.finished:
                 self._settle(lane)
@@ -264,6 +266,14 @@ class Supervisor:
                     lane.stop(Stop.LOST, now)
                 lane.step(now)
         self._look_at = now + self._settings.poll_seconds
+
+    def _record_pids(self) -> None:
+        """Write down the processes that attempts on several devices got after their claim."""
+        for running in self._running():
+            if running.new_pid is not None:
+                with suppress(AttemptStale):  # what is stale is stopped when its standing is looked at
+                    self._ledger.record_pid(running.key, running.new_pid)
+                running.new_pid = None
 
     def _running(self) -> list[Running]:
         return [lane.running for lane in self._lanes.values() if lane.running is not None]
@@ -345,7 +355,8 @@ class Supervisor:
         claim = running.claim
         known = log.bind(job_id=claim.job_id, attempt=claim.attempt, slot=lane.slot.name)
         try:
-            state = self._write(settlement, running, error, ended)
+            delay = back_off(claim.attempt, self._settings.retry_seconds)
+            state = self._ledger.settle(running, replace(settlement, error=error), ended, delay)
         except AttemptStale as stale:
             known.warning("attempt_was_stale", detail=stale.detail)
             state = "lost"
@@ -355,27 +366,6 @@ class Supervisor:
             self._observer.retried(claim.kind, str(error.get("code")))
         self._observer.ended(claim.kind, state, time.monotonic() - running.began)
         lane.clear()
-
-    def _write(self, settlement: Settlement, running: Running, error: dict[str, Any], ended: dict[str, Any]) -> str:
-        key = running.key
-        match settlement.write:
-            case "fail":
-                return self._ledger.fail(key, error, ended)
-            case "cancel":
-                self._ledger.cancel(key, ended)
-                return "cancelled"
-            case "requeue":
-                return self._ledger.requeue(
-                    key,
-                    error,
-                    ended,
-                    delay_seconds=back_off(running.claim.attempt, self._settings.retry_seconds),
-                    reduce_memory=settlement.reduce_memory,
-                )
-            case "release":
-                return "released"  # with all others, when the drain is over
-            case "nothing":
-                return "succeeded" if running.stop is not Stop.LOST else "lost"
 
     def _drain(self, now: float, provider: WorkerProvider) -> None:
         """Stop the attempts, reap every worker, and give the jobs back."""

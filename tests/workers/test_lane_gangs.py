@@ -21,7 +21,7 @@ SLOTS = (Slot("cpu:0", "cpu"), Slot("cpu:1", "cpu"))
 class FakeWorker:
     def __init__(self, slots: Sequence[Slot]) -> None:
         self.slots = tuple(slots)
-        self.pid: int | None = 4711
+        self.pid: int | None = 0
         self.host = "host"
         self.warm: tuple[str, ...] = ()
         self.ready = True
@@ -66,6 +66,7 @@ class FakeProvider:
         if self.refuse:
             raise WorkerStartError("no room")
         self.started.append(FakeWorker(slots))
+        self.started[-1].pid = 4710 + len(self.started)
         return self.started[-1]
 
     def close(self) -> None:
@@ -108,8 +109,11 @@ def test_the_shared_process_starts_only_when_all_single_ones_are_gone(
     turn(lanes)
     shared = provider.started[2]
     assert shared.slots == SLOTS
+    assert lanes[0].running is not None
+    assert lanes[0].running.new_pid is None
     turn(lanes)
     assert shared.calls == ["submit"]
+    assert lanes[0].running.new_pid == 4713
     assert [lane.status()["state"] for lane in lanes] == ["running", "running"]
     assert {lane.status()["job_id"] for lane in lanes} == {"job_1"}
     assert not any(lane.idle or lane.finished for lane in lanes)

@@ -34,7 +34,8 @@ def test_two_ranks_reduce_and_the_slots_serve_single_jobs_again(ranks_pool: Any,
     leader, other = report["pids"]
     assert leader != other
     assert report["groups"] == [leader, leader]  # one signal to the group ends both
-    assert ranks_pool.attempts(job_id)[0].slot == "cpu:0 +1"
+    attempt = ranks_pool.attempts(job_id)[0]
+    assert (attempt.slot, attempt.pid) == ("cpu:0 +1", leader)
     assert [ranks_pool.ended(item).state for item in (first, *last)] == ["succeeded"] * 3
     wait_until(lambda: not exists(leader) and not exists(other), "both ranks are gone")
     wait_until(lambda: all(slot["state"] == "idle" for slot in supervisor.status()), "both slots are idle")
