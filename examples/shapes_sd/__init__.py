@@ -1,0 +1,1 @@
+"""ShapesSD: a Stable Diffusion of two megabytes that draws circles and squares, made and measured here."""
