@@ -5,7 +5,7 @@ from __future__ import annotations
 from sqlalchemy.orm import Session
 
 from app.base_models import base_model
-from app.schemas.compose import ComposeParams, ComposeScene
+from app.schemas.compose import CompareParams, ComposeParams, ComposeScene
 from app.settings import Settings
 from artifacts.base_model import check_modules
 from artifacts.errors import ComposeRefused, FieldError, NotFound, RequestInvalid
@@ -32,6 +32,24 @@ def check_compose(settings: Settings, session: Session, request: ComposeParams, 
     del settings
     validate(request.scene(request.method, request.parameters))
     return check_scene(session, request, devices)
+
+
+def check_compare(settings: Settings, session: Session, request: CompareParams, devices: int = 1) -> str:
+    """As `check_compose`, for every method; findings about one point below `/methods/{its position}`."""
+    del settings
+    for position, item in enumerate(request.methods):
+        try:
+            validate(request.scene(item.method, item.parameters))
+        except RequestInvalid as error:
+            error.errors = tuple(_of_method(finding, position) for finding in error.errors)
+            raise
+    return check_scene(session, request, devices)
+
+
+def _of_method(finding: FieldError, position: int) -> FieldError:
+    """What is about a method points to it; what is about the scene stays."""
+    own = finding.pointer == "/method" or finding.pointer.startswith("/parameters")
+    return FieldError(f"/methods/{position}{finding.pointer}", finding.message) if own else finding
 
 
 def check_scene(session: Session, request: ComposeScene, devices: int) -> str:

@@ -12,11 +12,11 @@ from pydantic import BaseModel, ValidationError
 from sqlalchemy.orm import Session
 
 from app import capacity
-from app.compose_inputs import check_compose
+from app.compose_inputs import check_compare, check_compose
 from app.merge_inputs import merge_inputs
 from app.problems import pointer_of
 from app.schemas.common import as_json
-from app.schemas.compose import ComposeParams
+from app.schemas.compose import CompareParams, ComposeParams
 from app.schemas.merge import MergeParams
 from app.schemas.resources import Resources
 from app.schemas.train import TrainParams
@@ -84,6 +84,7 @@ JOB_KINDS: Mapping[str, JobKind] = MappingProxyType(
     {
         "merge": JobKind(MergeParams, _check_merge),
         "compose": JobKind(ComposeParams, check_compose),
+        "compare": JobKind(CompareParams, check_compare),
         "train": JobKind(TrainParams, check_train),
     }
 )

@@ -67,6 +67,7 @@ _LINKS = (
     ("list_jobs", "200", _FIRST, "job_id", _JOB_CALLS),
     ("merge_adapters", "202", _NEW, "job_id", _JOB_CALLS),
     ("compose_image", "202", _NEW, "job_id", _JOB_CALLS),
+    ("compare_images", "202", _NEW, "job_id", _JOB_CALLS),
     ("list_images", "200", _FIRST, "image_id", _IMAGE_CALLS),
     ("train_adapter", "202", _NEW, "job_id", _JOB_CALLS),
     ("create_schedule", "201", _NEW, "schedule_id", (*_SCHEDULE_CALLS, "delete_schedule")),
@@ -90,6 +91,8 @@ def complete(document: dict[str, Any], *, api_keys: bool) -> dict[str, Any]:
     for kind, menu in _MENUS.items():
         for name in (f"{kind}Request", f"{kind}Params"):
             _one_of_these(schemas[name]["properties"]["parameters"], [row.options for row in menu.values()])
+    compositions = [row.options for row in COMPOSE_METHODS.values()]
+    _one_of_these(schemas["CompareMethod"]["properties"]["parameters"], compositions)
     _one_of_these(schemas["ScheduledJob"]["properties"]["params"], [kind.params for kind in JOB_KINDS.values()])
     operations = dict(_operations(document))
     for operation in operations.values():

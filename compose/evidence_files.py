@@ -8,13 +8,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from artifacts.svg import MEDIA_TYPE
 from compose.composition import Composition
+from compose.loss_trace import draw
 from compose.recipe import save_png
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
 IMAGE = "image.png"
+TRACE = "loss.svg"
 MAX_NAME = 40
 
 
@@ -42,6 +45,11 @@ def write_files(found: Composition, recipe: Mapping[str, Any], folder: Path) -> 
         path = folder / f"{_slug(name)}.png"
         _save(picture, path)
         files.append(WrittenFile(path, "picture", details={"shows": name}))
+    updates = found.report.get("updates")
+    if updates:
+        path = folder / TRACE
+        path.write_text(draw(updates), encoding="utf-8")
+        files.append(WrittenFile(path, "picture", MEDIA_TYPE, {"shows": "loss of the updates"}))
     return files
 
 

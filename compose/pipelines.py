@@ -19,6 +19,7 @@ from artifacts.errors import ComposeRefused, FieldError
 from artifacts.layout import CONFIG_NAME
 from compose.adapter_files import COMPONENTS, UNET, check_fits, read_adapter, weights_file
 from compose.adapter_switch import activate, rest, restored, tuner_layers
+from compose.precision import Precision
 
 SUPPORTED = ("StableDiffusionPipeline", "StableDiffusionXLPipeline")
 MAX_ADAPTERS = 16
@@ -235,6 +236,11 @@ class PipelineCache:
     max_adapters: int = MAX_ADAPTERS
     loaded: OrderedDict[Path, LoadedPipeline] = field(default_factory=OrderedDict)
     lock: threading.Lock = field(default_factory=threading.Lock)
+
+    @classmethod
+    def of(cls, precision: Precision, device: str) -> PipelineCache:
+        """Of pipelines in a precision that is known by its name."""
+        return cls(dtype=getattr(torch, precision), device=device)
 
     def get(self, base: Path) -> LoadedPipeline:
         """The pipeline of a folder. Raises ComposeRefused."""

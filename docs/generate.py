@@ -159,6 +159,30 @@ def _continues(kinds: tuple[str, ...]) -> str:
     return f"{' and '.join(kinds)} adapters (`continue_from`)." if kinds else "no stored adapter; it starts anew."
 
 
+def composing_part(_: str) -> str:
+    """The menu of composition methods, and each with its parameters."""
+    from compose.catalog import METHODS
+
+    rows = [
+        [
+            f"[`{row.name}`](#{row.name})",
+            row.summary,
+            f"[{row.arxiv}](https://arxiv.org/abs/{row.arxiv})" if row.arxiv else "",
+            "an image" if row.capabilities.yields == "image" else "an adapter",
+            "yes" if row.capabilities.masks else "no",
+            "yes" if row.capabilities.styles else "no",
+        ]
+        for row in METHODS.values()
+    ]
+    menu = table(["method", "what it does", "arXiv", "gives", "masks", "styles"], rows)
+    sections = [
+        f"## {row.title} {{ #{row.name} }}\n\n{inspect.getdoc(row.options)}\n\n* When: {row.when}\n"
+        f"* Cost: {row.cost}\n\n{_parameters(row.options)}"
+        for row in METHODS.values()
+    ]
+    return "\n\n".join([menu, *sections])
+
+
 def recipe_part(name: str) -> str:
     """The parameters that a training takes besides its method's."""
     from train import settings
@@ -278,6 +302,7 @@ PARTS: Mapping[str, Callable[[str], str]] = {
     "http": http_part,
     "cli": cli_part,
     "training": training_part,
+    "composing": composing_part,
     "recipe": recipe_part,
     "tasks": tasks_part,
 }

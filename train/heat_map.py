@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Self
 
-from train.svg import document, text
+from artifacts.svg import document, text
 
 NAME = r"^[a-z0-9]+(-[a-z0-9]+)*$"
 CELL_HEIGHT, MARGIN, TITLE_HEIGHT, LEGEND_HEIGHT = 20, 16, 34, 40

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 
-from train.svg import document, text
+from artifacts.svg import document, text, ticks
 
 WIDTH, HEIGHT = 720, 360
 LEFT, RIGHT, TOP, BOTTOM = 64, 16, 32, 44
@@ -35,8 +35,8 @@ def draw(points: Sequence[tuple[int, Mapping[str, float]]], title: str) -> str:
 
 def _plot(series: Sequence[tuple[int, float]]) -> list[str]:
     losses = [loss for _, loss in series]
-    ticks = _ticks(min(losses), max(losses))
-    low, high = min(ticks[0], min(losses)), max(ticks[-1], max(losses))
+    marks = ticks(min(losses), max(losses))
+    low, high = min(marks[0], min(losses)), max(marks[-1], max(losses))
     last = max(series[-1][0], 1)
 
     def place(step: float, loss: float) -> tuple[float, float]:
@@ -45,13 +45,13 @@ def _plot(series: Sequence[tuple[int, float]]) -> list[str]:
         return x, y
 
     parts = []
-    for tick in ticks:
+    for tick in marks:
         _, y = place(0, tick)
         parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
         parts.append(text(LEFT - 8, y + 4, f"{tick:g}", "end"))
     base = HEIGHT - BOTTOM
     parts.append(f'<line class="axis" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{base}" y2="{base}"/>')
-    for tick in _ticks(0, last):
+    for tick in ticks(0, last):
         if tick <= last and tick == int(tick):
             x, _ = place(tick, low)
             parts.append(text(x, base + 18, str(int(tick)), "middle"))
@@ -73,13 +73,3 @@ def _smoothed(series: Sequence[tuple[int, float]]) -> list[tuple[int, float]]:
         weight = SMOOTHING * weight + (1 - SMOOTHING)
         found.append((step, mean / weight))
     return found
-
-
-def _ticks(low: float, high: float) -> list[float]:
-    """Round numbers around the range, about five."""
-    span = high - low or abs(high) or 1.0
-    rough = span / 5
-    power = 10.0 ** math.floor(math.log10(rough))
-    unit = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= rough)
-    first, last = math.floor(low / unit), math.ceil(high / unit)
-    return [float(f"{number * unit:.10g}") for number in range(first, max(last, first + 1) + 1)]

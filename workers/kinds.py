@@ -6,7 +6,12 @@ from collections.abc import Mapping
 from types import MappingProxyType
 
 KINDS: Mapping[str, str] = MappingProxyType(
-    {"merge": "workers.jobs.merge:run", "compose": "workers.jobs.compose:run", "train": "workers.jobs.train:run"}
+    {
+        "merge": "workers.jobs.merge:run",
+        "compose": "workers.jobs.compose:run",
+        "compare": "workers.jobs.compare:run",
+        "train": "workers.jobs.train:run",
+    }
 )
 SINGLE_USE = frozenset({"train"})
 """Kinds whose worker process serves no other attempt afterwards: only its end surely returns a device's memory."""

@@ -27,10 +27,11 @@ class DownloadFormat(StrEnum):
 
 
 def files_of(path: Path) -> list[Path]:
-    """What to send of a path: the file itself, or the adapter's own files of a PEFT directory.
+    """What to send of a path: the file itself, the adapter's own files of a PEFT directory, or the one safetensors file
+    of a folder, as diffusers saves it.
 
     Raises:
-        FormatUnknown: a directory without adapter_config.json.
+        FormatUnknown: a directory without adapter_config.json, and not with one safetensors file.
         RequestInvalid: nothing there.
     """
     if path.is_file():
@@ -38,6 +39,9 @@ def files_of(path: Path) -> list[Path]:
     if not path.is_dir():
         raise RequestInvalid(f"There is no file or folder {str(path)!r}.")
     if not (path / CONFIG_FILE).is_file():
+        single = sorted(path.glob("*.safetensors"))
+        if len(single) == 1 and not single[0].stem.startswith("adapter_model"):  # PEFT's weights need their config
+            return single
         raise FormatUnknown(
             f"{path} holds no {CONFIG_FILE}.",
             hint="Give the folder that PEFT's save_pretrained wrote, an archive of it, or one .safetensors file.",

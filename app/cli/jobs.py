@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable, Mapping
 from typing import Annotated, Any
 
 import typer
+from rich.console import Console
 
 from app.cli.client import Client
+from app.cli.compose_report import print_compose_report
 from app.cli.options import Cursor, JobId, Json, Limit
 from app.cli.output import duration, fields, moment, note, note_more, print_json, size, stdout, table
 from app.cli.progress import require_success, watch
@@ -15,6 +18,13 @@ from app.cli.reports import print_report
 from app.cli.train_report import print_train_report
 
 app = typer.Typer(help="Jobs: list, look at, follow, read the logs, cancel, retry.", no_args_is_help=True)
+
+_REPORTS: Mapping[str, Callable[[Console, dict[str, Any]], None]] = {
+    "train": print_train_report,
+    "compose": print_compose_report,
+    "compare": print_compose_report,
+}
+"""How the report of a kind is printed."""
 
 
 def summary(job: dict[str, Any]) -> dict[str, Any]:
@@ -32,6 +42,7 @@ def summary(job: dict[str, Any]) -> dict[str, Any]:
         "progress": f"{progress.get('fraction') or 0:.0%} {progress.get('message') or ''}".strip(),
         "params": job.get("params"),
         "adapters": result.get("adapters"),
+        "images": result.get("images"),
         "error": f"[{error['code']}] {error.get('detail')}" if error.get("code") else None,
         "hint": error.get("hint"),
         "exit": error.get("exit"),
@@ -46,7 +57,7 @@ def show(job: dict[str, Any]) -> None:
     stdout().print(fields(job["id"], summary(job)))
     report = (job.get("result") or {}).get("report")
     if report:
-        (print_train_report if job["kind"] == "train" else print_report)(stdout(), report)
+        _REPORTS.get(job["kind"], print_report)(stdout(), report)
 
 
 @app.command("list")

@@ -11,6 +11,7 @@ from rich.text import Text
 
 from app.cli import (
     adapters,
+    composing,
     config,
     database,
     datasets,
@@ -44,6 +45,7 @@ app.command("worker")(service.worker)
 app.command("demo")(demonstration.demo)
 app.add_typer(adapters.app, name="adapters")
 app.command("merge")(merging.merge)
+app.command("compose")(composing.compose)
 app.command("train")(training.train)
 app.add_typer(jobs.app, name="jobs")
 app.add_typer(models.app, name="models")

@@ -12,7 +12,7 @@ from app.job_answers import JOB_RESPONSES
 from app.json_body import JsonRoute
 from app.problems import problem_responses
 from app.schemas.common import as_json
-from app.schemas.compose import ComposeRequest
+from app.schemas.compose import CompareRequest, ComposeRequest
 from app.schemas.jobs import Job
 from app.submission import submit
 from storage import previews
@@ -46,6 +46,38 @@ async def compose_image(
         services,
         principal,
         "compose",
+        as_json(body, exclude={"resources"}),
+        body.resources,
+        idempotency_key=idempotency_key,
+        request_id=request.state.request_id,
+    )
+    return await answer_image_or_job(request, services, answer, wait)
+
+
+@router.post(
+    "/compose-image/compare",
+    status_code=202,
+    summary="Compare methods on one image",
+    response_model=Job,
+    responses=_RESPONSES,
+)
+async def compare_images(
+    request: Request,
+    services: ServicesDep,
+    principal: JobRunner,
+    body: CompareRequest,
+    wait: WaitSeconds,
+    idempotency_key: IdempotencyKey = None,
+) -> Response:
+    """The same scene by several methods, from the same seed and noise: each image, and before them a sheet of all.
+
+    With `Accept: image/png` and `Prefer: wait=60` the answer is the sheet, if it is made in time.
+    """
+    answer = await run_in_threadpool(
+        submit,
+        services,
+        principal,
+        "compare",
         as_json(body, exclude={"resources"}),
         body.resources,
         idempotency_key=idempotency_key,

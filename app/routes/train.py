@@ -17,9 +17,9 @@ from app.schemas.jobs import Job
 from app.schemas.train import MetricSeries, TrainEstimate, TrainRequest
 from app.submission import submit
 from app.train_inputs import estimate_training
+from artifacts.svg import MEDIA_TYPE
 from storage.job_metrics import LARGEST_STEP, metrics_after, thinned
 from train.loss_curve import draw
-from train.svg import MEDIA_TYPE
 
 router = APIRouter(tags=["train"], route_class=JsonRoute)
 

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import ConfigDict, Field, StringConstraints
 
 from app.dependencies import HEX_ID
-from app.schemas.common import BaseModelName, RequestModel
+from app.schemas.common import BaseModelName, Name, RequestModel
 from app.schemas.resources import Resources
 from compose.catalog import METHODS
 from compose.options.common import MAX_CONCEPTS, MAX_STEPS, MAX_STYLE_WEIGHT
@@ -16,6 +16,7 @@ from compose.request import DEFAULT_STEPS, CompositionRequest, Concept, Style
 from compose.validation import MAX_SIDE, MAX_WEIGHT
 
 MAX_STYLES = 8
+MAX_COMPARED = 12
 AdapterId = Annotated[str, StringConstraints(pattern=f"^adp_{HEX_ID}$")]
 Word = Annotated[str, StringConstraints(max_length=100)]
 Text = Annotated[str, StringConstraints(max_length=2000)]
@@ -93,6 +94,22 @@ class ComposeParams(ComposeScene):
     )
 
 
+class CompareMethod(RequestModel):
+    """One of the methods that are compared."""
+
+    method: str = Field(description="See GET /methods.", json_schema_extra={"enum": list(METHODS)})
+    parameters: dict[str, Any] = Field(default_factory=dict, description="As of POST /compose-image.")
+    label: Annotated[Name, StringConstraints(max_length=80)] | None = Field(
+        None, description="What the image is called on the sheet; unset, as its method."
+    )
+
+
+class CompareParams(ComposeScene):
+    """Compose one scene by several methods, all from the same noise."""
+
+    methods: list[CompareMethod] = Field(min_length=2, max_length=MAX_COMPARED)
+
+
 class ComposeRequest(ComposeParams):
     """An image, and what may be asked of the machine that makes it."""
 
@@ -108,6 +125,26 @@ class ComposeRequest(ComposeParams):
                 "method": "clora",
                 "seed": 7,
                 "steps": 50,
+            }
+        }
+    )
+
+    resources: Resources | None = None
+
+
+class CompareRequest(CompareParams):
+    """A comparison, and what may be asked of the machine that does it."""
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "example": {
+                "base_model": "mdl_" + "0" * 32,
+                "concepts": [
+                    {"adapter": "adp_" + "0" * 32, "trigger": "sks", "noun": "cat"},
+                    {"adapter": "adp_" + "1" * 32, "trigger": "zwx", "noun": "dog"},
+                ],
+                "prompt": "a cat and a dog in the park",
+                "methods": [{"method": "merge"}, {"method": "clora"}],
             }
         }
     )

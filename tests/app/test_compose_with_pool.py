@@ -58,7 +58,7 @@ def composed(kitchen: Any, path: str = "/compose-image", **changes: Any) -> dict
     client = kitchen[0].client
     answer = client.post(path, json=body_of(kitchen, **changes), headers={"Prefer": "wait=200"}, timeout=220)
     job: dict[str, Any] = answer.json()
-    assert job.get("state") == "succeeded", job
+    assert job.get("state") == "succeeded", json.dumps(job, indent=1)
     assert answer.headers["Preference-Applied"] == "wait"
     return job
 
@@ -177,3 +177,28 @@ def test_an_adapter_that_was_deleted_while_the_job_waited_fails_it_by_name(kitch
         job = client.get(f"/jobs/{job['id']}", headers={"Prefer": "wait=60"}, timeout=90).json()
     assert (job["state"], job["error"]["code"]) == ("failed", "not_found")
     assert job["error"]["errors"][0]["pointer"] == "/concepts/1/adapter"
+
+
+def test_methods_are_compared_on_one_sheet_from_the_same_noise(kitchen: Any) -> None:
+    client = kitchen[0].client
+    methods = [
+        {"method": "merge"},
+        {"method": "clora_mask_only", "label": "masks"},
+        {"method": "merge", "parameters": {"guidance_scale": 1}},
+    ]
+    job = composed(kitchen, "/compose-image/compare", methods=methods)
+    found = [client.get(f"/images/{image_id}").json() for image_id in job["result"]["images"]]
+    assert [(item["label"], item["method"]) for item in found] == [
+        ("sheet", None), ("merge", "merge"), ("masks", "clora_mask_only"), ("merge 2", "merge"),
+    ]  # fmt: skip
+    assert [item["label"] for item in job["result"]["report"]["variants"]] == ["merge", "masks", "merge 2"]
+    assert found[2]["report"]["coverage"]
+    assert found[0]["recipe"]["sheet_of"][0] == {"label": "merge", "recipe": found[1]["recipe"]}
+    pictures = [open_png(client.get(item["link"]).content).convert("RGB") for item in found]
+    sheet, alone = pictures[0], composed(kitchen, method="merge")["result"]["images"][0]
+    same = open_png(client.get(f"/images/{alone}/files/image.png").content)
+    assert pictures[1].tobytes() == same.tobytes(), "as the method makes it alone from that seed"
+    for number, picture in enumerate(pictures[1:]):
+        x = 8 + number * 40
+        place = (x, sheet.height - 40, x + 32, sheet.height - 8)
+        assert sheet.crop(place).tobytes() == picture.tobytes()

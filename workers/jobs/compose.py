@@ -6,13 +6,14 @@ import io
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from artifacts.base_model import compare
-from artifacts.errors import FieldError, NotFound, RequestInvalid
+from artifacts.errors import FieldError, NotFound
 from compose.composition import Composition, StepReport
 from compose.engine import compose_with
 from compose.evidence_files import write_files
+from compose.precision import Precision, precision_of
 from compose.recipe import Ingredient, recipe_of
 from compose.request import DEFAULT_STEPS, CompositionRequest, Concept, Style
 from compose.validation import validate
@@ -28,7 +29,7 @@ PREVIEW_SIDE = 256
 PREVIEW_TYPE = "image/jpeg"
 _PREVIEW_QUALITY = 80
 # Shares of the progress bar.
-_FETCHED, _SAMPLED = 0.05, 0.95
+FETCHED, SAMPLED = 0.05, 0.95
 _LESS_MEMORY = {"gradient_caching": "always", "batch_branches": "never"}
 
 
@@ -45,7 +46,7 @@ def run(context: JobContext) -> JobOutcome:
     """
     kitchen = Kitchen.of(context)
     request = kitchen.request(context.params["method"], context.params.get("parameters") or {})
-    found = kitchen.compose(request, _teller(context, _FETCHED, _SAMPLED))
+    found = kitchen.compose(request, teller(context, FETCHED, SAMPLED))
     image = kitchen.image(request, found, context.scratch / "image", label=request.method)
     return JobOutcome(images=(image,), report=image.facts.report)
 
@@ -58,14 +59,14 @@ class Kitchen:
     model: StoredModel
     loaded: LoadedPipeline
     adapters: Mapping[str, tuple[StoredAdapter, Path]]
-    precision: str
+    precision: Precision
 
     @classmethod
     def of(cls, context: JobContext) -> Kitchen:
         """Fetch the adapters and have the pipeline loaded. Raises as `run`."""
         precision = precision_of(context.params.get("precision") or "auto", context.device)
         adapters = _fetch(context)
-        context.progress(_FETCHED / 2, "loading the base model")
+        context.progress(FETCHED / 2, "loading the base model")
         model, loaded = context.pipeline(context.params["base_model"], precision)
         return cls(context, model, loaded, adapters, precision)
 
@@ -148,23 +149,6 @@ class Kitchen:
         return {"compatibility": found}
 
 
-def precision_of(wanted: str, device: str) -> Literal["float32", "float16", "bfloat16"]:
-    """The dtype that a device computes an image in.
-
-    Raises:
-        RequestInvalid: float16 on a CPU.
-    """
-    on_gpu = device.startswith("cuda")
-    if wanted == "auto":
-        return "float16" if on_gpu else "float32"
-    if wanted == "float16" and not on_gpu:
-        problem = f"float16 needs a GPU; this job runs on {device}"
-        raise RequestInvalid(
-            f"{problem}.", hint="Take bfloat16 or float32.", errors=[FieldError("/precision", problem)]
-        )
-    return "float32" if wanted == "float32" else "float16" if wanted == "float16" else "bfloat16"
-
-
 def _fetch(context: JobContext) -> dict[str, tuple[StoredAdapter, Path]]:
     """Every adapter that the job names, once."""
     asked = [
@@ -176,7 +160,7 @@ def _fetch(context: JobContext) -> dict[str, tuple[StoredAdapter, Path]]:
     for number, (pointer, adapter_id) in enumerate(asked):
         if adapter_id in found:
             continue
-        context.progress(_FETCHED / 2 * number / len(asked), "fetching adapters", number, len(asked))
+        context.progress(FETCHED / 2 * number / len(asked), "fetching adapters", number, len(asked))
         try:
             found[adapter_id] = context.adapter(adapter_id)
         except NotFound as error:
@@ -195,8 +179,13 @@ def _less_memory(method: str) -> dict[str, str]:
     return {name: value for name, value in _LESS_MEMORY.items() if name in find_method(method).options.model_fields}
 
 
-def _teller(context: JobContext, begin: float, end: float, what: str = "") -> Callable[[StepReport], None]:
-    """Tells each step to the job's row, with a preview now and then; ends the sampling when the job is cancelled."""
+def teller(context: JobContext, begin: float, end: float, what: str = "") -> Callable[[StepReport], None]:
+    """Tells each step to the job's row, with a preview now and then; ends the sampling when the job is cancelled.
+
+    Args:
+        begin, end: the share of the progress bar that the steps take.
+        what: before each message.
+    """
     every = context.params.get("preview_every")
 
     def tell(step: StepReport) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from html import escape
 from typing import Literal
@@ -36,3 +37,13 @@ def text(
     attributes += "" if fill is None else f' style="fill:{fill}"'
     attributes += f' transform="rotate({turned:g} {x:.1f} {y:.1f})"' if turned else ""
     return f'<text x="{x:.1f}" y="{y:.1f}"{attributes}>{escape(words)}</text>'
+
+
+def ticks(low: float, high: float) -> list[float]:
+    """Round numbers around the range, about five."""
+    span = high - low or abs(high) or 1.0
+    rough = span / 5
+    power = 10.0 ** math.floor(math.log10(rough))
+    unit = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= rough)
+    first, last = math.floor(low / unit), math.ceil(high / unit)
+    return [float(f"{number * unit:.10g}") for number in range(first, max(last, first + 1) + 1)]
