@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from small_nets import prepare
@@ -18,6 +18,15 @@ from examples.smollm2.tasks import TASKS, make_items
 IGNORED = -100
 LAYERS = 2
 Batch = Mapping[str, Tensor]
+
+
+class Trained(NamedTuple):
+    """Losses on the held-out rows before and after a training, and what was trained."""
+
+    before: float
+    after: float
+    model: nn.Module
+    method: Any
 
 
 @dataclass
@@ -49,6 +58,18 @@ class SmallLanguageModel:
         with torch.no_grad():
             return float(model.eval()(**self.held_out).loss)
 
+    def training_loss(self, model: nn.Module) -> float:
+        """Mean over the batches that are trained on."""
+        with torch.no_grad():
+            return sum(float(model.eval()(**batch).loss) for batch in self.batches) / len(self.batches)
+
+    def accuracy(self, model: nn.Module) -> float:
+        """Share of the held-out tokens that are predicted, each from those before it."""
+        with torch.no_grad():
+            logits = model.eval()(**self.held_out).logits[:, :-1]
+        labels = self.held_out["labels"][:, 1:]
+        return float((logits.argmax(-1) == labels)[labels != IGNORED].float().mean())
+
     def train(
         self,
         name: str,
@@ -59,24 +80,32 @@ class SmallLanguageModel:
         estimate: list[Batch] | None = None,
         change: Callable[[Any], None] | None = None,
         seed: int = 0,
-    ) -> tuple[float, float, nn.Module]:
-        """Losses on the held-out rows before and after AdamW has trained what the method makes trainable; the model.
+        targets: tuple[str, ...] | None = None,
+        shuffled: bool = False,
+        linear: bool = False,
+    ) -> Trained:
+        """AdamW trains what the method makes trainable, with the method's hooks around every step.
 
         Args:
             estimate: other batches for the method's preparation.
             change: is given the method after it has prepared the model.
+            targets: ends of the paths of the adapted layers; all linear ones but the head if unset.
+            shuffled: the batches come in an order that the seed draws, another one in every pass.
+            linear: the rate falls to 0 along a line.
         """
         torch.manual_seed(seed)
         model = copy.deepcopy(self.model)
-        targets = tuple(
-            path for path, module in model.named_modules() if isinstance(module, nn.Linear) and path != "lm_head"
+        paths = tuple(
+            path
+            for path, module in model.named_modules()
+            if isinstance(module, nn.Linear) and path != "lm_head" and (targets is None or path.endswith(targets))
         )
         method = prepare(
             name,
             parameters,
             model,
             lambda: iter(estimate or self.batches),
-            targets=targets,
+            targets=paths,
             seed=seed,
             learning_rate=learning_rate,
         )
@@ -86,11 +115,20 @@ class SmallLanguageModel:
         optimizer = torch.optim.AdamW(
             [value for value in model.parameters() if value.requires_grad], lr=learning_rate, weight_decay=0
         )
+        order, drawn = list(range(len(self.batches))), torch.Generator().manual_seed(seed)
+        model.train()
         for step in range(steps):
+            if shuffled and step % len(order) == 0:
+                order = torch.randperm(len(order), generator=drawn).tolist()
+            for group in optimizer.param_groups if linear else ():
+                group["lr"] = learning_rate * (1 - step / steps)
             optimizer.zero_grad()
-            model(**self.batches[step % len(self.batches)]).loss.backward()
+            method.before_step(model, step)
+            model(**self.batches[order[step % len(order)]]).loss.backward()
+            method.before_update(model, step)
             optimizer.step()
-        return before, self.loss(model), model
+            method.after_update(model, step)
+        return Trained(before, self.loss(model), model, method)
 
 
 def _encode(tokenizer: Any, item: Any) -> tuple[list[int], list[int]]:
