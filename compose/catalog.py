@@ -11,6 +11,7 @@ from compose.options.baselines import CompositeOptions, MergeOptions, SwitchOpti
 from compose.options.clora import CloraMaskOnlyOptions, CloraOptions
 from compose.options.common import ComposeOptions
 from compose.options.freefuse import FreefuseOptions
+from compose.options.fusion import GradientFusionOptions, ZipLoraOptions
 from compose.options.k_lora import KLoraOptions
 from compose.options.omg import OmgOptions
 
@@ -116,6 +117,32 @@ _ROWS = (
         arxiv="2502.18461",
         reference_url="https://arxiv.org/abs/2502.18461",
         capabilities=Capabilities(maximum_concepts=1),
+    ),
+    Method(
+        name="ziplora",
+        title="ZipLoRA",
+        summary="One concept and one style become one LoRA: vectors on the columns of both are learnt, so that each "
+        "still does what it did alone.",
+        when="To use one concept in one style again and again, at the price of a training.",
+        cost="A short training; then as a plain generation.",
+        options=ZipLoraOptions,
+        implementation="compose.methods.ziplora:ZipLora",
+        arxiv="2311.13600",
+        reference_url="https://arxiv.org/abs/2311.13600",
+        capabilities=Capabilities(yields="adapter", maximum_concepts=1),
+    ),
+    Method(
+        name="gradient_fusion",
+        title="Gradient fusion (Mix-of-Show)",
+        summary="Several concepts become one LoRA that does in each layer what each adapter does to its own "
+        "activations.",
+        when="To use the same concepts together again and again.",
+        cost="Samples of every adapter alone, and a linear problem in each layer; then as a plain generation.",
+        options=GradientFusionOptions,
+        implementation="compose.methods.gradient_fusion:GradientFusion",
+        arxiv="2305.18292",
+        reference_url="https://arxiv.org/abs/2305.18292",
+        capabilities=Capabilities(yields="adapter", styles=False),
     ),
 )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Literal
 
 from artifacts.errors import ComposeRefused, FieldError
 from compose.catalog import find_method, parse_parameters
@@ -24,14 +25,20 @@ class Validated:
     warnings: tuple[str, ...]
 
 
-def validate(request: CompositionRequest) -> Validated:
+def validate(request: CompositionRequest, yields: Literal["image", "adapter"] = "image") -> Validated:
     """Check names, numbers and words.
+
+    Args:
+        yields: what the method must give.
 
     Raises:
         RequestInvalid: unknown method, or a parameter that it does not take.
         ComposeRefused: anything else, with a JSON pointer for each finding.
     """
     row = find_method(request.method)
+    if row.capabilities.yields != yields:
+        message = f"{row.name} yields an {row.capabilities.yields}, not an {yields}"
+        raise ComposeRefused(f"Method {message}.", errors=[FieldError("/method", message)])
     options = parse_parameters(request.method, request.parameters)
     found = [*_numbers(request), *_counts(request, options), *options.problems(request)]
     if request.styles and not row.capabilities.styles:

@@ -14,7 +14,11 @@ from compose.request import CompositionRequest
 
 class FreefuseOptions(MaskOptions):
     """Masked outputs in the way of FreeFuse, arXiv:2510.23515: in one pass, each adapter's output counts only inside
-    its concept's mask."""
+    its concept's mask.
+
+    Masks are made as CLoRA makes them. The authors' code has more, which is not done here: corrections of attention
+    sinks, an even sharing out of cells, a bias on attention, and tokens of other concepts that are set to zero; instead
+    each place reads words through its own adapters only."""
 
     mask_steps: Annotated[StrictInt, Field(ge=1, le=MAX_STEPS)] = Field(
         5, description="First steps whose attention maps are averaged into masks; below the number of steps."

@@ -14,7 +14,10 @@ Factor = Annotated[float, Field(ge=0, le=1000, allow_inf_nan=False)]
 
 
 class KLoraOptions(ComposeOptions):
-    """K-LoRA, arXiv:2502.18461: one concept and one style; in each layer and step one of their adapters acts alone."""
+    """K-LoRA, arXiv:2502.18461: one concept and one style; in each layer and step one of their adapters acts alone.
+
+    Content acts in step i of T where S_c/γ > S_s·(α·i/T + β), with S the sum of a layer's K largest |ΔW| and γ the mean
+    over layers of Σ|ΔW_c| / Σ|ΔW_s|."""
 
     top_k: Annotated[StrictInt, Field(ge=1, le=2**20)] | None = Field(
         None,

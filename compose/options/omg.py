@@ -17,7 +17,9 @@ Text = Annotated[str, StringConstraints(max_length=2000)]
 
 class OmgOptions(ComposeOptions):
     """OMG, arXiv:2403.10983, with masks of the user's: the base model makes the scene, and each concept's adapter has
-    its say in the noise inside its own mask."""
+    its say in the noise inside its own mask.
+
+    The authors find the masks with a detector and a segmenter on the base model's picture; here they are given."""
 
     stage: Literal["compose", "base"] = Field(
         "compose",

@@ -13,13 +13,14 @@ from compose.catalog import METHODS, find_method, parse_parameters
 
 @pytest.mark.parametrize("name", list(METHODS))
 def test_every_row_has_an_implementation_and_described_options(name: str) -> None:
+    from compose.fused_adapter import FusionMethod
     from compose.protocol import CompositionMethod
 
     row = METHODS[name]
     assert row.name == name
     assert all(part.strip().endswith(".") for part in (row.summary, row.when, row.cost))
-    if row.capabilities.yields == "image":
-        assert issubclass(row.load(), CompositionMethod)
+    kind = CompositionMethod if row.capabilities.yields == "image" else FusionMethod
+    assert issubclass(row.load(), kind)
     assert all(field.description for field in row.options.model_fields.values())
     row.options()
 

@@ -106,8 +106,8 @@ def test_two_equal_adapters_are_one(toys: Any, pipelines: Any) -> None:
     assert found.report["gamma"] == pytest.approx(1.0)
 
 
-def test_layers_that_one_adapter_lacks_are_the_others(sd: Any, pipelines: Any, tmp_path: Path) -> None:
-    """Content without the down block, style without the mid block."""
+def partial_adapters(sd: Any, tmp_path: Path) -> list[Path]:
+    """Two adapters, the first without the down block, the second without the mid block."""
     parts = []
     for index, (source, missing) in enumerate(((sd.first, "down_blocks"), (sd.second, "mid_block"))):
         tensors = load_file(source / "pytorch_lora_weights.safetensors")
@@ -121,6 +121,11 @@ def test_layers_that_one_adapter_lacks_are_the_others(sd: Any, pipelines: Any, t
         config["target_modules"] = sorted({key.partition(".lora_")[0] for key in kept})
         (folder / "adapter_config.json").write_text(json.dumps(config))
         parts.append(folder)
+    return parts
+
+
+def test_layers_that_one_adapter_lacks_are_the_others(sd: Any, pipelines: Any, tmp_path: Path) -> None:
+    parts = partial_adapters(sd, tmp_path)
     request = pair(
         sd, concepts=(Concept(parts[0], "first", "sks", "circle"),), styles=(Style(parts[1], "second"),), steps=2
     )

@@ -15,6 +15,7 @@ from artifacts.errors import ComposeRefused
 from compose.adapter_switch import tuner_layers
 from compose.catalog import METHODS
 from compose.engine import compose
+from compose.fused_adapter import fuse
 from compose.pipelines import LoadedPipeline, PipelineCache
 from compose.request import Concept, Style
 from compose.scene import Scene
@@ -99,6 +100,31 @@ def test_every_method_leaves_no_trace_of_a_failure(
         compose(short_request(sd, method), pipelines)
     monkeypatch.undo()
     assert state_of(loaded) == before
+
+
+@pytest.mark.parametrize("method", ["ziplora", "gradient_fusion"])
+def test_fusing_leaves_no_trace_whether_it_ends_or_fails(
+    sd: Any, pipelines: Any, loaded: LoadedPipeline, method: str, tmp_path: Path
+) -> None:
+    request = sd.request(method=method, steps=1, parameters={"samples": 1})
+    if method == "ziplora":
+        concepts, styles = request.concepts[:1], (Style(sd.second, "second"),)
+        request = replace(request, concepts=concepts, styles=styles, parameters={"samples": 1, "train_steps": 2})
+    before, steps = state_of(loaded), []
+    found = fuse(request, pipelines, tmp_path / "whole", lambda report: steps.append((report.step, report.total)))
+    assert state_of(loaded) == before
+    assert found.directory.is_dir()
+    assert steps == [(step, len(steps)) for step in range(1, len(steps) + 1)]
+    for last in (1, 3, len(steps)):
+
+        def stop(report: Any, last: int = last) -> None:
+            if report.step == last:
+                raise BoomError
+
+        with pytest.raises(BoomError):
+            fuse(request, pipelines, tmp_path / "broken", stop)
+        assert state_of(loaded) == before
+        assert not (tmp_path / "broken").exists()
 
 
 def _nth(count: int, real: Callable[..., Any]) -> Callable[..., Any]:
