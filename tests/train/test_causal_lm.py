@@ -97,6 +97,13 @@ def test_a_cut_row_of_which_nothing_is_left_to_learn_is_refused(tokenizer: Any) 
     assert (cut.cut, len(cut.examples[0].ids)) == ((1,), 20)
 
 
+@pytest.mark.parametrize("row", [{"text": ""}, {"prompt": "", "completion": ""}])
+def test_a_row_whose_labels_are_all_left_out_is_refused(tokenizer: Any, row: dict[str, str]) -> None:
+    """Its one token is the first, which nothing predicts."""
+    with pytest.raises(FileBroken, match="1 row of the dataset can not be used; the first is row 2: nothing is left"):
+        encoded(tokenizer, [(1, {"text": "ab"}), (2, row)])
+
+
 def test_at_most_twenty_rows_are_named_and_all_are_counted(tokenizer: Any) -> None:
     with pytest.raises(FileBroken, match="50 rows") as caught:
         encoded(tokenizer, rows(*[30] * 50))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Annotated, Literal
 
-from pydantic import Field, StrictBool, StrictInt, ValidationInfo, field_validator, model_validator
+from pydantic import Field, StrictBool, StrictInt, ValidationInfo, field_validator
 
 from artifacts.errors import FieldError
 from train.options.common import Alpha, Circumstances, Dropout, Rank, TrainOptions
@@ -152,18 +152,20 @@ class NloraOptions(SloraOptions):
         "LoRA of rank 2r. Unset: only with nystrom_pinv, which would destroy the model without it.",
     )
 
+    @field_validator("residual")
+    @classmethod
+    def _sound(cls, residual: bool | None, info: ValidationInfo) -> bool | None:
+        inverse = info.data.get("initialisation") == "nystrom_pinv"
+        if inverse and residual is False:
+            raise ValueError("initialisation nystrom_pinv destroys the model without residual")
+        if info.data.get("use_rslora") and not (inverse if residual is None else residual):
+            raise ValueError("use_rslora would multiply what the start adds to W: it needs residual")
+        return residual
+
     @property
     def changes_base(self) -> bool:
         """Whether W is changed in memory, so that the model begins as it was."""
         return self.initialisation == "nystrom_pinv" if self.residual is None else self.residual
-
-    @model_validator(mode="after")
-    def _sound(self) -> NloraOptions:
-        if self.initialisation == "nystrom_pinv" and self.residual is False:
-            raise ValueError("initialisation nystrom_pinv destroys the model without residual")
-        if self.use_rslora and not self.changes_base:
-            raise ValueError("use_rslora would multiply what the start adds to W: it needs residual")
-        return self
 
     def warnings(self, known: Circumstances) -> list[str]:
         found = super().warnings(known)
