@@ -7,14 +7,13 @@ from sqlalchemy.orm import Session
 from app.base_models import base_model
 from app.schemas.compose import CompareParams, ComposeParams, ComposeScene
 from app.settings import Settings
-from artifacts.base_model import check_modules
+from artifacts.base_model import UNET, check_modules
 from artifacts.errors import ComposeRefused, FieldError, NotFound, RequestInvalid
 from artifacts.manifest import LoraModule
 from compose.validation import validate
 from storage import adapters, models
 from storage.tables import AdapterRow, ModelRow
 
-UNET = "UNet2DConditionModel"
 _TEXT_PREFIXES = ("text_encoder.", "text_encoder_2.", "text_model.")
 LOW_RANK = ("lora", "rslora", "dora", "dylora")
 _LISTED = 20

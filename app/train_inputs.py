@@ -18,7 +18,7 @@ from storage.tables import DatasetRow, ModelRow
 from train.catalog import find_method, parse_parameters
 from train.continuation import ContinueFrom, check_base, continued_options, place
 from train.estimate import Estimate, check_fits, estimate
-from train.feasibility import check_feasible
+from train.feasibility import check_base_kind, check_feasible
 from train.options.common import Circumstances
 from train.settings import TaskSettings
 from train.targets import check_method, resolve_targets, wanted_targets
@@ -41,7 +41,7 @@ def check_train(settings: Settings, session: Session, request: TrainParams, devi
             layers of the base model, more memory than the machine has.
     """
     check_feasible(request.full_task, request.training, request.evaluation, devices)
-    row = base_model(session, request.base_model)
+    row = _base_model(session, request)
     try:
         dataset = datasets.get_dataset(session, request.dataset, lock=True)
     except NotFound as error:
@@ -87,7 +87,13 @@ def estimate_training(session: Session, request: TrainRequest) -> Estimate | Non
     wanted = request.resources.devices if request.resources is not None else None
     devices = wanted or 1
     check_feasible(request.full_task, request.training, request.evaluation, devices)
-    return _estimate(session, base_model(session, request.base_model), request, devices)
+    return _estimate(session, _base_model(session, request), request, devices)
+
+
+def _base_model(session: Session, request: TrainParams) -> ModelRow:
+    row = base_model(session, request.base_model)
+    check_base_kind(models.ref_of(row), request.full_task)
+    return row
 
 
 def _estimate(

@@ -39,6 +39,8 @@ _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.\-]*/[A-Za-z0-9][\w.\-]*")
 _SNAPSHOT = re.compile(r"models--(?P<owner>.+?)--(?P<name>.+)")
 _CONV1D_MODELS = frozenset({"gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp"})
 _CONV1D_MODULES = frozenset({"c_attn", "c_proj", "c_fc", "q_attn"})
+UNET = "UNet2DConditionModel"
+"""The architecture of the pipelines that are served here."""
 PIPELINE_INDEX = "model_index.json"
 """The file that makes a folder a diffusers pipeline."""
 _MAX_JSON_BYTES = 64 * 1024 * 1024
@@ -53,7 +55,8 @@ class BaseModelRef:
         source: "hub", "path" (a folder on the server), or "named" (only a name is known).
         location: repository id or path.
         revision: commit of the repository.
-        architecture: class name, such as "LlamaForCausalLM".
+        architecture: class name, such as "LlamaForCausalLM"; of a diffusers pipeline its UNet's.
+        pipeline: class name of a diffusers pipeline, such as "StableDiffusionXLPipeline"; None for any other model.
         weights_digest, tokenizer_digest: SHA-256 (hex) of contents.
         fingerprint: sorted (module path, d_out, d_in) of all weights with two dimensions or more; kernels of
             convolutions are flattened, and weights stored as (in, out) are turned round.
@@ -64,6 +67,7 @@ class BaseModelRef:
     location: str
     revision: str | None = None
     architecture: str | None = None
+    pipeline: str | None = None
     weights_digest: str | None = None
     tokenizer_digest: str | None = None
     fingerprint: Fingerprint | None = None
@@ -163,13 +167,11 @@ def inspect_base(path: Path) -> BaseModelRef:
     once, in buffers.
 
     Raises:
-        FormatUnknown: no config.json or no safetensors weights; a pipeline without a UNet.
+        FormatUnknown: no config.json or no safetensors weights; a pipeline without a UNet or without a class.
         FileBroken: a weights file or config.json is broken, or two files hold the same tensor.
     """
-    pipeline = (path / PIPELINE_INDEX).is_file()
+    pipeline = _pipeline_class(path) if (path / PIPELINE_INDEX).is_file() else None
     weights = path / "unet" if pipeline else path
-    if pipeline and not weights.is_dir():
-        raise FormatUnknown(f"{path.name} is a diffusers pipeline without a folder unet.")
     config = _read_config(weights / "config.json")
     files = _weight_files(weights)
     entries: list[tuple[TensorInfo, str]] = []
@@ -196,6 +198,7 @@ def inspect_base(path: Path) -> BaseModelRef:
         location=name if source == "hub" else str(path.resolve()),
         revision=revision,
         architecture=architecture if isinstance(architecture, str) else None,
+        pipeline=pipeline,
         weights_digest=combine_digests(entries),
         tokenizer_digest=_tokenizer_digest(path / "tokenizer" if pipeline else path),
         fingerprint=_fingerprint((info for info, _ in entries_of_layers), config),
@@ -226,9 +229,25 @@ def _is_path(name: str) -> bool:
     return name.startswith(("/", ".", "~")) or "\\" in name or name.count("/") > 1
 
 
+def _pipeline_class(path: Path) -> str:
+    if not (path / "unet").is_dir():
+        raise FormatUnknown(f"{path.name} is a diffusers pipeline without a folder unet.")
+    found = _object(path / PIPELINE_INDEX).get("_class_name")
+    if not isinstance(found, str) or not found:
+        raise FormatUnknown(
+            f"{PIPELINE_INDEX} of {path.name} does not name the class of its pipeline.",
+            hint="Give the folder that save_pretrained of the pipeline wrote.",
+        )
+    return found
+
+
 def _read_config(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise FormatUnknown(f"{path.parent.name} has no config.json.", hint="Give the folder of a transformers model.")
+    return _object(path)
+
+
+def _object(path: Path) -> dict[str, Any]:
     document = _load(path)
     if not isinstance(document, dict):
         raise FileBroken(f"{path.name} is no JSON object.")

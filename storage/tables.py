@@ -22,6 +22,7 @@ from sqlalchemy.orm import Mapped, mapped_column, relationship
 from storage.automation_tables import DomainEventRow, FiringRow, ScheduleRow, WebhookDeliveryRow, WebhookRow
 from storage.columns import Base, partial_index
 from storage.image_tables import ImageFileRow, ImageRow, JobPreviewRow
+from storage.model_tables import ModelRow
 from storage.training_tables import JobCheckpointRow, JobMetricRow
 
 __all__ = [
@@ -88,28 +89,6 @@ class BlobRow(Base):
     sha256: Mapped[str] = mapped_column(String(64), primary_key=True)
     size: Mapped[int] = mapped_column(BigInteger)
     created_at: Mapped[datetime]
-
-
-class ModelRow(Base):
-    """A registered base model. Two registrations of one location at one revision with the same weights are one."""
-
-    __tablename__ = "models"
-
-    id: Mapped[str] = mapped_column(String(48), primary_key=True)
-    name: Mapped[str] = mapped_column(String(300), unique=True)
-    identity_digest: Mapped[str] = mapped_column(String(64), unique=True)  # of source, location, revision, weights
-    source: Mapped[str] = mapped_column(String(16))  # "hub" | "path"
-    location: Mapped[str] = mapped_column(Text)  # hub id, or absolute path
-    revision: Mapped[str | None] = mapped_column(String(64))
-    architecture: Mapped[str | None] = mapped_column(String(200))
-    weights_digest: Mapped[str | None] = mapped_column(String(64))
-    tokenizer_digest: Mapped[str | None] = mapped_column(String(64))
-    fingerprint: Mapped[list[Any] | None]  # [[module path, d_out, d_in], …] sorted
-    fingerprint_digest: Mapped[str | None] = mapped_column(String(64))
-    parameter_count: Mapped[int | None] = mapped_column(BigInteger)
-    created_at: Mapped[datetime]
-    deprecated_at: Mapped[datetime | None]
-    removed_at: Mapped[datetime | None]
 
 
 def _live_index(name: str, *columns: str) -> Index:

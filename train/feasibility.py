@@ -1,11 +1,15 @@
-"""Whether the settings of a training agree with one another and with the devices that it gets. Imports no torch."""
+"""Whether the settings of a training agree with one another, with its devices and its base model. Imports no torch."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
+from artifacts.base_model import UNET, BaseModelRef
 from artifacts.errors import FieldError, RequestInvalid
 from train.settings import EvaluationSettings, TaskSettings, TrainingSettings
+
+PIPELINE = "StableDiffusionPipeline"
+"""The class of diffusers' pipelines of which text-to-image trains the UNet."""
 
 _Problem = tuple[str, str, str]
 """Pointer, what is wrong, what to do."""
@@ -29,6 +33,37 @@ def check_feasible(
             f"{pointer}: {message}.",
             hint=hint,
             errors=[FieldError(pointer, message) for pointer, message, _ in problems],
+        )
+
+
+def check_base_kind(base: BaseModelRef, task: TaskSettings) -> None:
+    """Refuse a base model that is known to be of another kind than the task trains.
+
+    Raises:
+        RequestInvalid: at /base_model.
+    """
+    if task.type == "text-to-image":
+        # Of a UNet alone the pipeline is not known: it was registered when that was not looked at.
+        found = base.architecture if base.pipeline is None and base.architecture != UNET else base.pipeline
+        if found is not None:
+            check_pipeline(base.name, found)
+    elif base.pipeline is not None:
+        problem = f"the base model {base.name!r} is a {base.pipeline}; {task.type} trains a model of transformers"
+        raise RequestInvalid(f"T{problem[1:]}.", errors=[FieldError("/base_model", problem)])
+
+
+def check_pipeline(name: str, found: str) -> None:
+    """Refuse a base model of another class than text-to-image trains.
+
+    Raises:
+        RequestInvalid: at /base_model.
+    """
+    if found != PIPELINE:
+        problem = f"the base model {name!r} is a {found}; text-to-image trains a {PIPELINE}"
+        raise RequestInvalid(
+            f"T{problem[1:]}.",
+            hint="Give the folder that its save_pretrained wrote.",
+            errors=[FieldError("/base_model", problem)],
         )
 
 

@@ -24,6 +24,7 @@ def summary(model: dict[str, Any]) -> dict[str, Any]:
         "location": model.get("location"),
         "revision": model.get("revision"),
         "architecture": model.get("architecture"),
+        "pipeline": model.get("pipeline"),
         "parameters": f"{model['parameter_count']:,}" if model.get("parameter_count") else None,
         "weights digest": model.get("weights_digest"),
         "tokenizer digest": model.get("tokenizer_digest"),

@@ -91,6 +91,7 @@ class BaseModelResource(BaseModel):
     location: str
     revision: str | None
     architecture: str | None
+    pipeline: str | None = Field(description="Class of a diffusers pipeline; architecture is its UNet's then.")
     weights_digest: str | None
     tokenizer_digest: str | None
     fingerprint_digest: str | None

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import io
 import json
+import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
 import pytest
+from PIL import Image
 
+from storage import models
 from storage.job_metrics import Point, record_metrics
 from train.catalog import METHODS
 
@@ -307,3 +312,78 @@ def test_the_menu_has_the_training_methods(training: Any) -> None:
 def test_only_keys_that_may_run_jobs_train(serve: Any) -> None:
     server = serve(api_keys="on")
     assert server.client.post("/train", json={}).status_code == 401
+
+
+@pytest.fixture
+def add_pipeline(training: Any, tmp_path: Path, make_safetensors: Any) -> Callable[[str], str]:
+    """Registers the folder of a diffusers pipeline of this class; returns the model's id."""
+    server, _ = training
+
+    def add(kind: str) -> str:
+        unet = tmp_path / "roots" / kind / "unet"
+        unet.mkdir(parents=True)
+        (unet.parent / "model_index.json").write_text(json.dumps({"_class_name": kind}))
+        (unet / "config.json").write_text(json.dumps({"_class_name": "UNet2DConditionModel"}))
+        weights = {"mid_block.attn.to_q.weight": ("F32", [8, 8], kind.encode()[:16] * 16)}
+        (unet / "diffusion_pytorch_model.safetensors").write_bytes(make_safetensors(weights))
+        response = server.client.post("/models", json={"path": str(unet.parent)})
+        assert (response.status_code, response.json()["pipeline"]) == (201, kind), response.text
+        found: str = response.json()["id"]
+        return found
+
+    return add
+
+
+@pytest.mark.parametrize(
+    ("kind", "task", "words"),
+    [
+        (
+            "StableDiffusionXLPipeline",
+            "text-to-image",
+            "is a StableDiffusionXLPipeline; text-to-image trains a StableDiffusionPipeline",
+        ),
+        (None, "text-to-image", "is a LlamaForCausalLM; text-to-image trains a StableDiffusionPipeline"),
+        ("StableDiffusionPipeline", "causal-lm", "is a StableDiffusionPipeline; causal-lm trains a model of transform"),
+    ],
+)
+def test_a_base_model_of_another_kind_than_the_task_trains_is_refused(
+    training: Any, add_pipeline: Callable[[str], str], kind: str | None, task: str, words: str
+) -> None:
+    server, body = training
+    changes = {"task": task, "parameters": {}, "base_model": body["base_model"] if kind is None else add_pipeline(kind)}
+    for path in ("/train", "/train/estimate"):
+        response = server.client.post(path, json={**body, **changes})
+        assert response.status_code == 422, response.text
+        (error,) = response.json()["errors"]
+        assert error["pointer"] == "/base_model"
+        assert words in error["message"]
+    assert server.client.get("/jobs").json()["items"] == []
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_a_pipeline_that_can_be_trained_or_is_not_known_is_no_fault(
+    training: Any, add_pipeline: Callable[[str], str], known: bool
+) -> None:
+    """Of one that was registered before the class was looked at, the job finds out; here the dataset is no images."""
+    server, body = training
+    base = add_pipeline("StableDiffusionPipeline" if known else "StableDiffusionXLPipeline")
+    if not known:
+        with server.services.database.write() as session:
+            models.get_model(session, base).pipeline = None
+    response = server.client.post("/train", json={**body, "task": "text-to-image", "base_model": base})
+    assert [item["pointer"] for item in response.json()["errors"]] == ["/dataset"], response.text
+
+
+def test_images_serve_no_task_of_texts(training: Any) -> None:
+    server, body = training
+    picture, archive = io.BytesIO(), io.BytesIO()
+    Image.new("RGB", (8, 8), (200, 0, 0)).save(picture, "PNG")
+    with zipfile.ZipFile(archive, "w") as files:
+        files.writestr("one.png", picture.getvalue())
+        files.writestr("metadata.jsonl", json.dumps({"file_name": "one.png", "text": "a red square"}) + "\n")
+    dataset = server.client.post("/datasets", files=[("file", ("red.zip", archive.getvalue()))])
+    assert (dataset.status_code, dataset.json()["format"]) == (201, "images"), dataset.text
+    response = server.client.post("/train", json={**body, "dataset": dataset.json()["id"]})
+    (error,) = response.json()["errors"]
+    assert (response.status_code, error["pointer"]) == (422, "/dataset")
+    assert "is a zip of images: it can not serve causal-lm" in error["message"]

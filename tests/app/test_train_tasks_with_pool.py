@@ -147,7 +147,7 @@ def test_a_unet_is_trained_on_images_over_http(serve: Any, tmp_path: Path) -> No
         "evaluation": {"validation_fraction": 0.3},
     }
     wrong = server.client.post("/train", json={**body, "task": "causal-lm"})
-    assert (wrong.status_code, wrong.json()["errors"][0]["pointer"]) == (422, "/dataset")
+    assert (wrong.status_code, wrong.json()["errors"][0]["pointer"]) == (422, "/base_model")
     estimate = server.client.post("/train/estimate", json=body).json()
     jobs = [train(server, {**body, "seed": seed}, 600) for seed in (0, 1)]
     report = jobs[0]["result"]["report"]

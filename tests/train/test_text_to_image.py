@@ -160,7 +160,7 @@ def test_what_does_not_fit_is_refused(imaging: Any, tiny_base: Path, tmp_path: P
 
 def test_a_pipeline_is_known_by_the_linear_layers_of_its_unet(pipeline: Path, tmp_path: Path) -> None:
     found = inspect_base(pipeline)
-    assert found.architecture == "UNet2DConditionModel"
+    assert (found.architecture, found.pipeline) == ("UNet2DConditionModel", "StableDiffusionPipeline")
     assert found.tokenizer_digest is not None
     assert found.fingerprint is not None
     sides = {path: (d_out, d_in) for path, d_out, d_in in found.fingerprint}
@@ -168,6 +168,9 @@ def test_a_pipeline_is_known_by_the_linear_layers_of_its_unet(pipeline: Path, tm
     assert "conv_in" not in sides
     (tmp_path / "model_index.json").write_text("{}")
     with pytest.raises(FormatUnknown, match="without a folder unet"):
+        inspect_base(tmp_path)
+    (tmp_path / "unet").mkdir()
+    with pytest.raises(FormatUnknown, match="does not name the class"):
         inspect_base(tmp_path)
 
 

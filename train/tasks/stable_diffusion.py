@@ -11,11 +11,11 @@ from torch import Tensor, nn
 
 from artifacts.errors import RequestInvalid
 from train.base_files import BaseFiles
+from train.feasibility import PIPELINE, check_pipeline
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-PIPELINE = "StableDiffusionPipeline"
 _LONGEST_CAPTION = 77  # tokens, where neither tokenizer nor text encoder says
 
 
@@ -31,11 +31,7 @@ class PipelineFiles:
 
         config = self._read(lambda: DiffusionPipeline.load_config(self.base.location, revision=self._revision))
         found = config.get("_class_name") if isinstance(config, dict) else None
-        if found != PIPELINE:
-            raise RequestInvalid(
-                f"The base model {self.base.name!r} is a {found}; text-to-image trains a {PIPELINE}.",
-                hint="Give the folder that its save_pretrained wrote.",
-            )
+        check_pipeline(self.base.name, str(found))
 
     def unet(self, dtype: str, device: str) -> nn.Module:
         """The UNet, frozen, for evaluation. Raises RequestInvalid."""

@@ -1,0 +1,34 @@
+"""The table of base models."""
+
+from __future__ import annotations
+
+from datetime import datetime
+from typing import Any
+
+from sqlalchemy import BigInteger, String, Text
+from sqlalchemy.orm import Mapped, mapped_column
+
+from storage.columns import Base
+
+
+class ModelRow(Base):
+    """A registered base model. Two registrations of one location at one revision with the same weights are one."""
+
+    __tablename__ = "models"
+
+    id: Mapped[str] = mapped_column(String(48), primary_key=True)
+    name: Mapped[str] = mapped_column(String(300), unique=True)
+    identity_digest: Mapped[str] = mapped_column(String(64), unique=True)  # of source, location, revision, weights
+    source: Mapped[str] = mapped_column(String(16))  # "hub" | "path"
+    location: Mapped[str] = mapped_column(Text)  # hub id, or absolute path
+    revision: Mapped[str | None] = mapped_column(String(64))
+    architecture: Mapped[str | None] = mapped_column(String(200))
+    pipeline: Mapped[str | None] = mapped_column(String(200))  # class of a diffusers pipeline
+    weights_digest: Mapped[str | None] = mapped_column(String(64))
+    tokenizer_digest: Mapped[str | None] = mapped_column(String(64))
+    fingerprint: Mapped[list[Any] | None]  # [[module path, d_out, d_in], …] sorted
+    fingerprint_digest: Mapped[str | None] = mapped_column(String(64))
+    parameter_count: Mapped[int | None] = mapped_column(BigInteger)
+    created_at: Mapped[datetime]
+    deprecated_at: Mapped[datetime | None]
+    removed_at: Mapped[datetime | None]
