@@ -13,6 +13,7 @@ from compose.options.common import ComposeOptions
 from compose.options.freefuse import FreefuseOptions
 from compose.options.fusion import GradientFusionOptions, ZipLoraOptions
 from compose.options.k_lora import KLoraOptions
+from compose.options.lora_composer import LoraComposerOptions
 from compose.options.omg import OmgOptions
 
 _ROWS = (
@@ -103,6 +104,19 @@ _ROWS = (
         implementation="compose.methods.omg:Omg",
         arxiv="2403.10983",
         reference_url="https://arxiv.org/abs/2403.10983",
+        capabilities=Capabilities(masks=True),
+    ),
+    Method(
+        name="lora_composer",
+        title="LoRA-Composer",
+        summary="Every concept has a box: there, in one pass, its adapter reads its own words and sees no other box; "
+        "the latent is moved until attention fills the boxes.",
+        when="When you know where each concept shall be, and boxes alone do not make it appear there.",
+        cost="A plain generation, and in the first steps a shortened forward and backward pass more.",
+        options=LoraComposerOptions,
+        implementation="compose.methods.lora_composer:LoraComposer",
+        arxiv="2403.11627",
+        reference_url="https://arxiv.org/abs/2403.11627",
         capabilities=Capabilities(masks=True),
     ),
     Method(

@@ -36,13 +36,13 @@ def masked_outputs(
 
     Args:
         latent_size: (h, w).
-        acts: of a layer's path, whether adapters act in it at all.
+        acts: of a layer's path, whether adapters that are kept to regions act in it at all.
 
     Raises:
         ComposeRefused: an adapter acts in a layer that sees no places, or is none whose output is a factor's.
     """
     with ExitStack() as stack:
-        for place in _places(unet, regions):
+        for place in _places(unet, regions, acts):
             for name in regions.names:
                 if name in place.layer.scaling:
                     scale = _scale(place, name, regions, latent_size, acts=acts(place.path))
@@ -55,7 +55,8 @@ Hook = Callable[[nn.Module, Any, Tensor], Tensor]
 
 def _scale(place: _Place, name: str, regions: Regions, latent_size: Size, *, acts: bool) -> Hook:
     """Multiplies the output of a B with the weight of its adapter at each place."""
-    weight = regions.weight(name) if acts else 0.0
+    weight = regions.weight(name)
+    weight = 0.0 if weight is None and not acts else weight
     if weight is not None:
         constant = weight
         return lambda module, args, output: output * constant
@@ -79,7 +80,7 @@ def _grid(latent_size: Size, place: _Place, output: Tensor) -> Size:
     return rows, columns
 
 
-def _places(unet: Any, regions: Regions) -> list[_Place]:
+def _places(unet: Any, regions: Regions, acts: Callable[[str], bool]) -> list[_Place]:
     names = set(regions.names)
     paths = {id(module): path for path, module in unet.named_modules()}
     found = []
@@ -89,7 +90,7 @@ def _places(unet: Any, regions: Regions) -> list[_Place]:
         if not having or path.endswith(WORD_LAYERS):
             continue
         _check_plain_lora(path, layer, having)
-        if any(regions.weight(name) is None for name in having):
+        if acts(path) and any(regions.weight(name) is None for name in having):
             _check_sees_places(path, layer)
         found.append(_Place(path, layer, _factor(unet, path)))
     return found

@@ -66,6 +66,7 @@ RIGHT = {"left": 0.5, "top": 0.25, "right": 1, "bottom": 1}
 SHORT: dict[str, Any] = {
     "clora": QUICK,
     "freefuse": {"mask_steps": 1},
+    "lora_composer": {"boxes": [LEFT, RIGHT], "max_iter_to_alter": 2, "step_size": 1.0},
     "omg": {"places": [{"boxes": [LEFT]}, {"boxes": [RIGHT]}]},
 }
 
