@@ -14,7 +14,7 @@ from train.catalog import find_method, parse_parameters
 from train.protocol import MethodContext
 from train.settings import TrainingSettings
 
-R, STEPS = 16, 12
+R, STEPS = 16, 50
 LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
