@@ -194,6 +194,41 @@ def recipe_part(name: str) -> str:
     return _parameters(models[name])
 
 
+def transfer_part(_: str) -> str:
+    """The menu of transfer methods, and each with its parameters."""
+    from transfer.catalog import METHODS
+
+    def yes(value: bool) -> str:
+        return "yes" if value else "no"
+
+    rows = [
+        [
+            f"[`{row.name}`](#{row.name})",
+            row.summary,
+            f"[{row.arxiv}](https://arxiv.org/abs/{row.arxiv})" if row.arxiv else "",
+            yes(row.capabilities.trains),
+            yes(row.capabilities.any_source),
+            yes(row.capabilities.across_widths),
+            ", ".join(row.capabilities.needs),
+        ]
+        for row in METHODS.values()
+    ]
+    columns = ["method", "what it does", "arXiv", "trains", "any adapter", "across widths", "needs"]
+    sections = [
+        f"## {row.title} {{ #{row.name} }}\n\n{inspect.getdoc(row.options)}\n\n* When: {row.when}\n"
+        f"* Cost: {row.cost}\n\n{_parameters(row.options)}"
+        for row in METHODS.values()
+    ]
+    return "\n\n".join([table(columns, rows), *sections])
+
+
+def gate_part(_: str) -> str:
+    """The parameters of the gate of transfers."""
+    from transfer.gate import GateSettings
+
+    return _parameters(GateSettings)
+
+
 def tasks_part(_: str) -> str:
     """Every task with its parameters."""
     from train.settings import TASKS
@@ -305,6 +340,8 @@ PARTS: Mapping[str, Callable[[str], str]] = {
     "composing": composing_part,
     "recipe": recipe_part,
     "tasks": tasks_part,
+    "transfer": transfer_part,
+    "gate": gate_part,
 }
 
 

@@ -98,7 +98,7 @@ def test_padding_on_the_other_side_gives_the_same_score(judged: tuple[Any, Any])
 
 
 def test_answers_are_single_tokens(tmp_path: Path) -> None:
-    _, tokenizer = load(write_llama(tmp_path, vocabulary=257))
+    _, tokenizer = load(write_llama(tmp_path, vocabulary=1))
     with pytest.raises(TransferRefused, match="' yes' is 4 tokens") as refused:
         DiscriminatorRecipe(task="orders").answer_ids(tokenizer)
     assert refused.value.errors[0].pointer == "/parameters/filter"

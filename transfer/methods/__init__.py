@@ -1,0 +1,1 @@
+"""Ways to move an adapter, one a file."""

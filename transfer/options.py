@@ -1,0 +1,223 @@
+"""The menu of transfer methods: every parameter with its default, range and source. Imports no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, StringConstraints, model_validator
+
+from train.catalog import parse_parameters
+from train.options.common import TrainOptions
+from train.settings import TrainingSettings
+
+MAX_ROWS = 100_000
+MAX_CANDIDATES = 20 * MAX_ROWS
+
+Rows = Annotated[StrictInt, Field(ge=16, le=MAX_ROWS)]
+Share = Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)]
+Tokens = Annotated[StrictInt, Field(ge=1, le=8192)]
+BatchSize = Annotated[StrictInt, Field(ge=1, le=4096)]
+
+
+class TransferOptions(BaseModel):
+    """What every transfer method understands."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+
+
+class WeightOptions(TransferOptions):
+    """Options of the methods that compute the new factors from the old ones, without training."""
+
+    partial: StrictBool = Field(
+        False,
+        description="Write the adapter also if some of its modules can not be moved; they are listed and left out. "
+        "False refuses.",
+    )
+
+    @property
+    def subspace_rank(self) -> int | None:
+        """How many singular vectors of the base weights the method looks at; None: it looks at none."""
+        return None
+
+
+class CopyOptions(WeightOptions):
+    """The factors as they are. For a target that is a light continuation of the source; between models that were
+    trained independently it can be worse than no adapter at all (arXiv:2608.20918)."""
+
+
+class SubspaceOptions(WeightOptions):
+    """Options of the methods that compare the two bases' weights by their singular vectors."""
+
+    partial: StrictBool = Field(
+        True,
+        description="Write the adapter also if some of its modules can not be moved, because the target has no such "
+        "layer or they are too unlike; they are listed and left out. False refuses.",
+    )
+    basis_rank: Annotated[StrictInt, Field(ge=1, le=16384)] = Field(
+        320, description="Leading singular vectors of every weight, capped at its smaller side."
+    )
+
+    @property
+    def subspace_rank(self) -> int | None:
+        return self.basis_rank
+
+
+class CrossLoraOptions(SubspaceOptions):
+    """Cross-LoRA, arXiv:2508.05232, in the form that serves bases of different widths: the core of ΔW in the source's
+    singular vectors is put into the target's. Their signs are fixed, and mean nothing."""
+
+
+class LoraXOptions(SubspaceOptions):
+    """LoRA-X, arXiv:2501.16559: ΔW projected onto the target's leading singular vectors."""
+
+    minimum_similarity: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)] = Field(
+        0.0,
+        description="Φ, the likeness of the two weights' column spaces, below which a module is left out. Where the "
+        "widths differ it is not defined and not asked for.",
+    )
+
+
+class ProloraOptions(SubspaceOptions):
+    """ProLoRA, arXiv:2506.04244: the parts of ΔW inside and outside of the source's spaces, each put into the same of
+    the target's; the rank doubles. For bases of the same widths."""
+
+    minimum_similarity: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)] = Field(
+        0.8, description="Φ, the likeness of the two weights' column spaces, below which a module is left out (paper)."
+    )
+
+
+class DistilOptions(TransferOptions):
+    """Options of the methods that train a new adapter on the answers of the old one."""
+
+    target_method: Annotated[str, StringConstraints(min_length=1, max_length=100)] = Field(
+        "lora", description="Kind of the new adapter: any method of POST /train, such as lora or dora."
+    )
+    target_parameters: dict[str, Any] = Field(
+        {},
+        description="Parameters of that method. Layers that are not named are those of queries and values, under the "
+        "names that the target base has for them (as in the paper).",
+    )
+    training: TrainingSettings = Field(
+        TrainingSettings(epochs=20, learning_rate=2e-4, batch_size=8),
+        description="The new adapter's training, as in POST /train. The paper searched learning rates from 2e-5 to "
+        "2e-4; models of a few hundred million parameters need 1e-3 to 3e-3.",
+    )
+    max_length: Annotated[StrictInt, Field(ge=16, le=1_048_576)] = Field(
+        1024, description="Longest row of the training, tokens of the target; longer ones are left out."
+    )
+    answer_tokens: Tokens = Field(
+        256, description="Longest answer of the source adapter, tokens; one that has not ended by then is left out."
+    )
+    answer_stop: Annotated[str, StringConstraints(min_length=1, max_length=100)] | None = Field(
+        None, description="Text that ends an answer besides the model's own end, such as a line end."
+    )
+    answer_batch: BatchSize = Field(32, description="Answers that are written together; decides nothing but rounding.")
+
+    @model_validator(mode="after")
+    def _trainable(self) -> DistilOptions:
+        self.train_options(())
+        if self.training.early_stopping is not None:
+            raise ValueError("training.early_stopping: a transfer holds no rows out of its training to stop by")
+        return self
+
+    def train_options(self, default_targets: tuple[str, ...]) -> TrainOptions:
+        """The options of the target's method; `default_targets` are its layers if none are named."""
+        parameters: Mapping[str, Any] = self.target_parameters
+        if default_targets and "target_modules" not in parameters:
+            parameters = {**parameters, "target_modules": list(default_targets)}
+        return parse_parameters(self.target_method, parameters)
+
+
+class SeedsOnlyOptions(DistilOptions):
+    """The seeds alone, answered by the source adapter: the control that every distillation has to beat."""
+
+
+class RefreshOptions(DistilOptions):
+    """Refresh, arXiv:2608.20918: inputs that were kept, answered by the source adapter. The same training as
+    trans-lora's, with real inputs in place of synthetic ones."""
+
+
+class TransLoraOptions(DistilOptions):
+    """Trans-LoRA, arXiv:2405.17258: the target base invents inputs after a few seeds, a filter keeps those that look
+    like the task, the source adapter answers them, and a new adapter learns the answers. No training data is read."""
+
+    rows: Rows = Field(250, description="N, synthetic inputs that are kept; more help at the same number of steps.")
+    max_candidates: Annotated[StrictInt, Field(ge=16, le=MAX_CANDIDATES)] | None = Field(
+        None, description="Most inputs that are generated; unset, 20 times `rows`."
+    )
+    filter: Literal["discriminator", "excess", "tuneshift_kd", "none"] = Field(
+        "discriminator",
+        description="discriminator: the paper's, needs an adapter that was trained with transferable. excess: keep "
+        "the inputs whose answers gain most by the adapter, and learn only the tokens that do (TiTok, "
+        "arXiv:2510.04682). tuneshift_kd: keep answers that surprise the source base but not the adapter "
+        "(arXiv:2603.24518). none: keep all that are well-formed.",
+    )
+    threshold: Annotated[float, Field(ge=-1e6, le=1e6, allow_inf_nan=False)] | None = Field(
+        None,
+        description="A score has to be above it: logit of yes minus logit of no for discriminator (unset: 0), the "
+        "comparison of perplexities for tuneshift_kd (unset: 1.5).",
+    )
+    on_starved: Literal["fail", "top_n"] = Field(
+        "fail",
+        description="What happens if max_candidates give too few accepted inputs: fail, or take the best of all and "
+        "mark the adapter as degraded.",
+    )
+    pool: Annotated[float, Field(ge=1, le=20, allow_inf_nan=False)] = Field(
+        2.0, description="Filter excess: inputs that are answered and ranked, as a multiple of `rows`."
+    )
+    token_share: Share = Field(
+        0.7, description="Filter excess: share of the tokens of a batch that are learnt, those with the highest scores."
+    )
+    comparison: Literal["ratio", "difference"] = Field(
+        "ratio", description="Filter tuneshift_kd: perplexity of the base over, or minus, that of base and adapter."
+    )
+    temperature: Annotated[float, Field(gt=0, le=10, allow_inf_nan=False)] = Field(
+        1.0, description="Of the generator; low ones repeat themselves and the seeds."
+    )
+    top_p: Share = Field(1.0, description="Draw from the fewest tokens whose probabilities reach this sum.")
+    top_k: Annotated[StrictInt, Field(ge=1, le=1_000_000)] | None = Field(
+        None, description="Draw from so many of the most likely tokens."
+    )
+    input_tokens: Tokens = Field(
+        128, description="Longest generated input, tokens; one that has not ended by then is left out."
+    )
+    stop: Literal["auto", "line", "item"] = Field(
+        "auto", description="A generated input ends with its line, or before the next number; auto: as the seeds do."
+    )
+    generation_batch: BatchSize = Field(
+        32, description="Inputs that are generated together, and kept together if the transfer is interrupted."
+    )
+    filter_batch: BatchSize = Field(32, description="Inputs that a filter looks at together.")
+    held_out: Annotated[StrictInt, Field(ge=0, le=10_000)] = Field(
+        0,
+        description="Synthetic rows that are not trained on but measured, when the owner gives no holdout: how often "
+        "the new adapter says what the old one does (fidelity only).",
+    )
+
+    @model_validator(mode="after")
+    def _enough_candidates(self) -> TransLoraOptions:
+        if self.rows > self.candidates:
+            raise ValueError(f"max_candidates: {self.candidates} can not give {self.rows} rows")
+        if self.filter == "excess" and self.ranked > self.candidates:
+            raise ValueError(f"max_candidates: {self.candidates} are fewer than pool asks for ({self.ranked})")
+        if self.held_out >= self.rows:
+            raise ValueError("held_out: no row is left to train on")
+        return self
+
+    @property
+    def candidates(self) -> int:
+        """The most that are generated."""
+        return 20 * self.rows if self.max_candidates is None else self.max_candidates
+
+    @property
+    def ranked(self) -> int:
+        """Inputs that the filter excess ranks."""
+        return int(-(-self.rows * self.pool // 1))
+
+    @property
+    def cut(self) -> float:
+        """The threshold in force."""
+        if self.threshold is not None:
+            return self.threshold
+        return 1.5 if self.filter == "tuneshift_kd" else 0.0
