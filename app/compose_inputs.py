@@ -10,6 +10,7 @@ from app.settings import Settings
 from artifacts.base_model import UNET, check_modules
 from artifacts.errors import ComposeRefused, FieldError, NotFound, RequestInvalid
 from artifacts.manifest import LoraModule
+from compose.catalog import find_method
 from compose.validation import validate
 from storage import adapters, models
 from storage.tables import AdapterRow, ModelRow
@@ -29,7 +30,7 @@ def check_compose(settings: Settings, session: Session, request: ComposeParams, 
         RequestInvalid and its kin: see `check_scene`; or the request does not fit itself (`compose.validation`).
     """
     del settings
-    validate(request.scene(request.method, request.parameters))
+    validate(request.scene(request.method, request.parameters), find_method(request.method).capabilities.yields)
     return check_scene(session, request, devices)
 
 

@@ -79,6 +79,8 @@ def _finished(request: Request, services: Services, answer: Answer, job_id: str)
     job = job_body(services, job_id)
     if job["state"] != "succeeded":
         return _failed(request, job)
+    if not job["result"]["images"]:  # the method yields an adapter
+        return Answer(200, job, answer.headers).response(**{"Preference-Applied": "wait"})
     image_id = job["result"]["images"][0]
     response = answer_file(request, services, image_file(services, image_id, IMAGE_NAME))
     response.headers.update({**answer.headers, "Content-Location": f"/images/{image_id}", "Preference-Applied": "wait"})

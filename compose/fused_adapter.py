@@ -19,10 +19,10 @@ from artifacts.manifest import LoraModule
 from compose.adapter_switch import tuner_layers
 from compose.catalog import find_method
 from compose.engine import OnStep, make_scene
-from compose.pipelines import PipelineCache
+from compose.pipelines import LoadedPipeline, PipelineCache
 from compose.request import CompositionRequest
 from compose.scene import Scene
-from compose.validation import validate
+from compose.validation import Validated, validate
 
 if TYPE_CHECKING:
     from compose.options.fusion import FusionOptions
@@ -83,9 +83,19 @@ def fuse(
     Raises:
         ComposeRefused and its kin: as `compose`. CompositionDiverged: NaN. DiskFull.
     """
-    started = time.perf_counter()
     validated = validate(request, yields="adapter")
-    loaded = pipelines.get(request.base)
+    return fuse_with(pipelines.get(request.base), request, validated, directory, on_step)
+
+
+def fuse_with(
+    loaded: LoadedPipeline,
+    request: CompositionRequest,
+    validated: Validated,
+    directory: Path,
+    on_step: OnStep | None = None,
+) -> FusedAdapter:
+    """As `fuse`, with a pipeline that is at hand."""
+    started = time.perf_counter()
     with loaded.lock, torch.no_grad(), loaded.restored(), ExitStack() as stack:
         scene = make_scene(loaded, request, validated)
         _check_text_encoders(scene)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from app.cli import adapters
+from app.cli.adapters import DownloadFormat
 from app.cli.client import Client, ProblemError
 from app.cli.compose_report import print_compose_report
 from app.cli.jobs import show
@@ -79,7 +80,11 @@ def _compose_remotely(client: Client, scene: SceneFile, output: Path | None, wai
     if not wait:
         note(f"follow it: rankwise jobs watch {job['id']}")
     elif output is not None:
-        _download(client, job["result"]["images"], output)
+        result = job["result"]
+        if result["images"]:
+            _download(client, result["images"], output)
+        else:  # the method yields an adapter
+            adapters.fetch(client, result["adapters"][0], output, DownloadFormat.PEFT, unpack=True)
         note(f"written to {output}")
 
 

@@ -13,6 +13,7 @@ from app.cli.scene import SceneFile
 from artifacts.base_model import inspect_base
 from artifacts.content import file_sha256
 from artifacts.errors import RequestInvalid
+from compose.catalog import find_method
 from compose.composition import StepReport
 from compose.evidence_files import IMAGE, write_files
 from compose.precision import precision_of
@@ -43,11 +44,15 @@ def compose_local(
     if output.exists() and (alone or not output.is_dir() or any(output.iterdir())):
         raise RequestInvalid(f"{output} is there already.", hint="Choose another -o, or remove it.")
     precision = precision_of(scene.request.precision, device)
-    validate(request)  # before torch is loaded, which takes seconds
+    yields = find_method(request.method).capabilities.yields
+    validate(request, yields)  # before torch is loaded, which takes seconds
+    if yields == "adapter" and alone:
+        raise RequestInvalid(f"{request.method} yields an adapter, which is written into a folder, not a .png.")
     output.parent.mkdir(parents=True, exist_ok=True)
     progress(0.0, "load torch")
     from compose.adapter_files import weights_file
     from compose.engine import compose
+    from compose.fused_adapter import fuse
     from compose.pipelines import PipelineCache
 
     def ingredient(name: str, path: Path) -> Ingredient:
@@ -57,7 +62,10 @@ def compose_local(
     known = {"name": base.name, "weights_digest": base.weights_digest}
     # Beside the output, so that the last step is a rename inside one file system.
     with tempfile.TemporaryDirectory(prefix=".rankwise-compose-", dir=output.parent) as scratch:
-        pipelines = PipelineCache.of(precision, device)
+        pipelines, result = PipelineCache.of(precision, device), Path(scratch) / "result"
+        if yields == "adapter":
+            fused = fuse(request, pipelines, result, _teller(progress))
+            return _finish(result, output, {**fused.report, "precision": precision, "device": device})
         found = compose(request, pipelines, _teller(progress))
         recipe = recipe_of(
             request,
@@ -68,16 +76,20 @@ def compose_local(
             precision=precision,
             device=device,
         )
-        result = Path(scratch) / "result"
         write_files(found, recipe, result)
         report = {**found.report, "precision": precision, "device": device}
         if alone:
             (result / IMAGE).rename(output)
             return report
-        (result / REPORT_FILE).write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        if output.exists():
-            output.rmdir()
-        result.rename(output)
+        return _finish(result, output, report)
+
+
+def _finish(result: Path, output: Path, report: dict[str, Any]) -> dict[str, Any]:
+    """Write the report beside the result, and move both to where they belong."""
+    (result / REPORT_FILE).write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    if output.exists():
+        output.rmdir()
+    result.rename(output)
     return report
 
 

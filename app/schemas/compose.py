@@ -86,12 +86,13 @@ class ComposeScene(RequestModel):
 
 
 class ComposeParams(ComposeScene):
-    """Compose one image of several adapters."""
+    """Compose one image of several adapters; by methods that yield an adapter, one adapter of them."""
 
     method: str = Field("clora", description="See GET /methods.", json_schema_extra={"enum": list(METHODS)})
     parameters: dict[str, Any] = Field(
         default_factory=dict, description="Options of the method; GET /methods/compose/{method} has their JSON Schema."
     )
+    name: Name | None = Field(None, description="Of the image, or of the adapter if the method yields one.")
 
 
 class CompareMethod(RequestModel):

@@ -165,6 +165,11 @@ def test_a_comparison_points_to_the_method_that_is_wrong(kitchen: Any) -> None:
         kitchen, {**body, "methods": [{"method": "merge"}] * 2, "prompt": "a"}, "/compose-image/compare"
     )
     assert "/concepts/0/noun" in pointers
+    fusing = {**body, "methods": [{"method": "merge"}, {"method": "gradient_fusion"}]}
+    _, pointers = refused(kitchen, fusing, "/compose-image/compare")
+    assert pointers == {"/methods/1/method"}, "there is no picture of an adapter"
+    alone = body_of(kitchen, method="gradient_fusion", name="both")
+    assert kitchen[0].client.post("/compose-image", json=alone).status_code == 202
     good = kitchen[0].client.post(
         "/compose-image/compare", json={**body, "methods": [{"method": "merge"}, {"method": "clora"}]}
     )

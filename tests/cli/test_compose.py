@@ -93,6 +93,16 @@ def test_a_wrong_scene_leaves_nothing_behind(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_adapters_of_files_are_fused_into_one(cli: Any, folder: Path, tmp_path: Path) -> None:
+    changes = {"method": "gradient_fusion", "parameters": {"samples": 1}}
+    result = cli("compose", write_scene(folder, **changes), "-o", tmp_path / "fused", "--json")
+    assert result.code == 0, result.err
+    written = {path.name for path in (tmp_path / "fused").iterdir()}
+    assert written == {"adapter_config.json", "adapter_model.safetensors", "composition_report.json"}
+    wrong = cli("compose", write_scene(folder, **changes), "-o", tmp_path / "fused.png")
+    assert (wrong.code, "yields an adapter" in wrong.err) == (1, True)
+
+
 def test_an_image_of_files_needs_a_place(cli: Any, folder: Path) -> None:
     for options in ([], ["-o", "x.png", "--no-wait"]):
         assert cli("compose", write_scene(folder), *options).code == 2

@@ -11,7 +11,7 @@ from compose.evidence_files import IMAGE
 from compose.recipe import save_png
 from storage.images import ImageFacts
 from workers.context import JobContext, JobOutcome, NewFile, NewImage
-from workers.jobs.compose import FETCHED, SAMPLED, Kitchen, teller
+from workers.jobs.kitchen import FETCHED, SAMPLED, Kitchen, teller
 
 SHEET = "sheet"
 

@@ -14,11 +14,11 @@ from merge.catalog import parse_parameters
 from merge.options import MergeOptions
 from merge.plan import MergeInput
 from storage.adapters import Parent
+from workers.adapter_names import default_name
 from workers.context import JobContext, JobOutcome, NewAdapter, StoredAdapter
 
 LIBRARIES = ("rankwise", "torch", "numpy", "numba")
 UNKNOWN_BASE = "unknown"
-NAME_LIMIT = 200
 # Shares of the progress bar.
 _FETCHED, _MERGED = 0.1, 0.95
 
@@ -101,14 +101,6 @@ def _recipe(method: str, options: MergeOptions, inputs: Sequence[MergeInput]) ->
         "adapters": [{"id": item.id, "weight": item.weight, "weights_digest": item.digest} for item in inputs],
         "versions": {library: version(library) for library in LIBRARIES},
     }
-
-
-def default_name(names: Sequence[str], method: str) -> str:
-    """ "merge of a + b (lego)", shortened in the middle to what a name may have."""
-    name, tail = "merge of " + " + ".join(names), f" ({method})"
-    if len(name) + len(tail) > NAME_LIMIT:
-        name = name[: NAME_LIMIT - len(tail) - 1] + "…"
-    return name + tail
 
 
 def _common_model(ids: Sequence[str | None]) -> str | None:

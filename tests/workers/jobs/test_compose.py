@@ -245,6 +245,28 @@ def test_a_latent_that_becomes_nan_names_the_step(bench: Bench) -> None:
         handle.remove()
 
 
+def test_a_method_that_fuses_publishes_an_adapter_with_its_lineage(bench: Bench) -> None:
+    params = bench.params("first", "second", method="gradient_fusion", parameters={"samples": 1}, name="both")
+    context = bench.attempt(params)
+    result = publish(context, compose.run(context))
+    assert result["images"] == []
+    with bench.pool.database.read() as session:
+        row = adapters.get_adapter(session, result["adapters"][0])
+        history = adapters.lineage(session, row.id)
+        assert (row.name, row.origin, row.model_id, row.rank) == (
+            "both",
+            "compose",
+            bench.base,
+            result["report"]["rank"],
+        )
+        recipes = {edge.parent_id: edge.recipe for edge in history.edges}
+    assert recipes.keys() == {bench.ids["first"], bench.ids["second"]}
+    assert recipes[bench.ids["second"]]["method"] == "gradient_fusion"
+    # what came out is an adapter like any other
+    bench.ids["both"] = result["adapters"][0]
+    assert bench.png(bench.params("both")) != bench.png(bench.params("first"))
+
+
 def test_a_deleted_adapter_is_named_with_its_place(bench: Bench) -> None:
     context = bench.attempt(bench.params("first", styles=[{"adapter": bench.ids["peft"], "weight": 0.5}]))
     with bench.pool.database.write() as session:
