@@ -54,12 +54,13 @@ def resolve_targets(
             if not hits:
                 problems.append(
                     FieldError(
-                        f"/parameters/target_modules/{position}", f"no layer is called {name!r}{_near(name, linear)}"
+                        f"/parameters/target_modules/{position}",
+                        f"no linear layer is called {name!r}{_near(name, linear)}",
                     )
                 )
         if problems:
             raise RequestInvalid(
-                f"The base model has no layer called {wanted[_position(problems[0])]!r}.",
+                f"The base model has no linear layer called {wanted[_position(problems[0])]!r}.",
                 hint=f"Its layers: {', '.join(leaves(linear))}.",
                 errors=problems,
             )

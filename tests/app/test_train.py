@@ -81,7 +81,7 @@ def test_a_base_model_may_be_named_and_a_task_written_out(training: Any) -> None
         (
             {"parameters": {"target_modules": ["q_proj", "qproj"]}},
             "/parameters/target_modules/1",
-            "no layer is called 'qproj'; did you mean 'q_proj'?",
+            "no linear layer is called 'qproj'; did you mean 'q_proj'?",
         ),
         (
             {"parameters": {"target_modules": ["q_proj", "embed_tokens"]}},

@@ -77,7 +77,7 @@ def test_the_report_is_shown_to_people_and_the_pictures_lie_beside_the_weights(
     [
         ({"method": "lara"}, "There is no training method 'lara'"),
         ({"parameters": {"rank": 40}}, "Rank 40 is above 16"),
-        ({"parameters": {"target_modules": ["query"]}}, "no layer called 'query'"),
+        ({"parameters": {"target_modules": ["query"]}}, "no linear layer called 'query'"),
         ({"training": {"steps": 2, "epochs": 3}}, "give steps or epochs, not both"),
         ({"speed": 3}, "/speed"),
         ({"base_model": None}, "/base_model"),

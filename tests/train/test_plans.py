@@ -35,7 +35,7 @@ def test_a_name_means_the_ends_of_paths_at_a_dot() -> None:
     assert len(resolve_targets(LINEAR, ["q_proj"])) == 2
     named = resolve_targets(LINEAR, ["unet.model.layers.0.self_attn.q_proj"])
     assert [target.path for target in named] == [sorted(LINEAR)[3]]
-    with pytest.raises(RequestInvalid, match="no layer called 'proj'"):
+    with pytest.raises(RequestInvalid, match="no linear layer called 'proj'"):
         resolve_targets(LINEAR, ["proj"])
 
 

@@ -148,8 +148,9 @@ def test_what_does_not_fit_is_refused(imaging: Any, tiny_base: Path, tmp_path: P
 
     with pytest.raises(RequestInvalid, match="The dataset is jsonl"):
         learn(imaging, rows=sums(3))
-    with pytest.raises(RequestInvalid, match="no layer called 'q_proj'"):
-        imaging.run("lora", {"target_modules": ["q_proj"]}, task=TASK, steps=1)
+    for name in ("q_proj", "conv_in"):  # a convolution is there, and is adapted by no method
+        with pytest.raises(RequestInvalid, match=f"no linear layer called '{name}'"):
+            imaging.run("bone", {"target_modules": [name]}, task=TASK, steps=1)
     imaging.data = DataFile(write_images(tmp_path / "one.zip", 1), "images")
     with pytest.raises(RequestInvalid, match="row is left"):
         learn(imaging)
