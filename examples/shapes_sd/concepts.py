@@ -34,7 +34,6 @@ from examples.shapes_sd.drawing import (
 
 HERE = Path(__file__).resolve().parent
 BASE, ADAPTERS = HERE / "base", HERE / "adapters"
-PICTURES = 240
 SINGLE_EVERY = 6
 DARK = 0.3
 """The background in the style's pictures."""
@@ -49,6 +48,8 @@ class ConceptLesson:
     kind: str
     colour: str
     seed: int
+    pictures: int = 240
+    steps: int = 600
 
     def example(self, random: np.random.Generator, index: int) -> tuple[list[Shape], str, float]:
         """Shapes, caption, background. Every sixth picture has the concept alone; the others have the other shape too,
@@ -73,6 +74,8 @@ class StyleLesson:
 
     name: str
     seed: int
+    pictures: int = 192
+    steps: int = 260
 
     def example(self, random: np.random.Generator, index: int) -> tuple[list[Shape], str, float]:
         """Shapes, caption, background."""
@@ -94,7 +97,7 @@ def write_dataset(lesson: ConceptLesson | StyleLesson, path: Path) -> None:
     random = np.random.default_rng(lesson.seed)
     lines = []
     with zipfile.ZipFile(path, "w") as archive:
-        for index in range(PICTURES):
+        for index in range(lesson.pictures):
             scene, text, ground = lesson.example(random, index)
             picture = Image.fromarray((draw(scene, ground) * 255).round().astype(np.uint8))
             buffer = io.BytesIO()
@@ -113,7 +116,7 @@ def recipe(lesson: ConceptLesson | StyleLesson, dataset: Path, base: Path) -> di
         "task": {"type": "text-to-image", "resolution": 32, "prompt_dropout": 0.1},
         "parameters": {"rank": 8, "alpha": 8},
         "training": {
-            "steps": 600,
+            "steps": lesson.steps,
             "batch_size": 16,
             "learning_rate": 0.003,
             "schedule": "cosine",

@@ -45,13 +45,15 @@ from examples.shapes_sd.runs import (
     make,
     request_of,
 )
-from examples.shapes_sd.scorer import GREEN_SQUARE, MAGENTA_CIRCLE, YELLOW_SQUARE, components, to_array
+from examples.shapes_sd.scorer import GREEN_SQUARE, MAGENTA_CIRCLE, YELLOW_SQUARE, background, components, to_array
 
 FIRST_SEED = 2000
 PAIRS = {"green": GREEN, "yellow": YELLOW}
 FIGURES = ("first", "second", "both", "clean", "leak", "count_error")
 WATCHED_STEPS = (2, 4, 8)
-PARTS = ("alone", "methods", "locality")
+PARTS = ("alone", "methods", "style", "locality")
+DARK_BELOW = 0.45
+"""The style's ground is 0.3, the base model's 0.85."""
 ALONE = (
     ("magenta_circle", "sks", "circle", MAGENTA_CIRCLE),
     ("green_square", "zwx", "square", GREEN_SQUARE),
@@ -159,6 +161,20 @@ def alone_part(arguments: argparse.Namespace) -> None:
             print(f"| {name} | {shown} | {_mean(hits):.2f} | {_mean(leaks):.2f} |", flush=True)
 
 
+def style_part(arguments: argparse.Namespace) -> None:
+    """The style together with both concepts, against the same without it."""
+    print("\n| method with the style | seeds | dark ground | both | clean |\n|---|---|---|---|---|")
+    seeds = range(FIRST_SEED, FIRST_SEED + arguments.seeds // 2)
+    for row in (MERGES[0], CLORA_ROW):
+        made = []
+        for seed in seeds:
+            request = request_of(GREEN, row, seed, arguments.base, arguments.adapters, styled=True)
+            made.append(make(request, GREEN.wanted, pipelines()))
+        dark = _mean(background(to_array(item.composition.image)).max() < DARK_BELOW for item in made)
+        scores = [_mean(getattr(item.score, figure) for item in made) for figure in ("both", "clean")]
+        print(f"| {row.name} | {len(made)} | {dark:.2f} | {scores[0]:.2f} | {scores[1]:.2f} |", flush=True)
+
+
 def separation_part(found: dict[str, Records]) -> None:
     """How far the update has drawn the maps apart, and whether the loss falls."""
     print("\n| step | gap without update | with | larger on | uphill, larger on | overlap of masks without | with |")
@@ -198,6 +214,8 @@ def main(words: Sequence[str] | None = None) -> None:
     arguments.work.mkdir(parents=True, exist_ok=True)
     if "alone" in arguments.parts:
         alone_part(arguments)
+    if "style" in arguments.parts:
+        style_part(arguments)
     for name in arguments.pairs:
         if "methods" in arguments.parts:
             found = methods_part(arguments, name)

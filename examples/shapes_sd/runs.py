@@ -14,7 +14,7 @@ from compose.composition import Composition
 from compose.engine import compose
 from compose.latent_update import step_size
 from compose.pipelines import PipelineCache
-from compose.request import CompositionRequest, Concept
+from compose.request import CompositionRequest, Concept, Style
 from examples.shapes_sd.concepts import ADAPTERS, BASE
 from examples.shapes_sd.scorer import GREEN_SQUARE, MAGENTA_CIRCLE, YELLOW_SQUARE, Score, Wanted, score, to_array
 
@@ -69,9 +69,10 @@ NO_LORA = Row("no adapter", "merge", COMMON, (0.0, 0.0))
 MERGES = tuple(Row(f"merge, weight {weight}", "merge", COMMON, (weight, weight)) for weight in (1.0, 1.3, 1.6))
 SWITCH = Row("switch, τ 4", "switch", {**COMMON, "switch_steps": 4})
 COMPOSITE = Row("composite", "composite", COMMON)
+FREEFUSE = Row("freefuse", "freefuse", {**MASKS, "mask_steps": 4})
 MASK_ONLY = Row("clora_mask_only", "clora_mask_only", MASKS)
 CLORA_ROW = Row("clora", "clora", CLORA)
-METHODS = (NO_LORA, *MERGES, SWITCH, COMPOSITE, MASK_ONLY, CLORA_ROW)
+METHODS = (NO_LORA, *MERGES, SWITCH, COMPOSITE, FREEFUSE, MASK_ONLY, CLORA_ROW)
 
 AVERAGED = Row("clora: no update, no masks", "clora_mask_only", {**MASKS, "apply_mask_after": STEPS})
 UNMASKED = Row("clora: update, no masks", "clora", {**CLORA, "apply_mask_after": STEPS})
@@ -80,6 +81,10 @@ NO_SQUARE = Row("clora: no adapter for the square", "clora", CLORA, (1.0, 0.0))
 NO_ADAPTERS = Row("clora: no adapter at all", "clora", CLORA, (0.0, 0.0))
 CONTROLS = (AVERAGED, UNMASKED, FLIPPED, NO_SQUARE, NO_ADAPTERS)
 HEAVY = tuple(Row(f"{name}, weight 1.6", name, COMMON, (1.6, 1.6)) for name in ("switch", "composite"))
+
+
+DARK = "dark_ground"
+"""The style."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,14 +100,17 @@ class Made:
     seconds: float
 
 
-def request_of(pair: Pair, row: Row, seed: int, base: Path = BASE, adapters: Path = ADAPTERS) -> CompositionRequest:
-    """One image."""
+def request_of(
+    pair: Pair, row: Row, seed: int, base: Path = BASE, adapters: Path = ADAPTERS, *, styled: bool = False
+) -> CompositionRequest:
+    """One image; on a dark ground if it is styled."""
     concepts = (
         Concept(adapters / "magenta_circle", "magenta_circle", "sks", "circle", row.weights[0]),
         Concept(adapters / pair.square, pair.square, "zwx", "square", row.weights[1]),
     )
+    styles = (Style(adapters / DARK, DARK),) if styled else ()
     return CompositionRequest(
-        base, concepts, PROMPT, method=row.method, parameters=row.parameters, seed=seed, steps=STEPS
+        base, concepts, PROMPT, styles, method=row.method, parameters=row.parameters, seed=seed, steps=STEPS
     )
 
 
