@@ -7,8 +7,9 @@ from sqlalchemy.orm import Session
 from app.base_models import base_model
 from app.schemas.compose import CompareParams, ComposeParams, ComposeScene
 from app.settings import Settings
+from app.stored_inputs import stored_adapters
 from artifacts.base_model import UNET, check_modules
-from artifacts.errors import ComposeRefused, FieldError, NotFound, RequestInvalid
+from artifacts.errors import ComposeRefused, FieldError, RequestInvalid
 from artifacts.manifest import LoraModule
 from compose.catalog import find_method
 from compose.validation import validate
@@ -75,23 +76,10 @@ def check_scene(session: Session, request: ComposeScene, devices: int) -> str:
         )
     named = [(f"/concepts/{position}/adapter", item.adapter) for position, item in enumerate(request.concepts)]
     named += [(f"/styles/{position}/adapter", item.adapter) for position, item in enumerate(request.styles)]
-    found = _adapters(session, named)
+    found = stored_adapters(session, named)
     for pointer, adapter_id in named:
         _check_fits(row, found[adapter_id], pointer)
     return row.id
-
-
-def _adapters(session: Session, named: list[tuple[str, str]]) -> dict[str, AdapterRow]:
-    found: dict[str, AdapterRow] = {}
-    missing = []
-    for pointer, adapter_id in named:
-        try:
-            found[adapter_id] = adapters.get_adapter(session, adapter_id)
-        except NotFound:
-            missing.append(FieldError(pointer, f"there is no adapter {adapter_id}"))
-    if missing:
-        raise RequestInvalid(f"T{missing[0].message[1:]}.", hint="GET /adapters lists what is here.", errors=missing)
-    return found
 
 
 def _check_fits(base: ModelRow, row: AdapterRow, pointer: str) -> None:

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from sqlalchemy.orm import Session
 
 from app.schemas.merge import MergeAdapter
+from app.stored_inputs import stored_adapters
 from artifacts.base_model import BaseModelRef
-from artifacts.errors import FieldError, NotFound, RequestInvalid
 from merge.plan import MergeInput
 from storage import adapters
 
@@ -21,14 +21,11 @@ def merge_inputs(session: Session, requested: Sequence[MergeAdapter]) -> list[Me
     Raises:
         RequestInvalid: an id that names no adapter, or a deleted one; all of them are listed.
     """
+    named = [(f"/adapters/{position}/id", item.id) for position, item in enumerate(requested)]
+    found = stored_adapters(session, named)
     inputs: list[MergeInput] = []
-    missing: list[FieldError] = []
-    for position, item in enumerate(requested):
-        try:
-            row = adapters.get_adapter(session, item.id)
-        except NotFound:
-            missing.append(FieldError(f"/adapters/{position}/id", f"there is no adapter {item.id}"))
-            continue
+    for item in requested:
+        row = found[item.id]
         manifest = adapters.manifest_of(row)
         inputs.append(
             MergeInput(
@@ -42,11 +39,5 @@ def merge_inputs(session: Session, requested: Sequence[MergeAdapter]) -> list[Me
                 base=adapters.base_of(session, row) or BaseModelRef.named(UNKNOWN_BASE),
                 weight=item.weight,
             )
-        )
-    if missing:
-        raise RequestInvalid(
-            f"{missing[0].message[0].upper()}{missing[0].message[1:]}.",
-            hint="GET /adapters lists what is here.",
-            errors=missing,
         )
     return inputs

@@ -11,12 +11,13 @@ from app.base_models import base_model
 from app.schemas.train import TrainParams, TrainRequest
 from app.service_state import alive_servers
 from app.settings import Settings
-from artifacts.errors import FieldError, NotFound, RequestInvalid
+from app.stored_inputs import stored_adapters, stored_dataset
+from artifacts.errors import FieldError, RequestInvalid
 from artifacts.manifest import AdapterManifest
-from storage import adapters, datasets, models
+from storage import adapters, models
 from storage.tables import DatasetRow, ModelRow
 from train.catalog import find_method, parse_parameters
-from train.continuation import ContinueFrom, check_base, continued_options, place
+from train.continuation import POINTER, ContinueFrom, check_base, continued_options, place
 from train.estimate import Estimate, check_fits, estimate
 from train.feasibility import check_base_kind, check_feasible
 from train.options.common import Circumstances
@@ -42,14 +43,7 @@ def check_train(settings: Settings, session: Session, request: TrainParams, devi
     """
     check_feasible(request.full_task, request.training, request.evaluation, devices)
     row = _base_model(session, request)
-    try:
-        dataset = datasets.get_dataset(session, request.dataset, lock=True)
-    except NotFound as error:
-        raise RequestInvalid(
-            f"There is no dataset {request.dataset}.",
-            hint="Upload one with POST /datasets.",
-            errors=[FieldError("/dataset", error.detail)],
-        ) from error
+    dataset = stored_dataset(session, request.dataset)
     _check_suitable(dataset, request.full_task)
     needed = _estimate(session, row, request, devices, dataset.rows)
     memory = _memory_of_all(settings, session)
@@ -120,14 +114,7 @@ def _start(session: Session, base: ModelRow, wanted: ContinueFrom | None) -> Ada
     """The adapter that the training goes on from."""
     if wanted is None:
         return None
-    try:
-        row = adapters.get_adapter(session, wanted.adapter)
-    except NotFound as error:
-        raise RequestInvalid(
-            f"There is no adapter {wanted.adapter} to go on from.",
-            hint="GET /adapters lists what is here.",
-            errors=[FieldError("/continue_from", error.detail)],
-        ) from error
+    row = stored_adapters(session, [(POINTER, wanted.adapter)])[wanted.adapter]
     check_base(row.id, adapters.base_of(session, row), models.ref_of(base), wanted.minimum_compatibility)
     return adapters.manifest_of(row)
 
