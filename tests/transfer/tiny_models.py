@@ -51,17 +51,19 @@ def write_tokenizer(directory: Path, size: int) -> int:
     return core.get_vocab_size()
 
 
-def write_llama(directory: Path, *, seed: int = 0, vocabulary: int = 400, hidden: int = 32, layers: int = 2) -> Path:
+def write_llama(
+    directory: Path, *, seed: int = 0, vocabulary: int = 400, layers: int = 2, max_positions: int = 512
+) -> Path:
     """A random Llama."""
     size = write_tokenizer(directory, vocabulary)
     config = LlamaConfig(
         vocab_size=size,
-        hidden_size=hidden,
+        hidden_size=32,
         intermediate_size=48,
         num_hidden_layers=layers,
         num_attention_heads=4,
         num_key_value_heads=2,
-        max_position_embeddings=512,
+        max_position_embeddings=max_positions,
         bos_token_id=None,
         eos_token_id=0,
         pad_token_id=0,
