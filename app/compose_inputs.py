@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import TypeVar
+
 from sqlalchemy.orm import Session
 
 from app.base_models import base_model
 from app.schemas.compose import CompareParams, ComposeParams, ComposeScene
 from app.settings import Settings
 from app.stored_inputs import stored_adapters
-from artifacts.base_model import UNET, check_modules
+from artifacts.base_model import PIPELINE_INDEX, UNET, check_modules
 from artifacts.errors import ComposeRefused, FieldError, RequestInvalid
 from artifacts.manifest import LoraModule
 from compose.catalog import find_method
+from compose.pipeline_facts import PipelineFacts
 from compose.validation import validate
 from storage import adapters, models
 from storage.tables import AdapterRow, ModelRow
@@ -19,6 +25,7 @@ from storage.tables import AdapterRow, ModelRow
 _TEXT_PREFIXES = ("text_encoder.", "text_encoder_2.", "text_model.")
 LOW_RANK = ("lora", "rslora", "dora", "dylora")
 _LISTED = 20
+T = TypeVar("T")
 
 
 def check_compose(settings: Settings, session: Session, request: ComposeParams, devices: int = 1) -> str:
@@ -28,36 +35,59 @@ def check_compose(settings: Settings, session: Session, request: ComposeParams, 
         The id of the base model.
 
     Raises:
-        RequestInvalid and its kin: see `check_scene`; or the request does not fit itself (`compose.validation`).
+        RequestInvalid and its kin: see `_check_scene`; or the request does not fit itself (`compose.validation`), or
+            the pipeline (`compose.pipeline_facts`).
     """
-    del settings
-    validate(request.scene(request.method, request.parameters), find_method(request.method).capabilities.yields)
-    return check_scene(session, request, devices)
+    plain = request.scene(request.method, request.parameters)
+    validated = validate(plain, find_method(request.method).capabilities.yields)
+    row = _check_scene(session, request, devices)
+    facts = _facts(settings, row)
+    if facts is not None:
+        facts.check(plain, validated.options)
+    return row.id
 
 
 def check_compare(settings: Settings, session: Session, request: CompareParams, devices: int = 1) -> str:
     """As `check_compose`, for every method; findings about one point below `/methods/{its position}`."""
-    del settings
-    for position, item in enumerate(request.methods):
-        try:
-            validate(request.scene(item.method, item.parameters))
-        except RequestInvalid as error:
-            error.errors = tuple(_of_method(finding, position) for finding in error.errors)
-            raise
-    return check_scene(session, request, devices)
+    plain = [request.scene(item.method, item.parameters) for item in request.methods]
+    options = [_of_method(position, partial(validate, scene)).options for position, scene in enumerate(plain)]
+    row = _check_scene(session, request, devices)
+    facts = _facts(settings, row)
+    if facts is not None:
+        for position, (scene, found) in enumerate(zip(plain, options, strict=True)):
+            _of_method(position, partial(facts.check, scene, found))
+    return row.id
 
 
-def _of_method(finding: FieldError, position: int) -> FieldError:
-    """What is about a method points to it; what is about the scene stays."""
-    own = finding.pointer == "/method" or finding.pointer.startswith("/parameters")
-    return FieldError(f"/methods/{position}{finding.pointer}", finding.message) if own else finding
+def _of_method(position: int, check: Callable[[], T]) -> T:
+    """What `check` gives. Its findings about a method point to the one that it is about; others stay as they are."""
+    try:
+        return check()
+    except RequestInvalid as error:
+        error.errors = tuple(
+            FieldError(f"/methods/{position}{item.pointer}", item.message)
+            if item.pointer == "/method" or item.pointer.startswith("/parameters")
+            else item
+            for item in error.errors
+        )
+        raise
 
 
-def check_scene(session: Session, request: ComposeScene, devices: int) -> str:
+def _facts(settings: Settings, row: ModelRow) -> PipelineFacts | None:
+    """What the pipeline's files say, if this server sees them: its workers may run elsewhere."""
+    if row.source != "path":
+        return None
+    folder = Path(row.location).resolve()
+    roots = [root.resolve() for root in settings.model_roots]
+    seen = any(folder.is_relative_to(root) for root in roots) and (folder / PIPELINE_INDEX).is_file()
+    return PipelineFacts.read(folder) if seen else None
+
+
+def _check_scene(session: Session, request: ComposeScene, devices: int) -> ModelRow:
     """Check what a scene names.
 
     Returns:
-        The id of the base model.
+        The base model.
 
     Raises:
         RequestInvalid: an unknown or removed base model, an unknown adapter, several devices.
@@ -79,7 +109,7 @@ def check_scene(session: Session, request: ComposeScene, devices: int) -> str:
     found = stored_adapters(session, named)
     for pointer, adapter_id in named:
         _check_fits(row, found[adapter_id], pointer)
-    return row.id
+    return row
 
 
 def _check_fits(base: ModelRow, row: AdapterRow, pointer: str) -> None:

@@ -13,7 +13,6 @@ from typing import Any
 
 from torch import Tensor
 
-from artifacts.errors import ComposeRefused, FieldError
 from compose.attention_processor import (
     PlainAttention,
     check_plain,
@@ -23,11 +22,7 @@ from compose.attention_processor import (
     query_of,
     value_of,
 )
-
-SUITABLE_SIDE = 16
-"""Cells a side that a grid should have at the model's native size (arXiv:2403.19776 takes maps of 16×16)."""
-
-_POINTER = "/parameters/map_grid"
+from compose.map_grid import choose_grid
 
 
 class Stop(Exception):
@@ -69,29 +64,10 @@ def map_layers(unet: Any) -> list[MapLayer]:
 
 
 def map_factor(unet: Any, wanted: int | None = None) -> int:
-    """How many latent pixels a side are one cell of the maps.
-
-    The coarsest grid with at least `SUITABLE_SIDE` cells a side at the model's native size, or the finest of all if
-    none has as many: 4 for Stable Diffusion (16×16 of 64×64) and SDXL (32×32 of 128×128).
-
-    Raises:
-        ComposeRefused: the UNet has no cross-attention, or none on the grid that is asked for.
-    """
-    factors = sorted({layer.factor for layer in map_layers(unet)})
-    if not factors:
-        raise ComposeRefused("The UNet has no cross-attention, so that words have no place in the picture.")
-    if wanted is not None:
-        if wanted not in factors:
-            raise ComposeRefused(
-                f"The UNet has no cross-attention on a grid {wanted} times coarser than the latent.",
-                hint=f"It has some at {', '.join(map(str, factors))}.",
-                errors=[FieldError(_POINTER, f"must be one of {', '.join(map(str, factors))}")],
-            )
-        return wanted
+    """How many latent pixels a side are one cell of the maps: see `compose.map_grid.choose_grid`."""
     native = unet.config.sample_size
     side = native if isinstance(native, int) else max(native)
-    suitable = [factor for factor in factors if side // factor >= SUITABLE_SIDE]
-    return suitable[-1] if suitable else factors[0]
+    return choose_grid([layer.factor for layer in map_layers(unet)], side, wanted)
 
 
 @dataclass(slots=True)

@@ -19,9 +19,9 @@ from artifacts.errors import ComposeRefused, FieldError
 from artifacts.layout import CONFIG_NAME
 from compose.adapter_files import COMPONENTS, UNET, check_fits, read_adapter, weights_file
 from compose.adapter_switch import activate, rest, restored, tuner_layers
+from compose.pipeline_facts import SUPPORTED, base_refused, pipeline_kind
 from compose.precision import Precision
 
-SUPPORTED = ("StableDiffusionPipeline", "StableDiffusionXLPipeline")
 MAX_ADAPTERS = 16
 MAX_PIPELINES = 1
 
@@ -68,7 +68,7 @@ class LoadedPipeline:
                 str(base), dtype=dtype, use_safetensors=True, local_files_only=True, **extra
             )
         except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
-            raise _refused(f"The base model {base.name!r} can not be loaded: {error}") from error
+            raise base_refused(f"The base model {base.name!r} can not be loaded: {error}") from error
         return cls.of(pipeline.to(device), max_adapters=max_adapters)
 
     @classmethod
@@ -256,31 +256,19 @@ class PipelineCache:
             return self.loaded[key]
 
 
-def pipeline_kind(base: Path) -> str:
-    """The class of the pipeline in a folder. Raises ComposeRefused when it is none that is supported."""
-    from artifacts.layout import read_json
-
-    index = base / "model_index.json"
-    kind = read_json(index).get("_class_name") if index.is_file() else None
-    if kind not in SUPPORTED:
-        found = f"is a {kind}" if kind else "is no folder of a diffusers pipeline"
-        raise _refused(f"The base model {base.name!r} {found}; images are composed with {' or '.join(SUPPORTED)}.")
-    return str(kind)
-
-
 def _check_pipeline(pipeline: Any) -> None:
     unet = pipeline.unet
     if type(pipeline).__name__ not in SUPPORTED:
-        raise _refused(f"{type(pipeline).__name__} is none of {', '.join(SUPPORTED)}.")
+        raise base_refused(f"{type(pipeline).__name__} is none of {', '.join(SUPPORTED)}.")
     if hasattr(unet, "_orig_mod"):
-        raise _refused("The UNet was compiled with torch.compile, which attention maps can not be read from.")
+        raise base_refused("The UNet was compiled with torch.compile, which attention maps can not be read from.")
     config = unet.config
     if config.in_channels != pipeline.vae.config.latent_channels:
-        raise _refused(f"The UNet takes {config.in_channels} channels, more than a latent: an inpainting model?")
+        raise base_refused(f"The UNet takes {config.in_channels} channels, more than a latent: an inpainting model?")
     if getattr(config, "time_cond_proj_dim", None) is not None:
-        raise _refused("The UNet was distilled to take its guidance as an input (a consistency model).")
+        raise base_refused("The UNet was distilled to take its guidance as an input (a consistency model).")
     if getattr(config, "class_embed_type", None) or getattr(config, "encoder_hid_dim_type", None):
-        raise _refused("The UNet takes more than text and a time.")
+        raise base_refused("The UNet takes more than text and a time.")
 
 
 def _identity(path: Path) -> str:
@@ -292,11 +280,3 @@ def _identity(path: Path) -> str:
     found = [file.stat() for file in files]
     text = "\0".join(f"{item.st_dev} {item.st_ino} {item.st_size} {item.st_mtime_ns}" for item in found)
     return hashlib.sha256(text.encode()).hexdigest()
-
-
-def _refused(detail: str) -> ComposeRefused:
-    return ComposeRefused(
-        detail,
-        hint="Give the folder that save_pretrained of such a pipeline wrote, with safetensors weights.",
-        errors=[FieldError("/base_model", detail)],
-    )

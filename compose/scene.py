@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from artifacts.errors import ComposeRefused, CompositionDiverged, FieldError
+from artifacts.errors import CompositionDiverged
 from compose.attention_maps import Stop
 from compose.options.common import ComposeOptions
+from compose.pipeline_facts import check_side
 from compose.pipelines import LoadedPipeline
 from compose.prompts import ScenePrompts, prompt_ids
 from compose.request import CompositionRequest
@@ -258,11 +259,7 @@ def checked_size(loaded: LoadedPipeline, height: int | None, width: int | None, 
     found = []
     for name, given, own in (("height", height, sides[0]), ("width", width, sides[1])):
         side = own * loaded.vae_factor if given is None else given
-        if side % multiple:
-            near = max(multiple, round(side / multiple) * multiple)
-            message = f"{side} is no multiple of {multiple}, as this model needs it; {near} is"
-            raise ComposeRefused(f"The {name} {message}.", errors=[FieldError(f"/{name}", message)])
-        found.append(side)
+        found.append(check_side(name, side, multiple))
     return found[0], found[1]
 
 

@@ -29,7 +29,9 @@ def _print_image(console: Console, report: dict[str, Any]) -> None:
             f"composition report: {report.get('method')}",
             {
                 "prompt": report.get("prompt"),
-                "size": f"{report.get('width')}×{report.get('height')}",
+                "size": f"{report['width']}×{report['height']}" if "width" in report else None,
+                "rank": report.get("rank"),
+                "layers": report.get("layers"),
                 "seed": report.get("seed"),
                 "steps": report.get("steps"),
                 "sampler": report.get("scheduler"),

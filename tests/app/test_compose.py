@@ -84,6 +84,8 @@ def test_a_scene_becomes_a_job_that_knows_its_base_model(kitchen: Any) -> None:
         ({"steps": True}, "/steps"),
         ({"seed": 0.5}, "/seed"),
         ({"width": 5000}, "/width"),
+        ({"width": 33}, "/width"),
+        ({"parameters": {"map_grid": 8}}, "/parameters/map_grid"),
         ({"styles": [{"adapter": "adp_" + "f" * 32, "weight": 3.0}]}, "/styles/0/weight"),
         ({"styles": [{"adapter": "adp_" + "f" * 32}]}, "/styles/0/adapter"),
         ({"precision": "int8"}, "/precision"),
@@ -161,6 +163,9 @@ def test_a_comparison_points_to_the_method_that_is_wrong(kitchen: Any) -> None:
     assert pointers == {"/methods/1/parameters/temperature"}
     _, pointers = refused(kitchen, {**body, "methods": [{"method": "merge"}]}, "/compose-image/compare")
     assert pointers == {"/methods"}
+    fine = {"method": "clora", "parameters": {"map_grid": 8}}
+    _, pointers = refused(kitchen, {**body, "methods": [{"method": "merge"}, fine]}, "/compose-image/compare")
+    assert pointers == {"/methods/1/parameters/map_grid"}
     _, pointers = refused(
         kitchen, {**body, "methods": [{"method": "merge"}] * 2, "prompt": "a"}, "/compose-image/compare"
     )
