@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
@@ -19,7 +20,7 @@ from compose.mask_report import labels
 from compose.options.lora_composer import LoraComposerOptions
 from compose.output_masks import masked_outputs
 from compose.places import box_mask
-from compose.prompts import full_tokens
+from compose.prompts import full_tokens, token_table
 from compose.protocol import CompositionMethod, Denoised, Evidence
 from compose.regional_attention import RegionalAttention
 from compose.regions import Regions, resized
@@ -83,18 +84,27 @@ class LoraComposer(CompositionMethod):
         given = self.options.region_prompts
         if given is not None:
             return list(given), [f"/parameters/region_prompts/{index}" for index in range(len(given))]
-        concepts = self.scene.request.concepts
-        return [f"{item.trigger} {item.noun}".strip() for item in concepts], ["/concepts"] * len(concepts)
+        prompts = list(self.scene.prompts.single)
+        return prompts, ["/prompt"] * len(prompts)
+
+    def _tokens(self, prompts: list[str], pointers: list[str]) -> Sequence[tuple[int, ...]]:
+        """Of each concept in its own prompt. Raises ComposeRefused."""
+        scene, concepts = self.scene, self.scene.request.concepts
+        tokenizer, limit = scene.loaded.pipeline.tokenizer, scene.token_limit
+        if self.options.region_prompts is None:  # every prompt has every noun, of which some may be equal
+            everywhere = [scene.prompts.plain, *prompts]
+            return token_table(tokenizer, everywhere, concepts, ["/prompt"] * len(everywhere), limit).mask_tokens[1:]
+        return [
+            full_tokens(tokenizer, prompt, [concept], pointer, limit)[0]
+            for prompt, concept, pointer in zip(prompts, concepts, pointers, strict=True)
+        ]
 
     def _boxed(self, prompts: list[str], pointers: list[str]) -> list[BoxedConcept]:
         """Raises ComposeRefused when a box has no cell of the maps, or a prompt not its concept's words."""
         scene = self.scene
         rows, columns = (side // self.factor for side in scene.latent_size)
         found = []
-        for index, concept in enumerate(scene.request.concepts):
-            (tokens,) = full_tokens(
-                scene.loaded.pipeline.tokenizer, prompts[index], [concept], pointers[index], scene.token_limit
-            )
+        for index, tokens in enumerate(self._tokens(prompts, pointers)):
             mask = resized(self.masks[index : index + 1], (rows, columns))[0]
             if not bool(mask.any()):
                 pointer = f"/parameters/boxes/{index}"

@@ -21,8 +21,8 @@ class LoraComposerOptions(ComposeOptions):
     and does not see the other boxes; the latent is moved until attention fills the boxes.
 
     Losses, their weights and the re-initialisation are those of the authors' code. Different here: a cell is in a box
-    when its centre is, plain LoRAs take the place of ED-LoRAs with their embeddings, boxes may not be steered by poses
-    or sketches, and whoever shares a cell of two boxes sees both of them."""
+    when its centre is, plain LoRAs take the place of ED-LoRAs with their embeddings, poses and sketches do not steer,
+    and a cell of two boxes sees both of them."""
 
     boxes: list[Box] | None = Field(
         None,
@@ -30,12 +30,14 @@ class LoraComposerOptions(ComposeOptions):
         "sides.",
     )
     region_prompts: list[Text] | None = Field(
-        None, description="What each box reads, with its concept's trigger and noun; unset, these alone."
+        None,
+        description="What each box reads, with its concept's trigger and noun; unset, the scene with its own trigger "
+        "only.",
     )
     adapted_layers: Literal["words", "all"] = Field(
-        "words",
-        description="Where a concept's adapter acts in its box: words are keys, values and outputs of cross-attention, "
-        "as in the authors' code; all is every layer that it has.",
+        "all",
+        description="Where a concept's adapter acts in its box: all is every layer that it has; words are keys, values "
+        "and outputs of cross-attention only, as in the authors' code, whose ED-LoRAs hold most in their embeddings.",
     )
     isolate: StrictBool = Field(True, description="Keep the boxes from seeing each other in self-attention.")
     reinitialise: StrictBool = Field(

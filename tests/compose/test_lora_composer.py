@@ -251,6 +251,13 @@ def test_what_does_not_fit_is_refused(sd: Any, parameters: Any, pointer: str) ->
     assert pointer in {item.pointer for item in refused.value.errors}
 
 
+def test_equal_nouns_are_told_apart_by_their_place(sd: Any, pipelines: Any) -> None:
+    request = request_of(sd, prompt="a circle and a circle")
+    twins = tuple(replace(item, noun="circle", trigger="") for item in request.concepts)
+    with prepared(replace(request, concepts=twins), pipelines) as (method, _, _):
+        assert [item.tokens for item in method.boxed] == [(2,), (5,)]
+
+
 def test_boxes_and_words_that_can_not_be_found_are_refused(sd: Any, pipelines: Any) -> None:
     tiny = {"left": 0.51, "top": 0.51, "right": 0.55, "bottom": 0.55}
     with pytest.raises(ComposeRefused, match="covers no cell") as refused:
