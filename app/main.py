@@ -181,4 +181,5 @@ def pool_settings(settings: Settings) -> PoolSettings:
         grace_seconds=settings.grace_seconds,
         model_roots=settings.model_roots,
         warm_bytes=settings.warm_bytes,
+        safety_checker=None if settings.safety_checker is None else str(settings.safety_checker),
     )

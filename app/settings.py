@@ -8,7 +8,7 @@ import os
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, Field, IPvAnyNetwork, field_validator, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, IPvAnyNetwork, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 GIB = 1024**3
@@ -26,6 +26,10 @@ def is_loopback(host: str) -> bool:
 
 def _absolute(path: Path) -> Path:
     return path.expanduser().absolute()
+
+
+def _off_is_none(value: Any) -> Any:
+    return None if isinstance(value, str) and value.strip().lower() == "off" else value
 
 
 AbsolutePath = Annotated[Path, AfterValidator(_absolute)]
@@ -70,6 +74,11 @@ class Settings(BaseSettings):
     )
     model_roots: Annotated[tuple[AbsolutePath, ...], NoDecode] = Field(
         (), description=f"Folders under which local base models may be registered, separated by {os.pathsep!r}."
+    )
+    safety_checker: Annotated[AbsolutePath | None, BeforeValidator(_off_is_none)] = Field(
+        None,
+        description="Folder safety_checker of a Stable Diffusion pipeline, which every composed image is shown to "
+        "before it is given out; off or unset: images are not checked.",
     )
     host: str = Field("127.0.0.1", description="Bind address. Another than loopback needs api_keys on.")
     port: int = Field(8000, ge=0, le=65535)

@@ -14,6 +14,7 @@
     │   │   ├── ShapeMismatch         422 shape_mismatch         the same module with other dimensions
     │   │   └── RankOutOfRange        422 rank_out_of_range      below 1 or above the sum of the ranks
     │   ├── ComposeRefused            422 compose_refused        the image can not be composed this way
+    │   ├── ImageFlagged              422 image_flagged          the safety checker took offence at the image
     │   ├── CompositionDiverged       422 composition_diverged   a gradient or a prediction became NaN or infinite
     │   ├── TrainingDiverged          422 training_diverged      the loss became NaN or infinite
     │   ├── TransferRefused           422 transfer_refused       the adapter can not be moved to that base model
@@ -132,6 +133,10 @@ class RankOutOfRange(MergeRefused):
 
 class ComposeRefused(RequestInvalid):
     code, title = "compose_refused", "The image can not be composed this way"
+
+
+class ImageFlagged(RequestInvalid):
+    code, title = "image_flagged", "The safety checker flagged the image"
 
 
 class CompositionDiverged(RequestInvalid):

@@ -25,6 +25,7 @@ class AttemptSpec:
         model_roots: folders under which local base models may lie.
         warm_bytes: base models that the worker may keep in memory, bytes; None: a share of what the device has.
         resources: the job's own wishes and the hints of earlier attempts (`reduce_memory`).
+        safety_checker: folder of the checker that images are shown to; None: they are not checked.
     """
 
     job_id: str
@@ -43,6 +44,7 @@ class AttemptSpec:
     devices: int = 1
     warm_bytes: int | None = None
     resources: Mapping[str, Any] = field(default_factory=dict)
+    safety_checker: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

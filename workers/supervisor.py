@@ -50,6 +50,7 @@ class PoolSettings:
         devices: see `workers.devices.parse_devices`, and `workers.ray_slots.SlotRules` for Ray.
         pool: what runs the worker processes.
         warm_bytes: base models that a worker may keep in memory; None: a share of what its device has.
+        safety_checker: see `AttemptSpec`.
         retry_seconds: wait before the second attempt after a failure of the infrastructure; doubles with each one.
         kinds: kind of job → "module:function".
     """
@@ -67,6 +68,7 @@ class PoolSettings:
     poll_seconds: float = 1.0
     model_roots: Sequence[str | Path] = ()
     warm_bytes: int | None = None
+    safety_checker: str | None = None
     retry_seconds: float = 1.0
     kinds: Mapping[str, str] = field(default_factory=lambda: KINDS)
 
@@ -331,6 +333,7 @@ class Supervisor:
             log=str(self._work_dir / LOG_FOLDER / f"{name}.log"),
             devices=claim.devices,
             warm_bytes=self._warm_bytes(lane),
+            safety_checker=self._settings.safety_checker,
             resources=claim.resources,
         )
 

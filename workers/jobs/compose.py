@@ -25,6 +25,7 @@ def run(context: JobContext) -> JobOutcome:
     Raises:
         NotFound: the base model or an adapter is not there any more.
         ComposeRefused and its kin: they do not fit each other. CompositionDiverged: NaN, naming the step.
+        ImageFlagged: by the safety checker.
         AttemptCancelled, AttemptStale
     """
     method: str = context.params["method"]

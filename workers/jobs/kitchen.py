@@ -16,6 +16,7 @@ from compose.evidence_files import write_files
 from compose.precision import Precision, precision_of
 from compose.recipe import Ingredient, recipe_of
 from compose.request import DEFAULT_STEPS, CompositionRequest, Concept, Style
+from compose.safety import loaded_checker
 from compose.validation import validate
 from storage.images import ImageFacts
 from workers.context import JobContext, NewFile, NewImage, StoredAdapter, StoredModel
@@ -82,8 +83,13 @@ class Kitchen:
         return folder, stored.name
 
     def compose(self, request: CompositionRequest, tell: Callable[[StepReport], None]) -> Composition:
-        """Make one image. Raises as `workers.jobs.compose.run`."""
-        return compose_with(self.loaded, request, validate(request), tell)
+        """Make one image, and show it to the safety checker if there is one. Raises as `workers.jobs.compose.run`."""
+        folder = self.context.spec.safety_checker
+        checker = None if folder is None else loaded_checker(Path(folder))  # before the work: without it, none is done
+        found = compose_with(self.loaded, request, validate(request), tell)
+        if checker is not None:
+            checker.check(found.image)
+        return found
 
     def image(self, request: CompositionRequest, found: Composition, folder: Path, *, label: str) -> NewImage:
         """A finished image with its files, written into the new `folder`."""
@@ -169,7 +175,8 @@ def teller(context: JobContext, begin: float, end: float, what: str = "") -> Cal
         begin, end: the share of the progress bar that the steps take.
         what: before each message.
     """
-    every = context.params.get("preview_every")
+    # A preview is shown to nobody before the checker has seen the image.
+    every = context.params.get("preview_every") if context.spec.safety_checker is None else None
 
     def tell(step: StepReport) -> None:
         context.check_cancelled()

@@ -6,6 +6,7 @@ import json
 import shutil
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from artifacts.errors import (
     AttemptStale,
     ComposeRefused,
     CompositionDiverged,
+    ImageFlagged,
     NotFound,
     RequestInvalid,
 )
@@ -243,6 +245,25 @@ def test_a_latent_that_becomes_nan_names_the_step(bench: Bench) -> None:
             compose.run(context)
     finally:
         handle.remove()
+
+
+def test_an_image_that_the_checker_flags_is_given_to_nobody(bench: Bench, tmp_path: Path) -> None:
+    from test_safety import write_checker
+
+    context = bench.attempt(bench.params("first", preview_every=1))
+    strict, mild = write_checker(tmp_path / "strict", -2.0), write_checker(tmp_path / "mild", 2.0)
+    context.spec = replace(context.spec, safety_checker=str(strict))
+    with pytest.raises(ImageFlagged):
+        compose.run(context)
+    with bench.pool.database.read() as session, pytest.raises(NotFound):
+        previews.get_preview(session, context.spec.job_id)
+    passed = bench.attempt(bench.params("first"))
+    passed.spec = replace(passed.spec, safety_checker=str(mild))
+    assert compose.run(passed).images
+    absent = bench.attempt(bench.params("first"))
+    absent.spec = replace(absent.spec, safety_checker=str(tmp_path / "absent"))
+    with pytest.raises(RequestInvalid, match="can not be loaded"):
+        compose.run(absent)
 
 
 def test_a_method_that_fuses_publishes_an_adapter_with_its_lineage(bench: Bench) -> None:
