@@ -11,6 +11,7 @@ from artifacts.menu import find_row, parse_options
 from transfer.options import (
     CopyOptions,
     CrossLoraOptions,
+    LorasuiteOptions,
     LoraXOptions,
     ProloraOptions,
     RefreshOptions,
@@ -105,6 +106,18 @@ _ROWS = (
         arxiv="2405.17258",
         reference_url="https://arxiv.org/abs/2405.17258",
         capabilities=Capabilities(trains=True, any_source=True, across_widths=True, needs=("seeds",)),
+    ),
+    TransferMethod(
+        name="lorasuite",
+        title="LoRASuite",
+        summary="A start computed from both bases' weights, and a short training on answers of the source adapter.",
+        when="When some inputs may be kept and training shall be short. Both bases need layers named as Llama's.",
+        cost="Both bases' weights in memory at once, pseudo-inverses of words and MLPs, and a short training.",
+        options=LorasuiteOptions,
+        implementation="transfer.methods.lorasuite:LoraSuite",
+        arxiv="2505.13515",
+        reference_url="https://arxiv.org/abs/2505.13515",
+        capabilities=Capabilities(trains=True, any_source=False, across_widths=True, needs=("inputs",)),
     ),
     TransferMethod(
         name="copy",

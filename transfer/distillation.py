@@ -12,6 +12,7 @@ import torch
 from artifacts.errors import FieldError, TransferRefused
 from train.base_files import BaseFiles
 from train.catalog import find_method
+from train.continuation import Start
 from train.data import DataFile
 from train.engine import Inputs, Plan, TrainObserver, linear_layers, train_adapter
 from train.options.common import TrainOptions
@@ -59,12 +60,14 @@ def distil(
     output: Path,
     observer: TrainObserver,
     resume: Path | None = None,
+    start: Start | None = None,
 ) -> TrainReport:
     """Train on the rows (JSON Lines of `transfer.synthetic.SyntheticSet.training_rows`) and write the adapter.
 
     Args:
         folder: the training's own.
         resume: an unpacked checkpoint of the same training.
+        start: the adapter that the training goes on from; the options follow it.
 
     Raises:
         As `train.engine.train_adapter`.
@@ -81,7 +84,9 @@ def distil(
     )
     make = make_task if how.token_share is None else partial(SelectedTokens, share=how.token_share)
     method = find_method(how.method).load(how.options)
-    return train_adapter(plan, method, Inputs(base, DataFile(rows, "jsonl"), folder, resume), output, observer, make)
+    return train_adapter(
+        plan, method, Inputs(base, DataFile(rows, "jsonl"), folder, resume, start), output, observer, make
+    )
 
 
 def layers_of(base: BaseFiles) -> Mapping[str, tuple[int, int]]:

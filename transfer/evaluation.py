@@ -56,17 +56,25 @@ class Exam:
         )
 
 
-@torch.inference_mode()
 def mean_states(
     model: Any, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], batch_size: int
 ) -> NDArray[np.float64]:
     """(texts, width) mean over the tokens of the model's last hidden states: the features of MMD²."""
+    return layer_states(model, tokenizer, texts, batch_size)[-1]
+
+
+@torch.inference_mode()
+def layer_states(
+    model: Any, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], batch_size: int
+) -> list[NDArray[np.float64]]:
+    """For every layer (texts, width): the mean over the tokens of what it gives."""
     prompts = [list(tokenizer(text)["input_ids"]) for text in texts]
-    rows: dict[int, torch.Tensor] = {}
+    rows: dict[int, list[torch.Tensor]] = {}
     for places in batches_by_length(prompts, batch_size):
         batch = left_padded([prompts[place] for place in places], padding_of(tokenizer), device_of(model))
         output = model(**batch, use_cache=False, logits_to_keep=1, output_hidden_states=True)
         mask = batch["attention_mask"][:, :, None].double()
-        pooled = (output.hidden_states[-1].double() * mask).sum(dim=1) / mask.sum(dim=1)
-        rows.update(zip(places, pooled.cpu(), strict=True))
-    return torch.stack([rows[place] for place in range(len(prompts))]).numpy()
+        pooled = [(state.double() * mask).sum(dim=1) / mask.sum(dim=1) for state in output.hidden_states[1:]]
+        for row, place in enumerate(places):
+            rows[place] = [state[row].cpu() for state in pooled]
+    return [torch.stack([rows[place][layer] for place in range(len(prompts))]).numpy() for layer in range(len(rows[0]))]

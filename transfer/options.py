@@ -138,6 +138,25 @@ class RefreshOptions(DistilOptions):
     trans-lora's, with real inputs in place of synthetic ones."""
 
 
+class LorasuiteOptions(DistilOptions):
+    """LoRASuite, arXiv:2505.13515: a start computed from both bases' weights (words in common, layers paired by their
+    likeness, heads by that of their weights), and a short training on answers of the source adapter to inputs that were
+    kept, or else to the seeds. The paper trains on 100 samples of the task itself."""
+
+    training: TrainingSettings = Field(
+        TrainingSettings(epochs=3, learning_rate=1e-4, batch_size=8),
+        description="The training after the start, as in POST /train (paper: 3 epochs, 1e-4, no warm-up).",
+    )
+    samples: Annotated[StrictInt, Field(ge=3, le=MAX_ROWS)] = Field(
+        100, description="Most inputs that are used: to pair the layers, and to train on."
+    )
+    keep_scale: StrictBool = Field(
+        True,
+        description="Make ΔW as large beside the target's weight as it was beside the source's. The published formulas "
+        "(false) lose the scale.",
+    )
+
+
 class TransLoraOptions(DistilOptions):
     """Trans-LoRA, arXiv:2405.17258: the target base invents inputs after a few seeds, a filter keeps those that look
     like the task, the source adapter answers them, and a new adapter learns the answers. No training data is read."""

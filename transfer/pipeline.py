@@ -15,13 +15,18 @@ from pathlib import Path
 from typing import Any
 
 from artifacts.errors import NotMergeable, TransferRefused
+from artifacts.intake import inspect
+from train.catalog import find_method
+from train.continuation import Start, continued_options
 from train.methods.peft_adapter import WEIGHTS
+from train.options.common import TrainOptions
 from transfer.bench import Bench, Resident, TransferInputs, TransferObserver
 from transfer.candidates import Screened
 from transfer.catalog import METHODS, TransferMethod
 from transfer.distillation import Distillation, distil, layers_of, query_and_value
 from transfer.evaluation import Exam, Item, mean_states
 from transfer.gate import BASE, SOURCE, TRANSFERRED, ArmScore, GateReport, GateSettings, judge
+from transfer.identity import canonical_digest
 from transfer.labelling import Label, Labeller, LabelReport, synthetic_set
 from transfer.leaks import count_leaks
 from transfer.options import DistilOptions, TransferOptions, TransLoraOptions, WeightOptions
@@ -177,10 +182,10 @@ class _Work:
         if drawn.spans and isinstance(options, TransLoraOptions):
             rows = _with_spans(rows, data, drawn)
             share = options.token_share
-        defaults = () if "target_modules" in options.target_parameters else _default_layers(inputs)
+        start = None if drawn.start is None else Start("start", inspect(drawn.start), drawn.start)
         how = Distillation(
             options.target_method,
-            options.train_options(tuple(defaults)),
+            _target_options(options, inputs, start),
             options.training,
             options.max_length,
             inputs.seed,
@@ -194,12 +199,16 @@ class _Work:
             how.options.model_dump(mode="json"),
             how.training.model_dump(mode="json", exclude={"checkpoint_seconds", "checkpoint_steps"}),
             [how.max_length, how.seed, how.token_share],
+            None if drawn.start is None else self._files.put((drawn.start / WEIGHTS).read_bytes()),
         ]
         unit = f"train-{name}"
-        found = self._files.json_unit(unit, given, lambda: self._trained(name, how, rows))
+        # Checkpoints of a training with other inputs are no use to this one.
+        folder = inputs.folder / f"training-{canonical_digest(given)[:16]}"
+        make = partial(self._trained, folder, how, rows, start)
+        found = self._files.json_unit(unit, given, make)
         if any(self._files.get(digest) is None for digest in found["files"].values()):
             self._files.forget(unit)
-            found = self._files.json_unit(unit, given, lambda: self._trained(name, how, rows))
+            found = self._files.json_unit(unit, given, make)
         self._write(found["files"], output)
         training: dict[str, Any] = found["training"]
         return training
@@ -213,10 +222,9 @@ class _Work:
             assert data is not None
             (output / name).write_bytes(data)
 
-    def _trained(self, name: str, how: Distillation, rows: bytes) -> dict[str, Any]:
+    def _trained(self, folder: Path, how: Distillation, rows: bytes, start: Start | None) -> dict[str, Any]:
         self._resident.free()
         self._observer.unit("train", "training the new adapter")
-        folder = self._inputs.folder / f"training-{name}"
         follower = TrainingFollower(folder / "checkpoints", self._observer.stop_wanted)
         resume = follower.newest()
         work, output = folder / "work", folder / "adapter"
@@ -225,7 +233,7 @@ class _Work:
         work.mkdir(parents=True)
         path = work / "rows.jsonl"
         path.write_bytes(rows)
-        report = distil(how, self._inputs.target.files, path, work, output, follower, resume)
+        report = distil(how, self._inputs.target.files, path, work, output, follower, resume, start)
         files = {file.name: self._files.put(file.read_bytes()) for file in sorted(output.iterdir()) if file.is_file()}
         shutil.rmtree(folder)
         kept = ("method", "steps", "final_loss", "trainable_parameters", "target_modules", "reload")
@@ -312,8 +320,12 @@ class _Work:
         return ArmScore(tuple(outcomes), ended, distinct)
 
 
-def _default_layers(inputs: TransferInputs) -> Sequence[str]:
-    return query_and_value(layers_of(inputs.target.files))
+def _target_options(options: DistilOptions, inputs: TransferInputs, start: Start | None) -> TrainOptions:
+    """Options of the new adapter: a start decides its layers, else those of queries and values are meant."""
+    if start is not None:
+        return continued_options(find_method(options.target_method), options.train_options(()), start.manifest)
+    named = "target_modules" in options.target_parameters
+    return options.train_options(() if named else tuple(query_and_value(layers_of(inputs.target.files))))
 
 
 def _listed(label: Label) -> list[Any]:

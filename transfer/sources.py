@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from transfer.bench import Bench
@@ -25,6 +26,7 @@ class Drawn:
         report: counts and rates.
         unfiltered: texts before the filter, to measure what it does; they stay inside the transfer.
         degraded: fewer inputs were accepted than wanted.
+        start: folder of an adapter of the target base that the training goes on from.
     """
 
     kept: tuple[Screened, ...]
@@ -33,6 +35,7 @@ class Drawn:
     report: Mapping[str, Any] = field(default_factory=dict)
     unfiltered: tuple[str, ...] = ()
     degraded: bool = False
+    start: Path | None = None
 
 
 class PromptSource(ABC):
