@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 from sqlalchemy.orm import Session
 
 from app.base_models import base_model
+from app.main_memory import memory_of_all
 from app.schemas.compose import CompareParams, ComposeParams, ComposeScene
 from app.settings import Settings
 from app.stored_inputs import stored_adapters
@@ -17,7 +19,11 @@ from artifacts.base_model import PIPELINE_INDEX, UNET, check_modules
 from artifacts.errors import ComposeRefused, FieldError, RequestInvalid
 from artifacts.manifest import LoraModule
 from compose.catalog import find_method
+from compose.memory import check_fits, estimate
+from compose.options.common import ComposeOptions
 from compose.pipeline_facts import PipelineFacts
+from compose.precision import Precision, precision_of
+from compose.request import CompositionRequest
 from compose.validation import validate
 from storage import adapters, models
 from storage.tables import AdapterRow, ModelRow
@@ -41,9 +47,9 @@ def check_compose(settings: Settings, session: Session, request: ComposeParams, 
     plain = request.scene(request.method, request.parameters)
     validated = validate(plain, find_method(request.method).capabilities.yields)
     row = _check_scene(session, request, devices)
-    facts = _facts(settings, row)
-    if facts is not None:
-        facts.check(plain, validated.options)
+    pipeline = _Pipeline.of(settings, session, row)
+    if pipeline is not None:
+        pipeline.check(request.precision, plain, validated.options)
     return row.id
 
 
@@ -52,10 +58,10 @@ def check_compare(settings: Settings, session: Session, request: CompareParams, 
     plain = [request.scene(item.method, item.parameters) for item in request.methods]
     options = [_of_method(position, partial(validate, scene)).options for position, scene in enumerate(plain)]
     row = _check_scene(session, request, devices)
-    facts = _facts(settings, row)
-    if facts is not None:
+    pipeline = _Pipeline.of(settings, session, row)
+    if pipeline is not None:
         for position, (scene, found) in enumerate(zip(plain, options, strict=True)):
-            _of_method(position, partial(facts.check, scene, found))
+            _of_method(position, partial(pipeline.check, request.precision, scene, found))
     return row.id
 
 
@@ -73,14 +79,31 @@ def _of_method(position: int, check: Callable[[], T]) -> T:
         raise
 
 
-def _facts(settings: Settings, row: ModelRow) -> PipelineFacts | None:
-    """What the pipeline's files say, if this server sees them: its workers may run elsewhere."""
-    if row.source != "path":
-        return None
-    folder = Path(row.location).resolve()
-    roots = [root.resolve() for root in settings.model_roots]
-    seen = any(folder.is_relative_to(root) for root in roots) and (folder / PIPELINE_INDEX).is_file()
-    return PipelineFacts.read(folder) if seen else None
+@dataclass(frozen=True, slots=True)
+class _Pipeline:
+    """A pipeline whose files this server sees. `memory` of the machine is None where it is not known."""
+
+    folder: Path
+    facts: PipelineFacts
+    memory: int | None
+
+    @classmethod
+    def of(cls, settings: Settings, session: Session, row: ModelRow) -> _Pipeline | None:
+        """None if the server does not see it: its workers may run elsewhere."""
+        if row.source != "path":
+            return None
+        folder = Path(row.location).resolve()
+        roots = [root.resolve() for root in settings.model_roots]
+        if not any(folder.is_relative_to(root) for root in roots) or not (folder / PIPELINE_INDEX).is_file():
+            return None
+        return cls(folder, PipelineFacts.read(folder), memory_of_all(settings, session))
+
+    def check(self, precision: Literal["auto"] | Precision, scene: CompositionRequest, options: ComposeOptions) -> None:
+        """Raises ComposeRefused: what does not suit the pipeline, or can not fit into the memory."""
+        self.facts.check(scene, options)
+        if self.memory is not None:  # which is known of CPUs only
+            needed = estimate(self.folder, self.facts, scene, options, precision_of(precision, "cpu"))
+            check_fits(needed, self.memory, "this machine")
 
 
 def _check_scene(session: Session, request: ComposeScene, devices: int) -> ModelRow:

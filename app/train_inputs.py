@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import socket
-
-import psutil
 from sqlalchemy.orm import Session
 
 from app.base_models import base_model
+from app.main_memory import memory_of_all
 from app.schemas.train import TrainParams, TrainRequest
-from app.service_state import alive_servers
 from app.settings import Settings
 from app.stored_inputs import stored_adapters, stored_dataset
 from artifacts.errors import FieldError, RequestInvalid
@@ -46,7 +43,7 @@ def check_train(settings: Settings, session: Session, request: TrainParams, devi
     dataset = stored_dataset(session, request.dataset)
     _check_suitable(dataset, request.full_task)
     needed = _estimate(session, row, request, devices, dataset.rows)
-    memory = _memory_of_all(settings, session)
+    memory = memory_of_all(settings, session)
     if needed is not None and memory is not None:
         where = "this machine" if devices == 1 else f"each of {devices} devices of this machine"
         check_fits(needed, memory // devices, where)
@@ -117,16 +114,3 @@ def _start(session: Session, base: ModelRow, wanted: ContinueFrom | None) -> Ada
     row = stored_adapters(session, [(POINTER, wanted.adapter)])[wanted.adapter]
     check_base(row.id, adapters.base_of(session, row), models.ref_of(base), wanted.minimum_compatibility)
     return adapters.manifest_of(row)
-
-
-def _memory_of_all(settings: Settings, session: Session) -> int | None:
-    """The main memory, if every slot that is alive is a CPU of this machine; else nobody here knows."""
-    slots = [
-        (str(slot.get("host") or server.host), slot.get("device"))
-        for server in alive_servers(session, settings)
-        for slot in server.slots
-    ]
-    here = socket.gethostname()
-    if not slots or any(host != here or device != "cpu" for host, device in slots):
-        return None
-    return int(psutil.virtual_memory().total)

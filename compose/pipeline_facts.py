@@ -37,6 +37,7 @@ class PipelineFacts:
         native: latent pixels (height, width) of its own size.
         vae_factor: pixels a side that are one latent pixel.
         grids: factors by which grids with cross-attention are coarser than the latent.
+        channels: of each level of the UNet; layers: of each level, at least.
         scheduler, prediction: class of the stored sampler, and what the UNet predicts; None where no file says so.
     """
 
@@ -45,6 +46,8 @@ class PipelineFacts:
     native: tuple[int, int]
     vae_factor: int
     grids: tuple[int, ...]
+    channels: tuple[int, ...]
+    layers: int
     scheduler: str | None
     prediction: str | None
 
@@ -64,6 +67,8 @@ class PipelineFacts:
             native=(side, side) if isinstance(side, int) else (int(side[0]), int(side[1])),
             vae_factor=2 ** (len(vae.get("block_out_channels") or (1,) * 4) - 1),
             grids=_grids(unet),
+            channels=tuple(unet.get("block_out_channels") or _SD_CHANNELS),
+            layers=_layers(unet),
             scheduler=schedule.get("_class_name"),
             prediction=schedule.get("prediction_type"),
         )
@@ -147,6 +152,11 @@ def _check_unet(name: str, unet: Mapping[str, Any], vae: Mapping[str, Any]) -> N
         problem = "takes more than text and a time."
     if problem is not None:
         raise base_refused(f"The UNet of {name!r} {problem}")
+
+
+def _layers(unet: Mapping[str, Any]) -> int:
+    found = unet.get("layers_per_block", 2)
+    return int(found) if isinstance(found, int) else min(found)
 
 
 def _grids(unet: Mapping[str, Any]) -> tuple[int, ...]:

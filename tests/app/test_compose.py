@@ -157,6 +157,16 @@ def test_adapters_of_another_family_are_refused(
     assert pointers == {"/concepts/0/adapter"}
 
 
+def test_an_image_that_no_memory_holds_is_refused(kitchen: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from app import compose_inputs
+
+    monkeypatch.setattr(compose_inputs, "memory_of_all", lambda *_: 3_000_000)
+    assert kitchen[0].client.post("/compose-image", json=body_of(kitchen)).status_code == 202
+    problem, pointers = refused(kitchen, body_of(kitchen, width=512, height=512))
+    assert (problem["code"], pointers) == ("compose_refused", {"/width"})
+    assert "this machine has" in problem["detail"]
+
+
 def test_a_comparison_points_to_the_method_that_is_wrong(kitchen: Any) -> None:
     body = body_of(kitchen, methods=[{"method": "merge"}, {"method": "clora", "parameters": {"temperature": 0}}])
     _, pointers = refused(kitchen, body, "/compose-image/compare")
