@@ -161,6 +161,12 @@ def test_refresh_learns_from_inputs_that_were_kept(pair: Pair, tmp_path: Path) -
         pair.run(tmp_path / "empty", "refresh")
 
 
+def test_the_new_adapter_is_of_the_kind_that_is_asked_for(pair: Pair, tmp_path: Path) -> None:
+    found = pair.run(tmp_path, "seeds-only", target_method="dora", changes={"holdout": ()})
+    assert found.report["training"]["method"] == "dora"
+    assert json.loads((found.adapter / "adapter_config.json").read_text())["use_dora"]
+
+
 def test_what_is_needed_is_asked_for(pair: Pair, tmp_path: Path) -> None:
     for method in ("trans-lora", "seeds-only"):
         with pytest.raises(TransferRefused, match="no seeds") as refused:
