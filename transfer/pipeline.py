@@ -16,13 +16,13 @@ from typing import Any
 
 from artifacts.errors import NotMergeable, TransferRefused
 from artifacts.intake import inspect
-from train.catalog import find_method
+from train.catalog import find_method as find_training
 from train.continuation import Start, continued_options
 from train.methods.peft_adapter import WEIGHTS
 from train.options.common import TrainOptions
 from transfer.bench import Bench, Resident, TransferInputs, TransferObserver
 from transfer.candidates import Screened
-from transfer.catalog import METHODS, TransferMethod
+from transfer.catalog import TransferMethod, find_method
 from transfer.distillation import Distillation, distil, layers_of, query_and_value
 from transfer.evaluation import Exam, Item, mean_states
 from transfer.gate import BASE, SOURCE, TRANSFERRED, ArmScore, GateReport, GateSettings, judge
@@ -70,7 +70,7 @@ def transfer(
 
     Raises:
         TransferRefused, TransferStarved, NotMergeable: see the methods.
-        RequestInvalid: a base model, or the new adapter's parameters, do not fit.
+        RequestInvalid: a base model, or the new adapter's parameters, do not fit; or there is no such control.
         Whatever the observer raises.
     """
     work = _Work(method, options, inputs, observer)
@@ -290,7 +290,7 @@ class _Work:
 
     def _control(self, name: str, exam: Exam) -> dict[str, Any]:
         """A control that can not be made is told as such: between unlike bases that is its result."""
-        row, folder = METHODS[name], self._inputs.folder / f"control-{name}"
+        row, folder = find_method(name), self._inputs.folder / f"control-{name}"
         options: TransferOptions = row.options()
         if isinstance(options, DistilOptions):
             options = row.options.model_validate(
@@ -323,7 +323,7 @@ class _Work:
 def _target_options(options: DistilOptions, inputs: TransferInputs, start: Start | None) -> TrainOptions:
     """Options of the new adapter: a start decides its layers, else those of queries and values are meant."""
     if start is not None:
-        return continued_options(find_method(options.target_method), options.train_options(()), start.manifest)
+        return continued_options(find_training(options.target_method), options.train_options(()), start.manifest)
     named = "target_modules" in options.target_parameters
     return options.train_options(() if named else tuple(query_and_value(layers_of(inputs.target.files))))
 

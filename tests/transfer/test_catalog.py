@@ -35,8 +35,8 @@ def test_every_row_has_an_implementation_in_its_own_file_and_described_options(n
         ({"held_out": 16, "rows": 16}, "/parameters"),
         ({"training": {"early_stopping": {}}}, "/parameters"),
         ({"temperature": 0}, "/parameters/temperature"),
-        ({"target_method": "nonsense"}, "/method"),
-        ({"target_parameters": {"rank": 0}}, "/parameters/rank"),
+        ({"target_method": "nonsense"}, "/parameters/target_method"),
+        ({"target_parameters": {"rank": 0}}, "/parameters/target_parameters/rank"),
     ],
 )
 def test_parameters_out_of_range_are_refused_with_pointers(parameters: dict[str, object], pointer: str) -> None:
