@@ -24,7 +24,8 @@ if TYPE_CHECKING:
 
 class GradientFusion(FusionMethod):
     """Each adapter samples pictures alone; of what every adapted layer was given then, XᵢXᵢᵀ is kept. Each layer's D is
-    solved for and stored as a truncated SVD.
+    solved for and stored as a truncated SVD. All columns of D are sums of those of the Bᵢ, so that the ranks together
+    are enough.
 
     Keys and values of cross-attention are given words: of these the positive prompt's are kept.
     """

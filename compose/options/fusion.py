@@ -55,8 +55,9 @@ class GradientFusionOptions(FusionOptions):
     """Gradient fusion of Mix-of-Show, arXiv:2305.18292: in each layer the W that does to every concept's activations
     what that concept's adapter does, W* = argmin Σᵢ ‖(W₀ + ΔWᵢ)·Xᵢ − W·Xᵢ‖².
 
-    W* − W₀ has any rank; it is stored as a LoRA by a truncated SVD, whose error the report tells. The paper also fuses
-    token embeddings and text encoders, and samples with boxes: not done here."""
+    W* − W₀ = Σ BᵢAᵢCᵢ·(ΣCᵢ + λI)⁻¹ has no more than the adapters' ranks together, so that a LoRA of that rank holds it
+    exactly; of a smaller one, a truncated SVD, the report tells the error. The paper also fuses token embeddings and
+    text encoders, and samples with boxes: not done here."""
 
     solver: Literal["closed_form", "lbfgs"] = Field(
         "closed_form",
@@ -73,7 +74,7 @@ class GradientFusionOptions(FusionOptions):
         50, description="Of lbfgs, in all other layers (the authors' code: 50)."
     )
     rank: Annotated[StrictInt, Field(ge=1, le=4096)] | None = Field(
-        None, description="Of the result; unset, the adapters' ranks together."
+        None, description="Of the result; unset, the adapters' ranks together, with which nothing is lost."
     )
     concept_prompts: Annotated[list[Text], Field(max_length=MAX_CONCEPTS)] | None = Field(
         None, description="A prompt for each concept's samples; unset, the scene with its own trigger only."

@@ -126,6 +126,9 @@ def test_two_adapters_the_order_does_not_matter_and_the_whole_rank_loses_nothing
     assert figures["stored"] == pytest.approx(figures["fused"], rel=1e-6)
     assert found.report["truncation_error"]["largest"] < 1e-6
     assert found.rank <= 64
+    enough = fuse(replace(request, parameters=QUICK), pipelines, tmp_path / "enough")  # the ranks together
+    assert enough.rank == 4
+    assert enough.report["truncation_error"]["largest"] < 1e-6
     narrow = fuse(replace(request, parameters={**QUICK, "rank": 1}), pipelines, tmp_path / "narrow").report
     assert narrow["truncation_error"]["largest"] > 0.1
     assert narrow["objective"]["stored"] > narrow["objective"]["fused"]
