@@ -13,6 +13,8 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "compose"))
 
+SHAPES = Path(__file__).resolve().parents[2] / "examples" / "shapes_sd"
+
 pytestmark = pytest.mark.timeout(300)
 
 
@@ -25,7 +27,7 @@ def kitchen(module_servers: Any, tmp_path_factory: pytest.TempPathFactory) -> An
     folder = tmp_path_factory.mktemp("kitchen")
     base = write_sd(folder / "roots" / "tiny-sd")
     pipeline = diffusers.StableDiffusionPipeline.from_pretrained(base, safety_checker=None)
-    server = module_servers(pool="local", devices="cpu:1", max_wait_seconds=200, model_roots=(base.parent,))
+    server = module_servers(pool="local", devices="cpu:1", max_wait_seconds=200, model_roots=(base.parent, SHAPES))
     model = server.client.post("/models", json={"path": str(base)}, timeout=60)
     assert model.status_code == 201, model.text
     ids = []
@@ -202,3 +204,27 @@ def test_methods_are_compared_on_one_sheet_from_the_same_noise(kitchen: Any) -> 
         x = 8 + number * 40
         place = (x, sheet.height - 40, x + 32, sheet.height - 8)
         assert sheet.crop(place).tobytes() == picture.tobytes()
+
+
+def test_two_real_concepts_appear_in_one_image_over_http(kitchen: Any) -> None:
+    """ShapesSD: from the upload of two LoRAs, as diffusers saves them, to a picture that has both."""
+    import yaml
+
+    from examples.shapes_sd.scorer import GREEN_SQUARE, MAGENTA_CIRCLE, score, to_array
+
+    server = kitchen[0]
+    registered = server.client.post("/models", json={"path": str(SHAPES / "base"), "name": "shapes"}, timeout=60)
+    assert registered.status_code == 201, registered.text
+    body = yaml.safe_load((SHAPES / "scene.yaml").read_text())
+    body["base_model"] = "shapes"
+    for concept in body["concepts"]:
+        file = SHAPES / concept["adapter"] / "pytorch_lora_weights.safetensors"
+        concept["adapter"] = server.upload([("file", (file.name, file.read_bytes()))]).json()["id"]
+    headers = {"Accept": "image/png", "Prefer": "wait=200"}
+    answer = server.client.post("/compose-image", json=body, headers=headers, timeout=220)
+    assert answer.status_code == 200, answer.text
+    found = score(to_array(open_png(answer.content)), MAGENTA_CIRCLE, GREEN_SQUARE)
+    assert found.both, found
+    report = server.client.get(answer.headers["Content-Location"]).json()["report"]
+    assert report["concept_lost"] == []
+    assert report["updates"][-1]["before"] < report["updates"][0]["before"]
