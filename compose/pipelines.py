@@ -64,9 +64,10 @@ class LoadedPipeline:
             {"safety_checker": None, "requires_safety_checker": False} if kind == SUPPORTED[0] else {}
         )
         try:
-            pipeline = getattr(diffusers, kind).from_pretrained(
-                str(base), dtype=dtype, use_safetensors=True, local_files_only=True, **extra
-            )
+            with _no_bars():
+                pipeline = getattr(diffusers, kind).from_pretrained(
+                    str(base), dtype=dtype, use_safetensors=True, local_files_only=True, **extra
+                )
         except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
             raise base_refused(f"The base model {base.name!r} can not be loaded: {error}") from error
         return cls.of(pipeline.to(device), max_adapters=max_adapters)
@@ -254,6 +255,39 @@ class PipelineCache:
                 )
             self.loaded.move_to_end(key)
             return self.loaded[key]
+
+
+def from_hub(name: str, revision: str | None) -> Path:
+    """The folder of a pipeline of the Hugging Face hub, downloaded if it is not in the hub's own cache: safetensors
+    only, no code.
+
+    Raises:
+        ComposeRefused: it can not be had.
+    """
+    import diffusers
+
+    try:
+        with _no_bars():
+            found = diffusers.DiffusionPipeline.download(name, revision=revision, use_safetensors=True)
+    except (OSError, ValueError) as error:
+        raise base_refused(f"The base model {name!r} can not be had from the hub: {error}") from error
+    return Path(found)
+
+
+@contextmanager
+def _no_bars() -> Iterator[None]:
+    """Bars of progress are for a terminal; here they would fill logs."""
+    from diffusers.utils import logging as of_diffusers
+    from transformers.utils import logging as of_transformers
+
+    shown = [library for library in (of_diffusers, of_transformers) if library.is_progress_bar_enabled()]
+    for library in shown:
+        library.disable_progress_bar()
+    try:
+        yield
+    finally:
+        for library in shown:
+            library.enable_progress_bar()
 
 
 def _check_pipeline(pipeline: Any) -> None:

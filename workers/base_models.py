@@ -77,13 +77,16 @@ def load_pipeline(source: ModelSource, *, dtype: str, device: str) -> LoadedPipe
         dtype: a torch dtype's name.
 
     Raises:
-        ComposeRefused: it is no such pipeline, or can not be loaded.
+        ComposeRefused: it is no such pipeline, or can not be had or loaded.
     """
     import torch
 
-    from compose.pipelines import LoadedPipeline
+    from compose.pipelines import LoadedPipeline, from_hub
 
-    return LoadedPipeline.load(Path(source.location), dtype=getattr(torch, dtype), device=device)
+    folder = Path(source.location)
+    if not folder.is_absolute():  # a name on the hub
+        folder = from_hub(source.location, source.revision)
+    return LoadedPipeline.load(folder, dtype=getattr(torch, dtype), device=device)
 
 
 def default_limit(device: str) -> int:

@@ -205,6 +205,30 @@ def test_a_cancelled_job_ends_after_the_step_that_it_is_in_and_leaves_nothing_be
     assert bench.png(bench.params("first")) == before
 
 
+def test_a_pipeline_of_the_hub_is_had_by_its_name_and_commit(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    import diffusers
+
+    from artifacts.base_model import BaseModelRef
+
+    asked: list[tuple[str, str | None, bool]] = []
+
+    def download(name: str, *, revision: str | None, use_safetensors: bool) -> str:
+        asked.append((name, revision, use_safetensors))
+        if name == "org/absent":
+            raise OSError("there is no such repository")
+        return str(bench.toys / "base")
+
+    monkeypatch.setattr(diffusers.DiffusionPipeline, "download", download)
+    with bench.pool.database.write() as session:
+        for name in ("org/tiny", "org/absent"):
+            models.add_model(session, BaseModelRef(name, "hub", name, "c" * 40))
+    assert bench.png(bench.params("first", base_model="org/tiny"))
+    assert asked == [("org/tiny", "c" * 40, True)]
+    with pytest.raises(ComposeRefused, match="no such repository") as refused:
+        bench.png(bench.params("first", base_model="org/absent"))
+    assert [item.pointer for item in refused.value.errors] == ["/base_model"]
+
+
 def test_after_the_devices_memory_ran_out_less_is_used(bench: Bench) -> None:
     params = bench.params(method="clora", parameters={"batch_branches": "auto"})
     report = compose.run(bench.attempt(params, reduce_memory=True)).report
