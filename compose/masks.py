@@ -63,7 +63,8 @@ def concept_masks(
 
     Args:
         maps: (h·w, tokens). tokens: of each concept.
-        disjoint: a cell in several masks stays with the concept whose score is highest there.
+        disjoint: a cell in several masks stays with the concept whose score is highest there; with all whose score is,
+            as where several words have their largest attention.
     """
     masks = torch.stack(
         [refined_mask(token_mask(maps, item, options.mask_threshold, grid), options) for item in tokens]
@@ -71,8 +72,7 @@ def concept_masks(
     if not disjoint:
         return masks
     scores = torch.stack([token_score(maps, item, grid) for item in tokens]).masked_fill(masks == 0, -1.0)
-    winner = scores.argmax(dim=0, keepdim=True)
-    return masks * (torch.arange(len(masks), device=masks.device)[:, None, None] == winner)
+    return masks * (scores == scores.amax(dim=0, keepdim=True))
 
 
 def branch_masks(

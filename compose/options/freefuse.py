@@ -29,9 +29,9 @@ class FreefuseOptions(MaskOptions):
         "that is reached.",
     )
     masks_from: Literal["adapters", "base"] = Field(
-        "adapters",
-        description="What runs while masks are made: all adapters at once, as merge has them, or the base model alone, "
-        "which the authors' code recommends for SDXL.",
+        "base",
+        description="What runs while masks are made: the base model alone, as the authors' code recommends for SDXL, "
+        "or all adapters at once, as merge has them. On ShapesSD the base's masks part concepts better.",
     )
     disjoint: StrictBool = Field(
         True, description="A cell in several masks stays with the concept that attends to it most."

@@ -109,7 +109,7 @@ def test_masks_are_made_before_the_first_step_or_on_the_way(sd: Any, pipelines: 
     again = compose(sd.request(method="freefuse", parameters={"mask_steps": 3}), pipelines)
     assert again.report["passes"]["unet_samples"] == 2 * (3 + 4)
     merged = sd.request(method="merge")
-    on = replace(merged, method="freefuse", parameters={"mask_steps": 1, "restart": False})
+    on = replace(merged, method="freefuse", parameters={"mask_steps": 1, "restart": False, "masks_from": "adapters"})
     pictures: list[list[bytes]] = [[], []]
     for request, to in zip((merged, on), pictures, strict=True):
         found, latents = made(request, pipelines, on_step=lambda step, to=to: to.append(step.preview().tobytes()))
@@ -120,7 +120,7 @@ def test_masks_are_made_before_the_first_step_or_on_the_way(sd: Any, pipelines: 
 
 
 def test_masks_of_the_base_are_those_of_silent_adapters(sd: Any, pipelines: Any) -> None:
-    request = sd.request(method="freefuse", parameters={"mask_steps": 2, "masks_from": "base"})
+    request = sd.request(method="freefuse", parameters={"mask_steps": 2})
     silent = replace(request, concepts=tuple(replace(item, weight=0.0) for item in request.concepts))
     loud, quiet = compose(request, pipelines), compose(silent, pipelines)
     assert loud.report["coverage"] == quiet.report["coverage"]
@@ -139,6 +139,8 @@ def test_a_cell_of_several_masks_stays_with_the_highest_score() -> None:
     maps = torch.tensor([[0.9, 0.1], [0.8, 0.5], [0.4, 0.45], [0.05, 0.05]])
     apart = concept_masks(maps, [(0,), (1,)], (2, 2), MaskOptions(), disjoint=True)
     assert apart.tolist() == [[[1, 0], [0, 0]], [[0, 1], [1, 0]]]
+    tied = concept_masks(maps.index_fill(0, torch.tensor(0), 0.9), [(0,), (1,)], (2, 2), MaskOptions(), disjoint=True)
+    assert tied[:, 0, 0].tolist() == [1, 1]  # the largest of both, whatever their order
     shared = concept_masks(maps, [(0,), (1,)], (2, 2), MaskOptions(), disjoint=False)
     assert shared.tolist() == [[[1, 1], [1, 0]], [[0, 1], [1, 0]]]
 
