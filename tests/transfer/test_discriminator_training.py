@@ -55,9 +55,9 @@ def test_the_loss_counts_the_answer_alone(pair: Pair, tmp_path: Path) -> None:
         assert example.ids[:-1].tolist() == RECIPE.encode("ship 4 mugs", task.tokenizer)
 
 
-def train(pair: Pair, folder: Path, inputs: LabelledInputs) -> DiscriminatorReport:
+def train(pair: Pair, folder: Path, inputs: LabelledInputs, steps: int) -> DiscriminatorReport:
     folder.mkdir()
-    settings = TrainingSettings(steps=40, learning_rate=0.01, batch_size=8)
+    settings = TrainingSettings(steps=steps, learning_rate=0.01, batch_size=8)
     how = Distillation("lora", parse_parameters("lora", {"rank": 8}), settings, 300, seed=0)
     base = BaseFiles("acme/source", str(pair.source))
     report = train_discriminator(inputs, RECIPE, how, base, folder, folder / "adapter", Silent())
@@ -66,12 +66,14 @@ def train(pair: Pair, folder: Path, inputs: LabelledInputs) -> DiscriminatorRepo
 
 
 def test_it_tells_inputs_apart_unless_its_labels_are_shuffled(pair: Pair, tmp_path: Path) -> None:
-    found = train(pair, tmp_path / "right", LabelledInputs.of(REAL, INVENTED))
-    assert found.auc >= 0.8
+    found = train(pair, tmp_path / "right", LabelledInputs.of(REAL, INVENTED), 120)
+    assert found.auc >= 0.95
+    assert found.accepted >= 0.9
+    assert found.rejected >= 0.9
     assert found.trained == 48
     assert found.held_out == 12
     mixed: list[Any] = [*REAL, *INVENTED]
     random.Random(0).shuffle(mixed)
-    shuffled = train(pair, tmp_path / "shuffled", LabelledInputs.of(mixed[:60], mixed[60:]))
+    shuffled = train(pair, tmp_path / "shuffled", LabelledInputs.of(mixed[:60], mixed[60:]), 40)
     assert abs(shuffled.auc - 0.5) < 0.3
     assert shuffled.auc < found.auc
