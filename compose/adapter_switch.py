@@ -17,19 +17,20 @@ def tuner_layers(model: nn.Module) -> list[Any]:
     return [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
 
 
-def activate(model: nn.Module, weights: Mapping[str, float]) -> None:
-    """Exactly these adapters act, each with its weight; none with no weights.
+def activate(model: nn.Module, weights: Mapping[str, float]) -> list[Any]:
+    """Exactly these adapters act, each with its weight; none with no weights. Returns the layers that hold adapters.
 
     Weights are set on every switch, because PEFT keeps those of the switch before; and nothing becomes trainable,
     which PEFT's own switch does to every adapter that it turns on.
     """
-    names = list(weights)
-    for layer in tuner_layers(model):
+    names, layers = list(weights), tuner_layers(model)
+    for layer in layers:
         layer._disable_adapters = not names
         if names:
             layer.set_adapter(names, inference_mode=True)
             for name, weight in weights.items():
                 layer.set_scale(name, weight)
+    return layers
 
 
 def rest(model: nn.Module) -> None:
@@ -122,14 +123,14 @@ def mixed_batch(model: nn.Module, branches: Sequence[Mapping[str, float]], repea
         branches: as `can_mix` allows them.
         repeats: consecutive rows of one branch.
     """
-    activate(model, {name: weight for branch in branches for name, weight in branch.items()})
+    layers = activate(model, {name: weight for branch in branches for name, weight in branch.items()})
     names = [next(iter(branch), "__base__") for branch in branches for _ in range(repeats)]
 
     def choose(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         del module
         return args, {**kwargs, "adapter_names": names}
 
-    active = [layer for layer in tuner_layers(model) if not layer._disable_adapters]
+    active = [layer for layer in layers if not layer._disable_adapters]
     handles = [layer.register_forward_pre_hook(choose, with_kwargs=True) for layer in active]
     try:
         yield

@@ -113,7 +113,8 @@ class LoadedPipeline:
 
     @property
     def dtype(self) -> torch.dtype:
-        found: torch.dtype = self.unet.dtype
+        # diffusers' own property walks through all modules, in every pass
+        found: torch.dtype = next(self.unet.parameters()).dtype
         return found
 
     @property
