@@ -83,7 +83,8 @@ def make_schedule(
     """A sampler from the noise schedule of the one that is stored with the pipeline.
 
     Raises:
-        ComposeRefused: of second order, flow matching, or for a UNet that predicts something else than ε or v.
+        ComposeRefused: of second order, flow matching, for a UNet that predicts something else than ε or v, or more
+            steps than there are.
     """
     from diffusers import DDIMScheduler, EulerDiscreteScheduler
 
@@ -101,6 +102,10 @@ def make_schedule(
         raise _refused(f"{name} calls the model {scheduler.order} times a step.")
     with _numpy_quiet():
         scheduler.set_timesteps(steps, device=device)
+    trained = int(config.get("num_train_timesteps", 1000))
+    if float(scheduler.timesteps.max()) >= trained:
+        detail = f"{steps} steps of {name} go beyond the {trained} that the base model knows"
+        raise ComposeRefused(f"{detail}.", hint="Take fewer steps.", errors=[FieldError("/steps", detail)])
     return Schedule(scheduler, scheduler.timesteps, generator)
 
 

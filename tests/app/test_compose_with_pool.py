@@ -127,7 +127,7 @@ def test_the_image_itself_is_the_answer_for_who_asks_for_it(kitchen: Any) -> Non
 
 def test_previews_are_told_while_the_image_is_made(kitchen: Any) -> None:
     client = kitchen[0].client
-    job = client.post("/compose-image", json=body_of(kitchen, method="merge", steps=1000, preview_every=1)).json()
+    job = client.post("/compose-image", json=body_of(kitchen, method="merge", steps=900, preview_every=1)).json()
     seen, event = None, ""
     with client.stream("GET", f"/jobs/{job['id']}/events", timeout=120) as stream:
         for line in stream.iter_lines():
@@ -143,7 +143,7 @@ def test_previews_are_told_while_the_image_is_made(kitchen: Any) -> None:
     assert client.post(f"/jobs/{job['id']}/cancel").status_code == 200
     ended = client.get(f"/jobs/{job['id']}", headers={"Prefer": "wait=60"}, timeout=90).json()
     assert ended["state"] == "cancelled"
-    assert ended["progress"]["step"] < 1000
+    assert ended["progress"]["step"] < 900
 
 
 def test_images_are_listed_and_deleted(kitchen: Any) -> None:
@@ -168,7 +168,7 @@ def test_an_adapter_that_was_deleted_while_the_job_waited_fails_it_by_name(kitch
     pipeline = diffusers.StableDiffusionPipeline.from_pretrained(write_sd(tmp_path / "base"), safety_checker=None)
     file = write_diffusers_lora(tmp_path / "doomed", pipeline, 9) / "pytorch_lora_weights.safetensors"
     doomed = kitchen[0].upload([("file", (file.name, file.read_bytes()))], {"name": "doomed"}).json()["id"]
-    blocking = client.post("/compose-image", json=body_of(kitchen, method="merge", steps=1000, preview_every=1)).json()
+    blocking = client.post("/compose-image", json=body_of(kitchen, method="merge", steps=900, preview_every=1)).json()
     body = body_of(kitchen)
     body["concepts"][1]["adapter"] = doomed
     job = client.post("/compose-image", json=body).json()

@@ -97,6 +97,12 @@ def test_sizes_that_do_not_divide_are_refused(sd: Any, pipelines: Any, side: str
     assert pointers(refused.value) == {f"/{side}"}
 
 
+def test_more_steps_than_the_model_knows_are_refused(sd: Any, pipelines: Any) -> None:
+    with pytest.raises(ComposeRefused, match="go beyond the 1000") as refused:
+        compose(sd.request(method="merge", steps=1000), pipelines)
+    assert pointers(refused.value) == {"/steps"}
+
+
 def test_prompts_that_are_too_long_are_refused(sd: Any, pipelines: Any) -> None:
     long = "a circle and a square " + "and a " * 8
     for method in ("merge", "clora"):
