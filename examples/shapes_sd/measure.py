@@ -39,6 +39,7 @@ from examples.shapes_sd.runs import (
     METHODS,
     PROMPT,
     STEPS,
+    TOLD,
     YELLOW,
     Pair,
     Row,
@@ -131,7 +132,7 @@ def methods_part(arguments: argparse.Namespace, name: str) -> dict[str, Records]
     found = {}
     half = max(arguments.seeds // 2, 1)
     rows = [(row, arguments.seeds if name == "green" else half) for row in METHODS]
-    rows += [(row, half) for row in (*CONTROLS, *HEAVY)] if name == "green" else []
+    rows += [(row, half) for row in (*CONTROLS, *HEAVY, *TOLD)] if name == "green" else []
     for row, count in rows:
         found[row.name] = records(arguments, name, row, count)
         print(line(row, found[row.name]), flush=True)

@@ -70,8 +70,20 @@ MERGES = tuple(Row(f"merge, weight {weight}", "merge", COMMON, (weight, weight))
 SWITCH = Row("switch, τ 4", "switch", {**COMMON, "switch_steps": 4})
 COMPOSITE = Row("composite", "composite", COMMON)
 FREEFUSE = Row("freefuse", "freefuse", {**MASKS, "mask_steps": 4})
+FREEFUSE_ADAPTERS = Row(
+    "freefuse, masks by the adapters", "freefuse", {**FREEFUSE.parameters, "masks_from": "adapters"}
+)
 MASK_ONLY = Row("clora_mask_only", "clora_mask_only", MASKS)
 CLORA_ROW = Row("clora", "clora", CLORA)
+LEFT = {"left": 0.0, "top": 0.15, "right": 0.5, "bottom": 0.85}
+RIGHT = {"left": 0.5, "top": 0.15, "right": 1.0, "bottom": 0.85}
+BOXES: Mapping[str, Any] = {**COMMON, "boxes": [LEFT, RIGHT]}
+TOLD = (
+    FREEFUSE_ADAPTERS,
+    Row("omg, a half each", "omg", {**COMMON, "places": [{"boxes": [LEFT]}, {"boxes": [RIGHT]}]}),
+    Row("lora_composer, a half each, no update", "lora_composer", {**BOXES, "latent_update": False}),
+    Row("lora_composer, a half each, η 3", "lora_composer", {**BOXES, "step_size": 3.0}),
+)
 METHODS = (NO_LORA, *MERGES, SWITCH, COMPOSITE, FREEFUSE, MASK_ONLY, CLORA_ROW)
 
 AVERAGED = Row("clora: no update, no masks", "clora_mask_only", {**MASKS, "apply_mask_after": STEPS})
