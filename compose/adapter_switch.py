@@ -17,20 +17,29 @@ def tuner_layers(model: nn.Module) -> list[Any]:
     return [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
 
 
-def activate(model: nn.Module, weights: Mapping[str, float]) -> list[Any]:
-    """Exactly these adapters act, each with its weight; none with no weights. Returns the layers that hold adapters.
+def activate(model: nn.Module, weights: Mapping[str, float]) -> None:
+    """Exactly these adapters act in a model: see `activate_layers`."""
+    activate_layers(tuner_layers(model), weights)
+
+
+def activate_layers(layers: Iterable[Any], weights: Mapping[str, float]) -> None:
+    """Exactly these adapters act, each with its weight; none with no weights.
 
     Weights are set on every switch, because PEFT keeps those of the switch before; and nothing becomes trainable,
     which PEFT's own switch does to every adapter that it turns on.
+
+    Args:
+        layers: those of `tuner_layers`. Whoever switches in every step looks for them once: a walk through a UNet
+            takes longer than the switch.
     """
-    names, layers = list(weights), tuner_layers(model)
+    names = list(weights)
     for layer in layers:
         layer._disable_adapters = not names
         if names:
-            layer.set_adapter(names, inference_mode=True)
+            if layer.active_adapters != names:
+                layer.set_adapter(names, inference_mode=True)
             for name, weight in weights.items():
                 layer.set_scale(name, weight)
-    return layers
 
 
 def rest(model: nn.Module) -> None:
@@ -116,14 +125,15 @@ def can_mix(model: nn.Module, branches: Sequence[Mapping[str, float]]) -> bool:
 
 
 @contextmanager
-def mixed_batch(model: nn.Module, branches: Sequence[Mapping[str, float]], repeats: int = 1) -> Iterator[None]:
+def mixed_batch(layers: Sequence[Any], branches: Sequence[Mapping[str, float]], repeats: int = 1) -> Iterator[None]:
     """Each row of a batch has a branch's own adapter: PEFT's mixed batches, without its wrapper around the model.
 
     Args:
+        layers: those of `tuner_layers`.
         branches: as `can_mix` allows them.
         repeats: consecutive rows of one branch.
     """
-    layers = activate(model, {name: weight for branch in branches for name, weight in branch.items()})
+    activate_layers(layers, {name: weight for branch in branches for name, weight in branch.items()})
     names = [next(iter(branch), "__base__") for branch in branches for _ in range(repeats)]
 
     def choose(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:

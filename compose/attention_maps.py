@@ -87,11 +87,14 @@ class MapRecorder:
     stopping: bool = False
     _sum: Tensor | None = field(default=None, repr=False)
     _count: int = 0
+    _paths: list[str] | None = field(default=None, repr=False)
 
     @property
     def layers(self) -> list[str]:
         """Paths, in the order of a forward pass."""
-        return [layer.path for layer in map_layers(self.unet) if layer.factor == self.factor]
+        if self._paths is None:
+            self._paths = [layer.path for layer in map_layers(self.unet) if layer.factor == self.factor]
+        return self._paths
 
     @contextmanager
     def installed(self) -> Iterator[None]:

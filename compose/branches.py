@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from compose.adapter_switch import can_mix, mixed_batch
+from compose.adapter_switch import activate_layers, can_mix, mixed_batch, tuner_layers
 from compose.attention_maps import MapRecorder
 from compose.scene import Conditioning, Prediction, Scene
 
@@ -43,6 +43,7 @@ class Branches:
     Attributes:
         recorder: sees the maps; must be installed.
         both_halves: maps are averaged over the negative and the positive prompt, as the authors' code does it.
+        layers: of the UNet, with adapters.
     """
 
     scene: Scene
@@ -51,8 +52,11 @@ class Branches:
     together: bool = True
     both_halves: bool = False
     truncated: bool = True
+    layers: list[Any] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
+        # no adapter is loaded or unloaded while a request runs
+        self.layers = tuner_layers(self.scene.loaded.unet)
         self.together = (
             self.together
             and len(self.branches) > 1
@@ -102,11 +106,9 @@ class Branches:
         halves = 1 if conditional else 2
         with ExitStack() as stack:
             if len(branches) == 1:
-                scene.loaded.activate_unet(branches[0].adapters)
+                activate_layers(self.layers, branches[0].adapters)
             else:
-                stack.enter_context(
-                    mixed_batch(scene.loaded.unet, [branch.adapters for branch in branches], repeats=halves)
-                )
+                stack.enter_context(mixed_batch(self.layers, [branch.adapters for branch in branches], repeats=halves))
             if maps:
                 if self.recorder is None:
                     raise AssertionError("there is nobody to look at the maps")
