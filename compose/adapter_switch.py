@@ -124,26 +124,49 @@ def can_mix(model: nn.Module, branches: Sequence[Mapping[str, float]]) -> bool:
     )
 
 
-@contextmanager
-def mixed_batch(layers: Sequence[Any], branches: Sequence[Mapping[str, float]], repeats: int = 1) -> Iterator[None]:
-    """Each row of a batch has a branch's own adapter: PEFT's mixed batches, without its wrapper around the model.
+@dataclass(slots=True)
+class MixedBatch:
+    """Batches in which each row has a branch's own adapter: PEFT's mixed batches, without its wrapper around the model.
 
-    Args:
+    Attributes:
         layers: those of `tuner_layers`.
-        branches: as `can_mix` allows them.
-        repeats: consecutive rows of one branch.
     """
-    activate_layers(layers, {name: weight for branch in branches for name, weight in branch.items()})
-    names = [next(iter(branch), "__base__") for branch in branches for _ in range(repeats)]
 
-    def choose(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    layers: Sequence[Any]
+    _rows: list[str] | None = None
+    _installed: bool = False
+
+    @contextmanager
+    def installed(self) -> Iterator[None]:
+        """Hooks tell the layers of each pass which adapter each row has; once for many passes, which is cheaper."""
+        handles = [layer.register_forward_pre_hook(self._choose, with_kwargs=True) for layer in self.layers]
+        self._installed = True
+        try:
+            yield
+        finally:
+            self._installed = False
+            for handle in handles:
+                handle.remove()
+
+    @contextmanager
+    def rows(self, branches: Sequence[Mapping[str, float]], repeats: int = 1) -> Iterator[None]:
+        """A pass inside has these branches' rows; in `installed` only.
+
+        Args:
+            branches: as `can_mix` allows them.
+            repeats: consecutive rows of one branch.
+        """
+        if not self._installed:
+            raise AssertionError("nobody tells the layers which adapter each row has")
+        weights = {name: weight for branch in branches for name, weight in branch.items()}
+        activate_layers(self.layers, weights)
+        names = [next(iter(branch), "__base__") for branch in branches for _ in range(repeats)]
+        self._rows = names if weights else None
+        try:
+            yield
+        finally:
+            self._rows = None
+
+    def _choose(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
         del module
-        return args, {**kwargs, "adapter_names": names}
-
-    active = [layer for layer in layers if not layer._disable_adapters]
-    handles = [layer.register_forward_pre_hook(choose, with_kwargs=True) for layer in active]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
+        return None if self._rows is None else (args, {**kwargs, "adapter_names": self._rows})

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from compose.adapter_switch import activate_layers, can_mix, mixed_batch, tuner_layers
+from compose.adapter_switch import MixedBatch, activate_layers, can_mix, tuner_layers
 from compose.attention_maps import MapRecorder
 from compose.scene import Conditioning, Prediction, Scene
 
@@ -38,7 +38,7 @@ class Seen:
 
 @dataclass(slots=True)
 class Branches:
-    """Runs branches, together in one batch where each has one adapter at most, or one after another.
+    """Runs branches, in `installed`: in one batch where each has one adapter at most, or one after another.
 
     Attributes:
         recorder: sees the maps; must be installed.
@@ -53,10 +53,12 @@ class Branches:
     both_halves: bool = False
     truncated: bool = True
     layers: list[Any] = field(init=False, repr=False)
+    mixed: MixedBatch = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         # no adapter is loaded or unloaded while a request runs
         self.layers = tuner_layers(self.scene.loaded.unet)
+        self.mixed = MixedBatch(self.layers)
         self.together = (
             self.together
             and len(self.branches) > 1
@@ -65,6 +67,10 @@ class Branches:
 
     def __len__(self) -> int:
         return len(self.branches)
+
+    def installed(self) -> AbstractContextManager[None]:
+        """As long as passes are made."""
+        return self.mixed.installed() if self.together else nullcontext()
 
     def predictions(self, latents: Tensor, timestep: Tensor, *, with_maps: bool = False) -> Seen:
         """A whole pass of every branch."""
@@ -108,7 +114,7 @@ class Branches:
             if len(branches) == 1:
                 activate_layers(self.layers, branches[0].adapters)
             else:
-                stack.enter_context(mixed_batch(self.layers, [branch.adapters for branch in branches], repeats=halves))
+                stack.enter_context(self.mixed.rows([branch.adapters for branch in branches], repeats=halves))
             if maps:
                 if self.recorder is None:
                     raise AssertionError("there is nobody to look at the maps")

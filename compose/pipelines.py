@@ -108,12 +108,12 @@ class LoadedPipeline:
 
     @property
     def device(self) -> torch.device:
-        found: torch.device = self.unet.device
+        # diffusers' own properties walk through all modules, in every pass
+        found: torch.device = next(self.unet.parameters()).device
         return found
 
     @property
     def dtype(self) -> torch.dtype:
-        # diffusers' own property walks through all modules, in every pass
         found: torch.dtype = next(self.unet.parameters()).dtype
         return found
 

@@ -68,6 +68,7 @@ class CloraMaskOnly(CompositionMethod):
             together=options.batch_branches == "auto",
             both_halves=options.compat == "official",
         )
+        self.stack.enter_context(self.branches.installed())
 
     def _prompts(self) -> tuple[list[str], list[str]]:
         """Of every branch, with the base's first, and where each stands in the request."""

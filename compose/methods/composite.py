@@ -29,6 +29,7 @@ class Composite(CompositionMethod):
                 for index in range(len(scene.concepts))
             ],
         )
+        self.stack.enter_context(self.branches.installed())
 
     def step(self, index: int, timestep: Tensor, latents: Tensor) -> Denoised:
         del index

@@ -55,6 +55,7 @@ class Omg(CompositionMethod):
         self.weights = blend_weights(self.masks, options.rho).to(scene.loaded.device)
         concepts = [self._concept(index) for index in range(len(scene.concepts))]
         self.branches = Branches(scene, [plain, *concepts], together=options.batch_branches == "auto")
+        self.stack.enter_context(self.branches.installed())
 
     def _concept(self, index: int) -> Branch:
         scene, given = self.scene, self.options.region_prompts

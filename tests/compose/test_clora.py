@@ -170,7 +170,7 @@ def test_one_batch_of_all_branches_is_one_after_another(toys: Any, pipelines: An
             assert method.branches.together is (together == "auto")
             found.append(method.branches.predictions(latents, timestep, with_maps=True))
             unet = method.scene.loaded.unet
-            assert not any(layer._forward_pre_hooks for layer in tuner_layers(unet))
+        assert not any(layer._forward_pre_hooks for layer in tuner_layers(unet))
     for one, two in zip(found[0].predictions, found[1].predictions, strict=True):
         torch.testing.assert_close(one.cond, two.cond, atol=FLOAT, rtol=0)
         torch.testing.assert_close(one.uncond, two.uncond, atol=FLOAT, rtol=0)
