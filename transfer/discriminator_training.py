@@ -19,8 +19,8 @@ from artifacts.errors import FieldError, TransferRefused
 from train.base_files import BaseFiles
 from train.catalog import find_method
 from train.data import DataFile
-from train.engine import Inputs, Plan, TrainObserver, train_adapter
-from train.settings import CausalLmTask, EvaluationSettings
+from train.engine import Inputs, TrainObserver, train_adapter
+from train.settings import CausalLmTask
 from train.tasks.causal_lm import CausalLm
 from train.tasks.causal_rows import Example
 from train.tasks.protocol import TaskContext
@@ -133,20 +133,10 @@ def train_discriminator(
     """
     rows = folder / "rows.jsonl"
     rows.write_bytes(inputs.rows())
-    plan = Plan(
-        method=how.method,
-        options=how.options,
-        task=CausalLmTask(max_length=how.max_length, overlong="drop"),
-        training=how.training,
-        evaluation=EvaluationSettings(validation_fraction=0.0),
-        seed=how.seed,
-        device=how.device,
-        micro_batches=how.micro_batches,
-    )
     method = find_method(how.method).load(how.options)
     make = partial(AnswerToken, recipe=recipe)
     try:
-        train_adapter(plan, method, Inputs(base, DataFile(rows, "jsonl"), folder, resume), output, observer, make)
+        train_adapter(how.plan(), method, Inputs(base, DataFile(rows, "jsonl"), folder, resume), output, observer, make)
     finally:
         rows.unlink()
     return measure(inputs, recipe, base, output, how.training.batch_size, how.device)

@@ -51,6 +51,19 @@ class Distillation:
     token_share: float | None = None
     micro_batches: int = 1
 
+    def plan(self) -> Plan:
+        """On every row; what a transfer measures, it measures elsewhere."""
+        return Plan(
+            method=self.method,
+            options=self.options,
+            task=CausalLmTask(max_length=self.max_length, overlong="drop"),
+            training=self.training,
+            evaluation=EvaluationSettings(validation_fraction=0.0),
+            seed=self.seed,
+            device=self.device,
+            micro_batches=self.micro_batches,
+        )
+
 
 def distil(
     how: Distillation,
@@ -72,20 +85,10 @@ def distil(
     Raises:
         As `train.engine.train_adapter`.
     """
-    plan = Plan(
-        method=how.method,
-        options=how.options,
-        task=CausalLmTask(max_length=how.max_length, overlong="drop"),
-        training=how.training,
-        evaluation=EvaluationSettings(validation_fraction=0.0),
-        seed=how.seed,
-        device=how.device,
-        micro_batches=how.micro_batches,
-    )
     make = make_task if how.token_share is None else partial(SelectedTokens, share=how.token_share)
     method = find_method(how.method).load(how.options)
     return train_adapter(
-        plan, method, Inputs(base, DataFile(rows, "jsonl"), folder, resume, start), output, observer, make
+        how.plan(), method, Inputs(base, DataFile(rows, "jsonl"), folder, resume, start), output, observer, make
     )
 
 

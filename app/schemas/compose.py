@@ -24,6 +24,15 @@ Side = Annotated[int, Field(strict=True, ge=1, le=MAX_SIDE)]
 ConceptWeight = Annotated[float, Field(strict=True, allow_inf_nan=False, ge=-MAX_WEIGHT, le=MAX_WEIGHT)]
 StyleWeight = Annotated[float, Field(strict=True, allow_inf_nan=False, ge=0, le=MAX_STYLE_WEIGHT)]
 
+_EXAMPLE = {
+    "base_model": "mdl_" + "0" * 32,
+    "concepts": [
+        {"adapter": "adp_" + "0" * 32, "trigger": "sks", "noun": "cat"},
+        {"adapter": "adp_" + "1" * 32, "trigger": "zwx", "noun": "dog"},
+    ],
+    "prompt": "a cat and a dog in the park",
+}
+
 
 class ComposeConcept(RequestModel):
     """One thing that shall appear, and the adapter that knows it."""
@@ -117,12 +126,7 @@ class ComposeRequest(ComposeParams):
     model_config = ConfigDict(
         json_schema_extra={
             "example": {
-                "base_model": "mdl_" + "0" * 32,
-                "concepts": [
-                    {"adapter": "adp_" + "0" * 32, "trigger": "sks", "noun": "cat"},
-                    {"adapter": "adp_" + "1" * 32, "trigger": "zwx", "noun": "dog"},
-                ],
-                "prompt": "a cat and a dog in the park",
+                **_EXAMPLE,
                 "method": "clora",
                 "seed": 7,
                 "steps": 50,
@@ -139,12 +143,7 @@ class CompareRequest(CompareParams):
     model_config = ConfigDict(
         json_schema_extra={
             "example": {
-                "base_model": "mdl_" + "0" * 32,
-                "concepts": [
-                    {"adapter": "adp_" + "0" * 32, "trigger": "sks", "noun": "cat"},
-                    {"adapter": "adp_" + "1" * 32, "trigger": "zwx", "noun": "dog"},
-                ],
-                "prompt": "a cat and a dog in the park",
+                **_EXAMPLE,
                 "methods": [{"method": "merge"}, {"method": "clora"}],
             }
         }
