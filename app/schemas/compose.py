@@ -7,19 +7,20 @@ from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field, StringConstraints
 
-from app.dependencies import HEX_ID
+from app.dependencies import HEX_ID, PLAIN
 from app.schemas.common import BaseModelName, Name, RequestModel
 from app.schemas.resources import Resources
 from compose.catalog import METHODS
-from compose.options.common import MAX_CONCEPTS, MAX_STEPS, MAX_STYLE_WEIGHT
+from compose.options.common import MAX_CONCEPTS, MAX_STEPS, MAX_STYLE_WEIGHT, PromptText
 from compose.request import DEFAULT_STEPS, CompositionRequest, Concept, Style
 from compose.validation import MAX_SIDE, MAX_WEIGHT
 
 MAX_STYLES = 8
 MAX_COMPARED = 12
+MAX_SEED = 2**53 - 1
+"""What every JSON client carries exactly."""
 AdapterId = Annotated[str, StringConstraints(pattern=f"^adp_{HEX_ID}$")]
-Word = Annotated[str, StringConstraints(max_length=100)]
-Text = Annotated[str, StringConstraints(max_length=2000)]
+Word = Annotated[str, StringConstraints(max_length=100, pattern=PLAIN)]
 Side = Annotated[int, Field(strict=True, ge=1, le=MAX_SIDE)]
 ConceptWeight = Annotated[float, Field(strict=True, allow_inf_nan=False, ge=-MAX_WEIGHT, le=MAX_WEIGHT)]
 StyleWeight = Annotated[float, Field(strict=True, allow_inf_nan=False, ge=0, le=MAX_STYLE_WEIGHT)]
@@ -58,11 +59,11 @@ class ComposeScene(RequestModel):
     base_model: BaseModelName = Field(description="Id (mdl_…) or name of a registered diffusers pipeline.")
     concepts: list[ComposeConcept] = Field(min_length=1, max_length=MAX_CONCEPTS)
     styles: list[ComposeStyle] = Field(default_factory=list, max_length=MAX_STYLES)
-    prompt: Annotated[Text, StringConstraints(min_length=1)] = Field(
+    prompt: Annotated[PromptText, StringConstraints(min_length=1)] = Field(
         description="The scene with every concept's noun; triggers may stand before their nouns or be left out."
     )
-    negative_prompt: Text = ""
-    seed: Annotated[int, Field(strict=True, ge=-(2**63), lt=2**63)] = 0
+    negative_prompt: PromptText = ""
+    seed: Annotated[int, Field(strict=True, ge=-MAX_SEED, le=MAX_SEED)] = 0
     width: Side | None = Field(None, description="Pixels; unset, the base model's own.")
     height: Side | None = Field(None, description="Pixels; unset, the base model's own.")
     steps: Annotated[int, Field(strict=True, ge=1, le=MAX_STEPS)] = Field(DEFAULT_STEPS, description="Of the sampler.")

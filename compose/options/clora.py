@@ -4,28 +4,26 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field, StrictBool, StrictInt, StringConstraints, field_validator
+from pydantic import Field, StrictBool, StrictInt, field_validator
 
 from artifacts.errors import FieldError
-from compose.options.common import count_problems
+from compose.options.common import PromptText, count_problems
 from compose.options.masks import MaskOptions, Step
 from compose.request import CompositionRequest
 
 PAPER_REFINEMENT = (0, 10, 20)
 """Steps whose update is repeated in the paper."""
 
-Text = Annotated[str, StringConstraints(max_length=2000)]
-
 
 class CloraMaskOnlyOptions(MaskOptions):
     """CLoRA without its latent update: a branch per concept, fused by masks of its cross-attention."""
 
-    branch_prompts: list[Text] | None = Field(
+    branch_prompts: list[PromptText] | None = Field(
         None,
         description="One prompt for the base branch and one for each concept, in their order; unset, they are made "
         "from the prompt by putting each trigger before its own noun only.",
     )
-    branch_negative_prompts: list[Text] | None = Field(
+    branch_negative_prompts: list[PromptText] | None = Field(
         None, description="One negative prompt for each branch; unset, the request's own in all."
     )
     base_branch: StrictBool = Field(

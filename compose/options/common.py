@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StrictInt
+from pydantic import BaseModel, ConfigDict, Field, StrictInt, StringConstraints
 
 from artifacts.errors import FieldError
 from compose.request import CompositionRequest
@@ -14,6 +14,9 @@ MAX_CONCEPTS = 8
 MAX_STEPS = 1000
 MAX_STYLE_WEIGHT = 2.0
 
+NO_NUL = r"^[^\x00]*$"
+"""Any text that a database can store."""
+PromptText = Annotated[str, StringConstraints(max_length=2000, pattern=NO_NUL)]
 Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 
 

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field, StrictInt, StringConstraints
+from pydantic import Field, StrictInt
 
 from artifacts.errors import FieldError
-from compose.options.common import MAX_CONCEPTS, ComposeOptions, count_problems
+from compose.options.common import MAX_CONCEPTS, ComposeOptions, PromptText, count_problems
 from compose.request import CompositionRequest
-
-Text = Annotated[str, StringConstraints(max_length=2000)]
 
 
 class FusionOptions(ComposeOptions):
@@ -41,7 +39,7 @@ class ZipLoraOptions(FusionOptions):
     similarity_weight: Annotated[float, Field(ge=0, le=1000, allow_inf_nan=False)] = Field(
         0.01, description="λ of the sum over layers of mean|m_c·m_s| (a public port: 0.01)."
     )
-    style_prompt: Text | None = Field(
+    style_prompt: PromptText | None = Field(
         None, description="The prompt that the style's adapter knows; unset, the request's own without the trigger."
     )
 
@@ -76,7 +74,7 @@ class GradientFusionOptions(FusionOptions):
     rank: Annotated[StrictInt, Field(ge=1, le=4096)] | None = Field(
         None, description="Of the result; unset, the adapters' ranks together, with which nothing is lost."
     )
-    concept_prompts: Annotated[list[Text], Field(max_length=MAX_CONCEPTS)] | None = Field(
+    concept_prompts: Annotated[list[PromptText], Field(max_length=MAX_CONCEPTS)] | None = Field(
         None, description="A prompt for each concept's samples; unset, the scene with its own trigger only."
     )
 

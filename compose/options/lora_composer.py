@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field, StrictBool, StrictInt, StringConstraints
+from pydantic import Field, StrictBool, StrictInt
 
 from artifacts.errors import FieldError
-from compose.options.common import ComposeOptions, Share, count_problems
+from compose.options.common import ComposeOptions, PromptText, Share, count_problems
 from compose.options.masks import Step
 from compose.options.places import Box
 from compose.request import CompositionRequest
 
-Text = Annotated[str, StringConstraints(max_length=2000)]
 Weight = Annotated[float, Field(ge=0, le=1000, allow_inf_nan=False)]
 
 
@@ -29,7 +28,7 @@ class LoraComposerOptions(ComposeOptions):
         description="Needed: for each concept, in their order, {left, top, right, bottom} in fractions of the image's "
         "sides.",
     )
-    region_prompts: list[Text] | None = Field(
+    region_prompts: list[PromptText] | None = Field(
         None,
         description="What each box reads, with its concept's trigger and noun; unset, the scene with its own trigger "
         "only.",

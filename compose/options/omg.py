@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Literal
 
-from pydantic import Field, StrictBool, StringConstraints
+from pydantic import Field, StrictBool
 
 from artifacts.errors import FieldError
-from compose.options.common import ComposeOptions, Share, count_problems
+from compose.options.common import ComposeOptions, PromptText, Share, count_problems
 from compose.options.masks import Step
 from compose.options.places import Place
 from compose.request import CompositionRequest
-
-Text = Annotated[str, StringConstraints(max_length=2000)]
 
 
 class OmgOptions(ComposeOptions):
@@ -35,7 +33,7 @@ class OmgOptions(ComposeOptions):
         1.0,
         description="ρ: inside a mask the noise is (1 − ρ)·ε_base + ρ·ε_concept; 0 is the base model alone.",
     )
-    region_prompts: list[Text] | None = Field(
+    region_prompts: list[PromptText] | None = Field(
         None, description="A prompt for each concept's adapter; unset, the scene with its own trigger only."
     )
     base_steps: Step = Field(0, description="First steps in which the base model is alone; at most the steps.")

@@ -7,7 +7,7 @@ from typing import Annotated
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
 from artifacts.errors import FieldError
-from compose.options.common import Share
+from compose.options.common import NO_NUL, Share
 from compose.png_mask import MAX_BYTES, MAX_SIDE, MAX_TEXT, MaskUnreadable, read_mask
 
 MAX_BOXES = 16
@@ -40,7 +40,7 @@ class Place(BaseModel):
     boxes: Annotated[list[Box], Field(min_length=1, max_length=MAX_BOXES)] | None = Field(
         None, description="Rectangles in fractions of the image's sides."
     )
-    png: Annotated[str, StringConstraints(max_length=MAX_TEXT)] | None = Field(
+    png: Annotated[str, StringConstraints(max_length=MAX_TEXT, pattern=NO_NUL)] | None = Field(
         None,
         description=f"A PNG in base64, at most {MAX_BYTES} bytes and {MAX_SIDE} pixels a side, white where the concept "
         "is; it is stretched over the image.",
