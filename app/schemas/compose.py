@@ -25,7 +25,7 @@ Side = Annotated[int, Field(strict=True, ge=1, le=MAX_SIDE)]
 ConceptWeight = Annotated[float, Field(strict=True, allow_inf_nan=False, ge=-MAX_WEIGHT, le=MAX_WEIGHT)]
 StyleWeight = Annotated[float, Field(strict=True, allow_inf_nan=False, ge=0, le=MAX_STYLE_WEIGHT)]
 
-_EXAMPLE = {
+_EXAMPLE: dict[str, Any] = {
     "base_model": "mdl_" + "0" * 32,
     "concepts": [
         {"adapter": "adp_" + "0" * 32, "trigger": "sks", "noun": "cat"},
