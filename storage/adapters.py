@@ -18,9 +18,10 @@ from storage.adapter_search import AdapterFilter, list_adapters
 from storage.blob_rows import reserve_blobs
 from storage.ids import new_id
 from storage.lineage import Lineage, lineage
-from storage.quotas import charge_bytes, release_bytes
+from storage.quotas import charge_bytes
 from storage.tables import AdapterFileRow, AdapterRow, AdapterTagRow, LineageRow, ModelRow
 from storage.text import fold, is_storable, short_digest, storable
+from storage.tombstones import hide, lock_shown
 from storage.upsert import insert_or_ignore
 
 __all__ = [
@@ -128,20 +129,11 @@ def delete_adapter(session: Session, adapter_id: str) -> None:
     Raises:
         NotFound: no such adapter, or deleted before.
     """
-    row = None
-    if is_storable(adapter_id):
-        row = session.scalars(
-            select(AdapterRow)
-            .where(AdapterRow.id == adapter_id, AdapterRow.deleted_at.is_(None))
-            .with_for_update()
-            .execution_options(populate_existing=True)
-        ).one_or_none()
+    row = lock_shown(session, AdapterRow, adapter_id)
     if row is None:
         raise NotFound(f"there is no adapter {adapter_id!r}")
-    row.deleted_at = database.now(session)
-    release_bytes(session, row.created_by, row.size)
     session.execute(delete(AdapterTagRow).where(AdapterTagRow.adapter_id == adapter_id))
-    session.flush()
+    hide(session, row)
 
 
 def manifest_of(row: AdapterRow) -> AdapterManifest:

@@ -18,9 +18,10 @@ from storage.adapter_names import has_part
 from storage.blob_rows import reserve_blobs
 from storage.ids import new_id
 from storage.pagination import DEFAULT_LIMIT, Page, page_of
-from storage.quotas import charge_bytes, release_bytes
+from storage.quotas import charge_bytes
 from storage.tables import DatasetRow, JobRow
 from storage.text import fold, is_storable, storable
+from storage.tombstones import hide, lock_shown
 from storage.upsert import insert_or_ignore
 
 DATASET_ID = re.compile(r"dat_[0-9a-f]{32}")
@@ -154,14 +155,7 @@ def delete_dataset(session: Session, dataset_id: str) -> None:
         NotFound: no such dataset, or deleted before.
         StateConflict: jobs that wait or run need it.
     """
-    row = None
-    if is_storable(dataset_id):
-        row = session.scalars(
-            select(DatasetRow)
-            .where(DatasetRow.id == dataset_id, DatasetRow.deleted_at.is_(None))
-            .with_for_update()
-            .execution_options(populate_existing=True)
-        ).one_or_none()
+    row = lock_shown(session, DatasetRow, dataset_id)
     if row is None:
         raise NotFound(f"there is no dataset {dataset_id!r}")
     needed = unfinished_jobs(session).get(dataset_id, [])
@@ -171,9 +165,7 @@ def delete_dataset(session: Session, dataset_id: str) -> None:
             f"{len(needed)} unfinished jobs need the dataset {row.name!r}: {listed}",
             hint="Wait until they have ended, or cancel them.",
         )
-    row.deleted_at = database.now(session)
-    release_bytes(session, row.created_by, row.size)
-    session.flush()
+    hide(session, row)
 
 
 def unfinished_jobs(session: Session) -> dict[str, list[str]]:

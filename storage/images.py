@@ -15,9 +15,10 @@ from storage import database
 from storage.blob_rows import reserve_blobs
 from storage.ids import new_id
 from storage.pagination import DEFAULT_LIMIT, Page, page_of
-from storage.quotas import charge_bytes, release_bytes
+from storage.quotas import charge_bytes
 from storage.tables import ImageFileRow, ImageRow
 from storage.text import is_storable, storable
+from storage.tombstones import hide, lock_shown
 
 Role = Literal["image", "mask", "picture"]
 
@@ -149,16 +150,7 @@ def delete_image(session: Session, image_id: str) -> None:
     Raises:
         NotFound: no such image, or deleted before.
     """
-    row = None
-    if is_storable(image_id):
-        row = session.scalars(
-            select(ImageRow)
-            .where(ImageRow.id == image_id, ImageRow.deleted_at.is_(None))
-            .with_for_update()
-            .execution_options(populate_existing=True)
-        ).one_or_none()
+    row = lock_shown(session, ImageRow, image_id)
     if row is None:
         raise NotFound(f"there is no image {image_id!r}")
-    row.deleted_at = database.now(session)
-    release_bytes(session, row.created_by, row.size)
-    session.flush()
+    hide(session, row)
