@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Literal
 
 from sqlalchemy.orm import Session
 
@@ -15,9 +15,10 @@ from app.main_memory import memory_of_all
 from app.schemas.compose import CompareParams, ComposeParams, ComposeScene
 from app.settings import Settings
 from app.stored_inputs import stored_adapters
-from artifacts.base_model import PIPELINE_INDEX, UNET, check_modules
+from artifacts.base_model import PIPELINE_INDEX, UNET, Fingerprint, check_modules
 from artifacts.errors import ComposeRefused, FieldError, RequestInvalid
 from artifacts.manifest import LoraModule
+from artifacts.pointers import pointers_below
 from compose.catalog import find_method
 from compose.memory import check_fits, estimate
 from compose.options.common import ComposeOptions
@@ -31,7 +32,6 @@ from storage.tables import AdapterRow, ModelRow
 _TEXT_PREFIXES = ("text_encoder.", "text_encoder_2.", "text_model.")
 LOW_RANK = ("lora", "rslora", "dora", "dylora")
 _LISTED = 20
-T = TypeVar("T")
 
 
 def check_compose(settings: Settings, session: Session, request: ComposeParams, devices: int = 1) -> str:
@@ -56,27 +56,25 @@ def check_compose(settings: Settings, session: Session, request: ComposeParams, 
 def check_compare(settings: Settings, session: Session, request: CompareParams, devices: int = 1) -> str:
     """As `check_compose`, for every method; findings about one point below `/methods/{its position}`."""
     plain = [request.scene(item.method, item.parameters) for item in request.methods]
-    options = [_of_method(position, partial(validate, scene)).options for position, scene in enumerate(plain)]
+    options = []
+    for position, scene in enumerate(plain):
+        with _of_method(position):
+            options.append(validate(scene).options)
     row = _check_scene(session, request, devices)
     pipeline = _Pipeline.of(settings, session, row)
     if pipeline is not None:
         for position, (scene, found) in enumerate(zip(plain, options, strict=True)):
-            _of_method(position, partial(pipeline.check, request.precision, scene, found))
+            with _of_method(position):
+                pipeline.check(request.precision, scene, found)
     return row.id
 
 
-def _of_method(position: int, check: Callable[[], T]) -> T:
-    """What `check` gives. Its findings about a method point to the one that it is about; others stay as they are."""
-    try:
-        return check()
-    except RequestInvalid as error:
-        error.errors = tuple(
-            FieldError(f"/methods/{position}{item.pointer}", item.message)
-            if item.pointer == "/method" or item.pointer.startswith("/parameters")
-            else item
-            for item in error.errors
-        )
-        raise
+@contextmanager
+def _of_method(position: int) -> Iterator[None]:
+    """Findings about a method point to the one that it is about; others stay as they are."""
+    place = f"/methods/{position}"
+    with pointers_below(f"{place}/method", "/method"), pointers_below(f"{place}/parameters", "/parameters"):
+        yield
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,17 +128,17 @@ def _check_scene(session: Session, request: ComposeScene, devices: int) -> Model
     named = [(f"/concepts/{position}/adapter", item.adapter) for position, item in enumerate(request.concepts)]
     named += [(f"/styles/{position}/adapter", item.adapter) for position, item in enumerate(request.styles)]
     found = stored_adapters(session, named)
+    fingerprint = models.ref_of(row).fingerprint
     for pointer, adapter_id in named:
-        _check_fits(row, found[adapter_id], pointer)
+        _check_fits(row.name, fingerprint, found[adapter_id], pointer)
     return row
 
 
-def _check_fits(base: ModelRow, row: AdapterRow, pointer: str) -> None:
+def _check_fits(base: str, fingerprint: Fingerprint | None, row: AdapterRow, pointer: str) -> None:
     """Refuse an adapter that is no LoRA, or whose layers in the UNet are not those of the base model's."""
     if row.method not in LOW_RANK:
         problem = f"the adapter {row.name!r} is of type {row.method}; images are composed of LoRAs"
         raise ComposeRefused(f"T{problem[1:]}.", errors=[FieldError(pointer, problem)])
-    fingerprint = models.ref_of(base).fingerprint
     if fingerprint is None:
         return
     modules = [module for module in adapters.manifest_of(row).modules if _is_comparable(module)]
@@ -148,9 +146,9 @@ def _check_fits(base: ModelRow, row: AdapterRow, pointer: str) -> None:
     if not offenders:
         return
     if len(offenders) == len(modules):
-        problem = f"the adapter {row.name!r} matches no module of the base model {base.name!r}"
+        problem = f"the adapter {row.name!r} matches no module of the base model {base!r}"
     else:
-        problem = f"{len(offenders)} of {len(modules)} modules of the adapter {row.name!r} do not fit {base.name!r}"
+        problem = f"{len(offenders)} of {len(modules)} modules of the adapter {row.name!r} do not fit {base!r}"
     raise ComposeRefused(
         f"{problem[0].upper()}{problem[1:]}: {offenders[0]}.",
         hint="It belongs to another family of models. Take adapters that were trained on this one.",

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, TypeVar
@@ -22,7 +21,8 @@ from app.schemas.resources import Resources
 from app.schemas.train import TrainParams
 from app.settings import Settings
 from app.train_inputs import check_train
-from artifacts.errors import FieldError, RankwiseError, RequestInvalid
+from artifacts.errors import FieldError, RequestInvalid
+from artifacts.pointers import pointers_below
 from merge.catalog import parse_parameters
 from merge.plan import plan_merge
 
@@ -88,26 +88,6 @@ JOB_KINDS: Mapping[str, JobKind] = MappingProxyType(
         "train": JobKind(TrainParams, check_train),
     }
 )
-
-
-@contextmanager
-def pointers_below(prefix: str, instead_of: str = "") -> Iterator[None]:
-    """Errors from inside point to below `prefix`: for `/a` of a value, `{prefix}/a` of the body that holds it.
-
-    Args:
-        instead_of: taken off first; pointers that do not begin with it stay as they are.
-    """
-    try:
-        yield
-    except RankwiseError as error:
-        # A finding may also be at a module or a file, whose name is no pointer.
-        error.errors = tuple(
-            FieldError(prefix + item.pointer.removeprefix(instead_of), item.message)
-            if item.pointer == instead_of or item.pointer.startswith(f"{instead_of}/")
-            else item
-            for item in error.errors
-        )
-        raise
 
 
 def _parse(model: type[Model], value: Mapping[str, Any], prefix: str) -> Model:

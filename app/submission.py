@@ -9,10 +9,11 @@ from sqlalchemy.orm import Session
 from app.auth import Principal
 from app.idempotency import Answer, answer_once, request_key
 from app.job_answers import accepted
-from app.job_kinds import check_submission, pointers_below
+from app.job_kinds import check_submission
 from app.schemas.common import as_json
 from app.schemas.resources import Resources
 from app.state import Services
+from artifacts.pointers import pointers_below
 from storage import jobs
 
 

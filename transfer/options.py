@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, StringConstraints, model_validator
 
-from artifacts.errors import FieldError, RequestInvalid
+from artifacts.pointers import pointers_below
 from train.catalog import parse_parameters
 from train.options.common import TrainOptions
 from train.settings import TrainingSettings
@@ -127,26 +127,11 @@ class DistilOptions(TransferOptions):
         parameters: Mapping[str, Any] = self.target_parameters
         if default_targets and "target_modules" not in parameters:
             parameters = {**parameters, "target_modules": list(default_targets)}
-        try:
+        with (
+            pointers_below("/parameters/target_method", "/method"),
+            pointers_below("/parameters/target_parameters", "/parameters"),
+        ):
             return parse_parameters(self.target_method, parameters)
-        except RequestInvalid as error:
-            raise _of_the_target(error) from error
-
-
-def _of_the_target(error: RequestInvalid) -> RequestInvalid:
-    """The same findings, at the places that they have in the parameters of a transfer."""
-    places = {"/method": "/parameters/target_method"}
-    return RequestInvalid(
-        error.detail,
-        hint=error.hint,
-        errors=[
-            FieldError(
-                places.get(item.pointer, item.pointer.replace("/parameters", "/parameters/target_parameters", 1)),
-                item.message,
-            )
-            for item in error.errors
-        ],
-    )
 
 
 class SeedsOnlyOptions(DistilOptions):

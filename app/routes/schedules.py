@@ -13,7 +13,7 @@ from starlette.responses import JSONResponse, Response
 from app.dependencies import IdempotencyKey, JobRunner, Paging, Reader, ScheduleId, ServicesDep, WaitSeconds
 from app.idempotency import Answer, answer_once, request_key
 from app.job_answers import JOB_RESPONSES, accepted, answer_or_wait
-from app.job_kinds import check_submission, pointers_below
+from app.job_kinds import check_submission
 from app.json_body import JsonRoute
 from app.preconditions import IfMatch, etag
 from app.problems import problem_responses
@@ -29,6 +29,7 @@ from app.schemas.schedules import (
     Upcoming,
 )
 from app.state import Services
+from artifacts.pointers import pointers_below
 from storage import database as clock
 from storage import firings, schedules
 from storage.schedules import JobTemplate
