@@ -62,37 +62,19 @@ def merge_files(
     started = time.monotonic()
     keep_freed_memory()
     report_progress = progress or (lambda _fraction, _message: None)
-    plan = plan_merge([item for item, _ in inputs], method, options)
-    adapters = {
-        position: Adapter.open(path) for position, (_, path) in enumerate(inputs) if plan.weights[position] != 0
-    }
-    run = _Run.of(plan, adapters, method, options, torch.device(device))
+    run = MergeRun.of(inputs, method, options, torch.device(device))
     modules, probes = run.write(out_dir, lineage, report_progress)
-    rounding, reload_error = check_reload(out_dir, probes, lambda: report_progress(COMPUTE_SHARE, "Reading back"))
+    rounding = check_reload(out_dir, probes, lambda: report_progress(COMPUTE_SHARE, "Reading back"))
     report_progress(1.0, "Merged")
-    return MergeReport(
-        method=method,
-        parameters=options.model_dump(mode="json"),
-        adapters=[
-            {"id": item.id, "name": item.name, "weight": item.weight, "effective_weight": plan.weights[position]}
-            for position, (item, _) in enumerate(inputs)
-        ],
-        rank=plan.output_rank,
-        dtype=run.dtype,
-        compatibility=plan.compatibility,
-        modules=modules,
-        dropped=plan.dropped,
-        warnings=(*plan.warnings, *merge_warnings(modules)),
-        rounding_error=rounding,
-        reload_error=reload_error,
-        seconds=time.monotonic() - started,
-    )
+    return run.report(modules, rounding, time.monotonic() - started)
 
 
 @dataclass(frozen=True)
-class _Run:
-    """One merge in progress."""
+class MergeRun:
+    """One merge in progress: planned, with its inputs open."""
 
+    method: str
+    inputs: Sequence[MergeInput]
     plan: MergePlan
     adapters: Mapping[int, Adapter]
     options: MergeOptions
@@ -104,39 +86,52 @@ class _Run:
     @classmethod
     def of(
         cls,
-        plan: MergePlan,
-        adapters: Mapping[int, Adapter],
+        inputs: Sequence[tuple[MergeInput, Path]],
         method: str,
         options: MergeOptions,
         device: torch.device,
-    ) -> _Run:
+    ) -> MergeRun:
+        """Plan the merge and open the adapters that take part. Raises as `merge.plan.plan_merge`."""
+        items = [item for item, _ in inputs]
+        plan = plan_merge(items, method, options)
+        adapters = {
+            position: Adapter.open(path) for position, (_, path) in enumerate(inputs) if plan.weights[position] != 0
+        }
         with_bias = any(module.bias_key for item in plan.modules for _, module in item.owners)
         dtype = _output_dtype(options, adapters)
-        return cls(plan, adapters, options, find_method(method).load(), dtype, device, with_bias)
+        merge_module = find_method(method).load()
+        return cls(method, items, plan, adapters, options, merge_module, dtype, device, with_bias)
 
     def write(
         self, out_dir: Path, lineage: Mapping[str, Any] | None, progress: Progress
     ) -> tuple[list[ModuleReport], list[Probe]]:
         """Merge every module and write it; progress runs in the calling thread, the work in threads of its own."""
-        rank = self.plan.output_rank
-        exported = [ExportedModule(item.first, rank, self.with_bias) for item in self.plan.modules]
-        config = self._config()
         total = len(self.plan.modules)
         reports, probes = [], []
-        with (
-            PeftWriter(out_dir, exported, config, dtype=self.dtype, lineage=lineage) as writer,
-            module_threads() as pool,
-        ):
-            done = pool.map(lambda module: self._merge_one(module, writer), self.plan.modules)
+        with self.writer(out_dir, lineage) as writer, module_threads() as pool:
+            done = pool.map(lambda module: self.merge_one(module, self.load(module), writer), self.plan.modules)
             for count, (report, probe) in enumerate(done, start=1):
                 reports.append(report)
                 probes.append(probe)
                 progress(COMPUTE_SHARE * count / total, f"Merged {count} of {total} modules")
         return reports, probes
 
-    def _merge_one(self, module: PlannedModule, writer: PeftWriter) -> tuple[ModuleReport, Probe]:
-        compute = torch.float64 if self.options.compute_dtype == "float64" else torch.float32
-        stack = Stack.load(module, self.adapters, self.plan.weights, compute, self.device)
+    def writer(self, out_dir: Path, lineage: Mapping[str, Any] | None) -> PeftWriter:
+        """What the merged modules are written to."""
+        exported = [ExportedModule(item.first, self.plan.output_rank, self.with_bias) for item in self.plan.modules]
+        return PeftWriter(out_dir, exported, self._config(), dtype=self.dtype, lineage=lineage)
+
+    @property
+    def compute(self) -> torch.dtype:
+        """The precision of the computation."""
+        return torch.float64 if self.options.compute_dtype == "float64" else torch.float32
+
+    def load(self, module: PlannedModule) -> Stack:
+        """The components of one module. Raises MergeRefused on NaN or infinite numbers."""
+        return Stack.load(module, self.adapters, self.plan.weights, self.compute, self.device)
+
+    def merge_one(self, module: PlannedModule, stack: Stack, writer: PeftWriter) -> tuple[ModuleReport, Probe]:
+        """Merge one module's components and write the result; may be called from several threads."""
         merged = self.merge_module(stack, self.options, self.plan.output_rank)
         rank = merged.A.shape[0]
         padded = self.plan.output_rank - rank
@@ -149,6 +144,27 @@ class _Run:
             clusters=merged.clusters,
         )  # fmt: skip
         return report, Probe.of(module.path, merged.A, merged.B, A, B)
+
+    def report(self, modules: Sequence[ModuleReport], errors: tuple[float, float], seconds: float) -> MergeReport:
+        """Of the finished merge; `errors` is what `merge.reload.check_reload` found."""
+        rounding, reload_error = errors
+        return MergeReport(
+            method=self.method,
+            parameters=self.options.model_dump(mode="json"),
+            adapters=[
+                {"id": item.id, "name": item.name, "weight": item.weight, "effective_weight": weight}
+                for item, weight in zip(self.inputs, self.plan.weights, strict=True)
+            ],
+            rank=self.plan.output_rank,
+            dtype=self.dtype,
+            compatibility=self.plan.compatibility,
+            modules=modules,
+            dropped=self.plan.dropped,
+            warnings=(*self.plan.warnings, *merge_warnings(modules)),
+            rounding_error=rounding,
+            reload_error=reload_error,
+            seconds=seconds,
+        )
 
     def _bias(self, module: PlannedModule, dtype: torch.dtype) -> Tensor:
         """λ·Σ wᵢ·sᵢ·biasᵢ: PEFT multiplies the bias of lora_B by the scaling, as all of its output."""

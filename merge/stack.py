@@ -113,6 +113,17 @@ class Stack:
         """Other components in the same places."""
         return type(self)(A, B, self.owners, self.weights)
 
+    def reweighted(self, weights: Sequence[float]) -> Self:
+        """The same components under other weights, one for each adapter: bit for bit what `load` gives for them."""
+        of_unit = torch.tensor(weights, dtype=torch.float64, device=self.weights.device)[self.owners]
+        if torch.equal(of_unit, self.weights):
+            return self
+        found = type(self)(self.A, self.B, self.owners, of_unit)
+        ordered = found.ordered()
+        if ordered is found:  # then the inner products are the same too
+            vars(found).update({name: vars(self)[name] for name in ("gram_A", "gram_B") if name in vars(self)})
+        return ordered
+
     def ordered(self) -> Self:
         """The same components in the order of their contents."""
         order = torch.from_numpy(_content_order(self.A, self.B, self.weights)).to(self.A.device)

@@ -135,7 +135,7 @@ class TrainMethod(ABC, Generic[Options]):
         return {}
 
     def report(self, model: nn.Module) -> dict[str, Any]:
-        """What the method has to tell of the trained model: JSON values; a `train.heat_map.HeatMap` as its dict
+        """What the method has to tell of the trained model: JSON values; a `artifacts.heat_map.HeatMap` as its dict
         under "pictures", a list, becomes a picture of the job."""
         del model
         return {}

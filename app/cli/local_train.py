@@ -71,10 +71,10 @@ def train_local(recipe: Recipe, output: Path, *, device: str, progress: Callable
     data_format = find_format(recipe.dataset_file, recipe.dataset_file.name)
     inspect(recipe.dataset_file, data_format)
     progress(0.0, "load torch")
+    from artifacts.heat_map import write_pictures
     from train.base_files import BaseFiles
     from train.data import DataFile
     from train.engine import Inputs, Plan, train_adapter
-    from train.heat_map import write_pictures
     from train.loss_curve import draw
 
     plan = Plan(

@@ -15,7 +15,7 @@ from app.cli.options import Json
 from app.cli.output import note, print_json, stdout
 from app.cli.progress import require_success, steps, watch
 from app.cli.train_report import print_train_report
-from train.heat_map import write_pictures
+from artifacts.heat_map import write_pictures
 
 if TYPE_CHECKING:
     from app.cli.recipe import Recipe

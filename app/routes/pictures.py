@@ -13,9 +13,9 @@ from app.problems import problem_responses
 from app.schemas.pictures import Picture, PictureList
 from app.state import Services
 from artifacts.errors import NotFound
+from artifacts.heat_map import NAME, HeatMap, pictures_of
 from artifacts.svg import MEDIA_TYPE
 from storage import jobs
-from train.heat_map import NAME, HeatMap, pictures_of
 
 router = APIRouter(tags=["jobs"], route_class=JsonRoute)
 

@@ -6,7 +6,7 @@ from typing import Self
 
 from pydantic import BaseModel, Field
 
-from train.heat_map import HeatMap
+from artifacts.heat_map import HeatMap
 
 
 class Picture(BaseModel):

@@ -7,7 +7,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from train.heat_map import HeatMap
+from artifacts.heat_map import HeatMap
 
 RANKS = HeatMap("ranks", "Rank of every layer", ["0", "1"], ["q_proj"], [[1], [7]], unit="ranks")
 

@@ -14,8 +14,8 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from artifacts.adapter import Adapter
+from artifacts.heat_map import HeatMap
 from train.growing_layers import GrowingLinear, distance_from_orthonormal
-from train.heat_map import HeatMap
 from train.options.increlora import IncreloraOptions
 from train.quiet import peft_deprecations_ignored
 

@@ -11,9 +11,9 @@ from peft import LoraConfig
 from torch import Tensor, nn
 from torch.nn import functional
 
+from artifacts.heat_map import by_layer
 from train.adapted_layers import AdaptedLinear, LowRank
 from train.growing_layers import GrowingLinear, finite_importance
-from train.heat_map import by_layer
 from train.methods.own_adapter import OwnMethod
 from train.options.increlora import IncreloraOptions
 from train.protocol import MethodContext

@@ -9,7 +9,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from train.heat_map import DIVERGING, MISSING, SEQUENTIAL, HeatMap, pictures_of, write_pictures
+from artifacts.heat_map import DIVERGING, MISSING, SEQUENTIAL, HeatMap, pictures_of, write_pictures
 
 
 def table(values: list[list[Any]], **fields: Any) -> HeatMap:
