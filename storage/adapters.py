@@ -13,7 +13,7 @@ from sqlalchemy.orm import Session
 from artifacts.base_model import BaseModelRef
 from artifacts.errors import Conflict, NotFound
 from artifacts.manifest import AdapterManifest, FileEntry, IgnoredKey, IntakeReport, LoraModule, NestedRanks
-from storage import database, models
+from storage import database, models, transferables
 from storage.adapter_search import AdapterFilter, list_adapters
 from storage.blob_rows import reserve_blobs
 from storage.ids import new_id
@@ -124,7 +124,8 @@ def get_adapter(session: Session, adapter_id: str, *, deleted: bool = False) -> 
 
 
 def delete_adapter(session: Session, adapter_id: str) -> None:
-    """Hide the adapter. Its bytes go with a later sweep, its row only when nothing descends from it.
+    """Hide the adapter. Its bytes go with a later sweep, its row only when nothing descends from it; what it kept for
+    transfers goes at once, unless an unfinished job needs it.
 
     Raises:
         NotFound: no such adapter, or deleted before.
@@ -133,6 +134,7 @@ def delete_adapter(session: Session, adapter_id: str) -> None:
     if row is None:
         raise NotFound(f"there is no adapter {adapter_id!r}")
     session.execute(delete(AdapterTagRow).where(AdapterTagRow.adapter_id == adapter_id))
+    transferables.drop_with_adapter(session, adapter_id)
     hide(session, row)
 
 

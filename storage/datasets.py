@@ -1,9 +1,7 @@
-"""Datasets: add (the same content once), find, delete, and which jobs still need one."""
+"""Datasets: add (the same content once), find, delete."""
 
 from __future__ import annotations
 
-import json
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,16 +17,14 @@ from storage.blob_rows import reserve_blobs
 from storage.ids import new_id
 from storage.pagination import DEFAULT_LIMIT, Page, page_of
 from storage.quotas import charge_bytes
-from storage.tables import DatasetRow, JobRow
+from storage.tables import DatasetRow
 from storage.text import fold, is_storable, storable
 from storage.tombstones import hide, lock_shown
+from storage.unfinished import DATASET_ID, jobs_by_input
 from storage.upsert import insert_or_ignore
-
-DATASET_ID = re.compile(r"dat_[0-9a-f]{32}")
 
 _TRIES = 5
 _LISTED_JOBS = 5
-_UNFINISHED = ("queued", "running", "cancelling")
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,7 +154,7 @@ def delete_dataset(session: Session, dataset_id: str) -> None:
     row = lock_shown(session, DatasetRow, dataset_id)
     if row is None:
         raise NotFound(f"there is no dataset {dataset_id!r}")
-    needed = unfinished_jobs(session).get(dataset_id, [])
+    needed = jobs_by_input(session, DATASET_ID).get(dataset_id, [])
     if needed:
         listed = ", ".join(needed[:_LISTED_JOBS]) + (" …" if len(needed) > _LISTED_JOBS else "")
         raise StateConflict(
@@ -166,13 +162,3 @@ def delete_dataset(session: Session, dataset_id: str) -> None:
             hint="Wait until they have ended, or cancel them.",
         )
     hide(session, row)
-
-
-def unfinished_jobs(session: Session) -> dict[str, list[str]]:
-    """Dataset id → ids of the jobs that wait or run and whose parameters name it."""
-    found: dict[str, list[str]] = {}
-    unfinished = select(JobRow.id, JobRow.params).where(JobRow.state.in_(_UNFINISHED))
-    for job_id, params in session.execute(unfinished):
-        for dataset_id in set(DATASET_ID.findall(json.dumps(params))):
-            found.setdefault(dataset_id, []).append(job_id)
-    return found

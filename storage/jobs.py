@@ -10,7 +10,7 @@ from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from artifacts.errors import FieldError, NotFound, QueueFull, QuotaExceeded, RequestInvalid, StateConflict
-from storage import checkpoints, database, queues
+from storage import checkpoints, database, queues, sealed_inputs
 from storage.ids import new_id
 from storage.pagination import DEFAULT_LIMIT, Page, page_of
 from storage.queues import count_change
@@ -196,11 +196,11 @@ def retry_job(
 ) -> JobRow:
     """A new job with the same kind, parameters, resources and priority; `retry_of` names the old one.
 
-    It goes on from the last checkpoint of the old one, while that is kept.
+    It goes on from the last checkpoint of the old one, while that is kept, with the same confidential inputs.
 
     Raises:
         NotFound
-        StateConflict: the job has not failed and was not cancelled.
+        StateConflict: the job has not failed and was not cancelled, or its confidential inputs are gone.
         QueueFull
     """
     old = get_job(session, job_id)
@@ -222,6 +222,7 @@ def retry_job(
         max_queued=max_queued,
     )
     checkpoints.take_over(session, job.id, old.id)
+    sealed_inputs.take_over(session, job.id, old.id)
     return job
 
 

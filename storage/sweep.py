@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
@@ -14,11 +12,10 @@ from sqlalchemy import ColumnElement, and_, delete, exists, select
 from sqlalchemy.orm import Session
 
 from storage import database as clock
-from storage import previews
+from storage import previews, sealed_inputs, transferables
 from storage.blobs import BlobInfo, BlobStore
 from storage.checkpoints import drop_ended
 from storage.database import Database
-from storage.datasets import unfinished_jobs
 from storage.tables import (
     AdapterFileRow,
     AdapterRow,
@@ -28,15 +25,15 @@ from storage.tables import (
     ImageRow,
     JobAttemptRow,
     JobCheckpointRow,
-    JobRow,
     LineageRow,
+    TransferableFileRow,
 )
+from storage.unfinished import ADAPTER_ID, DATASET_ID, jobs_by_input
 from storage.upsert import insert_or_ignore
 
 OLDER_THAN = timedelta(hours=24)
 _BATCH = 50
 T = TypeVar("T")
-_ADAPTER_ID = re.compile(r"adp_[0-9a-f]{32}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,12 +76,15 @@ def sweep_blobs(
         images = list(session.scalars(select(ImageRow.id).where(ImageRow.deleted_at < cutoff)))
         live = _live_digests(session, cutoff, forgotten, datasets, images)
     if not dry_run:
+        with database.write() as session:
+            transferables.drop_unneeded(session)
         _forget_adapters(database, forgotten)
         _forget_datasets(database, datasets)
         _forget_images(database, images)
         with database.write() as session:
             drop_ended(session, cutoff)
             previews.drop_ended(session, cutoff)
+            sealed_inputs.drop_ended(session, cutoff)
     scanned = 0
     candidates: list[BlobInfo] = []
     for blob in blobs.iter_blobs():
@@ -127,10 +127,7 @@ def remove_unused(database: Database, blobs: BlobStore, sha256: str) -> bool:
 
 def _forgettable(session: Session, cutoff: datetime) -> list[str]:
     """Adapters deleted before `cutoff` that still have files and that no unfinished job names."""
-    needed: set[str] = set()
-    unfinished = select(JobRow.params).where(JobRow.state.in_(("queued", "running", "cancelling")))
-    for params in session.scalars(unfinished):
-        needed.update(_ADAPTER_ID.findall(json.dumps(params)))
+    needed = jobs_by_input(session, ADAPTER_ID)
     deleted = session.scalars(
         select(AdapterRow.id).where(
             AdapterRow.deleted_at < cutoff,
@@ -142,7 +139,7 @@ def _forgettable(session: Session, cutoff: datetime) -> list[str]:
 
 def _forgettable_datasets(session: Session, cutoff: datetime) -> list[str]:
     """Datasets deleted before `cutoff` that no unfinished job names."""
-    needed = unfinished_jobs(session)
+    needed = jobs_by_input(session, DATASET_ID)
     deleted = session.scalars(select(DatasetRow.id).where(DatasetRow.deleted_at < cutoff))
     return [identifier for identifier in deleted if identifier not in needed]
 
@@ -158,6 +155,7 @@ def _live_digests(
     pictures = session.execute(select(ImageFileRow.image_id, ImageFileRow.sha256))
     live.update(sha256 for image_id, sha256 in pictures if image_id not in gone_images)
     live.update(session.scalars(select(JobCheckpointRow.sha256)))
+    live.update(session.scalars(select(TransferableFileRow.sha256)))
     logs = session.scalars(select(JobAttemptRow.log_sha256).where(JobAttemptRow.log_sha256.is_not(None)))
     live.update(digest for digest in logs if digest is not None)
     live.update(session.scalars(select(BlobRow.sha256).where(BlobRow.created_at >= cutoff)))
@@ -175,6 +173,7 @@ def _forget_adapters(database: Database, forgotten: Sequence[str]) -> None:
         for batch in _batches(remaining):
             with database.write() as session:
                 leaves = session.scalars(select(AdapterRow.id).where(AdapterRow.id.in_(batch), ~_has_children())).all()
+                transferables.drop(session, leaves)
                 session.execute(delete(LineageRow).where(LineageRow.child_id.in_(leaves)))
                 session.execute(delete(AdapterRow).where(AdapterRow.id.in_(leaves)))
                 dropped.update(leaves)
@@ -232,6 +231,7 @@ def _is_used() -> ColumnElement[bool]:
         | exists().where(ImageFileRow.sha256 == BlobRow.sha256)
         | exists().where(JobAttemptRow.log_sha256 == BlobRow.sha256)
         | exists().where(JobCheckpointRow.sha256 == BlobRow.sha256)
+        | exists().where(TransferableFileRow.sha256 == BlobRow.sha256)
     )
 
 

@@ -24,6 +24,7 @@ from storage.columns import Base, partial_index
 from storage.image_tables import ImageFileRow, ImageRow, JobPreviewRow
 from storage.model_tables import ModelRow
 from storage.training_tables import JobCheckpointRow, JobMetricRow
+from storage.transfer_tables import SealedInputRow, TransferableFileRow, TransferableRow
 
 __all__ = [
     "ANONYMOUS",
@@ -52,7 +53,10 @@ __all__ = [
     "LineageRow",
     "ModelRow",
     "ScheduleRow",
+    "SealedInputRow",
     "ServerRow",
+    "TransferableFileRow",
+    "TransferableRow",
     "WebhookDeliveryRow",
     "WebhookRow",
 ]

@@ -8,7 +8,7 @@ import structlog
 
 from artifacts import intake
 from artifacts.errors import BlobStoreUnavailable, DatabaseUnavailable
-from storage import adapters, checkpoints, claims, images, previews
+from storage import adapters, checkpoints, claims, images, previews, sealed_inputs
 from storage.sweep import remove_unused
 from workers.context import JobContext, JobOutcome
 
@@ -65,6 +65,7 @@ def publish(context: JobContext, outcome: JobOutcome) -> dict[str, Any]:
         result = {"adapters": ids, "images": image_ids, "report": dict(outcome.report)}
         claims.finish_succeeded(session, spec.job_id, spec.attempt, result)
         previews.drop_preview(session, spec.job_id)
+        sealed_inputs.drop(session, spec.job_id)
         left = checkpoints.drop_checkpoint(session, spec.job_id)
     if left is not None:
         forget_blob(context, left)
