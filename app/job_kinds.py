@@ -12,19 +12,17 @@ from sqlalchemy.orm import Session
 
 from app import capacity
 from app.compose_inputs import check_compare, check_compose
-from app.merge_inputs import merge_inputs
+from app.merge_inputs import check_merge, check_merges
 from app.problems import pointer_of
 from app.schemas.common import as_json
 from app.schemas.compose import CompareParams, ComposeParams
-from app.schemas.merge import MergeParams
+from app.schemas.merge import CompareMergesParams, MergeParams
 from app.schemas.resources import Resources
 from app.schemas.train import TrainParams
 from app.settings import Settings
 from app.train_inputs import check_train
 from artifacts.errors import FieldError, RequestInvalid
 from artifacts.pointers import pointers_below
-from merge.catalog import parse_parameters
-from merge.plan import plan_merge
 
 Model = TypeVar("Model", bound=BaseModel)
 
@@ -73,16 +71,10 @@ def check_submission(
     return Submission(kind, as_json(request), asked, affinity)
 
 
-def _check_merge(_: Settings, session: Session, request: MergeParams, devices: int) -> None:
-    """A merge works on the factors alone: it loads no base model."""
-    del devices
-    options = parse_parameters(request.method, request.parameters)
-    plan_merge(merge_inputs(session, request.adapters), request.method, options)
-
-
 JOB_KINDS: Mapping[str, JobKind] = MappingProxyType(
     {
-        "merge": JobKind(MergeParams, _check_merge),
+        "merge": JobKind(MergeParams, check_merge),
+        "merge_compare": JobKind(CompareMergesParams, check_merges),
         "compose": JobKind(ComposeParams, check_compose),
         "compare": JobKind(CompareParams, check_compare),
         "train": JobKind(TrainParams, check_train),

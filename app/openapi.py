@@ -66,6 +66,7 @@ _LINKS = (
     ("register_model", "201", _NEW, "model_id", _MODEL_CALLS),
     ("list_jobs", "200", _FIRST, "job_id", _JOB_CALLS),
     ("merge_adapters", "202", _NEW, "job_id", _JOB_CALLS),
+    ("compare_merges", "202", _NEW, "job_id", _JOB_CALLS),
     ("compose_image", "202", _NEW, "job_id", _JOB_CALLS),
     ("compare_images", "202", _NEW, "job_id", _JOB_CALLS),
     ("list_images", "200", _FIRST, "image_id", _IMAGE_CALLS),
@@ -93,6 +94,8 @@ def complete(document: dict[str, Any], *, api_keys: bool) -> dict[str, Any]:
             _one_of_these(schemas[name]["properties"]["parameters"], [row.options for row in menu.values()])
     compositions = [row.options for row in COMPOSE_METHODS.values()]
     _one_of_these(schemas["CompareMethod"]["properties"]["parameters"], compositions)
+    merges = [row.options for row in MERGE_METHODS.values()]
+    _one_of_these(schemas["MergeCandidate"]["properties"]["parameters"], merges)
     _one_of_these(schemas["ScheduledJob"]["properties"]["params"], [kind.params for kind in JOB_KINDS.values()])
     operations = dict(_operations(document))
     for operation in operations.values():

@@ -113,7 +113,7 @@ def by_layer(name: str, title: str, values: Mapping[str, float | None], *, unit:
         values: by path, such as model.layers.3.self_attn.q_proj: the last number that is not the path's end parts them.
     """
     parted = {path: _part(path) for path in values}
-    rows = sorted({row for row, _ in parted.values()}, key=_by_number)
+    rows = sorted({row for row, _ in parted.values()}, key=by_number)
     columns = list(dict.fromkeys(column for _, column in sorted(parted.values(), key=lambda found: found[1])))
     table = {place: values[path] for path, place in parted.items()}
     cells = [[table.get((row, column)) for column in columns] for row in rows]
@@ -125,7 +125,7 @@ def _part(path: str) -> tuple[str, str]:
     return (found[1], found[2]) if found else ("", path)
 
 
-def _by_number(name: str) -> list[tuple[int, str]]:
+def by_number(name: str) -> list[tuple[int, str]]:
     """layers.9 before layers.10."""
     return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]
 

@@ -10,6 +10,7 @@ KINDS: Mapping[str, str] = MappingProxyType(
         "merge": "workers.jobs.merge:run",
         "compose": "workers.jobs.compose:run",
         "compare": "workers.jobs.compare:run",
+        "merge_compare": "workers.jobs.merge_compare:run",
         "train": "workers.jobs.train:run",
     }
 )

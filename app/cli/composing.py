@@ -13,7 +13,7 @@ from app.cli.adapters import DownloadFormat
 from app.cli.client import Client, ProblemError
 from app.cli.compose_report import print_compose_report
 from app.cli.jobs import show
-from app.cli.options import Json, stem
+from app.cli.options import Json, plain_name, stem
 from app.cli.output import note, print_json, stdout
 from app.cli.progress import require_success, steps, transfer, watch
 
@@ -96,7 +96,7 @@ def _download(client: Client, images: list[str], output: Path) -> None:
         return
     for number, image_id in enumerate(images):
         image: dict[str, Any] = client.get(f"/images/{image_id}")
-        folder = output if len(images) == 1 else output / f"{number}-{_plain(image['label'])}"
+        folder = output if len(images) == 1 else output / f"{number}-{plain_name(image['label'])}"
         folder.mkdir(parents=True)
         for file in image["files"]:
             _file(client, file["link"], folder / file["name"])
@@ -106,11 +106,6 @@ def _file(client: Client, link: str, target: Path) -> None:
     with transfer(f"download {target.name}", None) as advance:
         _, written = client.download(link, target.parent, advance)
     written.rename(target)
-
-
-def _plain(label: str) -> str:
-    """A label as a part of a file name."""
-    return "".join(letter if letter.isalnum() or letter in "-_" else "-" for letter in label)
 
 
 def _compose_here(scene: SceneFile, output: Path, device: str, as_json: bool) -> None:

@@ -14,7 +14,7 @@ from app.cli.compose_report import print_compose_report
 from app.cli.options import Cursor, JobId, Json, Limit
 from app.cli.output import duration, fields, moment, note, note_more, print_json, size, stdout, table
 from app.cli.progress import require_success, watch
-from app.cli.reports import print_report
+from app.cli.reports import print_comparison, print_report
 from app.cli.train_report import print_train_report
 
 app = typer.Typer(help="Jobs: list, look at, follow, read the logs, cancel, retry.", no_args_is_help=True)
@@ -23,6 +23,7 @@ _REPORTS: Mapping[str, Callable[[Console, dict[str, Any]], None]] = {
     "train": print_train_report,
     "compose": print_compose_report,
     "compare": print_compose_report,
+    "merge_compare": print_comparison,
 }
 """How the report of a kind is printed."""
 

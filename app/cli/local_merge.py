@@ -1,4 +1,4 @@
-"""A merge of files on this machine with no service: the same intake, plan and engine that a job uses."""
+"""Merges of files on this machine, with no service: the same intake, plan and engine that a job uses."""
 
 from __future__ import annotations
 
@@ -6,19 +6,26 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from app.cli.adapters import files_of
+from app.cli.options import plain_name
 from artifacts.errors import RankwiseError, RequestInvalid
+from artifacts.labels import labels_of
+from merge.pictures import pictures_of_comparison
 
 if TYPE_CHECKING:
     from merge.options import MergeOptions
     from merge.plan import MergeInput
 
 REPORT_FILE = "merge_report.json"
+COMPARISON_FILE = "comparison_report.json"
+RESULT = "merged"
 
 
 def merge_local(
@@ -42,23 +49,15 @@ def merge_local(
     from merge.catalog import parse_parameters
     from merge.plan import plan_merge
 
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise RequestInvalid(f"{output} is there already and not empty.", hint="Choose another -o, or remove it.")
     options = parse_parameters(method, parameters)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    # Beside the output, so that the last step is a rename inside one file system.
-    with tempfile.TemporaryDirectory(prefix=".rankwise-merge-", dir=output.parent) as scratch:
-        taken = []
-        for place, (path, weight) in enumerate(zip(inputs, weights, strict=True)):
-            progress(0.1 * place / len(inputs), f"check {path}")
-            taken.append(_take_in(path, weight, Path(scratch) / f"input-{place}"))
+    with _beside(output) as scratch:
+        taken = take_in(inputs, weights, scratch, progress)
         # Refuse before torch is loaded: that takes seconds.
         plan_merge([item for item, _ in taken], method, options)
         progress(0.1, "load torch")
         from merge.engine import merge_files
 
-        result = Path(scratch) / "merged"
-        result.mkdir()
+        result = scratch / RESULT
         report = merge_files(
             taken,
             method,
@@ -68,11 +67,93 @@ def merge_local(
             device=device,
             lineage=_recipe(name, method, options, [item for item, _ in taken]),
         ).to_dict()
-        (result / REPORT_FILE).write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        _write_report(result / REPORT_FILE, report)
+    return report
+
+
+def compare_local(
+    inputs: Sequence[Path],
+    weights: Sequence[float],
+    candidates: Sequence[tuple[str, Mapping[str, Any]]],
+    output: Path,
+    *,
+    device: str,
+    progress: Callable[[float, str], None],
+) -> dict[str, Any]:
+    """Merge `inputs` by every candidate (method, parameters), each into a folder of the new folder `output`.
+
+    Returns the report, which is also written into `output`, with a picture of every table.
+
+    Raises: as `merge_local`.
+    """
+    from merge.catalog import parse_parameters
+    from merge.plan import plan_merge
+
+    options = [(method, parse_parameters(method, parameters)) for method, parameters in candidates]
+    labels = labels_of([{"method": method} for method, _ in candidates])
+    with _beside(output) as scratch:
+        taken = take_in(inputs, weights, scratch, progress)
+        described = [item for item, _ in taken]
+        for method, found in options:
+            plan_merge(described, method, found)
+        progress(0.1, "load torch")
+        from merge.comparison import Candidate, compare_files
+        from merge.comparison_report import comparison_report
+
+        started = time.monotonic()
+        compared = compare_files(
+            taken,
+            [
+                Candidate(label, method, found, _recipe(None, method, found, described))
+                for label, (method, found) in zip(labels, options, strict=True)
+            ],
+            scratch / RESULT,
+            progress=lambda fraction, message: progress(0.1 + 0.9 * fraction, message),
+            device=device,
+        )
+        report = comparison_report(compared, time.monotonic() - started)
+        for item in compared:
+            _write_report(item.directory / REPORT_FILE, item.report.to_dict())
+            item.directory.rename(item.directory.with_name(plain_name(item.candidate.label)))
+        _write_report(scratch / RESULT / COMPARISON_FILE, report)
+        for picture in pictures_of_comparison(report):
+            (scratch / RESULT / f"{picture.name}.svg").write_text(picture.draw(), encoding="utf-8")
+    return report
+
+
+def _write_report(path: Path, report: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+@contextmanager
+def _beside(output: Path) -> Iterator[Path]:
+    """A folder to work in, whose `RESULT` becomes `output` when nothing went wrong.
+
+    Raises:
+        RequestInvalid: `output` is there already and not empty.
+    """
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise RequestInvalid(f"{output} is there already and not empty.", hint="Choose another -o, or remove it.")
+    output.parent.mkdir(parents=True, exist_ok=True)
+    # Beside the output, so that the last step is a rename inside one file system.
+    with tempfile.TemporaryDirectory(prefix=".rankwise-merge-", dir=output.parent) as name:
+        scratch = Path(name)
+        (scratch / RESULT).mkdir()
+        yield scratch
         if output.exists():
             output.rmdir()
-        result.rename(output)
-    return report
+        (scratch / RESULT).rename(output)
+
+
+def take_in(
+    inputs: Sequence[Path], weights: Sequence[float], scratch: Path, progress: Callable[[float, str], None]
+) -> list[tuple[MergeInput, Path]]:
+    """Every input through intake, into folders below `scratch`."""
+    taken = []
+    for place, (path, weight) in enumerate(zip(inputs, weights, strict=True)):
+        progress(0.1 * place / len(inputs), f"check {path}")
+        taken.append(_take_in(path, weight, scratch / f"input-{place}"))
+    return taken
 
 
 def _recipe(name: str | None, method: str, options: MergeOptions, inputs: Sequence[MergeInput]) -> dict[str, Any]:

@@ -17,6 +17,14 @@ from app.cli.progress import require_success, steps, watch
 from app.cli.reports import print_report
 
 ADAPTER_PREFIX = "adp_"
+Inputs = Annotated[
+    list[str],
+    typer.Argument(metavar="ADAPTER...", help="Ids of adapters (adp_…), or PEFT folders, archives, .safetensors."),
+]
+Weights = Annotated[
+    list[str] | None,
+    typer.Option("--weight", metavar="NAME=NUMBER", help="Weight of an input, named as given or by its stem; else 1."),
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,21 +41,13 @@ class Order:
 
 def merge(
     context: typer.Context,
-    inputs: Annotated[
-        list[str],
-        typer.Argument(metavar="ADAPTER...", help="Ids of adapters (adp_…), or PEFT folders, archives, .safetensors."),
-    ],
+    inputs: Inputs,
     method: Annotated[str, typer.Option("--method", help="A merge method; `rankwise methods` lists them.")] = "lego",
     rank: Annotated[str | None, typer.Option("--rank", help="Output rank: a number, or what the method takes.")] = None,
     settings: Annotated[
         list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help="A parameter of the method.")
     ] = None,
-    weights: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--weight", metavar="NAME=NUMBER", help="Weight of an input, named as given or by its stem; else 1."
-        ),
-    ] = None,
+    weights: Weights = None,
     output: Annotated[
         Path | None, typer.Option("-o", "--output", help="Folder of the merged adapter; needed for files.")
     ] = None,
@@ -62,12 +62,9 @@ def merge(
         if "rank" in parameters:
             raise typer.BadParameter("the rank is given twice", param_hint="--rank")
         parameters["rank"] = int(rank) if rank.isdecimal() else rank
-    aligned = _aligned(inputs, parse_weights(weights or ()))
+    aligned = aligned_weights(inputs, parse_weights(weights or ()))
     order = Order(inputs, aligned, method, parameters, name, output)
-    remote = [text for text in inputs if text.startswith(ADAPTER_PREFIX) and not Path(text).exists()]
-    if remote and len(remote) < len(inputs):
-        raise typer.BadParameter("ids and files can not be mixed: add the files first, or download the adapters")
-    if remote:
+    if are_remote(inputs):
         with context.obj() as client:
             _merge_by_id(client, order, wait, as_json)
         return
@@ -78,7 +75,19 @@ def merge(
     _merge_files(order, output, device, as_json)
 
 
-def _aligned(inputs: list[str], named: dict[str, float]) -> list[float]:
+def are_remote(inputs: list[str]) -> bool:
+    """Whether the inputs are adapters of the service, and no files.
+
+    Raises:
+        typer.BadParameter: both are among them.
+    """
+    remote = [text for text in inputs if text.startswith(ADAPTER_PREFIX) and not Path(text).exists()]
+    if remote and len(remote) < len(inputs):
+        raise typer.BadParameter("ids and files can not be mixed: add the files first, or download the adapters")
+    return bool(remote)
+
+
+def aligned_weights(inputs: list[str], named: dict[str, float]) -> list[float]:
     """The weight of each input, 1 unless named; a name is the input's text, its file name, or that without suffix.
 
     Raises:

@@ -35,6 +35,11 @@ def stem(path: Path) -> str:
     return name
 
 
+def plain_name(label: str) -> str:
+    """A label as a part of a file name."""
+    return "".join(letter if letter.isalnum() or letter in "-_" else "-" for letter in label)
+
+
 def split_pairs(texts: Iterable[str], option: str) -> list[tuple[str, str]]:
     """`["a=1", "b=x=y"]` → `[("a", "1"), ("b", "x=y")]`.
 

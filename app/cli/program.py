@@ -18,6 +18,7 @@ from app.cli import (
     demonstration,
     jobs,
     keys,
+    merge_comparing,
     merging,
     methods,
     models,
@@ -45,6 +46,7 @@ app.command("worker")(service.worker)
 app.command("demo")(demonstration.demo)
 app.add_typer(adapters.app, name="adapters")
 app.command("merge")(merging.merge)
+app.command("merge-compare")(merge_comparing.merge_compare)
 app.command("compose")(composing.compose)
 app.command("train")(training.train)
 app.add_typer(jobs.app, name="jobs")

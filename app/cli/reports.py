@@ -1,4 +1,4 @@
-"""A merge's report as tables: the whole, interference, the modules that lost most, warnings."""
+"""Reports of merges as tables: the whole, interference, the modules that lost most, warnings."""
 
 from __future__ import annotations
 
@@ -37,14 +37,45 @@ def print_report(console: Console, report: dict[str, Any]) -> None:
             },
         )
     )
-    names = [str(item.get("name") or item.get("id")) for item in report.get("adapters") or ()]
-    cosines = total.get("interference") or []
-    if len(names) > 1 and len(cosines) == len(names):
-        rows = [[name, *(_signed(value) for value in row)] for name, row in zip(names, cosines, strict=True)]
-        console.print(table("interference: cosines of the deltas", ("", *(f"#{name}" for name in names)), rows))
+    _print_interference(console, report.get("adapters") or [], total.get("interference") or [])
     _print_worst(console, report.get("modules") or [])
     for warning in report.get("warnings") or ():
         console.print(Text.assemble(("warning  ", "bold yellow"), str(warning)))
+
+
+def print_comparison(console: Console, report: dict[str, Any]) -> None:
+    """A row for each candidate, the best one first, then how the adapters interfere, and each warning."""
+    rows = {row["label"]: row for row in report["candidates"]}
+    shown = [rows[label] for label in report["ranking"]]
+    console.print(
+        table(
+            f"ranked by {report['ranked_by']}",
+            ("candidate", "method", "#rank", "#energy kept", "#relative error", "#seconds", "warnings"),
+            [
+                (
+                    row["label"],
+                    row["method"],
+                    row["rank"],
+                    _percent(row["energy_kept"]),
+                    _percent(row["relative_error"]),
+                    row["seconds"],
+                    len(row["warnings"]),
+                )
+                for row in shown
+            ],
+        )
+    )
+    _print_interference(console, report["adapters"], report["interference"])
+    for row in shown:
+        for warning in row["warnings"]:
+            console.print(Text.assemble((f"{row['label']}  ", "bold yellow"), str(warning)))
+
+
+def _print_interference(console: Console, adapters: list[dict[str, Any]], cosines: list[list[float | None]]) -> None:
+    names = [str(item.get("name") or item.get("id")) for item in adapters]
+    if len(names) > 1 and len(cosines) == len(names):
+        rows = [[name, *(_signed(value) for value in row)] for name, row in zip(names, cosines, strict=True)]
+        console.print(table("interference: cosines of the deltas", ("", *(f"#{name}" for name in names)), rows))
 
 
 def _print_worst(console: Console, modules: list[dict[str, Any]]) -> None:

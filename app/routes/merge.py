@@ -1,4 +1,4 @@
-"""POST /merge: checked when it is submitted, done by the pool."""
+"""POST /merge and POST /merge/compare: checked when it is submitted, done by the pool."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from app.json_body import JsonRoute
 from app.problems import problem_responses
 from app.schemas.common import as_json
 from app.schemas.jobs import Job
-from app.schemas.merge import MergeRequest
+from app.schemas.merge import CompareMergesRequest, MergeRequest
 from app.submission import submit
 
 router = APIRouter(tags=["merge"], route_class=JsonRoute)
@@ -43,6 +43,38 @@ async def merge_adapters(
         services,
         principal,
         "merge",
+        as_json(body, exclude={"resources"}),
+        body.resources,
+        idempotency_key=idempotency_key,
+        request_id=request.state.request_id,
+    )
+    return await answer_or_wait(request, services, answer, wait)
+
+
+@router.post(
+    "/merge/compare",
+    status_code=202,
+    summary="Compare merges",
+    response_model=Job,
+    responses={**JOB_RESPONSES, **problem_responses(409, 413, 415, 429, 507)},
+)
+async def compare_merges(
+    request: Request,
+    services: ServicesDep,
+    principal: JobRunner,
+    body: CompareMergesRequest,
+    wait: WaitSeconds,
+    idempotency_key: IdempotencyKey = None,
+) -> JSONResponse:
+    """The same adapters by several methods: one table of rank, error and energy, pictures, and the winners as adapters.
+
+    The adapters are read once for all candidates. What can not be merged by one of them is refused here.
+    """
+    answer = await run_in_threadpool(
+        submit,
+        services,
+        principal,
+        "merge_compare",
         as_json(body, exclude={"resources"}),
         body.resources,
         idempotency_key=idempotency_key,

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from collections.abc import Callable, Mapping
+from typing import Annotated, Any
 
 from fastapi import APIRouter, Path
 from starlette.responses import Response
@@ -15,6 +16,7 @@ from app.state import Services
 from artifacts.errors import NotFound
 from artifacts.heat_map import NAME, HeatMap, pictures_of
 from artifacts.svg import MEDIA_TYPE
+from merge.pictures import pictures_of_comparison, pictures_of_merge
 from storage import jobs
 
 router = APIRouter(tags=["jobs"], route_class=JsonRoute)
@@ -24,7 +26,7 @@ PictureName = Annotated[str, Path(pattern=NAME, max_length=100, description="Nam
 
 @router.get("/jobs/{job_id}/pictures", summary="List the pictures of a job", responses=problem_responses(404))
 def list_pictures(services: ServicesDep, principal: Reader, job_id: JobId) -> PictureList:
-    """What the job's method shows of its result; the report has the numbers under `own.pictures`."""
+    """What the job's method shows of its result, as heat maps: the report has the numbers."""
     return PictureList(items=[Picture.of(job_id, found) for found in _pictures(services, job_id)])
 
 
@@ -43,7 +45,16 @@ def get_picture(services: ServicesDep, principal: Reader, job_id: JobId, name: P
     return Response(found[name].draw(), media_type=MEDIA_TYPE)
 
 
+_OF_REPORTS: Mapping[str, Callable[[Mapping[str, Any]], list[HeatMap]]] = {
+    "merge": pictures_of_merge,
+    "merge_compare": pictures_of_comparison,
+}
+"""Of the kinds whose whole report can be drawn."""
+
+
 def _pictures(services: Services, job_id: str) -> list[HeatMap]:
     with services.database.read() as session:
-        result = jobs.get_job(session, job_id).result or {}
-    return pictures_of((result.get("report") or {}).get("own") or {})
+        row = jobs.get_job(session, job_id)
+        kind, report = row.kind, (row.result or {}).get("report") or {}
+    draw = _OF_REPORTS.get(kind)
+    return [*(draw(report) if draw is not None else []), *pictures_of(report.get("own") or {})]

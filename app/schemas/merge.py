@@ -1,8 +1,8 @@
-"""The body of POST /merge, and the parameters of a merge job."""
+"""The bodies of POST /merge and POST /merge/compare, and the parameters of their jobs."""
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field, StringConstraints
 
@@ -12,6 +12,14 @@ from app.schemas.resources import Resources
 from merge.catalog import METHODS
 from merge.plan import MAX_ADAPTERS
 
+MAX_COMPARED = 32
+MergeMethodName = Annotated[str, Field(json_schema_extra={"enum": list(METHODS)})]
+MergeParameters = Annotated[
+    dict[str, Any],
+    Field(
+        default_factory=dict, description="Options of the method; GET /methods/merge/{method} has their JSON Schema."
+    ),
+]
 Weight = Annotated[float, Field(strict=True, allow_inf_nan=False, ge=-1e6, le=1e6)]
 
 
@@ -22,15 +30,38 @@ class MergeAdapter(RequestModel):
     weight: Weight = Field(1.0, description="A factor in a sum; `parameters.normalize` divides by the sum of all.")
 
 
-class MergeParams(RequestModel):
-    """Merge adapters of one base model into one adapter."""
+class MergePool(RequestModel):
+    """The adapters that are merged."""
 
     adapters: list[MergeAdapter] = Field(min_length=1, max_length=MAX_ADAPTERS)
-    method: str = Field("lego", description="See GET /methods.", json_schema_extra={"enum": list(METHODS)})
-    parameters: dict[str, Any] = Field(
-        default_factory=dict, description="Options of the method; GET /methods/merge/{method} has their JSON Schema."
-    )
+
+
+class MergeParams(MergePool):
+    """Merge adapters of one base model into one adapter."""
+
+    method: MergeMethodName = Field("lego", description="See GET /methods.")
+    parameters: MergeParameters
     name: Name | None = Field(None, description="Name of the merged adapter.")
+
+
+class MergeCandidate(RequestModel):
+    """One of the merges that are compared."""
+
+    method: MergeMethodName = Field(description="See GET /methods.")
+    parameters: MergeParameters
+    label: Annotated[Name, StringConstraints(max_length=80)] | None = Field(
+        None, description="What it is called in the report; unset, as its method."
+    )
+
+
+class CompareMergesParams(MergePool):
+    """Merge the same adapters by several methods."""
+
+    candidates: list[MergeCandidate] = Field(min_length=1, max_length=MAX_COMPARED)
+    publish: Literal["none", "best", "all"] = Field(
+        "none", description="Which of the merged adapters are stored: none, the first of the ranking, or all."
+    )
+    name: Name | None = Field(None, description="Name of the stored adapter; of several, with the label behind it.")
 
 
 class MergeRequest(MergeParams):
@@ -42,6 +73,22 @@ class MergeRequest(MergeParams):
                 "adapters": [{"id": "adp_" + "0" * 32}, {"id": "adp_" + "1" * 32, "weight": 0.5}],
                 "method": "lego",
                 "parameters": {"rank": 16},
+            }
+        }
+    )
+
+    resources: Resources | None = None
+
+
+class CompareMergesRequest(CompareMergesParams):
+    """A comparison of merges, and what it may ask of the machine that does it."""
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "example": {
+                "adapters": [{"id": "adp_" + "0" * 32}, {"id": "adp_" + "1" * 32, "weight": 0.5}],
+                "candidates": [{"method": "svd", "parameters": {"rank": 16}}, {"method": "lego"}],
+                "publish": "best",
             }
         }
     )

@@ -202,3 +202,38 @@ def test_an_output_that_can_not_be_made(cli: Callable[..., Any], adapters: tuple
     result = cli("merge", *adapters, "--method", "cat", "-o", blocker / "out")
     assert result.code == 1
     assert str(blocker) in result.err
+
+
+def test_a_comparison_writes_every_merge_with_report_and_pictures(
+    cli: Callable[..., Any], adapters: tuple[Path, Path], tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    candidates = ("--candidate", "cat", "--candidate", "svd:rank=1", "--candidate", "svd:rank=2;normalize=true")
+    result = cli("merge-compare", *adapters, *candidates, "--weight", "first=0.5", "-o", out, "--json")
+    assert result.code == 0, result.err
+    report = result.json["report"]
+    assert report["ranking"] == ["cat", "svd 2", "svd"]
+    assert json.loads((out / "comparison_report.json").read_text(encoding="utf-8")) == report
+    assert {path.name for path in out.iterdir()} == {
+        "cat",
+        "svd",
+        "svd-2",
+        "comparison_report.json",
+        "interference.svg",
+        "errors.svg",
+    }
+    assert_sum(out / "cat", [(0.5, adapters[0]), (1.0, adapters[1])])
+    shown = cli("merge-compare", *adapters, *candidates, "-o", tmp_path / "again")
+    assert shown.code == 0, shown.err
+    assert "ranked by relative_error" in shown.out
+
+
+def test_a_comparison_that_is_refused_leaves_nothing(
+    cli: Callable[..., Any], adapters: tuple[Path, Path], tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    result = cli("merge-compare", *adapters, "--candidate", "svd:rank=99", "-o", out)
+    assert result.code == 1
+    assert "rank_out_of_range" in result.err
+    assert not out.exists()
+    assert cli("merge-compare", *adapters, "--candidate", "cat").code == 2

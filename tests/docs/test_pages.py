@@ -74,8 +74,8 @@ def test_examples_in_the_pages_are_json(pages: dict[str, str]) -> None:
 
 
 def test_parameters_in_the_examples_are_accepted(root: Path, pages: dict[str, str]) -> None:
-    """Each body of POST /merge that a page or the README shows is one that the service takes."""
-    from app.schemas.merge import MergeRequest
+    """Each body of POST /merge and its kin that a page or the README shows is one that the service takes."""
+    from app.schemas.merge import CompareMergesRequest, MergeRequest
     from merge.catalog import parse_parameters
 
     texts = [*pages.values(), _text(root, "README.md")]
@@ -84,6 +84,11 @@ def test_parameters_in_the_examples_are_accepted(root: Path, pages: dict[str, st
     for number, body in enumerate(bodies):
         counted = iter(range(1000))
         filled = re.sub(r"adp_…", lambda _, c=counted: f"adp_{next(c):032x}", body)  # type: ignore[misc]
+        if '"candidates"' in filled:
+            compared = CompareMergesRequest.model_validate_json(filled)
+            for candidate in compared.candidates:
+                parse_parameters(candidate.method, candidate.parameters)
+            continue
         request = MergeRequest.model_validate_json(filled)
         parse_parameters(request.method, request.parameters)
         assert request.adapters, f"body {number}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from artifacts.labels import labels_of
 from compose.composition import Composition
 from compose.contact_sheet import contact_sheet
 from compose.evidence_files import IMAGE
@@ -41,19 +42,6 @@ def run(context: JobContext) -> JobOutcome:
         ]
     }
     return JobOutcome(images=(_sheet(context, made, images, report), *images), report=report)
-
-
-def labels_of(variants: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Of each variant: its own, else its method's name, with a number where that is there already."""
-    found: list[str] = []
-    for variant in variants:
-        wanted = variant.get("label") or variant["method"]
-        label, number = wanted, 1
-        while label in found:
-            number += 1
-            label = f"{wanted} {number}"
-        found.append(label)
-    return found
 
 
 def _sheet(

@@ -26,6 +26,7 @@ from artifacts.errors import (
     RequestInvalid,
 )
 from artifacts.intake import IntakeLimits
+from artifacts.labels import labels_of
 from storage import adapters, claims, images, jobs, models, previews
 from storage.blobs import BlobStore
 from workers.attempt import AttemptSpec
@@ -349,4 +350,4 @@ def test_a_comparison_tells_its_progress_as_one_job(bench: Bench, monkeypatch: p
     ],
 )
 def test_every_image_of_a_sheet_has_a_label_of_its_own(given: list[tuple[str, str | None]], labels: list[str]) -> None:
-    assert compare.labels_of([{"method": method, "label": label} for method, label in given]) == labels
+    assert labels_of([{"method": method, "label": label} for method, label in given]) == labels

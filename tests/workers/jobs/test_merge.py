@@ -10,7 +10,7 @@ import pytest
 from storage import adapters
 from storage.blobs import BlobStore
 from workers.adapter_names import NAME_LIMIT, default_name
-from workers.jobs.merge import LIBRARIES
+from workers.jobs.merge_inputs import LIBRARIES
 from workers.kinds import KINDS
 
 TOLERANCE = 1e-4

@@ -1,0 +1,152 @@
+"""Several merges of one pool: each is what it would be alone, and what they share is done once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from artifacts.adapter import Adapter
+from artifacts.errors import MergeRefused
+from merge.catalog import parse_parameters
+from merge.comparison import Candidate, compare_files
+from merge.comparison_report import comparison_report
+from merge.engine import merge_files
+from merge.pictures import pictures_of_comparison, pictures_of_merge
+from merge.stack import Stack
+
+Pool = list[tuple[Any, Path]]
+CANDIDATES: dict[str, tuple[str, dict[str, Any]]] = {
+    "cat": ("cat", {}),
+    "mean": ("cat", {"normalize": True}),
+    "negative mean": ("svd", {"rank": 3, "normalize": True, "scale": -1.0}),
+    "common": ("svd", {"rank": 2, "missing_modules": "intersection"}),
+    "exact": ("linear", {"compute_dtype": "float64"}),
+    "lego": ("lego", {"rank": 3, "seed": 5}),
+}
+
+
+@pytest.fixture
+def pool(write_adapter: Callable[..., Path], as_input: Callable[..., tuple[Any, Path]]) -> Pool:
+    """Three adapters of unequal ranks, of which the last lacks a module; two share components."""
+    generator = torch.Generator().manual_seed(3)
+
+    def factors(rank: int) -> tuple[torch.Tensor, torch.Tensor]:
+        return torch.randn(rank, 12, generator=generator), torch.randn(10, rank, generator=generator)
+
+    shared = factors(2)
+    first = write_adapter("first", {"layers.0.q": shared, "layers.1.q": factors(2)}, lora_alpha=6)
+    second = write_adapter("second", {"layers.0.q": shared, "layers.1.q": factors(2)}, lora_alpha=6)
+    third = write_adapter("third", {"layers.1.q": factors(3)}, lora_alpha=2)
+    return [as_input(first, 0.5), as_input(second, 2.0), as_input(third, -1.0 / 3)]
+
+
+def positive(pool: Pool) -> Pool:
+    from dataclasses import replace
+
+    return [(replace(item, weight=abs(item.weight)), path) for item, path in pool]
+
+
+def candidates(lineage: Any = None) -> list[Candidate]:
+    return [
+        Candidate(label, method, parse_parameters(method, parameters), lineage)
+        for label, (method, parameters) in CANDIDATES.items()
+    ]
+
+
+def test_every_candidate_is_byte_for_byte_the_merge_alone(pool: Pool, tmp_path: Path) -> None:
+    pool = positive(pool)
+    compared = compare_files(pool, candidates({"a": 1}), tmp_path / "compared")
+    assert [item.candidate.label for item in compared] == list(CANDIDATES)
+    for item in compared:
+        alone = tmp_path / item.candidate.label
+        report = merge_files(pool, item.candidate.method, item.candidate.options, alone, lineage={"a": 1})
+        for path in alone.iterdir():
+            assert (item.directory / path.name).read_bytes() == path.read_bytes(), (item.candidate.label, path.name)
+        assert {**report.to_dict(), "seconds": 0} == {**item.report.to_dict(), "seconds": 0}
+
+
+def test_negative_weights_that_are_normalised_order_equal_components_anew(pool: Pool, tmp_path: Path) -> None:
+    chosen = [item for item in candidates() if item.method in ("cat", "svd")]
+    flipped = [(pool[0][0], pool[0][1]), (pool[2][0], pool[2][1])]
+    compared = compare_files(flipped, chosen, tmp_path / "compared")
+    for item in compared:
+        alone = tmp_path / item.candidate.label
+        merge_files(flipped, item.candidate.method, item.candidate.options, alone)
+        weights = "adapter_model.safetensors"
+        assert (item.directory / weights).read_bytes() == (alone / weights).read_bytes(), item.candidate.label
+
+
+def test_modules_are_read_once_for_each_precision(pool: Pool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[tuple[str, torch.dtype]] = []
+    original = Stack.load.__func__  # type: ignore[attr-defined]
+
+    def counted(cls: Any, module: Any, adapters: Any, weights: Any, dtype: torch.dtype, device: Any) -> Stack:
+        read.append((module.path, dtype))
+        return original(cls, module, adapters, weights, dtype, device)  # type: ignore[no-any-return]
+
+    monkeypatch.setattr(Stack, "load", classmethod(counted))
+    compare_files(positive(pool), candidates(), tmp_path / "compared")
+    single, double = torch.float32, torch.float64
+    paths = ("layers.0.q", "layers.1.q")
+    assert sorted(read, key=str) == sorted(((path, dtype) for path in paths for dtype in (single, double)), key=str)
+
+
+def test_inner_products_are_computed_once(pool: Pool) -> None:
+    stack = Stack(torch.randn(4, 6), torch.randn(5, 4), torch.tensor([0, 0, 1, 1]), torch.ones(4).double())
+    gram = stack.gram_A
+    other = stack.reweighted([0.5, -2.0])
+    if other.A is stack.A:
+        assert other.gram_A is gram
+    assert stack.reweighted([1.0, 1.0]) is stack
+    assert sorted(other.weights.tolist()) == [-2.0, -2.0, 0.5, 0.5]
+
+
+def test_the_report_ranks_by_the_distance_to_the_exact_sum(pool: Pool, tmp_path: Path) -> None:
+    compared = compare_files(positive(pool), candidates(), tmp_path / "compared")
+    report = comparison_report(compared, 1.5)
+    rows = {row["label"]: row for row in report["candidates"]}
+    errors = [rows[label]["relative_error"] for label in report["ranking"]]
+    assert errors == sorted(errors)
+    assert set(report["ranking"][:3]) == {"cat", "mean", "exact"}
+    assert max(errors[:3]) < 1e-6 < errors[3]
+    assert [item["weight"] for item in report["adapters"]] == [0.5, 2.0, 1 / 3]
+    cosines = report["interference"]
+    assert [cosines[i][i] for i in range(3)] == pytest.approx([1, 1, 1])
+    assert cosines[0][1] == cosines[1][0]
+    assert rows["common"]["warnings"]
+    assert {module["path"] for module in rows["common"]["modules"]} == {"layers.1.q"}
+    names = [picture.name for picture in pictures_of_comparison(report)]
+    assert names == ["interference", "errors"]
+    errors_picture = pictures_of_comparison(report)[1]
+    assert errors_picture.columns == list(CANDIDATES)
+    assert errors_picture.values[0][3] is None  # of `common`, which has no such layer
+    assert errors_picture.draw().startswith("<svg")
+
+
+def test_a_merge_of_one_adapter_has_no_interference_to_show(pool: Pool, tmp_path: Path) -> None:
+    report = merge_files(pool[:1], "cat", parse_parameters("cat", {}), tmp_path / "one").to_dict()
+    assert [picture.name for picture in pictures_of_merge(report)] == ["errors"]
+    both = merge_files(pool[:2], "svd", parse_parameters("svd", {"rank": 1}), tmp_path / "two").to_dict()
+    interference, errors = pictures_of_merge(both)
+    assert interference.values[0][0] == pytest.approx(1)
+    assert errors.values == [[pytest.approx(module["relative_error"])] for module in both["modules"]]
+
+
+def test_broken_numbers_refuse_the_whole_comparison(
+    write_adapter: Callable[..., Path], as_input: Callable[..., tuple[Any, Path]], tmp_path: Path
+) -> None:
+    A = torch.ones(1, 4)
+    A[0, 1] = float("nan")
+    broken = as_input(write_adapter("broken", {"q": (A, torch.ones(3, 1))}))
+    with pytest.raises(MergeRefused, match="NaN"):
+        compare_files([broken], [c for c in candidates() if c.label == "cat"], tmp_path / "compared")
+    assert not list((tmp_path / "compared" / "0").iterdir())
+
+
+def test_the_results_are_adapters(pool: Pool, tmp_path: Path) -> None:
+    compared = compare_files(positive(pool), candidates()[:1], tmp_path / "compared")
+    assert set(Adapter.open(compared[0].directory)) == {"layers.0.q", "layers.1.q"}

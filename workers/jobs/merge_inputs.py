@@ -1,0 +1,100 @@
+"""What jobs that merge have in common: the adapters they take, the recipe of what they make, and its row."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from artifacts.base_model import BaseModelRef
+from merge.options import MergeOptions
+from merge.plan import MergeInput
+from storage.adapters import Parent
+from workers.adapter_names import default_name
+from workers.context import JobContext, NewAdapter, StoredAdapter
+
+LIBRARIES = ("rankwise", "torch", "numpy", "numba")
+UNKNOWN_BASE = "unknown"
+
+
+@dataclass(frozen=True, slots=True)
+class MergeSources:
+    """The adapters of a merge in the order of the request, each with its weight and a folder of its files."""
+
+    items: tuple[tuple[StoredAdapter, float, Path], ...]
+
+    @classmethod
+    def fetch(cls, context: JobContext, share: float) -> MergeSources:
+        """Those that the job's `adapters` name: [{id, weight}].
+
+        Args:
+            share: of the progress bar.
+
+        Raises:
+            NotFound: an adapter was deleted since the job was submitted.
+        """
+        asked: Sequence[Mapping[str, Any]] = context.params["adapters"]
+        found = []
+        for position, item in enumerate(asked):
+            context.progress(share * position / len(asked), "fetching adapters", position, len(asked))
+            stored, directory = context.adapter(item["id"])
+            weight = item.get("weight")
+            found.append((stored, 1.0 if weight is None else float(weight), directory))
+        return cls(tuple(found))
+
+    def inputs(self) -> list[tuple[MergeInput, Path]]:
+        """As the engine takes them."""
+        return [(_input(stored, weight), directory) for stored, weight, directory in self.items]
+
+    def recipe(self, method: str, options: MergeOptions) -> dict[str, Any]:
+        """All that is needed to do a merge again: every effective parameter and the versions that computed it."""
+        parameters = json.loads(options.model_dump_json())
+        return {
+            "method": method,
+            "parameters": parameters,
+            "seed": parameters.get("seed"),
+            "adapters": [
+                {"id": stored.id, "weight": weight, "weights_digest": stored.manifest.weights_digest}
+                for stored, weight, _ in self.items
+            ],
+            "versions": {library: version(library) for library in LIBRARIES},
+        }
+
+    def adapter(self, directory: Path, method: str, recipe: Mapping[str, Any], name: str | None) -> NewAdapter:
+        """The merged adapter in `directory`; without a name it is called after what it was made of."""
+        stored = [item for item, _, _ in self.items]
+        return NewAdapter(
+            directory=directory,
+            name=name or default_name([item.name for item in stored], method),
+            description=f"Merged from {len(stored)} adapters with {method}.",
+            base_model=next((item.base_model for item in stored if item.base_model is not None), None),
+            model_id=self.common_model,
+            parents=tuple(
+                Parent(item.id, {"weight": weight, "position": position, **recipe})
+                for position, (item, weight, _) in enumerate(self.items)
+            ),
+        )
+
+    @property
+    def common_model(self) -> str | None:
+        """The registered base model, when all adapters have the same one."""
+        ids = {item.model_id for item, _, _ in self.items}
+        return ids.pop() if len(ids) == 1 else None
+
+
+def _input(stored: StoredAdapter, weight: float) -> MergeInput:
+    manifest = stored.manifest
+    return MergeInput(
+        id=stored.id,
+        name=stored.name,
+        digest=manifest.weights_digest,
+        modules=manifest.modules,
+        method=manifest.method,
+        mergeable=manifest.mergeable,
+        refusal=manifest.refusal,
+        base=stored.base or BaseModelRef.named(UNKNOWN_BASE),
+        weight=weight,
+    )
