@@ -5,22 +5,28 @@ from __future__ import annotations
 from sqlalchemy.orm import Session
 
 from artifacts.errors import FieldError, RequestInvalid
-from storage import database, models
+from storage import models
 from storage.tables import ModelRow
 
 
-def base_model(session: Session, name: str) -> ModelRow:
+def base_model(session: Session, name: str, *, lock: bool = False, pointer: str = "/base_model") -> ModelRow:
     """The registered base model with this id or name.
 
+    Args:
+        lock: keep it from being removed until the transaction ends: for whoever makes a job that needs it.
+        pointer: where the request names it.
+
     Raises:
-        RequestInvalid: there is none, or it was removed; at /base_model.
+        RequestInvalid: there is none, or it was removed.
     """
     row = models.find_model(session, name)
     if row is None:
         problem = f"there is no base model {name!r}"
         hint = "GET /models lists those that are registered."
-        raise RequestInvalid(f"T{problem[1:]}.", hint=hint, errors=[FieldError("/base_model", problem)])
-    if row.removed_at is not None and row.removed_at <= database.now(session):
+        raise RequestInvalid(f"T{problem[1:]}.", hint=hint, errors=[FieldError(pointer, problem)])
+    if lock:
+        session.refresh(row, with_for_update={"read": True})
+    if row.removed_at is not None:
         problem = f"the base model {row.name!r} was removed on {row.removed_at:%Y-%m-%d}"
-        raise RequestInvalid(f"T{problem[1:]}.", errors=[FieldError("/base_model", problem)])
+        raise RequestInvalid(f"T{problem[1:]}.", errors=[FieldError(pointer, problem)])
     return row

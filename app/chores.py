@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import structlog
 
+from app.model_retirement import retire_models
 from app.scheduling import Scheduler
 from app.settings import Settings
 from app.webhook_policy import egress_policy
@@ -18,6 +19,7 @@ from workers.clockwork import Chore
 from workers.courier import Courier
 
 SCHEDULE_SECONDS = 1.0
+RETIREMENT_SECONDS = 5.0
 WEBHOOK_SECONDS = 1.0
 HOUR_SECONDS = 3600.0
 AFTER_START_SECONDS = 60.0
@@ -44,6 +46,7 @@ def chores(
     courier = Courier(database, egress_policy(settings))
     return [
         Chore("schedules", SCHEDULE_SECONDS, scheduler.run, interrupt=scheduler.interrupt),
+        Chore("retirement", RETIREMENT_SECONDS, lambda: retire_models(database)),
         Chore("webhooks", WEBHOOK_SECONDS, courier.run, interrupt=courier.close),
         Chore("sweep", HOUR_SECONDS, lambda: _sweep(database, blobs), AFTER_START_SECONDS),
         Chore("logs", HOUR_SECONDS, lambda: _rescue_logs(database, blobs), AFTER_START_SECONDS),

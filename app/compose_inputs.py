@@ -117,7 +117,7 @@ def _check_scene(session: Session, request: ComposeScene, devices: int) -> Model
     if devices > 1:
         problem = "an image is made on one device"
         raise RequestInvalid(f"{problem}.", errors=[FieldError("/resources/devices", problem)])
-    row = base_model(session, request.base_model)
+    row = base_model(session, request.base_model, lock=True)
     if row.architecture is not None and row.architecture != UNET:
         problem = f"the base model {row.name!r} is a {row.architecture}, no diffusers pipeline with a UNet"
         raise ComposeRefused(

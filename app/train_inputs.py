@@ -39,7 +39,7 @@ def check_train(settings: Settings, session: Session, request: TrainParams, devi
             layers of the base model, more memory than the machine has.
     """
     check_feasible(request.full_task, request.training, request.evaluation, devices)
-    row = _base_model(session, request)
+    row = _base_model(session, request, lock=True)
     dataset = stored_dataset(session, request.dataset)
     _check_suitable(dataset, request.full_task)
     needed = _estimate(session, row, request, devices, dataset.rows)
@@ -81,8 +81,8 @@ def estimate_training(session: Session, request: TrainRequest) -> Estimate | Non
     return _estimate(session, _base_model(session, request), request, devices)
 
 
-def _base_model(session: Session, request: TrainParams) -> ModelRow:
-    row = base_model(session, request.base_model)
+def _base_model(session: Session, request: TrainParams, *, lock: bool = False) -> ModelRow:
+    row = base_model(session, request.base_model, lock=lock)
     check_base_kind(models.ref_of(row), request.full_task)
     return row
 

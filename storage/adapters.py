@@ -19,7 +19,7 @@ from storage.blob_rows import reserve_blobs
 from storage.ids import new_id
 from storage.lineage import Lineage, lineage
 from storage.quotas import charge_bytes
-from storage.tables import AdapterFileRow, AdapterRow, AdapterTagRow, LineageRow, ModelRow
+from storage.tables import AdapterFileRow, AdapterRow, AdapterTagRow, AdapterWaiverRow, LineageRow, ModelRow
 from storage.text import fold, is_storable, short_digest, storable
 from storage.tombstones import hide, lock_shown
 from storage.upsert import insert_or_ignore
@@ -135,6 +135,7 @@ def delete_adapter(session: Session, adapter_id: str) -> None:
         raise NotFound(f"there is no adapter {adapter_id!r}")
     session.execute(delete(AdapterTagRow).where(AdapterTagRow.adapter_id == adapter_id))
     transferables.drop_with_adapter(session, adapter_id)
+    session.execute(delete(AdapterWaiverRow).where(AdapterWaiverRow.adapter_id == adapter_id))
     hide(session, row)
 
 

@@ -14,8 +14,8 @@ from storage.ids import new_id
 from storage.tables import DomainEventRow
 from storage.text import storable
 
-EVENT_TYPES = ("base_model.deprecated", "base_model.removed")
-"""Every type that is published. The subject of both is the id of the base model."""
+EVENT_TYPES = ("base_model.registered", "base_model.deprecated", "base_model.removed")
+"""Every type that is published. The subject of each is the id of the base model."""
 
 _OPEN = text("domain_events.handled_at IS NULL")
 

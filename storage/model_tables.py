@@ -1,11 +1,11 @@
-"""The table of base models."""
+"""The tables of base models, and of the adapters that may go with theirs."""
 
 from __future__ import annotations
 
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import BigInteger, String, Text
+from sqlalchemy import BigInteger, ForeignKey, String, Text
 from sqlalchemy.orm import Mapped, mapped_column
 
 from storage.columns import Base
@@ -30,5 +30,20 @@ class ModelRow(Base):
     fingerprint_digest: Mapped[str | None] = mapped_column(String(64))
     parameter_count: Mapped[int | None] = mapped_column(BigInteger)
     created_at: Mapped[datetime]
-    deprecated_at: Mapped[datetime | None]
+    deprecated_at: Mapped[datetime | None]  # may lie ahead
+    deprecation_told_at: Mapped[datetime | None]  # when that date had come and its event was published
+    remove_at: Mapped[datetime | None]  # when it is to be removed, if nothing depends on it then
     removed_at: Mapped[datetime | None]
+    successor_id: Mapped[str | None] = mapped_column(String(48))  # the model to use instead
+    deprecation_reason: Mapped[str | None] = mapped_column(Text)
+
+
+class AdapterWaiverRow(Base):
+    """Somebody has accepted that an adapter goes out of use with its base model."""
+
+    __tablename__ = "adapter_waivers"
+
+    adapter_id: Mapped[str] = mapped_column(ForeignKey("adapters.id"), primary_key=True)
+    reason: Mapped[str] = mapped_column(Text)
+    created_by: Mapped[str | None] = mapped_column(ForeignKey("api_keys.id"))
+    created_at: Mapped[datetime]

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-from datetime import datetime
-from enum import Enum
 
 from sqlalchemy import case, or_, select
 from sqlalchemy.orm import Session, defer
@@ -19,12 +17,6 @@ from storage.pagination import DEFAULT_LIMIT, Page, page_of
 from storage.tables import ModelRow
 from storage.text import is_storable, storable
 from storage.upsert import insert_or_ignore
-
-
-class Unchanged(Enum):
-    """The default of a field that an update leaves as it is, since None means to clear it."""
-
-    UNCHANGED = "unchanged"
 
 
 def add_model(session: Session, ref: BaseModelRef, *, parameter_count: int | None = None) -> tuple[ModelRow, bool]:
@@ -60,6 +52,8 @@ def add_model(session: Session, ref: BaseModelRef, *, parameter_count: int | Non
             f"the name {ref.name!r} belongs to a model of another location, revision or weights",
             hint="Register it under another name.",
         )
+    if added is not None:
+        publish(session, "base_model.registered", row.id, {"name": row.name})
     return row, added is not None
 
 
@@ -98,30 +92,10 @@ def list_models(session: Session, cursor: str | None = None, limit: int = DEFAUL
     return page_of(session, statement, (ModelRow.created_at, ModelRow.id), filters={}, cursor=cursor, limit=limit)
 
 
-def update_model(
-    session: Session,
-    model_id: str,
-    *,
-    deprecated_at: datetime | Unchanged | None = Unchanged.UNCHANGED,
-    removed_at: datetime | Unchanged | None = Unchanged.UNCHANGED,
-) -> ModelRow:
-    """Set or clear (None) when the model is deprecated and when it is removed.
-
-    A date that was not set before is a domain event, in the same transaction; moving it is none.
-
-    Raises:
-        NotFound
-    """
-    row = get_model(session, model_id)
-    session.refresh(row, with_for_update=True)  # of two that set the date at once, one is the first
-    for name, moment in (("deprecated_at", deprecated_at), ("removed_at", removed_at)):
-        if isinstance(moment, Unchanged):
-            continue
-        if moment is not None and getattr(row, name) is None:
-            data = {"name": row.name, name: moment.isoformat()}
-            publish(session, f"base_model.{name.removesuffix('_at')}", row.id, data)
-        setattr(row, name, moment)
-    session.flush()
+def lock_model(session: Session, id_or_name: str) -> ModelRow:
+    """The model as it is now, locked until the transaction ends. Raises NotFound."""
+    row = get_model(session, id_or_name)
+    session.refresh(row, with_for_update=True)
     return row
 
 

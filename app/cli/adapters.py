@@ -83,6 +83,7 @@ def summary(adapter: dict[str, Any]) -> dict[str, Any]:
         "job": adapter.get("job_id"),
         "weights digest": adapter.get("weights_digest"),
         "created": moment(adapter.get("created_at")),
+        "waived": (adapter.get("waiver") or {}).get("reason"),
         "warnings": report.get("warnings"),
         "ignored keys": [f"{item['key']} ({item['reason']})" for item in report.get("ignored") or ()],
         "non-finite": report.get("nonfinite"),
@@ -278,6 +279,26 @@ def delete(
         print_json({"id": adapter, "deleted": True})
     else:
         stdout().print(f"deleted {adapter}", markup=False)
+
+
+@app.command("waive")
+def waive(
+    context: typer.Context,
+    adapter: AdapterId,
+    reason: Annotated[str | None, typer.Option("--reason", help="Why it need not outlive its base model.")] = None,
+    undo: Annotated[bool, typer.Option("--undo", help="Take it back.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Accept that an adapter goes out of use with its base model, which it then no longer keeps."""
+    if undo == (reason is not None):
+        raise typer.BadParameter("give either --reason or --undo")
+    with context.obj() as client:
+        if undo:
+            client.delete(f"/adapters/{adapter}/waiver")
+        else:
+            client.put(f"/adapters/{adapter}/waiver", {"reason": reason})
+        found = client.get(f"/adapters/{adapter}")
+    print_json(found) if as_json else stdout().print(fields(found["name"], summary(found)))
 
 
 @app.command("lineage")

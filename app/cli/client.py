@@ -86,6 +86,9 @@ class Client:
     def post(self, path: str, document: Any = None) -> Any:
         return self._json("POST", path, json=document)
 
+    def put(self, path: str, document: Any, headers: Mapping[str, str] | None = None) -> Any:
+        return self._json("PUT", path, json=document, headers=headers)
+
     def patch(self, path: str, document: Any, headers: Mapping[str, str] | None = None) -> Any:
         return self._json("PATCH", path, json=document, headers=headers)
 

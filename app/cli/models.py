@@ -11,7 +11,7 @@ import typer
 from app.cli.options import Cursor, Json, Limit
 from app.cli.output import fields, moment, note_more, print_json, stdout, table
 
-app = typer.Typer(help="Base models: register, list, look at, deprecate.", no_args_is_help=True)
+app = typer.Typer(help="Base models: register, list, look at, deprecate, remove.", no_args_is_help=True)
 ModelId = Annotated[str, typer.Argument(metavar="MODEL", help="A base model's id (mdl_…).")]
 
 
@@ -31,7 +31,11 @@ def summary(model: dict[str, Any]) -> dict[str, Any]:
         "fingerprint": model.get("fingerprint_digest"),
         "created": moment(model.get("created_at")),
         "deprecated": model.get("deprecated_at") and moment(model["deprecated_at"]),
+        "reason": model.get("deprecation_reason"),
+        "use instead": model.get("successor"),
+        "to be removed": None if model.get("removed_at") else model.get("remove_at") and moment(model["remove_at"]),
         "removed": model.get("removed_at") and moment(model["removed_at"]),
+        "needed by": (model.get("removal") or {}).get("blocked_by"),
     }
 
 
@@ -94,18 +98,51 @@ def deprecate(
     context: typer.Context,
     model: ModelId,
     at: Annotated[datetime | None, typer.Option("--at", help="From when, UTC; now unless given.")] = None,
-    removed_at: Annotated[datetime | None, typer.Option("--removed-at", help="When it goes away, UTC.")] = None,
+    remove_at: Annotated[
+        datetime | None, typer.Option("--remove-at", help="When it is removed, UTC, if nothing depends on it then.")
+    ] = None,
+    successor: Annotated[
+        str | None, typer.Option("--successor", metavar="MODEL", help="The base model to use instead.")
+    ] = None,
+    reason: Annotated[str | None, typer.Option("--reason", help="Told to whoever still uses it.")] = None,
     undo: Annotated[bool, typer.Option("--undo", help="Take it back.")] = False,
     as_json: Json = False,
 ) -> None:
     """Say that a base model is on its way out."""
-    if undo and (at or removed_at):
-        raise typer.BadParameter("--undo takes no date", param_hint="--undo")
-    document: dict[str, Any] = {"deprecated_at": None if undo else _utc(at or datetime.now(UTC))}
-    if removed_at or undo:
-        document["removed_at"] = _utc(removed_at) if removed_at else None
+    if undo and (at or remove_at or successor or reason):
+        raise typer.BadParameter("--undo takes no other option", param_hint="--undo")
     with context.obj() as client:
-        found = client.patch(f"/models/{model}", document)
+        if undo:
+            found = client.patch(f"/models/{model}", {"deprecated_at": None, "remove_at": None})
+        else:
+            document = {
+                "deprecate_at": at and _utc(at),
+                "remove_at": remove_at and _utc(remove_at),
+                "successor": successor,
+                "reason": reason,
+            }
+            given = {name: value for name, value in document.items() if value is not None}
+            found = client.post(f"/models/{model}/deprecate", given)
+    print_json(found) if as_json else stdout().print(fields(found["name"], summary(found)))
+
+
+@app.command("remove")
+def remove(
+    context: typer.Context,
+    model: ModelId,
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
+    undo: Annotated[bool, typer.Option("--undo", help="Let a removed model be used again.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Remove a base model that nothing depends on; what does is listed."""
+    if not yes and not undo:
+        typer.confirm(f"remove {model}?", abort=True, err=True)
+    with context.obj() as client:
+        if undo:
+            client.patch(f"/models/{model}", {"removed_at": None})
+        else:
+            client.delete(f"/models/{model}")
+        found = client.get(f"/models/{model}")
     print_json(found) if as_json else stdout().print(fields(found["name"], summary(found)))
 
 

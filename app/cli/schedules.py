@@ -36,6 +36,7 @@ class Misfire(Enum):
 class Event(Enum):
     """What a schedule can wait for."""
 
+    REGISTERED = "base_model.registered"
     DEPRECATED = "base_model.deprecated"
     REMOVED = "base_model.removed"
 

@@ -20,12 +20,14 @@ from app.schemas.adapters import (
     AdapterQuery,
     AdapterSummary,
     DownloadFormat,
+    Waiver,
+    WaiverRequest,
 )
 from app.schemas.common import PageOf
 from app.state import Services
 from app.upload_answers import answer_upload
 from artifacts.peft_config import MAX_RANK
-from storage import adapters
+from storage import adapters, waivers
 from storage.adapters import AdapterFilter
 
 router = APIRouter(tags=["adapters"], route_class=JsonRoute)
@@ -82,7 +84,8 @@ def list_adapters(
 def get_adapter(services: ServicesDep, principal: Reader, adapter_id: AdapterId) -> Adapter:
     """Its configuration, files, modules, and the report on every key of the upload."""
     with services.database.read() as session:
-        return Adapter.of(adapters.get_adapter(session, adapter_id))
+        row = adapters.get_adapter(session, adapter_id)
+        return Adapter.of(row, waivers.get_waiver(session, adapter_id))
 
 
 @router.delete(
@@ -92,6 +95,28 @@ def delete_adapter(services: ServicesDep, principal: Writer, adapter_id: Adapter
     """The adapter disappears from lists and downloads; the lineage of what was made from it stays whole."""
     with services.database.write() as session:
         adapters.delete_adapter(session, adapter_id)
+    return Response(status_code=204)
+
+
+@router.put(
+    "/adapters/{adapter_id}/waiver", summary="Waive an adapter", responses=problem_responses(404, 413, 415, 507)
+)
+def put_waiver(services: ServicesDep, principal: Writer, adapter_id: AdapterId, body: WaiverRequest) -> Waiver:
+    """Accept that it goes out of use with its base model: it no longer keeps that from being removed."""
+    with services.database.write() as session:
+        return Waiver.of(waivers.put_waiver(session, adapter_id, body.reason, created_by=principal.key_id))
+
+
+@router.delete(
+    "/adapters/{adapter_id}/waiver",
+    status_code=204,
+    summary="Take an adapter's waiver back",
+    responses=problem_responses(404, 507),
+)
+def delete_waiver(services: ServicesDep, principal: Writer, adapter_id: AdapterId) -> Response:
+    """Its base model can not be removed any more until it is transferred, waived again or deleted."""
+    with services.database.write() as session:
+        waivers.drop_waiver(session, adapter_id)
     return Response(status_code=204)
 
 

@@ -1,20 +1,20 @@
-"""Base models: register, list, show, deprecate."""
+"""Base models: register, list, show, deprecate, remove."""
 
 from __future__ import annotations
 
 from fastapi import APIRouter
 from sqlalchemy.orm import Session
-from starlette.responses import JSONResponse
+from starlette.responses import JSONResponse, Response
 
 from app.dependencies import IdempotencyKey, ModelId, Paging, Reader, ServicesDep, Writer
-from app.idempotency import Answer, answer_after, request_key
+from app.idempotency import Answer, answer_after, answer_once, request_key
 from app.json_body import JsonRoute
 from app.model_registration import reference
 from app.problems import problem_responses
 from app.schemas.common import PageOf, as_json
-from app.schemas.models import BaseModelResource, ModelPatch, ModelRequest
+from app.schemas.models import BaseModelResource, DeprecationRequest, ModelPatch, ModelRequest
 from artifacts.base_model import BaseModelRef
-from storage import models
+from storage import models, retirement
 
 router = APIRouter(tags=["models"], route_class=JsonRoute)
 _LOCATION = {"Location": {"description": "Path of the model.", "schema": {"type": "string"}}}
@@ -57,15 +57,59 @@ def list_models(services: ServicesDep, principal: Reader, query: Paging) -> Page
 def get_model(services: ServicesDep, principal: Reader, model_id: ModelId) -> BaseModelResource:
     """What is known of it."""
     with services.database.read() as session:
-        return BaseModelResource.of(models.get_model(session, model_id))
+        return BaseModelResource.in_full(session, models.get_model(session, model_id))
 
 
 @router.patch(
     "/models/{model_id}",
-    summary="Deprecate or remove a base model",
-    responses=problem_responses(404, 413, 415, 507),
+    summary="Change the dates of a base model",
+    responses=problem_responses(404, 409, 413, 415, 507),
 )
 def patch_model(services: ServicesDep, principal: Writer, model_id: ModelId, body: ModelPatch) -> BaseModelResource:
-    """Sets or clears `deprecated_at` and `removed_at`; what is left out stays as it is."""
+    """Sets or clears single dates; what is left out stays as it is."""
     with services.database.write() as session:
-        return BaseModelResource.of(models.update_model(session, model_id, **body.changes()))
+        row = retirement.update_model(session, model_id, **body.changes())
+        return BaseModelResource.in_full(session, row)
+
+
+@router.post(
+    "/models/{model_id}/deprecate",
+    summary="Deprecate a base model",
+    response_model=BaseModelResource,
+    responses=problem_responses(404, 409, 413, 415, 507),
+)
+def deprecate_model(
+    services: ServicesDep,
+    principal: Writer,
+    model_id: ModelId,
+    body: DeprecationRequest,
+    idempotency_key: IdempotencyKey = None,
+) -> JSONResponse:
+    """From `deprecate_at` on, jobs that use it carry a warning, and schedules that wait for it start.
+
+    At `remove_at` it is removed if nothing depends on it; else it stays until that is so, and `removal` says why.
+    """
+
+    def act(session: Session) -> Answer:
+        row = retirement.deprecate(session, model_id, body.plan())
+        return Answer(200, as_json(BaseModelResource.in_full(session, row)))
+
+    key = request_key(principal.owner, idempotency_key, f"POST /models/{model_id}/deprecate", as_json(body))
+    return answer_once(services, key, act).response()
+
+
+@router.delete(
+    "/models/{model_id}",
+    status_code=204,
+    summary="Remove a base model",
+    responses=problem_responses(404, 409, 507),
+)
+def delete_model(services: ServicesDep, principal: Writer, model_id: ModelId) -> Response:
+    """No job can name it any more; what is known of it stays.
+
+    409 while something depends on it: an enabled schedule, an unfinished job, or an adapter that has neither a
+    published transfer to another base model nor a waiver. The first twenty are listed.
+    """
+    with services.database.write() as session:
+        retirement.remove_model(session, model_id)
+    return Response(status_code=204)

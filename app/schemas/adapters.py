@@ -8,9 +8,10 @@ from pydantic import BaseModel, Field, StringConstraints
 
 from app.dependencies import PLAIN, FilterText, PageQuery
 from app.schemas.common import BaseModelName, Name, RequestModel, Timestamp
+from app.schemas.models import Reason
 from app.uploads import MAX_FILES
 from storage.adapters import Lineage
-from storage.tables import AdapterRow
+from storage.tables import AdapterRow, AdapterWaiverRow
 
 MAX_TAGS = 64
 MAX_DESCRIPTION = 20_000
@@ -107,6 +108,22 @@ class Report(BaseModel):
     warnings: list[str]
 
 
+class WaiverRequest(RequestModel):
+    reason: Reason = Field(description="Why the adapter need not outlive its base model.")
+
+
+class Waiver(BaseModel):
+    """Somebody has accepted that the adapter goes out of use with its base model."""
+
+    reason: str
+    created_by: str | None = Field(description="The API key of whoever did.")
+    created_at: Timestamp
+
+    @classmethod
+    def of(cls, row: AdapterWaiverRow) -> Self:
+        return cls.model_validate(row, from_attributes=True)
+
+
 class Adapter(AdapterSummary):
     """Everything that is known of an adapter."""
 
@@ -117,10 +134,13 @@ class Adapter(AdapterSummary):
     files: list[AdapterFile]
     modules: list[AdapterModule]
     report: Report
+    waiver: Waiver | None = Field(None, description="Whether it may go with its base model.")
 
     @classmethod
-    def of(cls, row: AdapterRow) -> Self:
-        return cls.model_validate(row, from_attributes=True)
+    def of(cls, row: AdapterRow, waiver: AdapterWaiverRow | None = None) -> Self:
+        found = cls.model_validate(row, from_attributes=True)
+        found.waiver = None if waiver is None else Waiver.of(waiver)
+        return found
 
 
 class LineageNode(BaseModel):

@@ -12,6 +12,7 @@ from app.dependencies import FilterText, PageQuery
 from app.schemas.common import Timestamp, as_json
 from app.schemas.resources import Resources
 from storage.outlook import Outlook, WaitReason, outlook_of, position_of
+from storage.retirement import warnings_of
 from storage.tables import JobRow
 
 State = Literal["queued", "running", "cancelling", "succeeded", "failed", "cancelled"]
@@ -96,11 +97,14 @@ class Job(BaseModel):
         "that wait. Null when these say too little.",
     )
     cancel_requested: bool
+    warnings: list[str] = Field(
+        [], description="Only of a single job: that the base model it loads is deprecated, until when, what to use."
+    )
 
     @classmethod
     def of(cls, session: Session, row: JobRow) -> Self:
         """As the answer to a call that changes it: with its position."""
-        return cls._of(row, Outlook(position=position_of(session, row)), with_log=True)
+        return cls._of(row, Outlook(position=position_of(session, row)), with_log=True)._warned(session, row)
 
     @classmethod
     def in_list(cls, row: JobRow) -> Self:
@@ -114,7 +118,7 @@ class Job(BaseModel):
         Args:
             alive_within: see `outlook_of`.
         """
-        return cls._of(row, outlook_of(session, row, alive_within), with_log=True)
+        return cls._of(row, outlook_of(session, row, alive_within), with_log=True)._warned(session, row)
 
     @classmethod
     def _of(cls, row: JobRow, outlook: Outlook, *, with_log: bool) -> Self:
@@ -138,6 +142,11 @@ class Job(BaseModel):
             eta_seconds=outlook.eta_seconds,
             cancel_requested=row.cancel_requested,
         )
+
+    def _warned(self, session: Session, row: JobRow) -> Self:
+        if row.affinity is not None:
+            self.warnings = warnings_of(session, [row.affinity])
+        return self
 
     def body(self) -> Any:
         """The JSON value; `position` is there only while the job waits."""

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Self
 
 from pydantic import (
     AfterValidator,
+    AliasChoices,
     AwareDatetime,
     BaseModel,
     BeforeValidator,
@@ -15,9 +16,13 @@ from pydantic import (
     StringConstraints,
     model_validator,
 )
+from sqlalchemy.orm import Session
 
 from app.dependencies import PLAIN
-from app.schemas.common import Name, RequestModel, Timestamp
+from app.schemas.common import BaseModelName, Name, RequestModel, Timestamp
+from storage import retirement
+from storage.dependents import dependents_of
+from storage.retirement import REASON_LIMIT, Retirement
 from storage.tables import ModelRow
 
 _PART = r"[A-Za-z0-9][A-Za-z0-9_.-]{0,95}"
@@ -25,6 +30,7 @@ HubId = Annotated[str, StringConstraints(min_length=1, max_length=200, pattern=f
 Revision = Annotated[str, StringConstraints(min_length=1, max_length=64, pattern=r"^[A-Za-z0-9._-]+$")]
 ServerPath = Annotated[str, StringConstraints(min_length=1, max_length=4096, pattern=PLAIN)]
 
+Reason = Annotated[str, StringConstraints(min_length=1, max_length=REASON_LIMIT, pattern=r"^[^\x00]*$")]
 
 _NULL = {"type": "null"}
 _HUB_BRANCH: dict[str, Any] = {
@@ -75,11 +81,39 @@ class ModelRequest(RequestModel):
 class ModelPatch(RequestModel):
     """Fields that are left out stay; null clears them."""
 
-    deprecated_at: Moment = None
-    removed_at: Moment = None
+    deprecated_at: Moment = Field(None, description="With null also successor and reason are gone.")
+    remove_at: Moment = None
+    removed_at: Moment = Field(
+        None, description="A date that lies ahead is taken as `remove_at`; null lets a removed model be used again."
+    )
 
     def changes(self) -> dict[str, datetime | None]:
         return {name: getattr(self, name) for name in self.model_fields_set}
+
+
+class DeprecationRequest(RequestModel):
+    """When the model is deprecated and removed, and what to use instead."""
+
+    deprecate_at: Moment = Field(
+        None, description="May lie ahead. Unset: now, or as it is if it is deprecated already."
+    )
+    remove_at: Moment = Field(
+        None, description="Removed at this time, or later, as soon as nothing depends on it. Unset: not by itself."
+    )
+    successor: BaseModelName | None = Field(None, description="Id or name of the base model to use instead.")
+    reason: Reason | None = None
+
+    def plan(self) -> Retirement:
+        return Retirement(self.deprecate_at, self.remove_at, self.successor, self.reason)
+
+
+class Removal(BaseModel):
+    """What keeps a deprecated model from being removed."""
+
+    blocked_by: dict[str, int] = Field(
+        description="adapters (without a published transfer or a waiver), jobs (unfinished), schedules (enabled) → "
+        "number; empty if it can be removed."
+    )
 
 
 class BaseModelResource(BaseModel):
@@ -98,8 +132,25 @@ class BaseModelResource(BaseModel):
     parameter_count: int | None
     created_at: Timestamp
     deprecated_at: Timestamp | None
+    remove_at: Timestamp | None = Field(description="When it is to be removed, if nothing depends on it then.")
     removed_at: Timestamp | None
+    successor: str | None = Field(
+        description="Id of the base model to use instead.", validation_alias=AliasChoices("successor_id", "successor")
+    )
+    deprecation_reason: str | None
+    warnings: list[str] = Field([], description="Of a single deprecated model: what to tell whoever uses it.")
+    removal: Removal | None = Field(None, description="Of a single model that is on its way out.")
 
     @classmethod
     def of(cls, row: ModelRow) -> Self:
+        """As in lists: without what costs queries for every model."""
         return cls.model_validate(row, from_attributes=True)
+
+    @classmethod
+    def in_full(cls, session: Session, row: ModelRow) -> Self:
+        """With its warnings, and what depends on it if it is to go."""
+        found = cls.of(row)
+        found.warnings = retirement.warnings_of(session, [row.id])
+        if row.removed_at is None and (row.deprecated_at is not None or row.remove_at is not None):
+            found.removal = Removal(blocked_by=dependents_of(session, row).counts)
+        return found

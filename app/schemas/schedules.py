@@ -17,7 +17,7 @@ from storage.timetable import CRON_LIMIT
 
 Overlap = Literal["skip", "queue", "replace"]
 Misfire = Literal["run-once", "skip"]
-EventType = Literal["base_model.deprecated", "base_model.removed"]
+EventType = Literal["base_model.registered", "base_model.deprecated", "base_model.removed"]
 Outcome = Literal["job", "skipped", "missed", "refused"]
 
 _NULL = {"type": "null"}

@@ -113,7 +113,7 @@ def test_too_few_concepts_unknown_adapters_and_equal_nouns(kitchen: Any) -> None
 
 def test_base_models_that_are_no_pipelines_or_were_removed(kitchen: Any) -> None:
     from artifacts.base_model import BaseModelRef
-    from storage import models
+    from storage import models, retirement
 
     server = kitchen[0]
     with server.services.database.write() as session:
@@ -126,11 +126,12 @@ def test_base_models_that_are_no_pipelines_or_were_removed(kitchen: Any) -> None
     assert "LlamaForCausalLM" in problem["detail"]
     unknown = server.client.post("/compose-image", json=body_of(kitchen, base_model="org/on-the-hub"))
     assert unknown.status_code == 202, "of which nothing is known: the worker will see"
+    server.client.post(f"/jobs/{unknown.json()['id']}/cancel")  # else it would keep the base model
     with server.services.database.write() as session:
         from storage import database
 
         row = models.get_model(session, "org/on-the-hub")
-        models.update_model(session, row.id, removed_at=database.now(session))
+        retirement.update_model(session, row.id, removed_at=database.now(session))
     problem, pointers = refused(kitchen, body_of(kitchen, base_model="org/on-the-hub"))
     assert pointers == {"/base_model"}
     assert "was removed" in problem["detail"]

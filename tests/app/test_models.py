@@ -117,10 +117,11 @@ def test_patch_sets_clears_and_leaves_alone(server: Any) -> None:
     patched = server.client.patch(url, json={"deprecated_at": "2026-01-02T03:04:05+01:00"})
     assert patched.status_code == 200, patched.text
     assert patched.json()["deprecated_at"] == "2026-01-02T02:04:05Z"
-    removed = server.client.patch(url, json={"removed_at": "2027-01-01T00:00:00Z"}).json()
-    assert (removed["deprecated_at"], removed["removed_at"]) == ("2026-01-02T02:04:05Z", "2027-01-01T00:00:00Z")
+    removed = server.client.patch(url, json={"removed_at": "2040-01-01T00:00:00Z"}).json()
+    assert (removed["deprecated_at"], removed["remove_at"]) == ("2026-01-02T02:04:05Z", "2040-01-01T00:00:00Z")
+    assert removed["removed_at"] is None, "a date that lies ahead is a plan"
     cleared = server.client.patch(url, json={"deprecated_at": None}).json()
-    assert (cleared["deprecated_at"], cleared["removed_at"]) == (None, "2027-01-01T00:00:00Z")
+    assert (cleared["deprecated_at"], cleared["remove_at"]) == (None, "2040-01-01T00:00:00Z")
     assert server.client.patch(url, json={}).json() == cleared
     for wrong in (
         {"removed_at": 0},
@@ -141,3 +142,70 @@ def test_idempotency_key_covers_the_registration(server: Any) -> None:
     assert again.headers["idempotency-replayed"] == "true"
     other = server.client.post("/models", json={"hub_id": "acme/other"}, headers=headers)
     assert (other.status_code, other.json()["code"]) == (422, "idempotency_key_reused")
+
+
+def test_a_model_goes_out_of_use(server: Any, adapter_files: Any) -> None:
+    client = server.client
+    model = client.post("/models", json={"hub_id": "acme/tiny-llm"}).json()["id"]
+    successor = client.post("/models", json={"hub_id": "acme/next"}).json()["id"]
+    adapter = server.upload(adapter_files().parts()).json()["id"]
+    plan = {"remove_at": "2040-01-01T00:00:00Z", "successor": "acme/next", "reason": "old"}
+    headers = {"Idempotency-Key": "retire"}
+    shown = client.post(f"/models/{model}/deprecate", json=plan, headers=headers)
+    assert shown.status_code == 200, shown.text
+    assert shown.json()["successor"] == successor
+    assert shown.json()["deprecated_at"] < shown.json()["remove_at"] == "2040-01-01T00:00:00Z"
+    assert shown.json()["removal"] == {"blocked_by": {"adapters": 1}}
+    assert "to be removed on 2040-01-01: old. Use 'acme/next' instead." in shown.json()["warnings"][0]
+    assert client.post(f"/models/{model}/deprecate", json=plan, headers=headers).json() == shown.json()
+    assert client.get(f"/models/{model}").json() == shown.json()
+    assert [item["removal"] for item in client.get("/models").json()["items"]] == [None, None]
+    refused = client.delete(f"/models/{model}")
+    assert (refused.status_code, refused.json()["code"]) == (409, "state_conflict")
+    assert [item["pointer"] for item in refused.json()["errors"]] == [f"/adapters/{adapter}"]
+    assert client.patch(f"/models/{model}", json={"removed_at": "2020-01-01T00:00:00Z"}).status_code == 409
+    waived = client.put(f"/adapters/{adapter}/waiver", json={"reason": "nobody calls it"})
+    assert (waived.status_code, waived.json()["created_by"]) == (200, None)
+    assert client.get(f"/adapters/{adapter}").json()["waiver"] == waived.json()
+    assert client.get(f"/models/{model}").json()["removal"] == {"blocked_by": {}}
+    assert client.delete(f"/models/{model}").status_code == 204
+    gone = client.get(f"/models/{model}").json()
+    assert (gone["removed_at"] is not None, gone["removal"]) == (True, None)
+    assert client.post(f"/models/{model}/deprecate", json={}).status_code == 409
+    assert client.delete(f"/adapters/{adapter}/waiver").status_code == 204
+    assert client.delete(f"/adapters/{adapter}/waiver").status_code == 404
+    for wrong in ({"deprecate_at": 1}, {"successor": "nobody"}, {"reason": ""}, {"removed_at": None}):
+        assert client.post(f"/models/{successor}/deprecate", json=wrong).status_code == 422
+    for wrong in ({}, {"reason": ""}, {"reason": "x", "until": "y"}):
+        assert client.put(f"/adapters/{adapter}/waiver", json=wrong).status_code == 422
+
+
+def test_a_job_on_a_deprecated_model_carries_a_warning(server: Any) -> None:
+    from storage import jobs
+
+    model = server.client.post("/models", json={"hub_id": "acme/tiny-llm"}).json()["id"]
+    with server.services.database.write() as session:
+        job = jobs.create_job(session, "train", {}, affinity=model).id
+    assert server.client.get(f"/jobs/{job}").json()["warnings"] == []
+    server.client.post(f"/models/{model}/deprecate", json={"reason": "slow"})
+    (told,) = server.client.get(f"/jobs/{job}").json()["warnings"]
+    assert "'acme/tiny-llm' is deprecated since" in told
+    assert told.endswith(": slow.")
+    assert server.client.post(f"/jobs/{job}/cancel").json()["warnings"] == [told]
+
+
+def test_dates_of_models_are_a_chore_of_every_server(server: Any) -> None:
+    from app.chores import chores
+    from storage import database as clock
+    from storage.tables import ModelRow
+
+    model = server.client.post("/models", json={"hub_id": "acme/tiny-llm"}).json()["id"]
+    server.client.post(f"/models/{model}/deprecate", json={"remove_at": "2040-01-01T00:00:00Z"})
+    services = server.services
+    services.clockwork.stop()
+    with services.database.write() as session:
+        row = session.get_one(ModelRow, model)
+        row.remove_at = clock.now(session)
+    found = {chore.name: chore for chore in chores(services.settings, services.database, services.blobs)}
+    found["retirement"].run()
+    assert server.client.get(f"/models/{model}").json()["removed_at"] is not None

@@ -324,7 +324,7 @@ def test_a_firing_whose_adapters_are_gone_is_refused(
 def test_a_deprecated_model_starts_what_waits_for_it(server: Any, two_adapters: list[str]) -> None:
     model = server.client.post("/models", json={"hub_id": "acme/tiny"}).json()["id"]
     made = server.client.post("/schedules", json=body(two_adapters, trigger={**EVENT, "subject": model})).json()
-    server.client.patch(f"/models/{model}", json={"deprecated_at": "2030-01-01T00:00:00Z"})
+    assert server.client.post(f"/models/{model}/deprecate", json={}).status_code == 200
     (entry,) = wait_for(lambda: firings(server, made))
     assert (entry["outcome"], entry["occurrence"][:4]) == ("job", "evt_")
 

@@ -254,13 +254,17 @@ def test_models(cli: Callable[..., Any], model_roots: Path) -> None:
     assert model in listed.out
     assert "in use" in listed.out
     assert cli("models", "get", model, "--json").json["name"] == "acme/registered"
-    deprecated = cli("models", "deprecate", model, "--at", "2030-01-02", "--removed-at", "2030-02-03", "--json").json
+    deprecated = cli("models", "deprecate", model, "--at", "2030-01-02", "--remove-at", "2030-02-03", "--json").json
     assert deprecated["deprecated_at"].startswith("2030-01-02T00:00:00")
-    assert deprecated["removed_at"].startswith("2030-02-03T00:00:00")
+    assert deprecated["remove_at"].startswith("2030-02-03T00:00:00")
     restored = cli("models", "deprecate", model, "--undo", "--json").json
     assert restored["deprecated_at"] is None
-    assert restored["removed_at"] is None
+    assert restored["remove_at"] is None
     assert cli("models", "deprecate", model, "--undo", "--at", "2030-01-02").code == 2
+    advised = cli("models", "deprecate", model, "--successor", hub["id"], "--reason", "too old", "--json").json
+    assert (advised["successor"], advised["deprecation_reason"]) == (hub["id"], "too old")
+    assert cli("models", "remove", model, "--yes", "--json").json["removed_at"]
+    assert cli("models", "remove", model, "--undo", "--json").json["removed_at"] is None
 
 
 def test_a_model_outside_of_the_roots(cli: Callable[..., Any], tmp_path: Path) -> None:

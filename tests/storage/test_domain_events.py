@@ -10,7 +10,7 @@ from sqlalchemy.orm import Session
 
 from artifacts.base_model import BaseModelRef
 from storage import database as clock
-from storage import domain_events, firings, jobs, models, schedules
+from storage import domain_events, firings, jobs, models, retirement, schedules
 from storage.database import Database
 from storage.schedules import JobTemplate, Trigger
 from storage.tables import DomainEventRow, FiringRow, JobRow, ScheduleRow
@@ -43,7 +43,7 @@ def add_model(database: Database, name: str) -> str:
 
 def deprecate(database: Database, model_id: str, **dates: datetime | None) -> None:
     with database.write() as session:
-        models.update_model(session, model_id, **(dates or {"deprecated_at": START}))
+        retirement.update_model(session, model_id, **(dates or {"deprecated_at": START}))
 
 
 def fire_events(database: Database) -> list[FiringRow]:
@@ -65,14 +65,15 @@ def test_a_date_that_was_not_set_before_is_an_event(database: Database) -> None:
         events = session.scalars(select(DomainEventRow).order_by(DomainEventRow.id)).all()
         assert domain_events.any_open(session)
     assert [(event.type, event.subject, event.data) for event in events] == [
+        ("base_model.registered", model, {"name": "acme/tiny"}),
         ("base_model.deprecated", model, {"name": "acme/tiny", "deprecated_at": START.isoformat()}),
         ("base_model.removed", model, {"name": "acme/tiny", "removed_at": START.isoformat()}),
     ]
     with pytest.raises(RuntimeError), database.write() as session:
-        models.update_model(session, model, deprecated_at=START)
+        retirement.update_model(session, model, deprecated_at=START)
         raise RuntimeError("the request failed afterwards")
     with database.read() as session:
-        assert len(session.scalars(select(DomainEventRow)).all()) == 2
+        assert len(session.scalars(select(DomainEventRow)).all()) == 3
     with pytest.raises(AssertionError), database.write() as session:
         domain_events.publish(session, "base_model.born", model, {})
 

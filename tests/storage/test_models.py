@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import threading
-from datetime import UTC, datetime
 
 import pytest
 
@@ -92,25 +91,6 @@ def test_a_hub_model_is_found_by_name_and_revision(database: Database) -> None:
 def find(session: object, name: str, revision: str | None = None) -> str | None:
     row = models.find_model(session, name, revision)  # type: ignore[arg-type]
     return None if row is None else row.id
-
-
-def test_deprecation_is_set_and_cleared_field_by_field(database: Database) -> None:
-    row, _ = add(database, REF)
-    moment = datetime(2027, 1, 2, 3, 4, 5, tzinfo=UTC)
-    with database.write() as session:
-        models.update_model(session, row.id, deprecated_at=moment)
-    with database.write() as session:
-        models.update_model(session, row.id, removed_at=moment)
-    with database.read() as session:
-        found = models.get_model(session, row.id)
-        assert (found.deprecated_at, found.removed_at) == (moment, moment)
-    with database.write() as session:
-        models.update_model(session, row.id, deprecated_at=None)
-        with pytest.raises(NotFound):
-            models.update_model(session, "mdl_none", deprecated_at=None)
-    with database.read() as session:
-        found = models.get_model(session, row.id)
-        assert (found.deprecated_at, found.removed_at) == (None, moment)
 
 
 def test_lists_are_newest_first_without_fingerprints(database: Database) -> None:

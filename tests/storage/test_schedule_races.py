@@ -16,7 +16,7 @@ from sqlalchemy.orm import Session
 
 from artifacts.base_model import BaseModelRef
 from artifacts.errors import StateConflict
-from storage import firings, jobs, models, schedules
+from storage import firings, jobs, models, retirement, schedules
 from storage.database import Database
 from storage.schedules import JobTemplate, Trigger
 from storage.tables import FiringRow, JobRow, ScheduleRow
@@ -126,7 +126,7 @@ def test_an_event_fires_each_schedule_once_on_many_servers(database: Database) -
             for _ in range(SCHEDULES)
         ]
         model, _ = models.add_model(session, BaseModelRef.named("acme/tiny"))
-        models.update_model(session, model.id, deprecated_at=START)
+        retirement.update_model(session, model.id, deprecated_at=START)
 
     def serve() -> None:
         while True:
@@ -167,7 +167,7 @@ def test_what_another_server_has_in_hand_is_passed_over(database: Database) -> N
     made = make(database, Trigger(cron="* * * * *"), 2) + make(database, Trigger(event="base_model.deprecated"), 1)
     with database.write() as session:
         model, _ = models.add_model(session, BaseModelRef.named("acme/tiny"))
-        models.update_model(session, model.id, deprecated_at=START)
+        retirement.update_model(session, model.id, deprecated_at=START)
     moment = START + timedelta(minutes=1)
     with database.write() as other:
         (held,) = firings.fire_due(other, submit, moment=moment)
