@@ -21,7 +21,7 @@ PUBLIC_OPERATIONS = frozenset({"index", "healthz", "readyz", "list_problems", "g
 _MENUS: Mapping[str, Mapping[str, Any]] = {"Merge": MERGE_METHODS, "Compose": COMPOSE_METHODS, "Train": TRAIN_METHODS}
 """By what the schemas of their requests are called."""
 
-_ADAPTER_CALLS = ("get_adapter", "get_lineage", "download_adapter", "head_download", "delete_adapter")
+_ADAPTER_CALLS = ("get_adapter", "get_lineage", "get_recipe", "download_adapter", "head_download", "delete_adapter")
 _DATASET_CALLS = ("get_dataset", "list_rows", "download_dataset", "head_dataset", "delete_dataset")
 _IMAGE_CALLS = ("get_image", "get_image_file", "head_image_file", "delete_image")
 _MODEL_CALLS = ("get_model", "patch_model")

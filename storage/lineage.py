@@ -68,6 +68,13 @@ def lineage(session: Session, adapter_id: str) -> Lineage:
     )
 
 
+def steps_to(session: Session, adapter_id: str) -> Sequence[LineageRow]:
+    """The edges from an adapter's parents to it, in the order of its recipe."""
+    return session.scalars(
+        select(LineageRow).where(LineageRow.child_id == adapter_id).order_by(LineageRow.position)
+    ).all()
+
+
 def _reach(
     session: Session, start: str, here: InstrumentedAttribute[str], there: InstrumentedAttribute[str]
 ) -> list[str]:

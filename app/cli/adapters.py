@@ -314,6 +314,26 @@ def lineage(context: typer.Context, adapter: AdapterId, as_json: Json = False) -
     stdout().print(_branch("made into", adapter, names, found["edges"], ("parent", "child")))
 
 
+@app.command("recipe")
+def recipe(context: typer.Context, adapter: AdapterId, as_json: Json = False) -> None:
+    """Show the call that makes an adapter again, and whether it gives the same bytes."""
+    with context.obj() as client:
+        found = client.get(f"/adapters/{adapter}/recipe")
+    if as_json:
+        print_json(found)
+        return
+    call = found["call"] or {}
+    shown = {
+        "origin": found["origin"],
+        "post to": call.get("path"),
+        "body": call.get("body"),
+        "versions": [f"{library} {number}" for library, number in found["versions"].items()],
+        "same bytes": found["reproducible"],
+        "because": found["because"],
+    }
+    stdout().print(fields(adapter, shown))
+
+
 def _branch(
     title: str, root: str, nodes: dict[str, Any], edges: list[dict[str, Any]], direction: tuple[str, str]
 ) -> Tree:

@@ -13,6 +13,7 @@ from app.downloads import SAFETENSORS_TYPE, ZIP_TYPE, cut_download, peft_downloa
 from app.file_answers import answer_file, file_responses, head_responses
 from app.json_body import JsonRoute
 from app.problems import problem_responses
+from app.recipes import recipe_of
 from app.schemas.adapters import (
     UPLOAD_FORM_SCHEMA,
     Adapter,
@@ -24,6 +25,7 @@ from app.schemas.adapters import (
     WaiverRequest,
 )
 from app.schemas.common import PageOf
+from app.schemas.recipes import AdapterRecipe
 from app.state import Services
 from app.upload_answers import answer_upload
 from artifacts.peft_config import MAX_RANK
@@ -125,6 +127,13 @@ def get_lineage(services: ServicesDep, principal: Reader, adapter_id: AdapterId)
     """Ancestors and descendants, deleted ones included, with the recipe of each step."""
     with services.database.read() as session:
         return AdapterLineage.of(adapter_id, adapters.lineage(session, adapter_id))
+
+
+@router.get("/adapters/{adapter_id}/recipe", summary="Show how to make it again", responses=problem_responses(404))
+def get_recipe(services: ServicesDep, principal: Reader, adapter_id: AdapterId) -> AdapterRecipe:
+    """The call that makes the adapter again, and whether it gives the same bytes on this server, else why not."""
+    with services.database.read() as session:
+        return recipe_of(session, adapter_id)
 
 
 _DOWNLOAD_RESPONSES = file_responses((ZIP_TYPE, SAFETENSORS_TYPE))

@@ -1,0 +1,107 @@
+"""How an adapter can be made again: the call and its body, and whether that gives the same bytes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from types import MappingProxyType
+
+from sqlalchemy.orm import Session
+
+from app.schemas.recipes import AdapterRecipe, RecipeCall
+from artifacts.errors import NotFound
+from storage import adapters, jobs
+from storage.lineage import steps_to
+from storage.tables import AdapterRow, LineageRow
+
+_CALLS: Mapping[str, str] = MappingProxyType({"compose": "/compose-image", "train": "/train"})
+"""Kind of a job that makes adapters → where its parameters are posted."""
+_MERGES = frozenset({"merge", "merge_compare"})
+
+
+def recipe_of(session: Session, adapter_id: str) -> AdapterRecipe:
+    """What to post so that the adapter is made again.
+
+    Raises:
+        NotFound: no such adapter; a deleted one keeps its recipe.
+    """
+    row = adapters.get_adapter(session, adapter_id, deleted=True)
+    if row.origin in _MERGES:
+        edges = steps_to(session, row.id)
+        if edges:
+            return _of_merge(session, row, edges)
+    if row.origin in _CALLS and row.job_id is not None:
+        return _of_job(session, row)
+    return AdapterRecipe(
+        adapter=row.id,
+        origin=row.origin,
+        call=None,
+        because=[
+            "it was uploaded: its files are all that is known of its making"
+            if row.origin == "upload"
+            else f"it was made by a job of the kind {row.origin}, of which nothing is kept that could be posted again"
+        ],
+    )
+
+
+def _of_merge(session: Session, row: AdapterRow, edges: Sequence[LineageRow]) -> AdapterRecipe:
+    """Of the recipe that the merge left with every parent: what it was computed from, to the last parameter."""
+    recipe = edges[0].recipe
+    body = {
+        "adapters": [{"id": item["id"], "weight": item["weight"]} for item in recipe["adapters"]],
+        "method": recipe["method"],
+        "parameters": recipe["parameters"],
+        "name": row.name,
+    }
+    because = [
+        *_other_versions(recipe["versions"]),
+        *(f"the adapter {item['id']} was deleted" for item in recipe["adapters"] if not _is_there(session, item["id"])),
+    ]
+    return AdapterRecipe(
+        adapter=row.id,
+        origin=row.origin,
+        call=RecipeCall(path="/merge", body=body),
+        versions=recipe["versions"],
+        reproducible=not because,
+        because=because,
+    )
+
+
+def _of_job(session: Session, row: AdapterRow) -> AdapterRecipe:
+    """The parameters of its job, as they were sent."""
+    assert row.job_id is not None
+    job = jobs.get_job(session, row.job_id)
+    report = (job.result or {}).get("report") or {}
+    versions: dict[str, str] = report.get("versions") or {}
+    return AdapterRecipe(
+        adapter=row.id,
+        origin=row.origin,
+        call=RecipeCall(path=_CALLS[row.origin], body=dict(job.params)),
+        versions=versions,
+        reproducible=False,
+        because=[
+            *_other_versions(versions),
+            f"what {row.origin} jobs make also depends on the device and on its number of threads",
+        ],
+    )
+
+
+def _other_versions(then: Mapping[str, str]) -> list[str]:
+    """What is not as it was when the adapter was made."""
+    found = []
+    for library, old in then.items():
+        try:
+            now = version(library)
+        except PackageNotFoundError:
+            now = "not installed"
+        if now != old:
+            found.append(f"{library} was {old} and is {now} on this server")
+    return found
+
+
+def _is_there(session: Session, adapter_id: str) -> bool:
+    try:
+        adapters.get_adapter(session, adapter_id)
+    except NotFound:
+        return False
+    return True

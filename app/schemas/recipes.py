@@ -1,0 +1,25 @@
+"""How an adapter can be made again, as the interface shows it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import BaseModel, Field
+
+
+class RecipeCall(BaseModel):
+    """A call of this service."""
+
+    path: str = Field(description="What to POST to.")
+    body: dict[str, Any] = Field(description="JSON, complete: defaults are written out.")
+
+
+class AdapterRecipe(BaseModel):
+    """The call that makes an adapter again."""
+
+    adapter: str
+    origin: str = Field(description="upload, or the kind of the job that made it.")
+    call: RecipeCall | None = Field(description="Null if it can not be made again here.")
+    versions: dict[str, str] = Field(default_factory=dict, description="Libraries that computed it.")
+    reproducible: bool = Field(False, description="Whether the call gives the same bytes on a server as this one is.")
+    because: list[str] = Field(default_factory=list, description="What stands against that; empty if nothing does.")
