@@ -19,8 +19,10 @@ from app.schemas.compose import CompareParams, ComposeParams
 from app.schemas.merge import CompareMergesParams, MergeParams
 from app.schemas.resources import Resources
 from app.schemas.train import TrainParams
+from app.schemas.transfer import TransferParams
 from app.settings import Settings
 from app.train_inputs import check_train
+from app.transfer_inputs import TransferPlan, plan_transfer
 from artifacts.errors import FieldError, RequestInvalid
 from artifacts.pointers import pointers_below
 
@@ -29,23 +31,24 @@ Model = TypeVar("Model", bound=BaseModel)
 
 @dataclass(frozen=True, slots=True)
 class Submission:
-    """A job that can be made: what storage.jobs.create_job takes. `affinity` is the id of the base model it loads."""
+    """A job that can be made: what `app.job_making.make_job` takes. `affinity` is the id of the base model it loads."""
 
     kind: str
     params: dict[str, Any]
     resources: dict[str, Any]
     affinity: str | None = None
+    transfer: TransferPlan | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class JobKind:
     """How the parameters of a kind look, and the function that checks them against what is stored.
 
-    The function is given the number of devices, and gives the affinity.
+    The function is given the number of devices, and gives the affinity; of a transfer all that is planned.
     """
 
     params: type[BaseModel]
-    check: Callable[[Settings, Session, Any, int], str | None]
+    check: Callable[[Settings, Session, Any, int], str | TransferPlan | None]
 
 
 def check_submission(
@@ -67,8 +70,14 @@ def check_submission(
     capacity.check_devices(session, settings, kind, asked)
     request = _parse(found.params, params, "/params")
     with pointers_below("/params"):
-        affinity = found.check(settings, session, request, int(asked.get("devices", 1)))
-    return Submission(kind, as_json(request), asked, affinity)
+        checked = found.check(settings, session, request, int(asked.get("devices", 1)))
+    if isinstance(checked, TransferPlan):
+        return Submission(kind, as_json(checked.params), asked, checked.affinity, checked)
+    return Submission(kind, as_json(request), asked, checked)
+
+
+def _check_transfer(settings: Settings, session: Session, request: TransferParams, devices: int) -> TransferPlan:
+    return plan_transfer(settings, session, request, devices=devices)
 
 
 JOB_KINDS: Mapping[str, JobKind] = MappingProxyType(
@@ -78,6 +87,7 @@ JOB_KINDS: Mapping[str, JobKind] = MappingProxyType(
         "compose": JobKind(ComposeParams, check_compose),
         "compare": JobKind(CompareParams, check_compare),
         "train": JobKind(TrainParams, check_train),
+        "transfer": JobKind(TransferParams, _check_transfer),
     }
 )
 

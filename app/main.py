@@ -32,6 +32,7 @@ from app.routes import (
     schedules,
     service,
     train,
+    transfer,
     webhooks,
     workers,
 )
@@ -51,8 +52,9 @@ MULTIPART_OVERHEAD = 1024**2
 """What the form around the files of an upload may add: part headers, boundaries, text fields."""
 
 _DESCRIPTION = (
-    "Stores LoRA adapters, merges them, composes images with them and trains them. Errors are RFC 9457 problems; their "
-    "`code` is stable. Lists are keyset pages: pass `next` as `cursor`. Every POST takes `Idempotency-Key`."
+    "Stores LoRA adapters, merges them, composes images with them, trains them and moves them to other base models. "
+    "Errors are RFC 9457 problems; their `code` is stable. Lists are keyset pages: pass `next` as `cursor`. Every POST "
+    "takes `Idempotency-Key`."
 )
 _log = structlog.stdlib.get_logger(__name__)
 
@@ -106,6 +108,7 @@ def create_app(settings: Settings | None = None) -> RankwiseAPI:
         merge,
         compose,
         train,
+        transfer,
         models,
         images,
         jobs,

@@ -14,11 +14,17 @@ from app.problems import Problem
 from compose.catalog import METHODS as COMPOSE_METHODS
 from merge.catalog import METHODS as MERGE_METHODS
 from train.catalog import METHODS as TRAIN_METHODS
+from transfer.catalog import METHODS as TRANSFER_METHODS
 
 REF_TEMPLATE = "#/components/schemas/{model}"
 PUBLIC_OPERATIONS = frozenset({"index", "healthz", "readyz", "list_problems", "get_problem"})
 
-_MENUS: Mapping[str, Mapping[str, Any]] = {"Merge": MERGE_METHODS, "Compose": COMPOSE_METHODS, "Train": TRAIN_METHODS}
+_MENUS: Mapping[str, Mapping[str, Any]] = {
+    "Merge": MERGE_METHODS,
+    "Compose": COMPOSE_METHODS,
+    "Train": TRAIN_METHODS,
+    "Transfer": TRANSFER_METHODS,
+}
 """By what the schemas of their requests are called."""
 
 _ADAPTER_CALLS = ("get_adapter", "get_lineage", "get_recipe", "download_adapter", "head_download", "delete_adapter")
@@ -52,6 +58,7 @@ _WEBHOOK_CALLS = (
     "rotate_webhook_secret",
     "delete_webhook",
 )
+_TRANSFER_CALLS = ("get_transfer", "get_transfer_report", "decide_transfer")
 _FIRST, _NEW = "$response.body#/items/0/id", "$response.body#/id"
 # (operation, status, where its answer has the id, parameter that takes it, operations that do)
 _LINKS = (
@@ -74,6 +81,7 @@ _LINKS = (
     ("create_schedule", "201", _NEW, "schedule_id", (*_SCHEDULE_CALLS, "delete_schedule")),
     ("list_schedules", "200", _FIRST, "schedule_id", _SCHEDULE_CALLS),
     ("trigger_schedule", "202", _NEW, "job_id", _JOB_CALLS),
+    ("list_transfers", "200", _FIRST, "job_id", _TRANSFER_CALLS),
     ("create_webhook", "201", _NEW, "webhook_id", _WEBHOOK_CALLS),
     ("list_webhooks", "200", _FIRST, "webhook_id", _WEBHOOK_CALLS),
 )

@@ -11,10 +11,11 @@ from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.orm import Session
 
 from app.job_kinds import check_submission
+from app.job_making import make_job
 from app.settings import Settings
 from artifacts.errors import RankwiseError
 from storage import database as clock
-from storage import domain_events, firings, jobs
+from storage import domain_events, firings
 from storage.database import Database
 from storage.tables import FiringRow, JobRow, ScheduleRow
 
@@ -36,17 +37,8 @@ def submit_scheduled(
         QueueFull, QuotaExceeded
     """
     wanted = check_submission(settings, session, row.job_kind, row.job_params, row.job_resources)
-    return jobs.create_job(
-        session,
-        wanted.kind,
-        wanted.params,
-        resources=wanted.resources,
-        affinity=wanted.affinity,
-        created_by=created_by,
-        request_id=request_id,
-        schedule_id=row.id,
-        max_queued=settings.max_queued_jobs,
-    )
+    job, _ = make_job(settings, session, wanted, created_by=created_by, request_id=request_id, schedule_id=row.id)
+    return job
 
 
 class Scheduler:

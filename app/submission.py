@@ -10,11 +10,11 @@ from app.auth import Principal
 from app.idempotency import Answer, answer_once, request_key
 from app.job_answers import accepted
 from app.job_kinds import check_submission
+from app.job_making import make_job
 from app.schemas.common import as_json
 from app.schemas.resources import Resources
 from app.state import Services
 from artifacts.pointers import pointers_below
-from storage import jobs
 
 
 def submit(
@@ -38,16 +38,7 @@ def submit(
     def act(session: Session) -> Answer:
         with pointers_below("", instead_of="/params"):
             wanted = check_submission(services.settings, session, kind, params, wishes)
-        job = jobs.create_job(
-            session,
-            wanted.kind,
-            wanted.params,
-            resources=wanted.resources,
-            affinity=wanted.affinity,
-            created_by=principal.key_id,
-            request_id=request_id,
-            max_queued=services.settings.max_queued_jobs,
-        )
+        job, _ = make_job(services.settings, session, wanted, created_by=principal.key_id, request_id=request_id)
         return accepted(session, job)
 
     payload = {**params, "resources": wishes}

@@ -224,7 +224,7 @@ def transfer_part(_: str) -> str:
 
 def gate_part(_: str) -> str:
     """The parameters of the gate of transfers."""
-    from transfer.gate import GateSettings
+    from transfer.gate_settings import GateSettings
 
     return _parameters(GateSettings)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from datetime import datetime
 from typing import Any
 
@@ -13,7 +13,7 @@ from sqlalchemy.orm import Session
 from artifacts.base_model import BaseModelRef
 from artifacts.errors import Conflict, NotFound
 from artifacts.manifest import AdapterManifest, FileEntry, IgnoredKey, IntakeReport, LoraModule, NestedRanks
-from storage import database, models, transferables
+from storage import database, models, sealed_inputs, transferables
 from storage.adapter_search import AdapterFilter, list_adapters
 from storage.blob_rows import reserve_blobs
 from storage.ids import new_id
@@ -34,10 +34,14 @@ __all__ = [
     "get_adapter",
     "lineage",
     "list_adapters",
+    "manifest_columns",
+    "manifest_from",
     "manifest_of",
     "reserve_blobs",
 ]
 
+MANIFEST_COLUMNS = tuple(item.name for item in fields(AdapterManifest) if item.name != "files")
+"""What the table keeps of a manifest, under the same names."""
 _TRIES = 5
 
 
@@ -137,36 +141,44 @@ def delete_adapter(session: Session, adapter_id: str) -> None:
     transferables.drop_with_adapter(session, adapter_id)
     session.execute(delete(AdapterWaiverRow).where(AdapterWaiverRow.adapter_id == adapter_id))
     hide(session, row)
+    sealed_inputs.drop_of_adapter(session, adapter_id)
 
 
 def manifest_of(row: AdapterRow) -> AdapterManifest:
     """The manifest that the adapter was added with; its files are gone if it was deleted and swept."""
-    report = row.report
+    known = {name: getattr(row, name) for name in MANIFEST_COLUMNS}
+    return manifest_from(known, [FileEntry(file.path, file.sha256, file.size, file.media_type) for file in row.files])
+
+
+def manifest_columns(manifest: AdapterManifest) -> dict[str, Any]:
+    """All of a manifest but its files, as JSON."""
+    return {
+        **{name: getattr(manifest, name) for name in MANIFEST_COLUMNS},
+        "target_modules": list(manifest.target_modules),
+        "config": dict(manifest.config),
+        "modules": [asdict(module) for module in manifest.modules],
+        "report": _report(manifest.report),
+    }
+
+
+def manifest_from(columns: Mapping[str, Any], files: Sequence[FileEntry]) -> AdapterManifest:
+    """What `manifest_columns` gave, with the files."""
+    report = columns["report"]
     return AdapterManifest(
-        format=row.format,
-        method=row.method,
-        base_model=row.base_model,
-        base_model_revision=row.base_model_revision,
-        rank=row.rank,
-        alpha=row.alpha,
-        target_modules=tuple(row.target_modules),
-        parameter_count=row.parameter_count,
-        dtype=row.dtype,
-        files=tuple(FileEntry(file.path, file.sha256, file.size, file.media_type) for file in row.files),
-        modules=tuple(_module(document) for document in row.modules),
-        mergeable=row.mergeable,
-        refusal=row.refusal,
-        weights_digest=row.weights_digest,
-        identity_digest=row.identity_digest,
-        config=row.config,
-        report=IntakeReport(
-            used_keys=report["used_keys"],
-            ignored=tuple(IgnoredKey(**entry) for entry in report["ignored"]),
-            nonfinite=report["nonfinite"],
-            dropped_files=tuple(IgnoredKey(**entry) for entry in report["dropped_files"]),
-            warnings=tuple(report["warnings"]),
-            nested=_nested(report.get("nested")),
-        ),
+        **{
+            **columns,
+            "target_modules": tuple(columns["target_modules"]),
+            "modules": tuple(_module(document) for document in columns["modules"]),
+            "report": IntakeReport(
+                used_keys=report["used_keys"],
+                ignored=tuple(IgnoredKey(**entry) for entry in report["ignored"]),
+                nonfinite=report["nonfinite"],
+                dropped_files=tuple(IgnoredKey(**entry) for entry in report["dropped_files"]),
+                warnings=tuple(report["warnings"]),
+                nested=_nested(report.get("nested")),
+            ),
+        },
+        files=tuple(files),
     )
 
 
@@ -175,12 +187,18 @@ def base_of(session: Session, row: AdapterRow) -> BaseModelRef | None:
 
     None if neither the files nor the uploader named one.
     """
-    model = session.get(ModelRow, row.model_id) if row.model_id is not None else None
-    if model is None and row.base_model is not None:
-        model = models.find_model(session, row.base_model, row.base_model_revision)
+    model = model_of(session, row)
     if model is not None:
         return models.ref_of(model)
     return None if row.base_model is None else BaseModelRef.named(row.base_model, row.base_model_revision)
+
+
+def model_of(session: Session, row: AdapterRow) -> ModelRow | None:
+    """The registered base model that the adapter names, if there is one."""
+    model = session.get(ModelRow, row.model_id) if row.model_id is not None else None
+    if model is None and row.base_model is not None:
+        model = models.find_model(session, row.base_model, row.base_model_revision)
+    return model
 
 
 def _columns(
@@ -189,6 +207,7 @@ def _columns(
     base = base_model if base_model is not None else manifest.base_model
     revision = manifest.base_model_revision if base == manifest.base_model else None
     return {
+        **manifest_columns(manifest),
         "id": new_id("adp"),
         "name": storable(name, "/name", 200),
         "name_folded": fold(name),
@@ -198,20 +217,10 @@ def _columns(
         "method": storable(manifest.method, "/method", 40),
         "base_model": None if base is None else storable(base, "/base_model", 300),
         "base_model_revision": None if revision is None else storable(revision, "/base_model_revision", 64),
-        "rank": manifest.rank,
-        "alpha": manifest.alpha,
-        "target_modules": list(manifest.target_modules),
         "module_count": len(manifest.modules),
-        "parameter_count": manifest.parameter_count,
         "dtype": storable(manifest.dtype, "/dtype", 16),
         "size": manifest.size,
-        "mergeable": manifest.mergeable,
         "refusal": None if manifest.refusal is None else storable(manifest.refusal, "/refusal"),
-        "weights_digest": manifest.weights_digest,
-        "identity_digest": manifest.identity_digest,
-        "config": dict(manifest.config),
-        "modules": [asdict(module) for module in manifest.modules],
-        "report": _report(manifest.report),
     }
 
 

@@ -10,7 +10,7 @@ from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from artifacts.errors import FieldError, NotFound, QueueFull, QuotaExceeded, RequestInvalid, StateConflict
-from storage import checkpoints, database, queues, sealed_inputs
+from storage import checkpoints, database, queues, sealed_inputs, transfers
 from storage.ids import new_id
 from storage.pagination import DEFAULT_LIMIT, Page, page_of
 from storage.queues import count_change
@@ -223,6 +223,7 @@ def retry_job(
     )
     checkpoints.take_over(session, job.id, old.id)
     sealed_inputs.take_over(session, job.id, old.id)
+    transfers.take_over(session, job, old.id)
     return job
 
 

@@ -9,12 +9,12 @@ from collections.abc import Mapping
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import delete, null, select, update
+from sqlalchemy import Select, delete, null, select, update
 from sqlalchemy.orm import Session
 
 from artifacts.errors import NotFound, StateConflict
 from storage import database
-from storage.tables import TERMINAL_STATES, JobRow, SealedInputRow
+from storage.tables import TERMINAL_STATES, JobRow, SealedInputRow, TransferRow
 
 
 def seal(session: Session, job_id: str, document: Mapping[str, Any]) -> None:
@@ -57,12 +57,26 @@ def drop(session: Session, job_id: str) -> None:
     session.execute(delete(SealedInputRow).where(SealedInputRow.job_id == job_id))
 
 
+def drop_of_adapter(session: Session, adapter_id: str) -> None:
+    """The adapter was deleted: forget the inputs of its transfers that have ended, retry or no retry."""
+    ended = (
+        select(TransferRow.job_id)
+        .join(JobRow, JobRow.id == TransferRow.job_id)
+        .where(TransferRow.adapter_id == adapter_id, JobRow.state.in_(TERMINAL_STATES))
+    )
+    _forget(session, ended)
+
+
 def drop_ended(session: Session, cutoff: datetime) -> None:
     """Forget the inputs of jobs that ended before `cutoff`; that they had some is remembered."""
     ended = select(JobRow.id).where(JobRow.state.in_(TERMINAL_STATES), JobRow.finished_at < cutoff)
+    _forget(session, ended)
+
+
+def _forget(session: Session, jobs: Select[str]) -> None:
     session.execute(
         update(SealedInputRow)
-        .where(SealedInputRow.job_id.in_(ended), SealedInputRow.document.is_not(None))
+        .where(SealedInputRow.job_id.in_(jobs), SealedInputRow.document.is_not(None))
         .values(document=null())
         .execution_options(synchronize_session=False)
     )

@@ -21,12 +21,14 @@ from storage.tables import (
     AdapterRow,
     BlobRow,
     DatasetRow,
+    HeldFileRow,
     ImageFileRow,
     ImageRow,
     JobAttemptRow,
     JobCheckpointRow,
     LineageRow,
     TransferableFileRow,
+    TransferRow,
 )
 from storage.unfinished import ADAPTER_ID, DATASET_ID, jobs_by_input
 from storage.upsert import insert_or_ignore
@@ -156,6 +158,7 @@ def _live_digests(
     live.update(sha256 for image_id, sha256 in pictures if image_id not in gone_images)
     live.update(session.scalars(select(JobCheckpointRow.sha256)))
     live.update(session.scalars(select(TransferableFileRow.sha256)))
+    live.update(session.scalars(select(HeldFileRow.sha256)))
     logs = session.scalars(select(JobAttemptRow.log_sha256).where(JobAttemptRow.log_sha256.is_not(None)))
     live.update(digest for digest in logs if digest is not None)
     live.update(session.scalars(select(BlobRow.sha256).where(BlobRow.created_at >= cutoff)))
@@ -232,11 +235,14 @@ def _is_used() -> ColumnElement[bool]:
         | exists().where(JobAttemptRow.log_sha256 == BlobRow.sha256)
         | exists().where(JobCheckpointRow.sha256 == BlobRow.sha256)
         | exists().where(TransferableFileRow.sha256 == BlobRow.sha256)
+        | exists().where(HeldFileRow.sha256 == BlobRow.sha256)
     )
 
 
 def _has_children() -> ColumnElement[bool]:
-    return exists().where(LineageRow.parent_id == AdapterRow.id)
+    """Adapters that were made of it, or one that will be when it is decided to publish it."""
+    waiting = exists().where(TransferRow.adapter_id == AdapterRow.id, TransferRow.held.is_not(None))
+    return exists().where(LineageRow.parent_id == AdapterRow.id) | waiting
 
 
 def _batches(items: Sequence[T]) -> Iterator[list[T]]:

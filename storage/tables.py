@@ -24,7 +24,7 @@ from storage.columns import Base, partial_index
 from storage.image_tables import ImageFileRow, ImageRow, JobPreviewRow
 from storage.model_tables import AdapterWaiverRow, ModelRow
 from storage.training_tables import JobCheckpointRow, JobMetricRow
-from storage.transfer_tables import SealedInputRow, TransferableFileRow, TransferableRow
+from storage.transfer_tables import HeldFileRow, SealedInputRow, TransferableFileRow, TransferableRow, TransferRow
 
 __all__ = [
     "ANONYMOUS",
@@ -40,6 +40,7 @@ __all__ = [
     "DatasetRow",
     "DomainEventRow",
     "FiringRow",
+    "HeldFileRow",
     "IdempotencyRow",
     "ImageFileRow",
     "ImageRow",
@@ -56,6 +57,7 @@ __all__ = [
     "ScheduleRow",
     "SealedInputRow",
     "ServerRow",
+    "TransferRow",
     "TransferableFileRow",
     "TransferableRow",
     "WebhookDeliveryRow",

@@ -6,7 +6,7 @@ import errno
 import json
 import shutil
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -70,11 +70,16 @@ def _disk_full(when: str, error: Exception) -> DiskFull:
     )
 
 
-def pack(folder: Path, target: Path) -> Path:
-    """Write the files of `folder`, and of its folders, into the archive `target`. Raises OSError (a full disk)."""
+def pack(folder: Path, target: Path, without: Set[str] = frozenset()) -> Path:
+    """Write the files of `folder`, and of its folders but those of the names in `without`, into the archive `target`.
+
+    Raises OSError (a full disk).
+    """
     with tarfile.open(target, "w") as archive:
         for path in sorted(entry for entry in folder.rglob("*") if entry.is_file()):
-            archive.add(path, path.relative_to(folder).as_posix())
+            place = path.relative_to(folder)
+            if without.isdisjoint(place.parts):
+                archive.add(path, place.as_posix())
     return target
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -72,6 +72,12 @@ class TransferObserver(Protocol):
 
     def stop_wanted(self) -> bool:
         """Whether a training shall end after its step, with a checkpoint."""
+
+    def step(self, step: int, total: int, values: Mapping[str, float]) -> None:
+        """A step of the new adapter's training is done; trainings of controls are not told. May raise as `unit`."""
+
+    def kept(self) -> None:
+        """A checkpoint of a training lies in the transfer's folder. May raise as `unit`."""
 
 
 @dataclass(slots=True)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import torch
 
-from artifacts.errors import FieldError, TransferRefused
 from train.base_files import BaseFiles
 from train.catalog import find_method
 from train.continuation import Start
@@ -20,17 +19,6 @@ from train.report import TrainReport
 from train.settings import CausalLmTask, EvaluationSettings, TrainingSettings
 from train.tasks.catalog import make_task
 from transfer.selected_tokens import SelectedTokens
-
-QUERY_VALUE: tuple[tuple[str, ...], ...] = (
-    ("q_proj", "v_proj"),
-    ("query", "value"),
-    ("query_key_value",),
-    ("c_attn",),
-    ("qkv_proj",),
-    ("Wqkv",),
-    ("q", "v"),
-)
-"""What the layers of queries and values are called, family by family; the first of which a base has all is meant."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,20 +87,3 @@ def layers_of(base: BaseFiles) -> Mapping[str, tuple[int, int]]:
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(base.config(), trust_remote_code=False)
     return linear_layers(model)
-
-
-def query_and_value(layers: Mapping[str, tuple[int, int]]) -> Sequence[str]:
-    """What this base model calls its layers of queries and values: names are resolved for every base anew.
-
-    Raises:
-        TransferRefused: it calls them nothing that is known.
-    """
-    leaves = {path.rpartition(".")[2] for path in layers}
-    for names in QUERY_VALUE:
-        if leaves.issuperset(names):
-            return names
-    raise TransferRefused(
-        "The target base model's layers of queries and values have no name that is known.",
-        hint=f"Name the layers in target_modules. It has: {', '.join(sorted(leaves)[:20])}.",
-        errors=[FieldError("/parameters/target_modules", "name the layers")],
-    )

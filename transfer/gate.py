@@ -4,31 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StrictInt
-
+from transfer.gate_settings import GateSettings
 from transfer.statistics import Rate, bootstrap_lead, wilson
+
+__all__ = ["BASE", "SOURCE", "TRANSFERRED", "ArmScore", "GateReport", "GateSettings", "Verdict", "judge"]
 
 Verdict = Literal["pass", "hold", "fail"]
 SOURCE, BASE, TRANSFERRED = "source", "target_base", "transferred"
 """Names of the arms that the gate compares."""
-
-
-class GateSettings(BaseModel):
-    """What a transferred adapter has to reach: S_t ≥ max(S_source, S_target_base) − ε."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    epsilon: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)] = Field(
-        0.02, description="ε: how far below the better of source and untouched target a score may be."
-    )
-    minimum_items: Annotated[StrictInt, Field(ge=1, le=100_000)] = Field(
-        20, description="Fewer measured items than this never decide: a human does."
-    )
-    resamples: Annotated[StrictInt, Field(ge=100, le=100_000)] = Field(
-        2000, description="Resamples of the paired bootstrap that gives the 95 % interval."
-    )
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,6 +21,7 @@ class TransferIdentity:
         source_base, target_base: digests of weights and tokenizer together (`base_identity`).
         discriminator: digest of the discriminator, if the method uses one.
         seeds: `transfer.seeds.seeds_digest`.
+        inputs: digest of the inputs that were kept, if the method uses any.
         task: name of the task, as the discriminator's question has it.
         format: of the prompts, as JSON.
         parameters: of the method with every default filled in, as JSON.
@@ -36,6 +37,7 @@ class TransferIdentity:
     method: str
     parameters: Mapping[str, Any]
     seed: int
+    inputs: str | None = None
 
     @property
     def key(self) -> str:

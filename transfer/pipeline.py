@@ -23,7 +23,7 @@ from train.options.common import TrainOptions
 from transfer.bench import Bench, Resident, TransferInputs, TransferObserver
 from transfer.candidates import Screened
 from transfer.catalog import TransferMethod, find_method
-from transfer.distillation import Distillation, distil, layers_of, query_and_value
+from transfer.distillation import Distillation, distil, layers_of
 from transfer.evaluation import Exam, Item, mean_states
 from transfer.gate import BASE, SOURCE, TRANSFERRED, ArmScore, GateReport, GateSettings, judge
 from transfer.identity import canonical_digest
@@ -35,6 +35,7 @@ from transfer.sources import Drawn, PromptSource
 from transfer.stage_files import StageFiles
 from transfer.statistics import squared_mmd
 from transfer.synthetic import SyntheticSet, held_out
+from transfer.target_layers import query_and_value
 from transfer.training_follower import TrainingFollower
 from transfer.weight_transfer import move_weights
 
@@ -204,7 +205,8 @@ class _Work:
         unit = f"train-{name}"
         # Checkpoints of a training with other inputs are no use to this one.
         folder = inputs.folder / f"training-{canonical_digest(given)[:16]}"
-        make = partial(self._trained, folder, how, rows, start)
+        follower = TrainingFollower(folder / "checkpoints", self._observer, told=name == self._name)
+        make = partial(self._trained, folder, how, rows, start, follower)
         found = self._files.json_unit(unit, given, make)
         if any(self._files.get(digest) is None for digest in found["files"].values()):
             self._files.forget(unit)
@@ -222,10 +224,11 @@ class _Work:
             assert data is not None
             (output / name).write_bytes(data)
 
-    def _trained(self, folder: Path, how: Distillation, rows: bytes, start: Start | None) -> dict[str, Any]:
+    def _trained(
+        self, folder: Path, how: Distillation, rows: bytes, start: Start | None, follower: TrainingFollower
+    ) -> dict[str, Any]:
         self._resident.free()
         self._observer.unit("train", "training the new adapter")
-        follower = TrainingFollower(folder / "checkpoints", self._observer.stop_wanted)
         resume = follower.newest()
         work, output = folder / "work", folder / "adapter"
         for stale in (work, output):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Set
 from pathlib import Path
 
 import structlog
@@ -45,8 +46,8 @@ class Checkpoints:
         log.info("checkpoint_fetched", job_id=spec.job_id, attempt=spec.attempt, step=step)
         return folder, step
 
-    def publish(self, folder: Path, step: int) -> bool:
-        """Keep the checkpoint in `folder`; whether it is kept.
+    def publish(self, folder: Path, step: int, without: Set[str] = frozenset()) -> bool:
+        """Keep the checkpoint in `folder`, without its folders of these names; whether it is kept.
 
         A database or a store that does not answer for a while costs this checkpoint, not the job.
 
@@ -55,7 +56,7 @@ class Checkpoints:
             DiskFull: there is no space for it.
         """
         context, spec = self._context, self._context.spec
-        archive = pack(folder, context.scratch / f"checkpoint-{step}.tar")
+        archive = pack(folder, context.scratch / f"checkpoint-{step}.tar", without)
         try:
             entry = FileEntry(archive.name, file_sha256(archive), archive.stat().st_size, MEDIA_TYPE)
             with context.database.write() as session:

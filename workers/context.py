@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -26,6 +26,7 @@ from workers.cache import place
 from workers.warm_models import WarmModels, model_bytes
 
 if TYPE_CHECKING:
+    from sqlalchemy.orm import Session
     from transformers import PreTrainedModel
 
     from compose.pipelines import LoadedPipeline
@@ -119,11 +120,19 @@ class NewImage:
 
 @dataclass(frozen=True, slots=True)
 class JobOutcome:
-    """What a job's function returns. `report` is JSON-able."""
+    """What a job's function returns.
+
+    Attributes:
+        report: JSON-able.
+        files: blobs that `also` writes rows of, each with the file that has its bytes.
+        also: what else becomes visible in the same transaction; it is given the ids of the adapters, and may raise.
+    """
 
     adapters: tuple[NewAdapter, ...] = ()
     report: Mapping[str, Any] = field(default_factory=dict)
     images: tuple[NewImage, ...] = ()
+    files: tuple[tuple[FileEntry, Path], ...] = ()
+    also: Callable[[Session, Sequence[str]], None] | None = None
 
 
 class JobContext:

@@ -12,7 +12,8 @@ KINDS: Mapping[str, str] = MappingProxyType(
         "compare": "workers.jobs.compare:run",
         "merge_compare": "workers.jobs.merge_compare:run",
         "train": "workers.jobs.train:run",
+        "transfer": "workers.jobs.transfer:run",
     }
 )
-SINGLE_USE = frozenset({"train"})
+SINGLE_USE = frozenset({"train", "transfer"})
 """Kinds whose worker process serves no other attempt afterwards: only its end surely returns a device's memory."""

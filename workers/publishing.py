@@ -31,6 +31,7 @@ def publish(context: JobContext, outcome: JobOutcome) -> dict[str, Any]:
     inspected = [(new, intake.inspect(new.directory, base_model=new.base_model)) for new in outcome.adapters]
     pictures = [(image, [file.stored() for file in image.files]) for image in outcome.images]
     files = [(entry, new.directory / entry.path) for new, manifest in inspected for entry in manifest.files]
+    files += outcome.files
     for image, stored in pictures:
         files += [(item.entry, file.path) for item, file in zip(stored, image.files, strict=True)]
     with context.database.write() as session:
@@ -62,6 +63,8 @@ def publish(context: JobContext, outcome: JobOutcome) -> dict[str, Any]:
             ).id
             for position, (image, stored) in enumerate(pictures)
         ]
+        if outcome.also is not None:
+            outcome.also(session, ids)
         result = {"adapters": ids, "images": image_ids, "report": dict(outcome.report)}
         claims.finish_succeeded(session, spec.job_id, spec.attempt, result)
         previews.drop_preview(session, spec.job_id)

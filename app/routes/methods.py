@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Path
 
@@ -18,19 +18,22 @@ from merge.catalog import METHODS as MERGE_METHODS
 from merge.catalog import MergeMethod
 from train.catalog import METHODS as TRAIN_METHODS
 from train.menu_row import Method as TrainMethod
+from transfer.catalog import METHODS as TRANSFER_METHODS
+from transfer.catalog import TransferMethod
 
 router = APIRouter(tags=["methods"])
 
 Word = Annotated[str, Path(pattern="^[a-z0-9_-]{1,64}$")]
 
 
-Kind = Literal["merge", "compose", "train"]
-Row = MergeMethod | ComposeMethod | TrainMethod
+Kind = Literal["merge", "compose", "train", "transfer"]
+Row = MergeMethod | ComposeMethod | TrainMethod | TransferMethod
 
-MENUS: Mapping[Kind, Mapping[str, MergeMethod] | Mapping[str, ComposeMethod] | Mapping[str, TrainMethod]] = {
+MENUS: Mapping[Kind, Mapping[str, Any]] = {
     "merge": MERGE_METHODS,
     "compose": COMPOSE_METHODS,
     "train": TRAIN_METHODS,
+    "transfer": TRANSFER_METHODS,
 }
 
 
@@ -57,7 +60,7 @@ async def get_method(principal: Reader, kind: Word, name: Word) -> Method:
     """Its parameters as JSON Schema, with defaults, ranges and sources."""
     for known, menu in MENUS.items():
         if known == kind and name in menu:
-            row = menu[name]
+            row: Row = menu[name]
             break
     else:
         raise NotFound(f"There is no {kind} method {name!r}.", hint="GET /methods lists them.")

@@ -11,7 +11,7 @@ from storage.tables import ServerRow
 
 
 class MethodSummary(BaseModel):
-    kind: Literal["merge", "compose", "train"]
+    kind: Literal["merge", "compose", "train", "transfer"]
     name: str
     title: str
     summary: str

@@ -42,10 +42,12 @@ def test_readiness_needs_the_pool_that_is_configured(server: Any) -> None:
 
 def test_methods_are_the_menus(untouched_server: Any) -> None:
     items = untouched_server.client.get("/methods").json()["items"]
-    menus = {kind: [item["name"] for item in items if item["kind"] == kind] for kind in ("merge", "compose", "train")}
+    kinds = ("merge", "compose", "train", "transfer")
+    menus = {kind: [item["name"] for item in items if item["kind"] == kind] for kind in kinds}
     assert menus["merge"] == ["lego", "cat", "svd", "linear"]
     assert {"merge", "clora"} <= set(menus["compose"])
     assert menus["train"][:3] == ["lora", "rslora", "dora"]
+    assert menus["transfer"][0] == "trans-lora"
     assert len(items) == sum(map(len, menus.values()))
     lego = untouched_server.client.get("/methods/merge/lego").json()
     assert lego["arxiv"] == "2409.16167"

@@ -25,13 +25,14 @@ from train.tasks.protocol import TaskContext
 from train.tasks.rows import IGNORED
 from transfer.candidates import Screened
 from transfer.decoding import Limits
-from transfer.distillation import Distillation, distil, layers_of, query_and_value
+from transfer.distillation import Distillation, distil, layers_of
 from transfer.evaluation import Exam, Item, mean_states
 from transfer.filters.excess import score_answers
 from transfer.labelling import Label, Labeller, is_readable, synthetic_set
 from transfer.prompts import PromptFormat
 from transfer.selected_tokens import ALWAYS, SPANS, SelectedTokens, token_scores
 from transfer.synthetic import SyntheticRow, SyntheticSet
+from transfer.target_layers import query_and_value
 
 FORM = PromptFormat(template="Message: {x}\nCode:")
 INPUTS = [Screened(index, f"ship {index} {'mugs ' * (index % 4)}", "passed") for index in range(1, 9)]

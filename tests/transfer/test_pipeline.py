@@ -36,6 +36,7 @@ def test_a_transfer_reports_what_it_did(whole: tuple[Any, Watcher]) -> None:
     assert report["labels"]["distinct"] > 3
     assert report["likeness"]["mmd2_kept"] >= 0
     assert report["training"]["steps"] == 6
+    assert watcher.steps == [1, 2, 3, 4, 5, 6]  # the control seeds-only trained too, and told nothing of it
     assert report["gate"]["items"] == len(HOLDOUT)
     arms = report["evaluation"]["arms"]
     assert arms["source"]["score"]["rate"] > 0.8

@@ -167,6 +167,7 @@ def test_the_job_key_is_of_contents_and_parameters() -> None:
         identity(method="refresh"),
         identity(parameters={"rows": 251, "threshold": 0.0}),
         identity(seed=1),
+        identity(inputs="i"),
     ]
     assert len({key, *(other.key for other in changed)}) == 1 + len(changed)
     assert base_identity("a", "b") != base_identity("b", "a")

@@ -70,11 +70,18 @@ class Watcher:
     units: int | None = None
     train_steps: int | None = None
     told: list[tuple[str, str]] = field(default_factory=list)
+    steps: list[int] = field(default_factory=list)
 
     def unit(self, stage: str, message: str) -> None:
         if self.units is not None and len(self.told) >= self.units:
             raise Stopped(stage)
         self.told.append((stage, message))
+
+    def step(self, step: int, total: int, values: Mapping[str, float]) -> None:
+        self.steps.append(step)
+
+    def kept(self) -> None:
+        pass
 
     def stop_wanted(self) -> bool:
         if self.train_steps is None:

@@ -144,8 +144,11 @@ class JobObserver:
     A long training tells less often, so that its events do not grow without end. Of several ranks the first one tells.
     """
 
-    def __init__(self, context: JobContext, checkpoints: Checkpoints) -> None:
-        self._context, self._checkpoints = context, checkpoints
+    def __init__(
+        self, context: JobContext, checkpoints: Checkpoints, share: tuple[float, float] = (BEFORE, LOOP)
+    ) -> None:
+        """`share`: where on the progress bar the loop begins and ends."""
+        self._context, self._checkpoints, self._share = context, checkpoints, share
         self._points: list[Point] = []
         self._began = self._told = time.monotonic()
 
@@ -164,7 +167,8 @@ class JobObserver:
         if now - self._told < between or self._context.stop_wanted:
             return
         self._told = now
-        fraction = BEFORE + (LOOP - BEFORE) * step / total
+        begin, end = self._share
+        fraction = begin + (end - begin) * step / total
         self._context.progress(fraction, f"step {step} of {total}, loss {values['loss']:.4g}", step, total)
         self.flush()
 
