@@ -54,36 +54,71 @@ def rest(model: nn.Module) -> None:
 
 @dataclass(frozen=True, slots=True)
 class _LayerState:
+    """What acts in a layer, with which scaling. What is so already is not set: modules of PyTorch take long to set."""
+
     layer: Any
-    active: str | tuple[str, ...]
+    active: str | list[str]
     disabled: bool
     scaling: dict[str, float]
 
     @classmethod
     def of(cls, layer: Any) -> _LayerState:
         active = layer._active_adapter
-        return cls(
-            layer, active if isinstance(active, str) else tuple(active), layer._disable_adapters, dict(layer.scaling)
-        )
+        kept = active if isinstance(active, str) else list(active)
+        return cls(layer, kept, layer._disable_adapters, dict(layer.scaling))
 
     def restore(self) -> None:
-        self.layer._active_adapter = self.active if isinstance(self.active, str) else list(self.active)
-        self.layer._disable_adapters = self.disabled
-        for name in self.layer.scaling:
-            if name in self.scaling:
-                self.layer.scaling[name] = self.scaling[name]
+        layer = self.layer
+        if layer._active_adapter != self.active:
+            layer._active_adapter = self.active if isinstance(self.active, str) else list(self.active)
+        if layer._disable_adapters is not self.disabled:
+            layer._disable_adapters = self.disabled
+        if layer.scaling != self.scaling:
+            for name in layer.scaling:
+                if name in self.scaling:
+                    layer.scaling[name] = self.scaling[name]
+
+
+class AdapterSwitch:
+    """Switches all layers of a model over and over: as `activate_layers`, which it leaves all but the first switch to
+    the same adapters to what it has learnt from that one.
+
+    Every switch looks at every layer, so that it does not matter who switched in between.
+
+    Attributes:
+        layers: those of `tuner_layers`; no adapter is loaded or unloaded as long as this is used.
+    """
+
+    def __init__(self, layers: Sequence[Any]) -> None:
+        self.layers = layers
+        self._known: dict[tuple[tuple[str, float], ...], list[tuple[Any, ...]]] = {}
+
+    def activate(self, weights: Mapping[str, float]) -> None:
+        """Exactly these adapters act, each with its weight; none with no weights."""
+        known = self._known.get(key := tuple(weights.items()))
+        if known is None:
+            activate_layers(self.layers, weights)
+            states = [_LayerState.of(layer) for layer in self.layers]
+            self._known[key] = [(item.layer, item.active, item.disabled, item.scaling, item) for item in states]
+            return
+        for layer, active, disabled, scaling, state in known:
+            # written out, because most layers need nothing and every pass asks them all
+            if layer.scaling != scaling or layer._active_adapter != active or layer._disable_adapters is not disabled:
+                state.restore()
 
 
 @contextmanager
 def restored(*models: nn.Module) -> Iterator[None]:
     """Whatever happens inside: afterwards the same adapters act with the same weights, the same parameters are
     trainable, the same processors attend, and no gradient is left. Layers that came inside act no more."""
-    layers = [_LayerState.of(layer) for model in models for layer in tuner_layers(model)]
-    trainable = [(parameter, parameter.requires_grad) for model in models for parameter in model.parameters()]
-    modules = [(module, module.training) for model in models for module in model.modules()]
-    checkpointing = _flags(module for module, _ in modules)
+    modules = [module for model in models for module in model.modules()]
+    layers = [_LayerState.of(module) for module in modules if isinstance(module, BaseTunerLayer)]
+    parameters = [parameter for module in modules for parameter in module._parameters.values() if parameter is not None]
+    trainable = [(parameter, parameter.requires_grad) for parameter in parameters]
+    training = [(module, module.training) for module in modules]
+    checkpointing = _flags(modules)
     processors: list[tuple[Any, Any]] = [
-        (module, module.processor) for module, _ in modules if hasattr(module, "set_processor")
+        (module, module.processor) for module in modules if hasattr(type(module), "set_processor")
     ]
     try:
         yield
@@ -92,9 +127,11 @@ def restored(*models: nn.Module) -> Iterator[None]:
             if attention.processor is not processor:
                 attention.set_processor(processor)
         for item, value in checkpointing:
-            item.gradient_checkpointing = value
-        for module, training in modules:
-            module.training = training
+            if item.gradient_checkpointing is not value:
+                item.gradient_checkpointing = value
+        for module, was in training:
+            if module.training is not was:
+                module.training = was
         known = {id(state.layer) for state in layers}
         for model in models:
             if any(id(layer) not in known for layer in tuner_layers(model)):
@@ -102,25 +139,31 @@ def restored(*models: nn.Module) -> Iterator[None]:
         for state in layers:
             state.restore()
         for parameter, flag in trainable:
-            parameter.requires_grad_(flag)
+            if parameter.requires_grad is not flag:
+                parameter.requires_grad_(flag)
             parameter.grad = None
 
 
 def _flags(modules: Iterable[Any]) -> list[tuple[Any, bool]]:
     """The modules that can compute activations again, and whether they do."""
-    found = [(module, getattr(module, "gradient_checkpointing", None)) for module in modules]
+    name = "gradient_checkpointing"
+    # by `vars` and the type: a module takes long to say that it has no such attribute
+    found = [(module, vars(module).get(name, getattr(type(module), name, None))) for module in modules]
     return [(module, flag) for module, flag in found if isinstance(flag, bool)]
 
 
-def can_mix(model: nn.Module, branches: Sequence[Mapping[str, float]]) -> bool:
-    """Whether these branches can run in one batch: one plain LoRA each at most, with one weight wherever it occurs."""
+def can_mix(layers: Iterable[Any], branches: Sequence[Mapping[str, float]]) -> bool:
+    """Whether these branches can run in one batch: one plain LoRA each at most, with one weight wherever it occurs.
+
+    Args:
+        layers: those of `tuner_layers`.
+    """
     if any(len(branch) > 1 for branch in branches):
         return False
     weights = {(name, weight) for branch in branches for name, weight in branch.items()}
     names = {name for name, _ in weights}
     return len(weights) == len(names) and all(
-        isinstance(layer, LoraLayer) and not any(layer.use_dora.get(name, False) for name in names)
-        for layer in tuner_layers(model)
+        isinstance(layer, LoraLayer) and not any(layer.use_dora.get(name, False) for name in names) for layer in layers
     )
 
 
@@ -129,17 +172,17 @@ class MixedBatch:
     """Batches in which each row has a branch's own adapter: PEFT's mixed batches, without its wrapper around the model.
 
     Attributes:
-        layers: those of `tuner_layers`.
+        switch: of the model's adapters.
     """
 
-    layers: Sequence[Any]
+    switch: AdapterSwitch
     _rows: list[str] | None = None
     _installed: bool = False
 
     @contextmanager
     def installed(self) -> Iterator[None]:
         """Hooks tell the layers of each pass which adapter each row has; once for many passes, which is cheaper."""
-        handles = [layer.register_forward_pre_hook(self._choose, with_kwargs=True) for layer in self.layers]
+        handles = [layer.register_forward_pre_hook(self._choose, with_kwargs=True) for layer in self.switch.layers]
         self._installed = True
         try:
             yield
@@ -159,7 +202,7 @@ class MixedBatch:
         if not self._installed:
             raise AssertionError("nobody tells the layers which adapter each row has")
         weights = {name: weight for branch in branches for name, weight in branch.items()}
-        activate_layers(self.layers, weights)
+        self.switch.activate(weights)
         names = [next(iter(branch), "__base__") for branch in branches for _ in range(repeats)]
         self._rows = names if weights else None
         try:

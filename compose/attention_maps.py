@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from torch import Tensor
 
@@ -53,8 +54,18 @@ def block_factors(unet: Any) -> list[tuple[str, Any, int]]:
     return found
 
 
-def map_layers(unet: Any) -> list[MapLayer]:
+_LAYERS: WeakKeyDictionary[Any, tuple[MapLayer, ...]] = WeakKeyDictionary()
+"""Of UNets that are in memory: adapters come and go inside the layers."""
+
+
+def map_layers(unet: Any) -> tuple[MapLayer, ...]:
     """Every cross-attention layer, in the order in which a forward pass meets them."""
+    if unet not in _LAYERS:
+        _LAYERS[unet] = tuple(_map_layers(unet))
+    return _LAYERS[unet]
+
+
+def _map_layers(unet: Any) -> list[MapLayer]:
     return [
         MapLayer(f"{prefix}.{name}", factor)
         for prefix, block, factor in block_factors(unet)

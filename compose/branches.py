@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from compose.adapter_switch import MixedBatch, activate_layers, can_mix, tuner_layers
+from compose.adapter_switch import AdapterSwitch, MixedBatch, can_mix, tuner_layers
 from compose.attention_maps import MapRecorder
 from compose.scene import Conditioning, Prediction, Scene
 
@@ -43,7 +43,7 @@ class Branches:
     Attributes:
         recorder: sees the maps; must be installed.
         both_halves: maps are averaged over the negative and the positive prompt, as the authors' code does it.
-        layers: of the UNet, with adapters.
+        switch: of the UNet's adapters.
     """
 
     scene: Scene
@@ -52,17 +52,16 @@ class Branches:
     together: bool = True
     both_halves: bool = False
     truncated: bool = True
-    layers: list[Any] = field(init=False, repr=False)
+    switch: AdapterSwitch = field(init=False, repr=False)
     mixed: MixedBatch = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         # no adapter is loaded or unloaded while a request runs
-        self.layers = tuner_layers(self.scene.loaded.unet)
-        self.mixed = MixedBatch(self.layers)
+        layers = tuner_layers(self.scene.loaded.unet)
+        self.switch = AdapterSwitch(layers)
+        self.mixed = MixedBatch(self.switch)
         self.together = (
-            self.together
-            and len(self.branches) > 1
-            and can_mix(self.scene.loaded.unet, [branch.adapters for branch in self.branches])
+            self.together and len(self.branches) > 1 and can_mix(layers, [branch.adapters for branch in self.branches])
         )
 
     def __len__(self) -> int:
@@ -103,7 +102,7 @@ class Branches:
             result, chunk_maps = self._pass(chunk, latents, timestep, conditional, maps, stopping)
             found += [] if result is None else [result]
             seen += chunk_maps
-        return (torch.cat(found) if found else None), seen
+        return (None if not found else found[0] if len(found) == 1 else torch.cat(found)), seen
 
     def _pass(
         self, chunk: list[int], latents: Tensor, timestep: Tensor, conditional: bool, maps: bool, stopping: bool
@@ -112,7 +111,7 @@ class Branches:
         halves = 1 if conditional else 2
         with ExitStack() as stack:
             if len(branches) == 1:
-                activate_layers(self.layers, branches[0].adapters)
+                self.switch.activate(branches[0].adapters)
             else:
                 stack.enter_context(self.mixed.rows([branch.adapters for branch in branches], repeats=halves))
             if maps:

@@ -81,13 +81,18 @@ def branch_masks(
     grid: tuple[int, int],
     options: MaskOptions,
 ) -> Tensor:
-    """(branches, h, w) of 0 and 1 on the grid of the maps; before the background is given away."""
-    return torch.stack(
-        [
-            refined_mask(token_mask(branch, tokens, options.mask_threshold, grid), options)
-            for branch, tokens in zip(maps, mask_tokens, strict=True)
-        ]
-    )
+    """(branches, h, w) of 0 and 1 on the grid of the maps; before the background is given away.
+
+    As `token_mask` of each branch, in one go.
+    """
+    places = [(branch, token) for branch, tokens in enumerate(mask_tokens) for token in tokens]
+    if not places:
+        return torch.zeros(len(maps), *grid, device=maps[0].device)
+    chosen = torch.stack([maps[branch][:, token] for branch, token in places]).float()
+    inside = chosen > options.mask_threshold * chosen.amax(dim=1, keepdim=True)
+    owners = [[float(branch == own) for own, _ in places] for branch in range(len(maps))]
+    masks = (torch.tensor(owners, device=inside.device) @ inside.float() > 0).float().reshape(-1, *grid)
+    return torch.stack([refined_mask(mask, options) for mask in masks]) if options.refines_masks else masks
 
 
 def mask_weights(masks: Tensor, size: tuple[int, int], *, base_branch: bool = True) -> Tensor:
@@ -103,7 +108,9 @@ def mask_weights(masks: Tensor, size: tuple[int, int], *, base_branch: bool = Tr
     filled = (
         torch.cat([torch.where(empty, 1.0, masks[:1]), masks[1:]]) if base_branch else torch.where(empty, 1.0, masks)
     )
-    wide = functional.interpolate(filled[:, None], size=size, mode="nearest")
+    wide = filled[:, None]
+    if wide.shape[2:] != size:
+        wide = functional.interpolate(wide, size=size, mode="nearest")
     return wide / wide.sum(dim=0, keepdim=True)
 
 

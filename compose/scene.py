@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -36,6 +36,25 @@ class Passes:
     truncated: int = 0
     backward: int = 0
     seconds: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class PromptPair:
+    """What a branch is told.
+
+    Attributes:
+        pointer, negative_pointer: where the prompts stand in the request.
+    """
+
+    prompt: str
+    negative: str
+    pointer: str = "/prompt"
+    negative_pointer: str = "/negative_prompt"
+
+    @property
+    def texts(self) -> tuple[tuple[str, str], ...]:
+        """Both prompts, each with its place."""
+        return (self.prompt, self.pointer), (self.negative, self.negative_pointer)
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +101,11 @@ class Scene:
     width: int
     passes: Passes = field(default_factory=Passes)
     warnings: list[str] = field(default_factory=list)
+    dtype: torch.dtype = field(init=False)
+
+    def __post_init__(self) -> None:
+        # asked in every pass
+        self.dtype = self.loaded.dtype
 
     @property
     def steps(self) -> int:
@@ -114,7 +138,7 @@ class Scene:
             )
         )
 
-    def encode(
+    def encode_one(
         self,
         prompt: str,
         negative: str,
@@ -122,34 +146,56 @@ class Scene:
         pointer: str = "/prompt",
         negative_pointer: str = "/negative_prompt",
     ) -> Conditioning:
-        """The words of a branch with these adapters in the text encoders.
+        """The words of one branch: see `encode`."""
+        return self.encode([PromptPair(prompt, negative, pointer, negative_pointer)], adapters)[0]
+
+    def encode_each(self, words: Sequence[PromptPair], adapters: Sequence[Mapping[str, float]]) -> list[Conditioning]:
+        """The words of branches that have their own adapters in the text encoders; in few passes, as many of them have
+        the same ones. Raises as `encode`."""
+        alike: dict[Any, list[int]] = {}
+        for index, (item, own) in enumerate(zip(words, adapters, strict=True)):
+            # with and without a negative prompt are two: SDXL has zeros for none
+            alike.setdefault((tuple(own.items()), bool(item.negative)), []).append(index)
+        found: dict[int, Conditioning] = {}
+        for indices in alike.values():
+            encoded = self.encode([words[index] for index in indices], adapters[indices[0]])
+            found |= zip(indices, encoded, strict=True)
+        return [found[index] for index in range(len(words))]
+
+    def encode(self, words: Sequence[PromptPair], adapters: Mapping[str, float]) -> list[Conditioning]:
+        """The words of branches with these adapters in the text encoders, in one pass.
+
+        Args:
+            words: all with a negative prompt, or all without one.
 
         Raises:
             ComposeRefused: a prompt is too long.
         """
         pipe: Any = self.loaded.pipeline
-        for text, where in ((prompt, pointer), (negative, negative_pointer)):
+        for text, where in dict.fromkeys(text for item in words for text in item.texts):
             for tokenizer in (pipe.tokenizer, getattr(pipe, "tokenizer_2", None)):
                 if tokenizer is not None:
                     prompt_ids(tokenizer, text, where, self.token_limit)
         self.loaded.activate_text(adapters)
         found = pipe.encode_prompt(
-            prompt=prompt,
-            negative_prompt=negative or None,
+            prompt=[item.prompt for item in words],
+            negative_prompt=[item.negative for item in words] if words[0].negative else None,
             device=self.loaded.device,
             num_images_per_prompt=1,
             do_classifier_free_guidance=True,
             clip_skip=self.options.clip_skip,
         )
-        dtype = self.loaded.dtype
-        context = torch.cat([found[1], found[0]]).to(dtype)
+        dtype, rows = self.dtype, range(len(words))
+        contexts = [torch.stack([found[1][row], found[0][row]]).to(dtype) for row in rows]
         if not self.loaded.is_xl:
-            return Conditioning(context)
+            return [Conditioning(context) for context in contexts]
         size = (self.height, self.width)
         ids = pipe._get_add_time_ids(
             size, (0, 0), size, dtype=dtype, text_encoder_projection_dim=pipe.text_encoder_2.config.projection_dim
         )
-        return Conditioning(context, torch.cat([found[3], found[2]]).to(dtype), ids.repeat(2, 1).to(self.loaded.device))
+        time_ids = ids.repeat(2, 1).to(self.loaded.device)
+        pooled = [torch.stack([found[3][row], found[2][row]]).to(dtype) for row in rows]
+        return [Conditioning(*item, time_ids) for item in zip(contexts, pooled, strict=True)]
 
     @property
     def token_limit(self) -> int | None:
@@ -187,7 +233,7 @@ class Scene:
                 "time_ids": torch.cat([_given(item.time_ids)[rows] for item in branches]),
             }
         samples = len(context)
-        sample = self.schedule.scaled(latents, timestep).to(self.loaded.dtype).expand(samples, -1, -1, -1)
+        sample = self.schedule.scaled(latents, timestep).to(self.dtype).expand(samples, -1, -1, -1)
         started = time.perf_counter()
         try:
             found: Tensor = self.loaded.unet(

@@ -6,7 +6,7 @@ import inspect
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -41,6 +41,11 @@ class Schedule:
     scheduler: Any
     timesteps: Tensor
     generator: torch.Generator
+    _extra: dict[str, Any] = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        takes = inspect.signature(self.scheduler.step).parameters
+        self._extra = {"generator": self.generator} if "generator" in takes else {}
 
     @property
     def name(self) -> str:
@@ -66,10 +71,7 @@ class Schedule:
 
     def step(self, noise: Tensor, timestep: Tensor, latents: Tensor) -> tuple[Tensor, Tensor | None]:
         """One step: the next latent, and the clean one that is foreseen where the sampler tells it."""
-        extra: dict[str, Any] = {}
-        if "generator" in inspect.signature(self.scheduler.step).parameters:
-            extra["generator"] = self.generator
-        result = self.scheduler.step(noise, timestep, latents, **extra)
+        result = self.scheduler.step(noise, timestep, latents, **self._extra)
         return result.prev_sample.to(latents.dtype), getattr(result, "pred_original_sample", None)
 
 

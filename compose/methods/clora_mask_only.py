@@ -17,7 +17,7 @@ from compose.masks import branch_masks, coverage, even_weights, mask_weights
 from compose.options.clora import CloraMaskOnlyOptions
 from compose.prompts import TokenTable, token_table
 from compose.protocol import CompositionMethod, Denoised, Evidence
-from compose.scene import summed_weights
+from compose.scene import PromptPair, summed_weights
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -98,15 +98,15 @@ class CloraMaskOnly(CompositionMethod):
         scene, options = self.scene, self.options
         negatives = options.branch_negative_prompts or [scene.request.negative_prompt] * len(prompts)
         where = "/negative_prompt" if options.branch_negative_prompts is None else "/parameters/branch_negative_prompts"
-        found = []
+        adapters, in_text, words = [], [], []
         for index, (prompt, negative) in enumerate(zip(prompts, negatives, strict=True)):
             if index == 0 and not options.base_branch:
                 continue
             own = scene.concept_weights(index - 1) if index else {}
-            adapters = summed_weights(own, scene.style_weights)
-            in_text = adapters if options.use_text_encoder_lora else scene.style_weights
-            found.append(Branch(adapters, scene.encode(prompt, negative, in_text, pointers[index], where)))
-        return found
+            adapters.append(summed_weights(own, scene.style_weights))
+            in_text.append(adapters[-1] if options.use_text_encoder_lora else scene.style_weights)
+            words.append(PromptPair(prompt, negative, pointers[index], where))
+        return [Branch(*item) for item in zip(adapters, scene.encode_each(words, in_text), strict=True)]
 
     def step(self, index: int, timestep: Tensor, latents: Tensor) -> Denoised:
         moved, seen = self.moved(index, timestep, latents)

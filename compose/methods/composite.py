@@ -19,7 +19,7 @@ class Composite(CompositionMethod):
 
     def prepare(self) -> None:
         scene = self.scene
-        words = scene.encode(
+        words = scene.encode_one(
             scene.prompts.full, scene.request.negative_prompt, {**scene.concept_weights(), **scene.style_weights}
         )
         self.branches = Branches(

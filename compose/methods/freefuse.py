@@ -73,7 +73,7 @@ class Freefuse(CompositionMethod):
     def _encoded(self, concepts: dict[str, float]) -> Conditioning:
         scene = self.scene
         in_text = concepts if self.options.use_text_encoder_lora else {}
-        return scene.encode(
+        return scene.encode_one(
             scene.prompts.full, scene.request.negative_prompt, summed_weights(in_text, scene.style_weights)
         )
 

@@ -70,7 +70,7 @@ class GradientFusion(FusionMethod):
         for index, name in enumerate(scene.concepts):
             prompt = scene.prompts.single[index] if given is None else given[index]
             pointer = "/prompt" if given is None else f"/parameters/concept_prompts/{index}"
-            words = scene.encode(prompt, scene.request.negative_prompt, {}, pointer)
+            words = scene.encode_one(prompt, scene.request.negative_prompt, {}, pointer)
             weight = scene.request.concepts[index].weight
             with self._watched() as grams:
                 sample_alone(scene, {name: weight}, words, self.options.samples, index * self.options.samples, advance)

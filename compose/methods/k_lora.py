@@ -51,7 +51,7 @@ class KLora(CompositionMethod):
     def prepare(self) -> None:
         scene = self.scene
         both = summed_weights(scene.concept_weights(), scene.style_weights)
-        self.words = scene.encode(
+        self.words = scene.encode_one(
             scene.prompts.full, scene.request.negative_prompt, both if self.options.use_text_encoder_lora else {}
         )
         unet = scene.loaded.unet

@@ -66,7 +66,7 @@ class LoraComposer(CompositionMethod):
         self.masks = torch.stack([box_mask(box, size) for box in options.boxes or ()]).to(scene.loaded.device)
         prompts, pointers = self._prompts()
         self.boxed = self._boxed(prompts, pointers)
-        self.words = scene.encode(scene.prompts.plain, scene.request.negative_prompt, scene.style_weights)
+        self.words = scene.encode_one(scene.prompts.plain, scene.request.negative_prompt, scene.style_weights)
         regions = self._regions(prompts, pointers)
         every = options.adapted_layers == "all"
         self.stack.enter_context(
@@ -123,7 +123,7 @@ class LoraComposer(CompositionMethod):
             own = summed_weights(scene.concept_weights(index), scene.style_weights)
             in_text = own if self.options.use_text_encoder_lora else scene.style_weights
             adapters.append(own)
-            words.append(scene.encode(prompt, scene.request.negative_prompt, in_text, pointer))
+            words.append(scene.encode_one(prompt, scene.request.negative_prompt, in_text, pointer))
         return Regions(shares, adapters, words)
 
     def start(self, latents: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ class Merge(CompositionMethod):
     def prepare(self) -> None:
         scene = self.scene
         weights = {**scene.concept_weights(), **scene.style_weights}
-        self.words = scene.encode(scene.prompts.full, scene.request.negative_prompt, weights)
+        self.words = scene.encode_one(scene.prompts.full, scene.request.negative_prompt, weights)
         scene.loaded.activate_unet(weights)
 
     def step(self, index: int, timestep: Tensor, latents: Tensor) -> Denoised:

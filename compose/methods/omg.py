@@ -44,7 +44,7 @@ class Omg(CompositionMethod):
     def prepare(self) -> None:
         scene, options = self.scene, self.options
         negative = scene.request.negative_prompt
-        plain = Branch(scene.style_weights, scene.encode(scene.prompts.plain, negative, scene.style_weights))
+        plain = Branch(scene.style_weights, scene.encode_one(scene.prompts.plain, negative, scene.style_weights))
         self.base = Branches(scene, [plain])
         if options.stage == "base":
             return
@@ -63,7 +63,7 @@ class Omg(CompositionMethod):
         pointer = "/prompt" if given is None else f"/parameters/region_prompts/{index}"
         adapters = summed_weights(scene.concept_weights(index), scene.style_weights)
         in_text = adapters if self.options.use_text_encoder_lora else scene.style_weights
-        return Branch(adapters, scene.encode(prompt, scene.request.negative_prompt, in_text, pointer))
+        return Branch(adapters, scene.encode_one(prompt, scene.request.negative_prompt, in_text, pointer))
 
     def step(self, index: int, timestep: Tensor, latents: Tensor) -> Denoised:
         if self.options.stage == "base" or index < self.options.base_steps or not self.options.rho:

@@ -19,7 +19,7 @@ class Switch(CompositionMethod):
     def prepare(self) -> None:
         scene = self.scene
         weights = {**scene.style_weights, **scene.concept_weights(0)}
-        self.words = scene.encode(scene.prompts.full, scene.request.negative_prompt, weights)
+        self.words = scene.encode_one(scene.prompts.full, scene.request.negative_prompt, weights)
         self.turns: list[int] = []
 
     def active(self, index: int) -> int:

@@ -99,7 +99,7 @@ class ZipLora(FusionMethod):
             (scene.styles[0], request.styles[0].weight, style_prompt, where),
         )
         for number, (name, weight, prompt, pointer) in enumerate(parts):
-            words = scene.encode(prompt, request.negative_prompt, {}, pointer)
+            words = scene.encode_one(prompt, request.negative_prompt, {}, pointer)
             latents = sample_alone(scene, {name: weight}, words, options.samples, number * options.samples, advance)
             self.sides.append(_Side(name, weight, words, latents))
         # from here on latents are noised as in training, which is DDIM's scale

@@ -29,3 +29,8 @@ class MaskOptions(ComposeOptions):
         "cross-attention layer's grid is coarser than the latent. Unset, the coarsest with at least 16 cells a "
         "side at the model's native size: 4 for Stable Diffusion 1.5 and SDXL.",
     )
+
+    @property
+    def refines_masks(self) -> bool:
+        """Whether masks are widened, narrowed or filled."""
+        return self.mask_dilate or self.mask_erode or self.mask_opening or self.mask_closing

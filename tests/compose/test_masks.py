@@ -21,6 +21,16 @@ def test_a_token_is_measured_by_its_own_maximum_and_tokens_are_joined() -> None:
     assert not bool(token_mask(maps, (), 0.3, (2, 3)).any())
 
 
+@pytest.mark.parametrize("options", [PLAIN, CloraMaskOnlyOptions(mask_threshold=0.7, mask_closing=True)])
+def test_the_masks_of_all_branches_are_those_of_each(options: CloraMaskOnlyOptions) -> None:
+    maps = list(torch.rand(4, 8 * 6, 7, generator=torch.Generator().manual_seed(3)).pow(3))
+    tokens = [(), (2,), (1, 2, 5), (6, 0)]
+    alone = [token_mask(one, own, options.mask_threshold, (8, 6)) for one, own in zip(maps, tokens, strict=True)]
+    expected = torch.stack([refined_mask(mask, options) for mask in alone])
+    assert torch.equal(branch_masks(maps, tokens, (8, 6), options), expected)
+    assert 0 < float(expected.mean()) < 1
+
+
 def test_a_peak_of_a_map_that_is_not_square_stays_in_its_row_and_column() -> None:
     maps = torch.full((8 * 4, 2), 0.01)
     maps[6 * 4 + 1, 1] = 1.0  # row 6, column 1 of a grid 8 high and 4 wide

@@ -79,7 +79,7 @@ def test_noise_is_blended_inside_each_mask_and_the_bases_outside(toys: Any, pipe
             (prompts[0], scene.concept_weights(0)),
             (prompts[1], scene.concept_weights(1)),
         ):
-            words = scene.encode(text, "", adapters)
+            words = scene.encode_one(text, "", adapters)
             loaded.activate_unet(adapters)
             alone.append(scene.guide(scene.predict(latents, timestep, words)))
     height, width = 20, 12
