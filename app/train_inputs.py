@@ -18,8 +18,8 @@ from train.continuation import POINTER, ContinueFrom, check_base, continued_opti
 from train.estimate import Estimate, check_fits, estimate
 from train.feasibility import check_base_kind, check_feasible
 from train.options.common import Circumstances
-from train.settings import TaskSettings
-from train.targets import check_method, resolve_targets, wanted_targets
+from train.settings import TaskSettings, is_packed
+from train.targets import check_method, wanted_targets
 
 _WITHOUT_HEAD: frozenset[str] = frozenset({"causal-lm", "text-to-image"})
 """Tasks that train no module whole."""
@@ -91,18 +91,19 @@ def _estimate(
     session: Session, row: ModelRow, request: TrainParams, devices: int, rows: int | None = None
 ) -> Estimate | None:
     options = parse_parameters(request.method, request.parameters)
+    find_method(request.method).check_task(request.full_task.type)
     start = _start(session, row, request.start)
     if start is not None:
         options = continued_options(find_method(request.method), options, start)
     if row.fingerprint is None:
         return None
     linear = {str(path): (int(d_out), int(d_in)) for path, d_out, d_in in row.fingerprint}
-    targets = resolve_targets(linear, wanted_targets(options, request.full_task))
+    targets = wanted_targets(linear, options, request.full_task)
     if start is not None:
         # What a task trains whole, such as a new classifier, only the worker knows.
         place(start, targets, () if request.full_task.type in _WITHOUT_HEAD else None)
     steps = request.training.steps if rows is None else request.training.steps_for(rows)
-    known = Circumstances(targets, request.training, steps, rows)
+    known = Circumstances(targets, request.training, steps, rows, is_packed(request.full_task))
     check_method(options, known)
     return estimate(options, targets, linear, request.training, request.full_task, row.parameter_count, devices)
 

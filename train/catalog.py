@@ -26,6 +26,7 @@ from train.options.common import TrainOptions
 from train.options.dylora import DyloraOptions
 from train.options.increlora import IncreloraOptions
 from train.options.loftq import LoftqOptions
+from train.options.prompt_tuning import PromptTuningOptions
 from train.options.three_factor import InttuneOptions, LoraSbOptions, LoraXsOptions, NloraOptions, SloraOptions
 
 _ROWS = (
@@ -340,6 +341,20 @@ _ROWS = (
         arxiv="2502.14482",
         reference_url="https://arxiv.org/abs/2502.14482",
         capabilities=Capabilities(exports="lora", mergeable=True),
+    ),
+    Method(
+        name="prompt-tuning",
+        title="Prompt tuning",
+        summary="Learns a few vectors that stand before the input, and changes no weight.",
+        when="When the adapter must be tiny, or one model serves many tasks at once; LoRA learns more.",
+        cost="virtual_tokens·width trained parameters in all; every input is so many tokens longer. It wants a "
+        "learning rate of about 2e-3.",
+        output="A prompt tuning adapter for PEFT. It has no ΔW, so it can not be merged.",
+        options=PromptTuningOptions,
+        implementation="train.methods.prompt_tuning:PromptTuning",
+        arxiv="2104.08691",
+        reference_url="https://arxiv.org/abs/2104.08691",
+        capabilities=Capabilities(exports="prompt_tuning", mergeable=False, tasks=("causal-lm",)),
     ),
 )
 

@@ -16,6 +16,7 @@ from transformers import set_seed
 
 from artifacts.errors import AttemptCancelled
 from train.base_files import BaseFiles
+from train.catalog import find_method
 from train.checkpoints import CARRIED
 from train.continuation import Start
 from train.data import DataFile, Examples
@@ -27,8 +28,8 @@ from train.options.common import Circumstances, TrainOptions
 from train.protocol import MethodContext, TrainMethod, loss_of_model
 from train.reload import Reload, check_reload
 from train.report import MemoryMeter, TrainReport, free_memory
-from train.settings import EvaluationSettings, TaskSettings, TrainingSettings
-from train.targets import check_method, resolve_targets, wanted_targets
+from train.settings import EvaluationSettings, TaskSettings, TrainingSettings, is_packed
+from train.targets import check_method, wanted_targets
 from train.tasks.catalog import make_task
 from train.tasks.protocol import Task, TaskContext
 from train.tasks.rows import IGNORED
@@ -104,6 +105,7 @@ def train_adapter(
     """
     world = World()
     check_feasible(plan.task, plan.training, plan.evaluation, world.size)
+    find_method(plan.method).check_task(plan.task.type)
     meter = MemoryMeter(plan.device)
     observer.progress(0.0, "reading the dataset")
     task = make(plan.task, TaskContext(inputs.base, plan.training, plan.device, plan.seed, inputs.folder))
@@ -219,9 +221,9 @@ def _check(
 ) -> tuple[Circumstances, Estimate]:
     """Raises RequestInvalid when the method, its layers or the memory do not allow the training."""
     linear = {path: sides for path, sides in linear_layers(model).items() if not _is_whole(path, whole)}
-    targets = resolve_targets(linear, wanted_targets(plan.options, plan.task))
+    targets = wanted_targets(linear, plan.options, plan.task)
     rows = len(examples.train)
-    known = Circumstances(targets, plan.training, plan.training.steps_for(rows), rows)
+    known = Circumstances(targets, plan.training, plan.training.steps_for(rows), rows, is_packed(plan.task))
     check_method(plan.options, known)
     heads = sum(_parameters(model.get_submodule(path)) for path in whole)
     needed = estimate(plan.options, targets, linear, plan.training, plan.task, _parameters(model), devices, heads)
@@ -254,6 +256,7 @@ def _prepare(
         task_type=task.peft_type,
         whole=task.whole(model),
         loss=_batch_loss(task),
+        words=task.words,
     )
     return method.prepare(model, context)
 

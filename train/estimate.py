@@ -58,6 +58,7 @@ def estimate(
         whole: parameters of modules that are trained as they are; what a new head has is known when the rows are read.
     """
     trainable = whole + sum(options.parameters_of(target.d_out, target.d_in) for target in targets)
+    trainable += options.parameters_beside(_width(linear))
     parameters = parameter_count or sum(
         d_out * d_in for path, (d_out, d_in) in linear.items() if not _tied(path, linear)
     )
@@ -72,6 +73,11 @@ def estimate(
         optimizer_bytes=trainable * ADAM_STATE_BYTES,
         activation_bytes=int(kept / 4 if training.gradient_checkpointing else kept),
     )
+
+
+def _width(linear: Mapping[str, tuple[int, int]]) -> int:
+    """How long hidden states are: what the layer with the most outputs, which is the vocabulary's, reads."""
+    return max(linear.values(), default=(0, 0))[1]
 
 
 def _tied(path: str, linear: Mapping[str, tuple[int, int]]) -> bool:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
+from artifacts.errors import FieldError, RequestInvalid
 from train.options.common import TrainOptions
 from train.settings import TaskName
 
@@ -14,7 +15,7 @@ if TYPE_CHECKING:
     from train.protocol import TrainMethod
 
 ALL_TASKS: tuple[TaskName, ...] = get_args(TaskName)
-Export = Literal["lora", "dora", "vera", "miss", "bat_row", "loftq"]
+Export = Literal["lora", "dora", "vera", "miss", "bat_row", "loftq", "prompt_tuning"]
 PLAIN = ("lora", "rslora")
 """The types of adapters whose ΔW is scaling·B·A."""
 
@@ -70,6 +71,16 @@ class Method:
     arxiv: str | None
     reference_url: str
     capabilities: Capabilities
+
+    def check_task(self, task: TaskName) -> None:
+        """Raises RequestInvalid when the method can not be trained on the task."""
+        if task not in self.capabilities.tasks:
+            known = ", ".join(self.capabilities.tasks)
+            raise RequestInvalid(
+                f"{self.title} can not be trained on the task {task}.",
+                hint=f"It can be on {known}; for {task} take another method, such as lora.",
+                errors=[FieldError("/task/type", f"{self.name} trains {known}")],
+            )
 
     def load(self, options: TrainOptions) -> TrainMethod[Any]:
         """Import the implementation (torch) and make one for these options."""

@@ -44,6 +44,7 @@ class MethodContext:
         start: the adapter that the training goes on from, with its layers placed; of a kind that the method's
             `capabilities.continues` names. After `prepare` the model computes what that adapter does.
         loss: the task's mean loss of a model on a batch.
+        words: gives the token ids of a text, without any that only begin or end one; none where there are no words.
     """
 
     targets: Sequence[str]
@@ -56,6 +57,7 @@ class MethodContext:
     whole: Sequence[str] = ()
     start: Start | None = None
     loss: Callable[[nn.Module, Mapping[str, Tensor]], Tensor] = loss_of_model
+    words: Callable[[str], Sequence[int]] = lambda text: ()
 
 
 class TrainMethod(ABC, Generic[Options]):

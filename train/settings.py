@@ -78,6 +78,11 @@ class CausalLmTask(TextTask):
     )
 
 
+def is_packed(task: _TaskSettings) -> bool:
+    """Whether rows are joined."""
+    return isinstance(task, CausalLmTask) and task.packing
+
+
 class ClassificationSettings(TextTask):
     """What the classification tasks have in common."""
 

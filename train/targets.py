@@ -72,9 +72,16 @@ def resolve_targets(
     return [Target(path, *linear[path]) for path in sorted(found)]
 
 
-def wanted_targets(options: TrainOptions, task: TaskSettings) -> Literal["all-linear"] | Sequence[str]:
-    """What the request names; if it names nothing, what the task adapts."""
-    return options.target_modules if "target_modules" in options.model_fields_set else task.default_targets
+def wanted_targets(linear: Mapping[str, tuple[int, int]], options: TrainOptions, task: TaskSettings) -> list[Target]:
+    """The layers that the request names; if it names none, those that the task adapts; none if the method adapts none.
+
+    Raises:
+        RequestInvalid: as `resolve_targets`.
+    """
+    if not options.adapts_layers:
+        return []
+    named = "target_modules" in options.model_fields_set
+    return resolve_targets(linear, options.target_modules if named else task.default_targets)
 
 
 def check_rank(options: TrainOptions, targets: Sequence[Target]) -> None:
@@ -84,7 +91,7 @@ def check_rank(options: TrainOptions, targets: Sequence[Target]) -> None:
         RequestInvalid: at the parameter that holds it, naming the layer.
     """
     rank = options.largest_rank
-    if rank is None:
+    if rank is None or not targets:
         return
     smallest = min(targets, key=lambda target: min(target.d_out, target.d_in))
     limit = min(smallest.d_out, smallest.d_in)

@@ -63,6 +63,7 @@ def end_tokens(model: Any, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]
 def check_room(model: Any, prompt: int, max_new_tokens: int, pointer: str) -> None:
     """Raises TransferRefused when a prompt of so many tokens and its continuation are longer than the model reads."""
     limit = getattr(model.config, "max_position_embeddings", None)
+    prompt += getattr(model, "virtual_tokens", 0)
     if limit is not None and prompt + max_new_tokens > limit:
         raise TransferRefused(
             f"A prompt of {prompt} tokens and {max_new_tokens} new ones are more than the {limit} that the base model "

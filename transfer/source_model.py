@@ -9,6 +9,7 @@ from typing import Any
 from artifacts.errors import FieldError, TransferRefused
 from train.base_files import BaseFiles
 from train.quiet import peft_deprecations_ignored
+from transfer.soft_prompt import PROMPT_TUNING, SoftPrompt, soft_type
 
 KIND = "causal language model"
 
@@ -24,15 +25,24 @@ def load_adapted(base: BaseFiles, adapters: Mapping[str, Path], *, dtype: str = 
     """The base model with these adapters, by name; the first is active.
 
     Args:
-        adapters: folders that PEFT loads.
+        adapters: folders that PEFT loads; one of prompt tuning stands alone.
 
     Raises:
         RequestInvalid: the base model can not be loaded.
-        TransferRefused: an adapter does not fit it.
+        TransferRefused: an adapter does not fit it, or is of a type that is not read.
     """
     from peft import PeftModel
 
     model = load_base(base, dtype=dtype, device=device)
+    soft = {name: kind for name, folder in adapters.items() if (kind := soft_type(folder)) is not None}
+    for name, kind in soft.items():
+        if kind != PROMPT_TUNING or len(adapters) > 1:
+            raise TransferRefused(
+                f"The {name} adapter is of PEFT type {kind}, which a transfer does not read"
+                f"{' beside another adapter' if kind == PROMPT_TUNING else ''}.",
+                hint="Of the adapters that learn what stands before the input it reads PROMPT_TUNING.",
+                errors=[FieldError("/adapter", f"is of PEFT type {kind}")],
+            )
     loaded: Any = None
     with peft_deprecations_ignored():
         for name, folder in adapters.items():
@@ -47,4 +57,5 @@ def load_adapted(base: BaseFiles, adapters: Mapping[str, Path], *, dtype: str = 
                     hint="It has to be an adapter that PEFT loads, of this base model.",
                     errors=[FieldError("/adapter", f"does not fit {base.name!r}")],
                 ) from error
-    return loaded.requires_grad_(False).eval()
+    loaded = loaded.requires_grad_(False).eval()
+    return SoftPrompt(loaded).eval() if soft else loaded

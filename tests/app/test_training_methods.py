@@ -28,6 +28,7 @@ PARAMETERS: dict[str, dict[str, Any]] = {
     "adalora": {"initial_rank": 4, "target_rank": 2},
     "increlora": {"initial_rank": 1, "target_rank": 2, "increment": 1, "layers_per_round": 60, "interval": 1},
     "inttune": {"rank": 4, "residual": True},  # else the model is another one before the first step
+    "prompt-tuning": {"virtual_tokens": 8},
     "vera": {"rank": 16},
 }
 
@@ -47,7 +48,12 @@ class Case:
     refused: str | None = None
 
 
-REFUSED = {"dora": "use_dora is set", "loftq": "Rankwise's type RANKWISE_LOFTQ", "vera": "PEFT type VERA"}
+REFUSED = {
+    "dora": "use_dora is set",
+    "loftq": "Rankwise's type RANKWISE_LOFTQ",
+    "prompt-tuning": "PEFT type PROMPT_TUNING",
+    "vera": "PEFT type VERA",
+}
 CASES = {
     name: Case(
         name,
@@ -89,7 +95,7 @@ for line in sys.stdin:
         given = tokenizer(row["prompt"]).input_ids
         said = [*tokenizer(row["completion"], add_special_tokens=False).input_ids, tokenizer.eos_token_id]
         with torch.no_grad():
-            logits = model(input_ids=torch.tensor([given + said])).logits[0, len(given) - 1 : -1]
+            logits = model(input_ids=torch.tensor([given + said])).logits[0, -len(said) - 1 : -1]
         total += float(torch.nn.functional.cross_entropy(logits, torch.tensor(said), reduction="sum"))
         counted += len(said)
     print(json.dumps(total / counted), flush=True)
@@ -132,10 +138,11 @@ class Service:
     other: str = ""
 
     def train(self, case: Case, seed: int = 0) -> dict[str, Any]:
+        targets = {"target_modules": TARGETS} if METHODS[case.method].options.adapts_layers else {}
         body = {
             **self.inputs,
             "method": case.method,
-            "parameters": {"target_modules": TARGETS, **case.parameters},
+            "parameters": targets | dict(case.parameters),
             "training": {
                 "steps": 4,
                 "batch_size": 4,

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from artifacts.errors import FileBroken
 from train.settings import CausalLmTask
-from train.tasks.causal_lm import row_losses
+from train.tasks.causal_lm import counted_loss, last_counted, row_losses
 from train.tasks.causal_rows import collate, encode_row
 from train.tasks.rows import IGNORED, Encoded, RowProblemError, encode_rows
 from train.tasks.text_batches import padding_of
@@ -125,3 +125,35 @@ def test_padding_changes_no_loss(tokenizer: Any, tiny_base: Path) -> None:
         single = collate([examples[0]], padding)
         mean = float(model(**single).loss)
     assert alone[0] / examples[0].counted == pytest.approx(mean, rel=1e-5)
+
+
+def test_the_output_layer_sees_what_predicts_a_counted_token_and_the_loss_is_the_models_own(
+    tokenizer: Any, tiny_base: Path
+) -> None:
+    """Rows of several lengths, one with two counted spans; values and gradients, also beside virtual tokens."""
+    pairs = [("two and two is ", "four"), ("a word ", "much longer answer"), ("b and c ", "c")]
+    batch = collate([encode_row({"prompt": p, "completion": c}, tokenizer, TASK) for p, c in pairs], 0)
+    batch["labels"][0, 10] = batch["input_ids"][0, 10]
+    model = AutoModelForCausalLM.from_pretrained(tiny_base, dtype=torch.float32)
+    weight = model.get_input_embeddings().weight
+    items = (batch["labels"][:, 1:] != IGNORED).sum()
+    given = last_counted(batch)
+    labels = given.pop("labels")
+    output = model(**given)
+    assert output.logits.shape[1] == given["logits_to_keep"] == batch["labels"].shape[1] - 6
+    found = counted_loss(output, labels, items)
+    (gradient,) = torch.autograd.grad(found, [weight])
+    expected = model(**batch).loss
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=0)
+    torch.testing.assert_close(gradient, torch.autograd.grad(expected, [weight])[0], rtol=1e-4, atol=1e-6)
+
+
+def test_a_batch_without_a_counted_token_has_a_loss_of_nothing(tokenizer: Any, tiny_base: Path) -> None:
+    batch = collate([encode_row({"text": "hello"}, tokenizer, TASK)], 0)
+    batch["labels"].fill_(IGNORED)
+    given = last_counted(batch)
+    labels = given.pop("labels")
+    model = AutoModelForCausalLM.from_pretrained(tiny_base, dtype=torch.float32)
+    loss = counted_loss(model(**given), labels, torch.tensor(1))
+    loss.backward()
+    assert loss == 0

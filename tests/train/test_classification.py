@@ -26,6 +26,7 @@ from train.tasks.classification import LABELS_KEY
 
 TEXTS = {"type": "sequence-classification", "max_length": 64}
 TOKENS = {"type": "token-classification", "max_length": 64}
+SERVING = [name for name, row in METHODS.items() if TEXTS["type"] in row.capabilities.tasks]
 SIZES: dict[str, dict[str, Any]] = {
     "adalora": {"initial_rank": 4, "target_rank": 2},
     "eva": {"rank": 2},
@@ -85,13 +86,13 @@ def test_a_causal_model_classifies_by_the_last_token(trainings: Any) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", SERVING)
 def test_every_method_trains_a_head_of_texts(encoder_trainings: Any, method: str) -> None:
     check_head(encoder_trainings, method, TEXTS, moods())
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", SERVING)
 def test_every_method_trains_a_head_of_tokens_on_a_causal_model(trainings: Any, method: str) -> None:
     sizes = SIZES.get(method, {"rank": 4}) | ({"target_modules": ["q_proj", "v_proj"]} if method == "eva" else {})
     report, _, _ = trainings.run(method, sizes, task=TOKENS, rows=tagged(), steps=10)

@@ -29,10 +29,11 @@ PARAMETERS: dict[str, dict[str, Any]] = {
     "loftq": {"rank": 4, "bits": 4, "iterations": 2},
     "miss": {"rank": 8, "dropout": 0.1},
     "nlora": {"rank": 4, "dropout": 0.1, "residual": True},
+    "prompt-tuning": {"virtual_tokens": 6},
     "vera": {"rank": 32, "dropout": 0.1},
 }
 USUAL = {"rank": 4, "dropout": 0.1}
-RATES = {"increlora": 0.05, "vera": 0.05}
+RATES = {"increlora": 0.05, "prompt-tuning": 0.1, "vera": 0.05}
 TOLERANCE = 1e-4
 
 

@@ -13,9 +13,10 @@ from artifacts.errors import RequestInvalid
 from train.catalog import METHODS, parse_parameters
 from train.estimate import check_fits, estimate
 from train.loss_curve import draw
+from train.menu_row import ALL_TASKS
 from train.options.common import Circumstances
-from train.settings import CausalLmTask, TrainingSettings
-from train.targets import check_method, check_rank, resolve_targets
+from train.settings import CausalLmTask, TrainingSettings, is_packed
+from train.targets import check_method, check_rank, resolve_targets, wanted_targets
 
 LINEAR = {
     "lm_head": (100, 8),
@@ -60,7 +61,7 @@ def test_a_rank_above_the_smallest_side_is_refused(method: str, parameters: dict
     check_rank(parse_parameters("vera", {"rank": 4096}), targets)
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", [name for name, row in METHODS.items() if row.options.adapts_layers])
 def test_an_embedding_is_refused_by_its_name_and_a_head_is_not(name: str) -> None:
     small = {"adalora": {"initial_rank": 3, "target_rank": 2}, "increlora": {"target_rank": 2}}
     options = parse_parameters(name, small.get(name, {"rank": 4}))
@@ -92,6 +93,31 @@ def test_estimates_know_what_each_method_trains() -> None:
         found = estimate(options, targets, LINEAR, TrainingSettings(), CausalLmTask())
         assert found.trainable_parameters == expected, method
         assert found.optimizer_bytes == 8 * expected
+
+
+def test_prompt_tuning_adapts_no_layer_and_shares_no_row() -> None:
+    options = parse_parameters("prompt-tuning", {"virtual_tokens": 7})
+    assert wanted_targets(LINEAR, options, CausalLmTask()) == []
+    found = estimate(options, [], LINEAR, TrainingSettings(), CausalLmTask())
+    assert found.trainable_parameters == 7 * LINEAR["lm_head"][1]
+    check_method(options, Circumstances([], TrainingSettings(learning_rate=2e-3)))
+    with pytest.raises(RequestInvalid, match="vectors before a row") as caught:
+        check_method(options, Circumstances([], TrainingSettings(), packed=is_packed(CausalLmTask(packing=True))))
+    assert caught.value.errors[0].pointer == "/task/packing"
+    with pytest.raises(RequestInvalid) as caught:
+        parse_parameters("prompt-tuning", {"target_modules": ["q_proj"]})
+    assert caught.value.errors[0].pointer == "/parameters/target_modules"
+    assert "2e-3" not in str(options.warnings(Circumstances([], TrainingSettings(learning_rate=2e-3))))
+    assert options.warnings(Circumstances([], TrainingSettings(learning_rate=2e-4)))
+
+
+def test_a_method_is_refused_a_task_that_it_can_not_be_trained_on() -> None:
+    METHODS["prompt-tuning"].check_task("causal-lm")
+    with pytest.raises(RequestInvalid, match="Prompt tuning can not be trained on the task text-to-image") as caught:
+        METHODS["prompt-tuning"].check_task("text-to-image")
+    assert caught.value.errors[0].pointer == "/task/type"
+    for task in ALL_TASKS:
+        METHODS["lora"].check_task(task)
 
 
 def test_a_tied_head_is_counted_once() -> None:

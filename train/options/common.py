@@ -39,6 +39,7 @@ class Circumstances:
     Attributes:
         targets: the layers that will be adapted.
         steps: optimiser steps of the whole training; None while the number of rows is not known.
+        packed: several rows are joined to one.
         rows: those that are trained on, with which `steps` goes. Before the dataset is read both are the most that it
             can come to: rows may be held out, dropped or packed.
     """
@@ -47,6 +48,7 @@ class Circumstances:
     training: TrainingSettings
     steps: int | None = None
     rows: int | None = None
+    packed: bool = False
 
 
 class TrainOptions(BaseModel):
@@ -56,6 +58,9 @@ class TrainOptions(BaseModel):
 
     layers_may_differ: ClassVar[bool] = False
     """Whether the method can go on from an adapter whose layers have several ranks or scalings."""
+
+    adapts_layers: ClassVar[bool] = True
+    """Whether `target_modules` mean anything."""
 
     target_modules: Literal["all-linear"] | Annotated[list[ModuleName], Field(min_length=1, max_length=MAX_TARGETS)] = (
         Field(
@@ -73,6 +78,11 @@ class TrainOptions(BaseModel):
     def parameters_of(self, d_out: int, d_in: int) -> int:
         """How many are trained for a weight of d_out×d_in."""
         raise TypeError(f"{type(self).__name__} is no method's options")
+
+    def parameters_beside(self, width: int) -> int:
+        """How many are trained beside the layers of a base model whose hidden states are `width` long."""
+        del width
+        return 0
 
     def problems(self, known: Circumstances) -> list[FieldError]:
         """Why the training can not be done: found when it is submitted, and again before it starts."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -16,7 +17,7 @@ from train.evaluation import Scores
 from train.settings import CausalLmTask, EvaluationSettings
 from train.tasks.causal_rows import Example, collate, encode_row
 from train.tasks.packing import Pack, check_separate, collate_packs, pack
-from train.tasks.protocol import TOLERANCES, Task, TaskContext
+from train.tasks.protocol import TOLERANCES, Loss, Task, TaskContext
 from train.tasks.rows import IGNORED, encode_rows, row_limit
 from train.tasks.text_batches import device_of, moved, padding_of, ready_transformer
 
@@ -28,7 +29,9 @@ _LARGEST_EXPONENT = 700.0  # e^value of a loss that no float can hold is as bad 
 
 
 class CausalLm(Task[CausalLmTask]):
-    """The loss is the model's own."""
+    """The loss is the model's own, but only what predicts a counted token goes through the output layer, where the
+    model lets it: with a large vocabulary that layer costs as much as the rest of the model.
+    """
 
     peft_type: ClassVar[str | None] = "CAUSAL_LM"
 
@@ -36,6 +39,7 @@ class CausalLm(Task[CausalLmTask]):
         super().__init__(settings, context)
         self.tokenizer = self.base.tokenizer()
         self.padding = padding_of(self.tokenizer)
+        self._keeps_logits = False
 
     def read(self, file: DataFile, evaluation: EvaluationSettings) -> Examples:
         limit = row_limit(self.settings.max_length, self.base.config())
@@ -74,12 +78,24 @@ class CausalLm(Task[CausalLmTask]):
 
     def before_training(self, model: Any) -> None:
         ready_transformer(model, self.training)
+        self._keeps_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
+
+    def step_inputs(self, batch: dict[str, Any], epoch: int) -> dict[str, Any]:
+        del epoch
+        return last_counted(batch) if self._keeps_logits else batch
+
+    def loss(self) -> Loss | None:
+        return counted_loss if self._keeps_logits else None
 
     def collate(self, examples: Sequence[Example | Pack]) -> dict[str, Tensor]:
         packs = [example for example in examples if isinstance(example, Pack)]
         if packs:
             return collate_packs(packs, self.padding)
         return collate([example for example in examples if isinstance(example, Example)], self.padding)
+
+    def words(self, text: str) -> Sequence[int]:
+        ids: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        return ids
 
     def tokens(self, example: Example | Pack) -> int:
         return example.length
@@ -111,12 +127,13 @@ class CausalLm(Task[CausalLmTask]):
 
     @torch.no_grad()
     def predict(self, model: nn.Module, examples: Sequence[Example]) -> list[Tensor]:
-        """The logits, (length, vocabulary) each."""
+        """The logits, (length, vocabulary) each; of virtual tokens before the row none."""
         found = []
         for example in examples:
             batch = self.collate([example])
             del batch["labels"]
-            found.append(model(**moved(batch, device_of(model))).logits[0].float().cpu())
+            logits = model(**moved(batch, device_of(model))).logits[0, -example.length :]
+            found.append(logits.float().cpu())
         return found
 
 
@@ -149,12 +166,31 @@ class CausalScores(Scores):
         return {"nll": self.nll.tolist(), "tokens": self.tokens.tolist(), "exact": exact}
 
 
+def last_counted(batch: Mapping[str, Any]) -> dict[str, Any]:
+    """The batch with the labels (rows, kept) of its last positions alone, those from the first that predicts a counted
+    token on, and `logits_to_keep` for the model. What stands before the rows, such as virtual tokens, changes nothing.
+    """
+    wanted = batch["labels"][:, 1:]
+    columns = (wanted != IGNORED).any(dim=0).nonzero()
+    # Without a counted token one column stays, so that a loss of 0 has a gradient.
+    first = int(columns[0]) if len(columns) else wanted.shape[1] - 1
+    labels = functional.pad(wanted[:, first:], (0, 1), value=IGNORED)
+    return {**batch, "labels": labels, "logits_to_keep": labels.shape[1]}
+
+
+def counted_loss(outputs: Any, labels: Tensor, items: Tensor) -> Tensor:
+    """Σ of the negative log likelihoods of the counted tokens over `items`; the logits are those of `last_counted`."""
+    logits = outputs.logits.flatten(0, 1).float()
+    total = functional.cross_entropy(logits, labels.flatten().to(logits.device), ignore_index=IGNORED, reduction="sum")
+    return total / items
+
+
 @torch.no_grad()
 def row_losses(model: nn.Module, examples: Sequence[Example], padding: int) -> list[float]:
     """The summed negative log likelihood of each row's counted tokens, nats."""
     batch = moved(collate(examples, padding), device_of(model))
     labels = batch.pop("labels")[:, 1:]
-    logits = model(**batch).logits[:, :-1]
+    logits = model(**batch).logits[:, -labels.shape[1] - 1 : -1]  # virtual tokens may stand before the rows
     found = []
     for row_logits, row_labels in zip(logits, labels, strict=True):
         counted = row_labels != IGNORED

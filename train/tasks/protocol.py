@@ -100,6 +100,11 @@ class Task(ABC, Generic[Settings]):
         """How outputs and labels become the loss of a batch; None if the model computes it itself from `labels`."""
         return None
 
+    def words(self, text: str) -> Sequence[int]:
+        """The token ids of a text alone; none for a task without words."""
+        del text
+        return ()
+
     def tokens(self, example: Any) -> int:
         """Tokens of an example; 0 for what has none."""
         del example
