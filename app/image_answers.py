@@ -6,6 +6,7 @@ from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
 from starlette.responses import Response
 
+from app.content_choice import prefers
 from app.downloads import Download
 from app.file_answers import answer_file
 from app.idempotency import Answer
@@ -23,21 +24,8 @@ IMAGE_NAME = "image.png"
 
 
 def wants_png(request: Request) -> bool:
-    """Whether `Accept` names PNG or images before JSON; without the header, or with `*/*`, JSON is meant."""
-    best: dict[str, float] = {}
-    for item in request.headers.get("accept", "").split(","):
-        kind, *parameters = (part.strip().lower() for part in item.split(";"))
-        quality = next((_number(part[2:]) for part in parameters if part.startswith("q=")), 1.0)
-        best[kind] = max(quality, best.get(kind, 0.0))
-    png = max(best.get(PNG, 0.0), best.get("image/*", 0.0))
-    return png > best.get("application/json", 0.0)
-
-
-def _number(text: str) -> float:
-    try:
-        return float(text)
-    except ValueError:
-        return 0.0
+    """Whether the client would rather have the picture than JSON."""
+    return prefers(request, PNG)
 
 
 def image_file(services: Services, image_id: str, name: str) -> Download:

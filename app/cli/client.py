@@ -133,10 +133,10 @@ class Client:
                     advance(len(chunk), int(total) if total else None)
         return name, target
 
-    def text(self, path: str, **params: Any) -> Iterator[str]:
+    def text(self, path: str, accept: str = "*/*", **params: Any) -> Iterator[str]:
         """The text of an answer, piece by piece as it comes."""
         given = {name: value for name, value in params.items() if value is not None}
-        with self._connected(), self._http.stream("GET", path, params=given) as answer:
+        with self._connected(), self._http.stream("GET", path, params=given, headers={"Accept": accept}) as answer:
             if answer.is_error:
                 answer.read()
             yield from self._checked(answer).iter_text()

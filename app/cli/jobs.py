@@ -16,6 +16,7 @@ from app.cli.output import duration, fields, moment, note, note_more, print_json
 from app.cli.progress import require_success, watch
 from app.cli.reports import print_comparison, print_report
 from app.cli.train_report import print_train_report
+from app.cli.transfer_report import print_transfer_report
 
 app = typer.Typer(help="Jobs: list, look at, follow, read the logs, cancel, retry.", no_args_is_help=True)
 
@@ -24,6 +25,7 @@ _REPORTS: Mapping[str, Callable[[Console, dict[str, Any]], None]] = {
     "compose": print_compose_report,
     "compare": print_compose_report,
     "merge_compare": print_comparison,
+    "transfer": print_transfer_report,
 }
 """How the report of a kind is printed."""
 

@@ -25,6 +25,7 @@ from app.cli import (
     schedules,
     service,
     training,
+    transferring,
     webhooks,
     workers,
 )
@@ -49,6 +50,8 @@ app.command("merge")(merging.merge)
 app.command("merge-compare")(merge_comparing.merge_compare)
 app.command("compose")(composing.compose)
 app.command("train")(training.train)
+app.command("transfer")(transferring.transfer)
+app.add_typer(transferring.app, name="transfers")
 app.add_typer(jobs.app, name="jobs")
 app.add_typer(models.app, name="models")
 app.add_typer(datasets.app, name="datasets")

@@ -7,8 +7,10 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Query, Request
 from sqlalchemy.orm import Session
 from starlette.concurrency import run_in_threadpool
-from starlette.responses import JSONResponse, Response
+from starlette.responses import HTMLResponse, JSONResponse, Response
 
+from app import transfer_page
+from app.content_choice import prefers
 from app.dependencies import IdempotencyKey, JobId, JobRunner, Reader, ServicesDep, WaitSeconds
 from app.idempotency import Answer, answer_once, request_key
 from app.job_answers import JOB_RESPONSES, answer_or_wait
@@ -20,10 +22,13 @@ from app.schemas.transfer import DecisionRequest, Transfer, TransferQuery, Trans
 from app.transfer_submission import submit_transfer
 from artifacts.errors import StateConflict
 from storage import jobs, transfers
+from storage.job_metrics import thinned
 from storage.tables import TransferRow
 from storage.transfers import TransferFilter
 
 router = APIRouter(tags=["transfer"], route_class=JsonRoute)
+
+CURVE_POINTS = 1000
 
 
 @router.post(
@@ -86,13 +91,25 @@ def get_transfer(services: ServicesDep, principal: Reader, job_id: JobId) -> Tra
     "/transfers/{job_id}/report",
     summary="Read what a transfer measured",
     response_model=TransferReport,
-    responses=problem_responses(404, 409),
+    responses={
+        200: {"content": {transfer_page.MEDIA_TYPE: {"schema": {"type": "string"}}}},
+        **problem_responses(404, 409),
+    },
 )
-def get_transfer_report(services: ServicesDep, principal: Reader, job_id: JobId) -> Response:
-    """Scores with intervals, the gate, acceptance, negative flips, controls: counts and rates, and no text."""
+def get_transfer_report(request: Request, services: ServicesDep, principal: Reader, job_id: JobId) -> Response:
+    """Scores with intervals, the gate, acceptance, negative flips, controls: counts and rates, and no text.
+
+    With `Accept: text/html` it is a page with plots.
+    """
     with services.database.read() as session:
-        shown = _shown(session, transfers.get_transfer(session, job_id))
-        return JSONResponse(as_json(TransferReport(transfer=shown, report=_report(session, job_id))))
+        shown = as_json(_shown(session, transfers.get_transfer(session, job_id)))
+        report = _report(session, job_id)
+        points = thinned(session, job_id, CURVE_POINTS)
+    headers = {"Vary": "Accept"}
+    if not prefers(request, transfer_page.MEDIA_TYPE):
+        return JSONResponse({"transfer": shown, "report": report}, headers=headers)
+    losses = [(point.step, point.numbers) for point in points]
+    return HTMLResponse(transfer_page.page(shown, report, losses), headers={**transfer_page.HEADERS, **headers})
 
 
 @router.post(

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from sqlalchemy import select
 
+from app.cli import run
 from storage.tables import Base
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "transfer"))
@@ -98,6 +99,21 @@ def bases(module_servers: Any, tmp_path_factory: pytest.TempPathFactory) -> Base
     )
 
 
+@pytest.fixture
+def cli(bases: Bases, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Run a command line against the server; its JSON, if that is what it prints."""
+    monkeypatch.setenv("RANKWISE_SERVER", bases.server.url)
+
+    def call(*arguments: object) -> Any:
+        capsys.readouterr()
+        code = run([str(argument) for argument in arguments])
+        captured = capsys.readouterr()
+        assert code == 0, captured.err
+        return json.loads(captured.out) if "--json" in arguments else captured.out
+
+    return call
+
+
 def database_text(server: Any, *without: str) -> str:
     """Every value of every table but those named."""
     with server.services.database.read() as session:
@@ -136,6 +152,10 @@ def test_a_transfer_is_judged_published_and_tells_nothing_of_its_seeds(bases: Ba
     assert edge["recipe"]["bases"]["target"]["weights_digest"] == report["bases"]["target"]["weights_digest"]
     assert edge["recipe"]["gate"]["verdict"] == "pass"
     assert bases.get(f"/transfers/{job['id']}/report").json()["report"] == report
+    page = bases.get(f"/transfers/{job['id']}/report", headers={"Accept": "text/html, */*;q=0.1"})
+    assert page.headers["content-type"].startswith("text/html")
+    assert page.text.count("<svg") == 3  # scores, gate, loss
+    assert "script" not in page.text
     listed = bases.get("/transfers", params={"adapter": bases.adapter, "verdict": "pass", "state": "succeeded"}).json()
     assert [item["id"] for item in listed["items"]] == [job["id"]]
     assert bases.get("/transfers", params={"state": "failed"}).json()["items"] == []
@@ -149,24 +169,29 @@ def test_a_transfer_is_judged_published_and_tells_nothing_of_its_seeds(bases: Ba
     assert "CANARY" not in told
 
 
-def test_what_the_gate_can_not_judge_waits_for_a_decision(bases: Bases) -> None:
-    body = {"method": "copy", "target_model": bases.sibling, "name": "moved"}
-    job = bases.ended(bases.post(**body).json())
+def test_what_the_gate_can_not_judge_waits_for_a_decision(bases: Bases, cli: Any, tmp_path: Path) -> None:
+    job = cli("transfer", bases.adapter, "--to", "sibling", "--method", "copy", "--name", "moved", "--json")
     assert job["result"]["adapters"] == []
     assert job["result"]["report"]["verdict"] == "hold"
     path = f"/transfers/{job['id']}"
     assert bases.get(path).json()["waiting"]
     assert bases.get("/adapters", params={"name": "moved"}).json()["items"] == []
     client = bases.server.client
-    decided = client.post(f"{path}/decision", json={"decision": "publish", "reason": "looked at"})
-    assert decided.status_code == 200, decided.text
-    assert decided.json()["decision"]["reason"] == "looked at"
-    new = decided.json()["new_adapter"]
+    [listed] = cli("transfers", "list", "--verdict", "hold", "--json")["items"]
+    assert (listed["id"], listed["waiting"]) == (job["id"], True)
+    decided = cli("transfers", "decide", job["id"], "publish", "--reason", "looked at", "--json")
+    assert decided["decision"]["reason"] == "looked at"
+    new = decided["new_adapter"]
     assert bases.get(f"/adapters/{new}").json()["name"] == "moved"
     assert bases.get(f"/adapters/{new}/lineage").json()["edges"][0]["parent"] == bases.adapter
     assert bases.get(f"/adapters/{new}/download").status_code == 200
     again = client.post(f"{path}/decision", json={"decision": "publish"})
-    assert (again.status_code, again.json()) == (200, decided.json())
+    assert (again.status_code, again.json()) == (200, decided)
+    assert cli("transfers", "show", job["id"], "--json") == decided
+    assert cli("transfers", "report", job["id"], "--json")["report"]["verdict"] == "hold"
+    assert "nothing to measure with" in cli("transfers", "report", job["id"])
+    cli("transfers", "report", job["id"], "--html", tmp_path / "report.html")
+    assert "nothing to measure with" in (tmp_path / "report.html").read_text()
     other = client.post(f"{path}/decision", json={"decision": "discard"})
     assert (other.status_code, other.json()["code"]) == (409, "state_conflict")
 
