@@ -22,7 +22,7 @@ from storage.transfers import TransferFacts
 from train.estimate import check_fits, estimate
 from train.options.common import Circumstances
 from train.settings import CausalLmTask
-from train.targets import check_method, resolve_targets
+from train.targets import check_method, wanted_targets
 from transfer.catalog import TransferMethod, find_method, parse_parameters
 from transfer.identity import TransferIdentity, canonical_digest
 from transfer.options import (
@@ -122,7 +122,7 @@ def _check_target(settings: Settings, session: Session, subject: Subject, option
     named = "target_modules" in options.target_parameters
     chosen = options.train_options(() if named else tuple(query_and_value(linear)))
     with pointers_below("/parameters/target_parameters", "/parameters"):
-        targets = resolve_targets(linear, chosen.target_modules)
+        targets = wanted_targets(linear, chosen, CausalLmTask())
         check_method(chosen, Circumstances(targets, options.training, options.training.steps, None))
     memory = memory_of_all(settings, session)
     if memory is not None:

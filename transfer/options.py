@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, StringConstraints, model_validator
 
 from artifacts.pointers import pointers_below
+from train.catalog import METHODS as TRAINING
 from train.catalog import parse_parameters
 from train.options.common import TrainOptions
 from train.settings import TrainingSettings
@@ -123,9 +124,11 @@ class DistilOptions(TransferOptions):
         return self
 
     def train_options(self, default_targets: tuple[str, ...]) -> TrainOptions:
-        """The options of the target's method; `default_targets` are its layers if none are named."""
+        """The options of the target's method; `default_targets` are its layers if it adapts any and none are named."""
         parameters: Mapping[str, Any] = self.target_parameters
-        if default_targets and "target_modules" not in parameters:
+        row = TRAINING.get(self.target_method)
+        adapts = row is not None and row.options.adapts_layers
+        if adapts and default_targets and "target_modules" not in parameters:
             parameters = {**parameters, "target_modules": list(default_targets)}
         with (
             pointers_below("/parameters/target_method", "/method"),

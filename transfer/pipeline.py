@@ -325,11 +325,10 @@ class _Work:
 
 def _target_options(options: DistilOptions, inputs: TransferInputs, start: Start | None) -> TrainOptions:
     """Options of the new adapter: a start decides its layers, else those of queries and values are meant."""
-    method = find_training(options.target_method)
     if start is not None:
-        return continued_options(method, options.train_options(()), start.manifest)
-    settled = "target_modules" in options.target_parameters or not method.options.adapts_layers
-    return options.train_options(() if settled else tuple(query_and_value(layers_of(inputs.target.files))))
+        return continued_options(find_training(options.target_method), options.train_options(()), start.manifest)
+    named = "target_modules" in options.target_parameters
+    return options.train_options(() if named else tuple(query_and_value(layers_of(inputs.target.files))))
 
 
 def _listed(label: Label) -> list[Any]:

@@ -196,6 +196,18 @@ def test_what_the_gate_can_not_judge_waits_for_a_decision(bases: Bases, cli: Any
     assert (other.status_code, other.json()["code"]) == (409, "state_conflict")
 
 
+def test_the_new_adapter_may_be_a_soft_prompt_that_can_not_be_merged(bases: Bases) -> None:
+    kind = {"target_method": "prompt-tuning", "target_parameters": {"virtual_tokens": 3}}
+    job = bases.ended(
+        bases.post(method="seeds-only", seeds=SEEDS, parameters=QUICK | kind, holdout=bases.holdout).json()
+    )
+    assert job["result"]["report"]["training"]["trainable_parameters"] == 3 * 40
+    [new] = job["result"]["adapters"]
+    shown = bases.get(f"/adapters/{new}").json()
+    assert (shown["method"], shown["mergeable"]) == ("prompt_tuning", False)
+    assert "PROMPT_TUNING" in json.dumps(shown)
+
+
 @pytest.mark.parametrize(
     ("body", "status", "pointer"),
     [
