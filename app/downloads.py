@@ -17,11 +17,13 @@ from typing import Any
 from app.checksums import Crc32Cache
 from app.schemas.adapters import DownloadFormat
 from app.segments import BlobPieces, BlobSlice, Segment, read_segments, total_size
+from app.state import Services
 from app.zip_layout import ZipEntry, blob_entry, bytes_entry, lay_out_zip
 from artifacts.errors import BlobMissing, FieldError, RequestInvalid
 from artifacts.layout import CONFIG_NAME, METADATA_KEY, WEIGHTS_NAME
 from artifacts.rank_cut import check_rank, config_text, rank_cut
 from artifacts.safetensors_header import MAX_HEADER_BYTES, SafetensorsHeader, parse_header
+from storage import made_models
 from storage.adapters import manifest_of
 from storage.blobs import BlobStore
 from storage.tables import AdapterFileRow, AdapterRow
@@ -176,3 +178,20 @@ def _slug(row: AdapterRow) -> str:
     """A file name that every system takes."""
     slug = re.sub(r"[^A-Za-z0-9._-]+", "-", row.name).strip("-.")[:80]
     return slug or row.id
+
+
+def model_file(services: Services, model_id: str, name: str) -> Download:
+    """A file of a model that a job made.
+
+    Raises:
+        NotFound: there is no such model or file.
+        BlobMissing: the store has lost it.
+    """
+    with services.database.read() as session:
+        row = made_models.get_file(session, model_id, name)
+    if not services.blobs.exists(row.sha256):
+        raise BlobMissing(
+            f"The bytes of {row.path} of the model {row.model_id} (sha256 {row.sha256}) are missing.",
+            hint="Restore them from a backup, or merge again from its recipe.",
+        )
+    return Download((BlobSlice(row.sha256, 0, row.size),), f'"{row.sha256}"', row.media_type, row.path)

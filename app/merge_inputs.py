@@ -7,27 +7,93 @@ from contextlib import contextmanager
 
 from sqlalchemy.orm import Session
 
+from app.base_models import base_model
 from app.schemas.merge import CompareMergesParams, MergeAdapter, MergeParams
 from app.settings import Settings
 from app.stored_inputs import stored_adapters
-from artifacts.base_model import BaseModelRef
+from artifacts.base_model import UNET, BaseModelRef, check_modules, compare
+from artifacts.errors import BaseMismatch, FieldError, MergeRefused, RequestInvalid
 from artifacts.pointers import pointers_below
 from merge.catalog import parse_parameters
-from merge.plan import MergeInput, plan_merge
-from storage import adapters
+from merge.options import MergeOptions
+from merge.plan import NAMED_OFFENDERS, MergeInput, plan_merge
+from storage import adapters, models
+from storage.tables import ModelRow
 
 UNKNOWN_BASE = "unknown"
 
 
-def check_merge(_: Settings, session: Session, request: MergeParams, devices: int) -> None:
+def check_merge(_: Settings, session: Session, request: MergeParams, devices: int) -> str | None:
     """Refuse a merge that can not be done. It works on the factors alone: it loads no base model.
 
+    For a merge into the base model, `request` gets its id, if it does not name it.
+
+    Returns:
+        That id; None for any other merge.
+
     Raises:
-        RequestInvalid and its kin: see `merge_inputs`, `merge.plan.plan_merge`.
+        RequestInvalid and its kin: see `merge_inputs`, `merge.plan.plan_merge`, `_check_base`.
     """
     del devices
     options = parse_parameters(request.method, request.parameters)
-    plan_merge(merge_inputs(session, request.adapters), request.method, options)
+    inputs = merge_inputs(session, request.adapters)
+    plan_merge(inputs, request.method, options)
+    if request.output == "adapter":
+        return None
+    row = _base_of(session, request)
+    _check_base(row, inputs, options)
+    request.base_model = row.id
+    return row.id
+
+
+def _base_of(session: Session, request: MergeParams) -> ModelRow:
+    """The model that is named, else that of the adapters."""
+    if request.base_model is not None:
+        return base_model(session, request.base_model, lock=True)
+    found = [adapters.model_of(session, adapters.get_adapter(session, item.id)) for item in request.adapters]
+    ids = {row.id for row in found if row is not None}
+    if len(ids) != 1:
+        problem = "the adapters belong to no registered model" if not ids else "the adapters belong to several models"
+        raise RequestInvalid(
+            f"T{problem[1:]}: it is not known into which one to merge.",
+            hint="Register the base model (POST /models) and name it.",
+            errors=[FieldError("/base_model", problem)],
+        )
+    return base_model(session, ids.pop(), lock=True)
+
+
+def _check_base(row: ModelRow, inputs: Sequence[MergeInput], options: MergeOptions) -> None:
+    """Refuse a base model that the adapters can not be merged into.
+
+    Raises:
+        MergeRefused: its files are not here, or it is a pipeline; layers that it lacks, or has in other dimensions.
+        BaseMismatch: it is known to be another one than the adapters'.
+    """
+    problem = None
+    if row.source == "hub":
+        problem = "its files lie on a hub; register a folder of the server"
+    elif row.pipeline is not None or row.architecture == UNET:
+        problem = "it is a diffusers pipeline; only models of transformers can be merged into"
+    if problem is not None:
+        raise MergeRefused(
+            f"Nothing can be merged into {row.name!r}: {problem}.", errors=[FieldError("/base_model", problem)]
+        )
+    ref = models.ref_of(row)
+    for position, item in enumerate(inputs):
+        pointer = f"/adapters/{position}/id"
+        contradiction = compare(item.base, ref).contradiction
+        if contradiction is not None and options.minimum_compatibility is None:
+            raise BaseMismatch(
+                f"{item.name} belongs to another base model than {row.name}: {contradiction}.",
+                hint="If you know that it fits, set parameters.minimum_compatibility to 'architecture' or 'shape'.",
+                errors=[FieldError(pointer, f"base model {item.base.name}")],
+            )
+        offenders = [] if ref.fingerprint is None else check_modules(ref.fingerprint, item.modules)
+        if offenders:
+            raise MergeRefused(
+                f"{len(offenders)} modules of {item.name} do not fit {row.name}: {offenders[0]}.",
+                errors=[FieldError(pointer, offender) for offender in offenders[:NAMED_OFFENDERS]],
+            )
 
 
 def check_merges(_: Settings, session: Session, request: CompareMergesParams, devices: int) -> None:

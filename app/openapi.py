@@ -30,7 +30,7 @@ _MENUS: Mapping[str, Mapping[str, Any]] = {
 _ADAPTER_CALLS = ("get_adapter", "get_lineage", "get_recipe", "download_adapter", "head_download", "delete_adapter")
 _DATASET_CALLS = ("get_dataset", "list_rows", "download_dataset", "head_dataset", "delete_dataset")
 _IMAGE_CALLS = ("get_image", "get_image_file", "head_image_file", "delete_image")
-_MODEL_CALLS = ("get_model", "patch_model")
+_MODEL_CALLS = ("get_model", "patch_model", "get_model_file", "head_model_file")
 _JOB_CALLS = (
     "get_job",
     "follow_job",

@@ -19,7 +19,7 @@ from artifacts.safetensors_header import BASE_DTYPE_BYTES, MAX_BASE_HEADER_BYTES
 Level = Literal["weights", "revision", "architecture", "shape"]
 STRENGTH: Mapping[Level, int] = {"weights": 3, "revision": 2, "architecture": 1, "shape": 0}
 """How much a level proves: a larger one more."""
-Source = Literal["hub", "path", "named"]
+Source = Literal["hub", "path", "files", "named"]
 Fingerprint = tuple[tuple[str, int, int], ...]
 
 TOKENIZER_FILES = (
@@ -52,7 +52,7 @@ class BaseModelRef:
 
     Attributes:
         name: repository id of a hub, or whatever the source calls it.
-        source: "hub", "path" (a folder on the server), or "named" (only a name is known).
+        source: "hub", "path" (a folder on the server), "files" (kept here), or "named" (only a name is known).
         location: repository id or path.
         revision: commit of the repository.
         architecture: class name, such as "LlamaForCausalLM"; of a diffusers pipeline its UNet's.
@@ -173,7 +173,7 @@ def inspect_base(path: Path) -> BaseModelRef:
     pipeline = _pipeline_class(path) if (path / PIPELINE_INDEX).is_file() else None
     weights = path / "unet" if pipeline else path
     config = _read_config(weights / "config.json")
-    files = _weight_files(weights)
+    files = weight_files(weights)
     entries: list[tuple[TensorInfo, str]] = []
     for file in files:
         header = read_header(file, dtypes=BASE_DTYPE_BYTES, max_header_bytes=MAX_BASE_HEADER_BYTES)
@@ -263,7 +263,7 @@ def _load(path: Path) -> Any:
         raise FileBroken(f"{path.name} is not valid JSON: {error}.") from error
 
 
-def _weight_files(path: Path) -> list[Path]:
+def weight_files(path: Path) -> list[Path]:
     """The files named by the index, or all *.safetensors of the folder, sorted by name."""
     indices = [path / f"{stem}.safetensors.index.json" for stem in ("model", "diffusion_pytorch_model")]
     index = next((found for found in indices if found.is_file()), indices[0])

@@ -16,12 +16,12 @@ from torch import Tensor
 
 from artifacts.adapter import TORCH_DTYPES
 from artifacts.errors import DiskFull
-from artifacts.safetensors_header import DTYPE_BYTES
+from artifacts.safetensors_header import BASE_DTYPE_BYTES
 
 
 @dataclass(frozen=True, slots=True)
 class TensorEntry:
-    """A tensor to come: name, safetensors dtype (such as "BF16") and shape."""
+    """A tensor to come: name, safetensors dtype (such as "BF16") and shape. Of an adapter or of a base model."""
 
     name: str
     dtype: str
@@ -33,7 +33,7 @@ class TensorEntry:
         elements = 1
         for dimension in self.shape:
             elements *= dimension
-        return elements * DTYPE_BYTES[self.dtype]
+        return elements * BASE_DTYPE_BYTES[self.dtype]
 
 
 class SafetensorsWriter:
@@ -72,6 +72,18 @@ class SafetensorsWriter:
             _write_all(self._descriptor, data.data, self._offsets[name], self._path)
         self._missing.discard(name)
 
+    def write_part(self, name: str, offset: int, data: memoryview) -> None:
+        """Store bytes of one tensor from byte `offset` of it on; the parts of a tensor come in order."""
+        entry = self._entries[name]
+        if offset + data.nbytes > entry.size:
+            raise ValueError(
+                f"{name}: {offset} + {data.nbytes} bytes are more than the {entry.size} that were announced"
+            )
+        end = offset + data.nbytes
+        _write_all(self._descriptor, data, self._offsets[name] + offset, self._path)
+        if end == entry.size:
+            self._missing.discard(name)
+
     def __enter__(self) -> Self:
         return self
 
@@ -95,7 +107,7 @@ class SafetensorsWriter:
 def _layout(entries: Sequence[TensorEntry], metadata: Mapping[str, str]) -> tuple[bytes, dict[str, int], int]:
     """Header bytes, absolute offset of each tensor, and the size of the file."""
     # Wider elements first keeps every tensor aligned to its own element size.
-    ordered = sorted(entries, key=lambda entry: (-DTYPE_BYTES[entry.dtype], entry.name))
+    ordered = sorted(entries, key=lambda entry: (-BASE_DTYPE_BYTES[entry.dtype], entry.name))
     document: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
     relative, position = {}, 0
     for entry in ordered:

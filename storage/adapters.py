@@ -37,6 +37,7 @@ __all__ = [
     "manifest_columns",
     "manifest_from",
     "manifest_of",
+    "model_of",
     "reserve_blobs",
 ]
 

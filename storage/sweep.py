@@ -12,7 +12,7 @@ from sqlalchemy import ColumnElement, and_, delete, exists, select
 from sqlalchemy.orm import Session
 
 from storage import database as clock
-from storage import previews, sealed_inputs, transferables
+from storage import made_models, previews, sealed_inputs, transferables
 from storage.blobs import BlobInfo, BlobStore
 from storage.checkpoints import drop_ended
 from storage.database import Database
@@ -27,6 +27,7 @@ from storage.tables import (
     JobAttemptRow,
     JobCheckpointRow,
     LineageRow,
+    ModelFileRow,
     TransferableFileRow,
     TransferRow,
 )
@@ -80,6 +81,7 @@ def sweep_blobs(
     if not dry_run:
         with database.write() as session:
             transferables.drop_unneeded(session)
+            made_models.drop_removed(session, cutoff)
         _forget_adapters(database, forgotten)
         _forget_datasets(database, datasets)
         _forget_images(database, images)
@@ -159,6 +161,7 @@ def _live_digests(
     live.update(session.scalars(select(JobCheckpointRow.sha256)))
     live.update(session.scalars(select(TransferableFileRow.sha256)))
     live.update(session.scalars(select(HeldFileRow.sha256)))
+    live.update(session.scalars(select(ModelFileRow.sha256)))
     logs = session.scalars(select(JobAttemptRow.log_sha256).where(JobAttemptRow.log_sha256.is_not(None)))
     live.update(digest for digest in logs if digest is not None)
     live.update(session.scalars(select(BlobRow.sha256).where(BlobRow.created_at >= cutoff)))
@@ -236,6 +239,7 @@ def _is_used() -> ColumnElement[bool]:
         | exists().where(JobCheckpointRow.sha256 == BlobRow.sha256)
         | exists().where(TransferableFileRow.sha256 == BlobRow.sha256)
         | exists().where(HeldFileRow.sha256 == BlobRow.sha256)
+        | exists().where(ModelFileRow.sha256 == BlobRow.sha256)
     )
 
 

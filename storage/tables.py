@@ -22,7 +22,7 @@ from sqlalchemy.orm import Mapped, mapped_column, relationship
 from storage.automation_tables import DomainEventRow, FiringRow, ScheduleRow, WebhookDeliveryRow, WebhookRow
 from storage.columns import Base, partial_index
 from storage.image_tables import ImageFileRow, ImageRow, JobPreviewRow
-from storage.model_tables import AdapterWaiverRow, ModelRow
+from storage.model_tables import AdapterWaiverRow, MadeModelRow, ModelFileRow, ModelRow
 from storage.training_tables import JobCheckpointRow, JobMetricRow
 from storage.transfer_tables import HeldFileRow, SealedInputRow, TransferableFileRow, TransferableRow, TransferRow
 
@@ -53,6 +53,8 @@ __all__ = [
     "JobQueueRow",
     "JobRow",
     "LineageRow",
+    "MadeModelRow",
+    "ModelFileRow",
     "ModelRow",
     "ScheduleRow",
     "SealedInputRow",

@@ -12,13 +12,14 @@ import structlog
 
 from artifacts.base_model import BaseModelRef
 from artifacts.content import file_sha256
-from artifacts.errors import AttemptCancelled, BlobMissing, DatabaseUnavailable
+from artifacts.errors import AttemptCancelled, BlobMissing, DatabaseUnavailable, NotFound
 from artifacts.manifest import AdapterManifest, FileEntry
-from storage import adapters, claims, datasets, models, previews
+from storage import adapters, claims, datasets, made_models, models, previews
 from storage.adapters import Parent
 from storage.blobs import BlobStore
 from storage.database import Database
 from storage.images import ImageFacts, ImageFile, Role
+from storage.tables import ModelRow
 from workers import base_models
 from workers.attempt import AttemptSpec
 from workers.base_models import ModelSource
@@ -96,6 +97,15 @@ class NewAdapter:
 
 
 @dataclass(frozen=True, slots=True)
+class NewModel:
+    """A model that a job made: a folder of plain files in the attempt's scratch, and what makes it again."""
+
+    directory: Path
+    name: str
+    recipe: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
 class NewFile:
     """A file of an image, in the attempt's scratch; its name there is the name that it is stored under."""
 
@@ -133,6 +143,7 @@ class JobOutcome:
     images: tuple[NewImage, ...] = ()
     files: tuple[tuple[FileEntry, Path], ...] = ()
     also: Callable[[Session, Sequence[str]], None] | None = None
+    models: tuple[NewModel, ...] = ()
 
 
 class JobContext:
@@ -252,7 +263,7 @@ class JobContext:
         """
         with self.database.read() as session:
             row = models.get_model(session, model_id)
-        source = base_models.locate(row, self.spec.model_roots)
+        source = self._locate(row)
         key = (row.id, dtype, self.device)
         model: PreTrainedModel = self._warm.get(
             key, self._warm_limit, source.size, lambda: base_models.load(source, dtype=dtype, device=self.device)
@@ -333,7 +344,27 @@ class JobContext:
         with self.database.read() as session:
             row = models.get_model(session, model_id)
             stored = StoredModel(row.id, row.name, models.ref_of(row))
-            return stored, base_models.locate(row, self.spec.model_roots)
+        return stored, self._locate(row)
+
+    def _locate(self, row: ModelRow) -> ModelSource:
+        """Where a base model's files are; those of one that a job made are fetched.
+
+        Raises:
+            NotFound: its files are not there (any more).
+            RequestInvalid: it lies outside of the folders that models may lie in.
+            BlobMissing, BlobCorrupt, BlobStoreUnavailable, DiskFull
+        """
+        if row.source != "files":
+            return base_models.locate(row, self.spec.model_roots)
+        with self.database.read() as session:
+            made = made_models.made_model(session, row.id)
+        if made is None:
+            raise NotFound(f"The files of the base model {row.name!r} went with it when it was removed.")
+        folder = self.scratch / "inputs" / row.id
+        for file in made.files:
+            if not (folder / file.path).exists():
+                self.fetch(file.sha256, folder / file.path)
+        return ModelSource(row.name, str(folder), None, made.size)
 
     def fetch(self, sha256: str, destination: Path) -> None:
         """Have the blob's bytes, verified, at `destination`, which must not be changed.

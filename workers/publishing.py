@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import structlog
 
 from artifacts import intake
+from artifacts.base_model import BaseModelRef, inspect_base
+from artifacts.content import file_sha256
 from artifacts.errors import BlobStoreUnavailable, DatabaseUnavailable
-from storage import adapters, checkpoints, claims, images, previews, sealed_inputs
+from artifacts.manifest import FileEntry
+from storage import adapters, checkpoints, claims, images, made_models, previews, sealed_inputs
 from storage.sweep import remove_unused
-from workers.context import JobContext, JobOutcome
+from workers.context import JobContext, JobOutcome, NewModel
 
 log = structlog.get_logger(__name__)
 
@@ -34,6 +38,9 @@ def publish(context: JobContext, outcome: JobOutcome) -> dict[str, Any]:
     files += outcome.files
     for image, stored in pictures:
         files += [(item.entry, file.path) for item, file in zip(stored, image.files, strict=True)]
+    made = [described(context, new) for new in outcome.models]
+    for model, (_, entries) in zip(outcome.models, made, strict=True):
+        files += [(entry, model.directory / entry.path) for entry in entries]
     with context.database.write() as session:
         adapters.reserve_blobs(session, [entry for entry, _ in files])
     for entry, path in files:
@@ -65,7 +72,15 @@ def publish(context: JobContext, outcome: JobOutcome) -> dict[str, Any]:
         ]
         if outcome.also is not None:
             outcome.also(session, ids)
+        model_ids = [
+            made_models.add_made_model(
+                session, ref, entries, recipe=model.recipe, job_id=spec.job_id, created_by=job.created_by
+            ).id
+            for model, (ref, entries) in zip(outcome.models, made, strict=True)
+        ]
         result = {"adapters": ids, "images": image_ids, "report": dict(outcome.report)}
+        if model_ids:
+            result["models"] = model_ids
         claims.finish_succeeded(session, spec.job_id, spec.attempt, result)
         previews.drop_preview(session, spec.job_id)
         sealed_inputs.drop(session, spec.job_id)
@@ -73,6 +88,18 @@ def publish(context: JobContext, outcome: JobOutcome) -> dict[str, Any]:
     if left is not None:
         forget_blob(context, left)
     return result
+
+
+def described(context: JobContext, new: NewModel) -> tuple[BaseModelRef, list[FileEntry]]:
+    """What is known of a model that a job made, and its files. Reads every byte of it."""
+    ref = inspect_base(new.directory)
+    entries = []
+    for path in sorted(new.directory.iterdir()):
+        context.check_cancelled()
+        media_type = "application/json" if path.suffix == ".json" else "application/octet-stream"
+        entries.append(FileEntry(path.name, file_sha256(path), path.stat().st_size, media_type))
+    assert ref.weights_digest is not None
+    return replace(ref, name=new.name, source="files", location=ref.weights_digest, revision=None), entries
 
 
 def forget_blob(context: JobContext, sha256: str) -> None:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from fastapi import APIRouter
+from typing import Annotated
+
+from fastapi import APIRouter, Path, Request
 from sqlalchemy.orm import Session
-from starlette.responses import JSONResponse, Response
+from starlette.responses import JSONResponse, Response, StreamingResponse
 
 from app.dependencies import IdempotencyKey, ModelId, Paging, Reader, ServicesDep, Writer
+from app.downloads import SAFETENSORS_TYPE, model_file
+from app.file_answers import answer_file, file_responses, head_responses
 from app.idempotency import Answer, answer_after, answer_once, request_key
 from app.json_body import JsonRoute
 from app.model_registration import reference
@@ -113,3 +117,35 @@ def delete_model(services: ServicesDep, principal: Writer, model_id: ModelId) ->
     with services.database.write() as session:
         retirement.remove_model(session, model_id)
     return Response(status_code=204)
+
+
+_FILES = file_responses((SAFETENSORS_TYPE, "application/json"))
+FileName = Annotated[
+    str, Path(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,199}$", description="Name of a file, as `made.files` lists it.")
+]
+
+
+@router.get(
+    "/models/{model_id}/files/{name}",
+    summary="Download a file of a model that a job made",
+    response_class=StreamingResponse,
+    responses=_FILES,
+)
+def get_model_file(
+    request: Request, services: ServicesDep, principal: Reader, model_id: ModelId, name: FileName
+) -> Response:
+    """Takes Range, If-Range and If-None-Match."""
+    return answer_file(request, services, model_file(services, model_id, name))
+
+
+@router.head(
+    "/models/{model_id}/files/{name}",
+    summary="Ask for the size and ETag of a file of a model",
+    response_class=Response,
+    responses=head_responses(_FILES),
+)
+def head_model_file(
+    request: Request, services: ServicesDep, principal: Reader, model_id: ModelId, name: FileName
+) -> Response:
+    """The headers of the download."""
+    return answer_file(request, services, model_file(services, model_id, name))

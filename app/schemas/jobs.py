@@ -35,6 +35,7 @@ class JobProgress(BaseModel):
 class JobResult(BaseModel):
     adapters: list[str] = Field(description="Ids of the adapters that the job made.")
     images: list[str]
+    models: list[str] = Field([], description="Ids of the base models that the job made.")
     report: dict[str, Any]
 
 

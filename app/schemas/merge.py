@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import ConfigDict, Field, StringConstraints
+from pydantic import ConfigDict, Field, StringConstraints, model_validator
 
 from app.dependencies import HEX_ID
-from app.schemas.common import Name, RequestModel
+from app.schemas.common import BaseModelName, Name, RequestModel
 from app.schemas.resources import Resources
 from merge.catalog import METHODS
 from merge.plan import MAX_ADAPTERS
@@ -41,7 +41,25 @@ class MergeParams(MergePool):
 
     method: MergeMethodName = Field("lego", description="See GET /methods.")
     parameters: MergeParameters
-    name: Name | None = Field(None, description="Name of the merged adapter.")
+    name: Name | None = Field(None, description="Name of the merged adapter or model.")
+    output: Literal["adapter", "base"] = Field(
+        "adapter", description="base: a copy of the base model with the merged ΔW added to its weights."
+    )
+    base_model: BaseModelName | None = Field(
+        None, description="Id or name of the model for output base; unset, the one that the adapters belong to."
+    )
+    dtype: Literal["auto", "float32", "float16", "bfloat16"] = Field(
+        "auto", description="Of the written model; auto keeps that of each tensor."
+    )
+    force: Annotated[bool, Field(strict=True)] = Field(
+        False, description="Write the model even if rounding loses much of the change (report: base.rounding)."
+    )
+
+    @model_validator(mode="after")
+    def _only_for_models(self) -> Self:
+        if self.output == "adapter" and (self.base_model is not None or self.dtype != "auto" or self.force):
+            raise ValueError("base_model, dtype and force belong to output base")
+        return self
 
 
 class MergeCandidate(RequestModel):

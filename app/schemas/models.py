@@ -20,10 +20,10 @@ from sqlalchemy.orm import Session
 
 from app.dependencies import PLAIN
 from app.schemas.common import BaseModelName, Name, RequestModel, Timestamp
-from storage import retirement
+from storage import made_models, retirement
 from storage.dependents import dependents_of
 from storage.retirement import REASON_LIMIT, Retirement
-from storage.tables import ModelRow
+from storage.tables import MadeModelRow, ModelFileRow, ModelRow
 
 _PART = r"[A-Za-z0-9][A-Za-z0-9_.-]{0,95}"
 HubId = Annotated[str, StringConstraints(min_length=1, max_length=200, pattern=f"^{_PART}(/{_PART})?$")]
@@ -116,6 +116,40 @@ class Removal(BaseModel):
     )
 
 
+class ModelFile(BaseModel):
+    """A file of a model that a job made."""
+
+    name: str = Field(validation_alias=AliasChoices("path", "name"))
+    sha256: str
+    size: int
+    media_type: str
+    link: str
+
+    @classmethod
+    def of(cls, row: ModelFileRow) -> Self:
+        return cls(
+            name=row.path,
+            sha256=row.sha256,
+            size=row.size,
+            media_type=row.media_type,
+            link=f"/models/{row.model_id}/files/{row.path}",
+        )
+
+
+class MadeModel(BaseModel):
+    """How a job made a model."""
+
+    job_id: str
+    recipe: dict[str, Any] = Field(description="The base model, the adapters with their weights, method, parameters.")
+    size: int = Field(description="Bytes of all files together.")
+    files: list[ModelFile]
+
+    @classmethod
+    def of(cls, row: MadeModelRow) -> Self:
+        files = [ModelFile.of(file) for file in row.files]
+        return cls(job_id=row.job_id, recipe=row.recipe, size=row.size, files=files)
+
+
 class BaseModelResource(BaseModel):
     """A registered base model."""
 
@@ -138,6 +172,7 @@ class BaseModelResource(BaseModel):
         description="Id of the base model to use instead.", validation_alias=AliasChoices("successor_id", "successor")
     )
     deprecation_reason: str | None
+    made: MadeModel | None = Field(None, description="Of a single model that a job made: how, and its files.")
     warnings: list[str] = Field([], description="Of a single deprecated model: what to tell whoever uses it.")
     removal: Removal | None = Field(None, description="Of a single model that is on its way out.")
 
@@ -150,6 +185,8 @@ class BaseModelResource(BaseModel):
     def in_full(cls, session: Session, row: ModelRow) -> Self:
         """With its warnings, and what depends on it if it is to go."""
         found = cls.of(row)
+        made = made_models.made_model(session, row.id)
+        found.made = None if made is None else MadeModel.of(made)
         found.warnings = retirement.warnings_of(session, [row.id])
         if row.removed_at is None and (row.deprecated_at is not None or row.remove_at is not None):
             found.removal = Removal(blocked_by=dependents_of(session, row).counts)

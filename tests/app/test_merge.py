@@ -31,6 +31,10 @@ def test_a_merge_is_a_queued_job(server: Any, two_adapters: list[str]) -> None:
         "method": "lego",
         "parameters": {"rank": 4, "seed": 7},
         "name": "both",
+        "output": "adapter",
+        "base_model": None,
+        "dtype": "auto",
+        "force": False,
     }
     assert (job["result"], job["error"], job["started_at"], job["cancel_requested"]) == (None, None, None, False)
     shown = server.client.get(f"/jobs/{job['id']}").json()
