@@ -55,18 +55,22 @@ def core_svd(A: Tensor, B: Tensor, weights: Tensor, gram_A: Tensor, gram_B: Tens
         A: (n, d_in); B: (d_out, n); weights: (n,).
         gram_A, gram_B: (n, n) float64 Gram matrices of the rows of A and the columns of B.
     """
-    T_A, solve_A = _triangular(A.T, gram_A)
-    T_B, solve_B = _triangular(B, gram_B)
-    core = (T_B * weights.double()) @ T_A.T
+    T_A, solve_A = triangular(A.T, gram_A)
+    T_B, solve_B = triangular(B, gram_B)
+    U, S, V = small_svd((T_B * weights.double()) @ T_A.T)
+    return CoreSvd(S, solve_B @ U, solve_A @ V)
+
+
+def small_svd(core: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """U: (p, p), σ: (p,) descending, V: (q, p) of a float64 core (p, q) with core = U·diag(σ)·Vᵀ; V is 0 where σ is."""
     # Eigenvectors of core·coreᵀ lose only what is below 1e-8 of the largest singular value, at half the cost of an SVD.
     U = torch.linalg.eigh(core @ core.T).eigenvectors.flip(1)
     projected = U.T @ core
     S = projected.norm(dim=1)
-    V = torch.where(S > 0, projected.T / S, 0.0)
-    return CoreSvd(S, solve_B @ U, solve_A @ V)
+    return U, S, torch.where(S > 0, projected.T / S, 0.0)
 
 
-def _triangular(X: Tensor, gram_X: Tensor) -> tuple[Tensor, Tensor]:
+def triangular(X: Tensor, gram_X: Tensor) -> tuple[Tensor, Tensor]:
     """T and T⁺ (n×n, float64) with X = Q·T for an orthonormal Q: (d, n), so that Q = X·T⁺."""
     norms = gram_X.diagonal().clamp_min(0).sqrt()
     scale = torch.where(norms > 0, norms, 1.0)
@@ -107,6 +111,11 @@ def delta_products(gram_A: Tensor, gram_B: Tensor, owners: Tensor, adapters: int
     """
     one_hot = torch.nn.functional.one_hot(owners, adapters).to(gram_A.dtype)
     return one_hot.T @ (gram_A * gram_B) @ one_hot
+
+
+def product_norm(A: Tensor, B: Tensor) -> float:
+    """‖B·A‖²_F of factors (k, d_in) and (d_out, k)."""
+    return max(float((gram(A) * gram(B, columns=True)).sum()), 0.0)
 
 
 def squared_norm(coordinates: Tensor, gram_A: Tensor, gram_B: Tensor) -> float:

@@ -98,7 +98,7 @@ def menu_part(_: str) -> str:
 
     rows = [
         [
-            f"[`{row.name}`]({row.name}.md)",
+            f"[`{row.name}`]({row.page})",
             row.title,
             row.summary,
             f"[{row.arxiv}](https://arxiv.org/abs/{row.arxiv})" if row.arxiv else "",

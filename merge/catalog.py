@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from artifacts.menu import find_row, parse_options
+from merge import peer_options as peer
 from merge.options import CatOptions, LegoOptions, LinearOptions, MergeOptions, SvdOptions
 
 
@@ -19,11 +20,13 @@ class Capabilities:
         negative_weights: weights below 0 are meaningful.
         lora_bias: biases of lora_B (PEFT `lora_bias`) are summed exactly; otherwise such adapters are refused.
         exact_sum: the result equals Σ wᵢ·ΔWᵢ whenever the output rank allows it.
+        only_adapters: the one number of adapters that it merges; null for any.
     """
 
     negative_weights: bool
     lora_bias: bool
     exact_sum: bool
+    only_adapters: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,12 +42,56 @@ class MergeMethod:
     reference_url: str
     capabilities: Capabilities
 
+    @property
+    def family(self) -> str:
+        """What its file of the implementation, of the tests and of the reference is called."""
+        return self.implementation.partition(":")[0].rpartition(".")[2]
+
+    @property
+    def page(self) -> str:
+        """Its place in the reference: a page of its own, or a heading of its family's."""
+        return f"{self.family}.md" + ("" if self.implementation.endswith(":merge") else f"#{self.name}")
+
     def load(self) -> Callable[..., Any]:
         """Import the implementation (torch)."""
         module, _, function = self.implementation.partition(":")
         loaded: Callable[..., Any] = getattr(importlib.import_module(module), function)
         return loaded
 
+
+def _peer(
+    implementation: str,
+    title: str,
+    summary: str,
+    options: type[MergeOptions],
+    source: str,
+    *,
+    negative_weights: bool = True,
+    only_adapters: int | None = None,
+) -> MergeMethod:
+    """A row whose method is the last part of `family:function` (`merge` stands for the family's name).
+
+    Args:
+        source: an arXiv id or an address.
+    """
+    family, _, function = implementation.partition(":")
+    arxiv = None if source.startswith("http") else source
+    return MergeMethod(
+        name=family if function == "merge" else function,
+        title=title,
+        summary=summary,
+        options=options,
+        implementation=f"merge.methods.{implementation}",
+        arxiv=arxiv,
+        reference_url=f"https://arxiv.org/abs/{arxiv}" if arxiv else source,
+        capabilities=Capabilities(
+            negative_weights=negative_weights, lora_bias=False, exact_sum=False, only_adapters=only_adapters
+        ),
+    )
+
+
+_PEFT = "https://huggingface.co/docs/peft/developer_guides/model_merging"
+_MERGEKIT = "https://github.com/arcee-ai/mergekit/blob/main/docs/merge_methods.md"
 
 _ROWS = (
     MergeMethod(
@@ -87,6 +134,130 @@ _ROWS = (
         arxiv="2212.04089",
         reference_url="https://arxiv.org/abs/2212.04089",
         capabilities=Capabilities(negative_weights=True, lora_bias=True, exact_sum=True),
+    ),
+    _peer(
+        "core_space:core_space",
+        "Core Space",
+        "Every delta as a small matrix in bases that all adapters share, exactly; a rule (sum, TIES, DARE, TSV, Iso) "
+        "merges those.",
+        peer.CoreSpaceOptions,
+        "2509.17786",
+    ),
+    _peer(
+        "core_space:tsv_m",
+        "TSV-Merge",
+        "The singular vectors of all deltas, made orthogonal to each other, with their own singular values.",
+        peer.TsvOptions,
+        "2412.00081",
+    ),
+    _peer(
+        "core_space:iso_c",
+        "Iso-C",
+        "The weighted sum with all its singular values set to their mean.",
+        peer.IsoOptions,
+        "2502.04959",
+    ),
+    _peer(
+        "core_space:iso_cts",
+        "Iso-CTS",
+        "Leading directions of the sum beside directions of each adapter alone, all of one size.",
+        peer.IsoCtsOptions,
+        "2502.04959",
+    ),
+    _peer(
+        "knots:merge",
+        "KnOTS",
+        "One SVD of all deltas side by side; a rule (TIES, DARE, sum) merges the adapters' parts of it.",
+        peer.KnotsOptions,
+        "2410.19735",
+    ),
+    _peer(
+        "pico:merge",
+        "Pico",
+        "Scales down the output directions that the adapters share, merges, and restores the mean norm.",
+        peer.PicoOptions,
+        "2604.16826",
+    ),
+    _peer(
+        "ctm:merge",
+        "Compress then merge",
+        "Projects every delta to shared subspaces of the output rank and merges there; the choice of the subspaces is "
+        "not confirmed by the paper's abstract.",
+        peer.CtmOptions,
+        "2606.03723",
+    ),
+    _peer(
+        "coefficients:slerp",
+        "SLERP",
+        "Spherical interpolation between the deltas of two adapters.",
+        peer.SlerpOptions,
+        _MERGEKIT,
+        negative_weights=False,
+        only_adapters=2,
+    ),
+    _peer(
+        "coefficients:karcher",
+        "Karcher mean",
+        "The mean direction of the deltas on the sphere, at their mean norm.",
+        peer.KarcherOptions,
+        _MERGEKIT,
+        negative_weights=False,
+    ),
+    _peer(
+        "coefficients:model_stock",
+        "Model Stock",
+        "The mean of the deltas, shortened by how little they agree.",
+        peer.ModelStockOptions,
+        "2403.19522",
+    ),
+    _peer(
+        "factorwise:linear_factor",
+        "PEFT linear",
+        "Adds the A's and the B's apart, as PEFT's `linear`: with cross terms, whose size the report gives.",
+        peer.FactorwiseOptions,
+        _PEFT,
+    ),
+    _peer(
+        "factorwise:ties",
+        "PEFT TIES",
+        "Trims, elects signs and averages the entries of A and of B apart, as PEFT's `ties`.",
+        peer.FactorwiseTiesOptions,
+        "2306.01708",
+    ),
+    _peer(
+        "factorwise:dare_linear",
+        "PEFT DARE",
+        "Drops entries of A and of B at random, rescales and adds them apart, as PEFT's `dare_linear`; seeded.",
+        peer.FactorwiseDareOptions,
+        "2311.03099",
+    ),
+    _peer(
+        "factorwise:dare_ties",
+        "PEFT DARE-TIES",
+        "Drops entries of A and of B at random, then elects signs, as PEFT's `dare_ties`; seeded.",
+        peer.FactorwiseDareTiesOptions,
+        "2311.03099",
+    ),
+    _peer(
+        "factorwise:magnitude_prune",
+        "PEFT magnitude pruning",
+        "Keeps the largest entries of A and of B and adds them apart, as PEFT's `magnitude_prune`.",
+        peer.FactorwisePruneOptions,
+        _PEFT,
+    ),
+    _peer(
+        "robustmerge:robustmerge",
+        "RobustMerge",
+        "Prunes both factors by size, scales components by what they lost, and adds the factors, as the official code.",
+        peer.RobustMergeOptions,
+        "2502.17159",
+    ),
+    _peer(
+        "robustmerge:robustmerge_product",
+        "RobustMerge on products",
+        "RobustMerge's pruning and scaling, with the products of the factors added: no cross terms.",
+        peer.RobustMergeProductOptions,
+        "2502.17159",
     ),
 )
 

@@ -19,6 +19,7 @@ from artifacts.adapter import TORCH_DTYPES, Adapter
 from artifacts.export import ExportedModule, PeftWriter, lora_config
 from merge.catalog import find_method
 from merge.memory import keep_freed_memory
+from merge.norms import adapter_factors, module_factors
 from merge.options import MergeOptions
 from merge.plan import MergeInput, MergePlan, PlannedModule, plan_merge
 from merge.reload import Probe, check_reload
@@ -82,6 +83,7 @@ class MergeRun:
     dtype: str
     device: torch.device
     with_bias: bool
+    adapter_factors: Mapping[int, float]
 
     @classmethod
     def of(
@@ -99,8 +101,11 @@ class MergeRun:
         }
         with_bias = any(module.bias_key for item in plan.modules for _, module in item.owners)
         dtype = _output_dtype(options, adapters)
+        factors: Mapping[int, float] = {}
+        if options.norm_equalize == "adapter":
+            factors = adapter_factors(plan.modules, adapters, _compute_dtype(options), device)
         merge_module = find_method(method).load()
-        return cls(method, items, plan, adapters, options, merge_module, dtype, device, with_bias)
+        return cls(method, items, plan, adapters, options, merge_module, dtype, device, with_bias, factors)
 
     def write(
         self, out_dir: Path, lineage: Mapping[str, Any] | None, progress: Progress
@@ -124,7 +129,7 @@ class MergeRun:
     @property
     def compute(self) -> torch.dtype:
         """The precision of the computation."""
-        return torch.float64 if self.options.compute_dtype == "float64" else torch.float32
+        return _compute_dtype(self.options)
 
     def load(self, module: PlannedModule) -> Stack:
         """The components of one module. Raises MergeRefused on NaN or infinite numbers."""
@@ -132,17 +137,16 @@ class MergeRun:
 
     def merge_one(self, module: PlannedModule, stack: Stack, writer: PeftWriter) -> tuple[ModuleReport, Probe]:
         """Merge one module's components and write the result; may be called from several threads."""
+        factors = self._norm_factors(stack)
+        if factors:
+            stack = stack.scaled(factors)
         merged = self.merge_module(stack, self.options, self.plan.output_rank)
-        rank = merged.A.shape[0]
-        padded = self.plan.output_rank - rank
+        padded = self.plan.output_rank - merged.A.shape[0]
         dtype = TORCH_DTYPES[self.dtype]
         A = _padded(merged.A, padded, 0).to(dtype)
         B = _padded(merged.B, padded, 1).to(dtype)
-        writer.write(module.path, A, B, self._bias(module, dtype) if self.with_bias else None)
-        report = measure_module(
-            module.path, merged.stack, merged.coordinates, rank=rank, padded=padded, scale=self.options.scale,
-            clusters=merged.clusters,
-        )  # fmt: skip
+        writer.write(module.path, A, B, self._bias(module, factors, dtype) if self.with_bias else None)
+        report = measure_module(module.path, merged, padded=padded, scale=self.options.scale, norm_factors=factors)
         return report, Probe.of(module.path, merged.A, merged.B, A, B)
 
     def report(self, modules: Sequence[ModuleReport], errors: tuple[float, float], seconds: float) -> MergeReport:
@@ -166,13 +170,19 @@ class MergeRun:
             seconds=seconds,
         )
 
-    def _bias(self, module: PlannedModule, dtype: torch.dtype) -> Tensor:
+    def _norm_factors(self, stack: Stack) -> Mapping[int, float]:
+        """By owner, what its ΔW is multiplied by before the method; empty without norm_equalize."""
+        if self.options.norm_equalize == "module":
+            return module_factors(stack)
+        return {owner: self.adapter_factors[owner] for owner, _ in stack.members} if self.adapter_factors else {}
+
+    def _bias(self, module: PlannedModule, factors: Mapping[int, float], dtype: torch.dtype) -> Tensor:
         """λ·Σ wᵢ·sᵢ·biasᵢ: PEFT multiplies the bias of lora_B by the scaling, as all of its output."""
         total = torch.zeros(module.first.d_out, dtype=torch.float64)
         for owner, description in module.owners:
             if description.bias_key:
                 bias = self.adapters[owner].tensor(description.bias_key).double()
-                total += self.plan.weights[owner] * description.scaling * bias
+                total += self.plan.weights[owner] * factors.get(owner, 1.0) * description.scaling * bias
         return (total * self.options.scale).to(dtype)
 
     def _config(self) -> dict[str, Any]:
@@ -201,6 +211,10 @@ def _targets_by_suffix(adapter: Adapter) -> bool:
     if config.target_modules_regex or any(config.raw.get(name) for name in conditions):
         return False
     return {path.rsplit(".", 1)[-1] for path in adapter} == set(config.target_modules)
+
+
+def _compute_dtype(options: MergeOptions) -> torch.dtype:
+    return torch.float64 if options.compute_dtype == "float64" else torch.float32
 
 
 def _output_dtype(options: MergeOptions, adapters: Mapping[int, Adapter]) -> str:

@@ -26,6 +26,9 @@ class MergeOptions(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, populate_by_name=True)
 
+    default_rank: ClassVar[str] = "exact"
+    """The output rank of a method without an option `rank`: all of Σ rᵢ, or "r", the largest rank of the inputs."""
+
     missing_modules: Literal["union", "intersection", "error"] = Field(
         "union",
         description="Modules that only some adapters have: merge each over its owners (union), leave out and list all "
@@ -38,6 +41,12 @@ class MergeOptions(BaseModel):
         "a known difference down to that level. Module shapes must always agree.",
     )
     scale: Scale = Field(1.0, description="Factor on the merged ΔW (λ of task arithmetic, arXiv:2212.04089).")
+    norm_equalize: Literal["none", "adapter", "module"] = Field(
+        "none",
+        description="Before the method, scale every ΔWᵢ to the median Frobenius norm of all (arXiv:2508.01148): by one "
+        "factor for the whole adapter, or by one of its own in each module. The report compares with the sum of the "
+        "scaled deltas.",
+    )
     compute_dtype: Literal["float32", "float64"] = Field("float32", description="Precision of the computation.")
     output_dtype: Literal["auto", "float32", "float16", "bfloat16"] = Field(
         "auto", description="Precision of the written factors, rounded once; auto takes that of the first adapter."
@@ -63,13 +72,18 @@ class SvdOptions(SumOptions):
     )
 
 
-class LinearOptions(SumOptions):
-    """Task arithmetic on ΔW, arXiv:2212.04089: λ·Σ wᵢ·ΔWᵢ, without the cross terms of averaging A and B apart."""
+class RankedOptions(MergeOptions):
+    """Options of the methods whose result has a natural rank of at most Σ rᵢ, and may be truncated."""
 
-    rank: Annotated[StrictInt, Field(ge=1, le=MAX_RANK)] | Literal["exact"] = Field(
+    rank: Annotated[StrictInt, Field(ge=1, le=MAX_RANK)] | Literal["exact", "r", "2r"] = Field(
         "exact",
-        description="Output rank k (best approximation); exact concatenates and so loses nothing, at rank Σ rᵢ.",
+        description="Output rank k: the best approximation of the result at that rank, or at a multiple of r = the "
+        "largest rank of the inputs; exact keeps all of it, at a rank of at most Σ rᵢ.",
     )
+
+
+class LinearOptions(SumOptions, RankedOptions):
+    """Task arithmetic on ΔW, arXiv:2212.04089: λ·Σ wᵢ·ΔWᵢ, without the cross terms of averaging A and B apart."""
 
 
 class LegoOptions(MergeOptions):

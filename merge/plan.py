@@ -95,6 +95,7 @@ def plan_merge(inputs: Sequence[MergeInput], method: str, options: MergeOptions)
     row = find_method(method)
     _check_inputs(inputs)
     weights = _effective_weights(inputs, row, options)
+    _check_count(weights, row)
     _check_mergeable(inputs, row)
     inputs = with_sides(inputs)
     compatibility, warnings = _base_compatibility(inputs, options.minimum_compatibility)
@@ -102,6 +103,7 @@ def plan_merge(inputs: Sequence[MergeInput], method: str, options: MergeOptions)
     if dropped:
         warnings.append(f"{len(dropped)} modules that not every adapter has were left out: {_some(dropped)}.")
     warnings += _coverage_warnings(inputs, modules)
+    warnings += _padding_warnings(modules, row, options)
     return MergePlan(
         modules=modules,
         weights=weights,
@@ -145,8 +147,7 @@ def _effective_weights(inputs: Sequence[MergeInput], row: MergeMethod, options: 
             )
         if weight < 0 and not row.capabilities.negative_weights:
             raise RequestInvalid(
-                f"Method {row.name!r} averages inside clusters and so takes no negative weight; "
-                f"{inputs[position].id} has {weight}.",
+                f"Method {row.name!r} averages and so takes no negative weight; {inputs[position].id} has {weight}.",
                 hint="The methods `linear`, `cat` and `svd` take negative weights.",
                 errors=[FieldError(pointer, "must not be negative")],
             )
@@ -154,6 +155,11 @@ def _effective_weights(inputs: Sequence[MergeInput], row: MergeMethod, options: 
         raise RequestInvalid(
             "All weights are 0: the merged adapter would do nothing.",
             errors=[FieldError("/adapters", "at least one weight must not be 0")],
+        )
+    if getattr(options, "t", None) is not None and set(weights) != {1.0}:
+        raise RequestInvalid(
+            "Give either t or weights: t says how far to go from the first adapter to the second.",
+            errors=[FieldError("/parameters/t", "leave it out, or leave the weights at 1")],
         )
     if getattr(options, "normalize", False):
         total = math.fsum(weights)
@@ -164,6 +170,17 @@ def _effective_weights(inputs: Sequence[MergeInput], row: MergeMethod, options: 
             )
         weights = [weight / total for weight in weights]
     return tuple(weights)
+
+
+def _check_count(weights: Sequence[float], row: MergeMethod) -> None:
+    taking_part = sum(weight != 0 for weight in weights)
+    only = row.capabilities.only_adapters
+    if only is not None and taking_part != only:
+        raise RequestInvalid(
+            f"Method {row.name!r} merges exactly {only} adapters; {taking_part} take part.",
+            hint="For more adapters, `karcher` is the mean on the same sphere.",
+            errors=[FieldError("/adapters", f"needs {only} items with weights other than 0")],
+        )
 
 
 def _check_mergeable(inputs: Sequence[MergeInput], row: MergeMethod) -> None:
@@ -275,10 +292,27 @@ def _coverage_warnings(inputs: Sequence[MergeInput], modules: Sequence[PlannedMo
     ]
 
 
+def _padding_warnings(modules: Sequence[PlannedModule], row: MergeMethod, options: MergeOptions) -> list[str]:
+    """Raises MergeRefused where factors of unequal ranks would be added, unless they may be padded."""
+    allowed = getattr(options, "unequal_ranks", None)
+    unequal = [item.path for item in modules if len({module.rank for _, module in item.owners}) > 1]
+    if allowed is None or not unequal:
+        return []
+    if allowed == "error":
+        raise MergeRefused(
+            f"Method {row.name!r} adds the factors of the adapters, whose ranks differ in {len(unequal)} modules: "
+            f"{_some(unequal)}.",
+            hint="Set unequal_ranks to 'pad', or use a method that works on the deltas, such as `svd` or `core_space`.",
+            errors=[FieldError("/parameters/unequal_ranks", path) for path in unequal[:NAMED_OFFENDERS]],
+        )
+    found = f"{len(unequal)} of {len(modules)} modules"
+    return [f"ranks_padded: in {found} the factors of smaller adapters were padded with zeros: {_some(unequal)}."]
+
+
 def _output_rank(options: MergeOptions, modules: Sequence[PlannedModule], method: str) -> int:
-    """The rank of the written adapter. Methods without a `rank` option, and linear's "exact", may use all of Σ rᵢ."""
+    """The rank of the written adapter. Methods without an option `rank` have one of their own; "exact" is Σ rᵢ."""
     largest = max(item.rank_sum for item in modules)
-    asked = getattr(options, "rank", "exact")
+    asked = getattr(options, "rank", options.default_rank)
     if asked == "exact":
         return largest
     if asked in ("r", "2r"):

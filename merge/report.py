@@ -4,35 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from artifacts.algebra import delta_products, squared_norm
-from merge.stack import Stack
-
-
-@dataclass(frozen=True, slots=True)
-class ClusterReport:
-    """How a module's components were clustered (LoRA-LEGO).
-
-    Attributes:
-        inertia: Σ wᵢ‖xᵢ − σᵢμ‖².
-        sizes: members per cluster.
-        mean_cosine: mean cosine of two members of one cluster; null when every cluster has one member.
-        agreement: adjusted Rand index between the two best restarts.
-        largest_factor: largest reweighting factor f_c.
-        capped: clusters whose factor was cut to `reweight_cap`.
-    """
-
-    inertia: float
-    sizes: tuple[int, ...]
-    mean_cosine: float | None
-    agreement: float
-    largest_factor: float
-    capped: int
+from artifacts.algebra import delta_products, product_norm, squared_norm
+from merge.result import ClusterReport, MergedModule
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +24,8 @@ class ModuleReport:
     Attributes:
         rank: components that the module really has; the rest up to the adapter's rank is zero padding.
         energy, result_energy, error: ‖D‖²_F, ‖D'‖²_F and ‖D' − D‖²_F.
+        figures: what else the method has to say, by name.
+        norm_factors: by what norm_equalize multiplied each owner's ΔW.
     """
 
     path: str
@@ -56,6 +37,8 @@ class ModuleReport:
     error: float
     products: tuple[tuple[float, ...], ...]
     clusters: ClusterReport | None = None
+    figures: Mapping[str, float] = field(default_factory=dict)
+    norm_factors: tuple[float, ...] | None = None
 
     @property
     def energy_kept(self) -> float | None:
@@ -75,6 +58,8 @@ class ModuleReport:
             "relative_error": _rounded(self.relative_error),
             "interference": [[_rounded(value) for value in row] for row in cosines(self.products)],
             "clusters": asdict(self.clusters) if self.clusters else None,
+            "figures": {name: _rounded(value) for name, value in self.figures.items()},
+            "norm_factors": [_rounded(value) for value in self.norm_factors] if self.norm_factors else None,
         }
 
 
@@ -125,7 +110,17 @@ class MergeReport:
             "relative_error": _rounded(math.sqrt(error / energy)) if energy > 0 else None,
             "interference": [[_rounded(value) for value in row] for row in self._total_cosines()],
             "clusters": self._cluster_totals(),
+            "figures": self._mean_figures(),
         }
+
+    def _mean_figures(self) -> dict[str, float | None]:
+        """The methods' own figures, averaged over the modules that have them."""
+        names = dict.fromkeys(name for module in self.modules for name in module.figures)
+        means = {}
+        for name in names:
+            values = [module.figures[name] for module in self.modules if name in module.figures]
+            means[name] = _rounded(math.fsum(values) / len(values))
+        return means
 
     def _total_cosines(self) -> list[list[float | None]]:
         size = len(self.adapters)
@@ -150,30 +145,40 @@ class MergeReport:
 
 
 def measure_module(
-    path: str,
-    stack: Stack,
-    coordinates: Tensor,
-    *,
-    rank: int,
-    padded: int,
-    scale: float,
-    clusters: ClusterReport | None = None,
+    path: str, merged: MergedModule, *, padded: int, scale: float, norm_factors: Mapping[int, float]
 ) -> ModuleReport:
-    """Compare a result, given by its coordinates K: (n, n) with ΔW' = B·K·A, with the exact sum scale·B·diag(w)·A."""
+    """Compare a merged module with the exact sum scale·B·diag(w)·A of its stack."""
+    stack = merged.stack
     owners, position = torch.unique(stack.owners, return_inverse=True)
-    exact = torch.diag(stack.weights * scale)
     products = delta_products(stack.gram_A, stack.gram_B, position, len(owners))
+    weights = stack.weights * scale
+    energy = squared_norm(torch.diag(weights), stack.gram_A, stack.gram_B)
+    if merged.coordinates is None:
+        result_energy, error = _measure_factors(merged, weights, energy)
+    else:
+        result_energy = squared_norm(merged.coordinates, stack.gram_A, stack.gram_B)
+        error = squared_norm(merged.coordinates - torch.diag(weights), stack.gram_A, stack.gram_B)
     return ModuleReport(
         path=path,
-        rank=rank,
+        rank=merged.A.shape[0],
         padded=padded,
         owners=tuple(owners.tolist()),
-        energy=squared_norm(exact, stack.gram_A, stack.gram_B),
-        result_energy=squared_norm(coordinates, stack.gram_A, stack.gram_B),
-        error=squared_norm(coordinates - exact, stack.gram_A, stack.gram_B),
+        energy=energy,
+        result_energy=result_energy,
+        error=error,
         products=tuple(tuple(row) for row in products.tolist()),
-        clusters=clusters,
+        clusters=merged.clusters,
+        figures=merged.figures,
+        norm_factors=tuple(norm_factors[owner] for owner in owners.tolist()) if norm_factors else None,
     )
+
+
+def _measure_factors(merged: MergedModule, weights: Tensor, energy: float) -> tuple[float, float]:
+    """‖D'‖² and ‖D' − D‖² of a result B'·A' that has no coordinates in the stack, through k×n products."""
+    result_energy = product_norm(merged.A, merged.B)
+    left, right = merged.B.T @ merged.stack.B, merged.A @ merged.stack.A.T
+    shared = float((left.double() * weights * right.double()).sum())
+    return result_energy, max(result_energy - 2 * shared + energy, 0.0)
 
 
 def cosines(products: Sequence[Sequence[float]]) -> list[list[float | None]]:

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from artifacts.adapter import Adapter
-from artifacts.algebra import gram
+from artifacts.algebra import delta_products, gram
 from artifacts.errors import MergeRefused
 from merge.plan import PlannedModule
 
@@ -36,12 +36,16 @@ class Stack:
         A: (n, d_in); B: (d_out, n), in the compute dtype.
         owners: (n,) position of the adapter among the inputs.
         weights: (n,) float64, the weight of the owner.
+        places: (n,) the component's row in its adapter's own lora_A, for methods that pair components by it.
+        scalings: (n,) float64, the scaling s that is folded in.
     """
 
     A: Tensor
     B: Tensor
     owners: Tensor
     weights: Tensor
+    places: Tensor
+    scalings: Tensor
 
     @classmethod
     def load(
@@ -58,6 +62,8 @@ class Stack:
             MergeRefused: NaN or infinite numbers.
         """
         parts_A, parts_B, roots, owners, unit_weights = [], [], [], [], []
+        places: list[int] = []
+        scalings: list[float] = []
         for owner, description in module.owners:
             factors = adapters[owner].factors(description)
             parts_A.append(factors.A)
@@ -65,6 +71,8 @@ class Stack:
             signed_root = math.copysign(math.sqrt(abs(factors.scaling)), factors.scaling)
             roots += [signed_root] * factors.rank
             owners += [owner] * factors.rank
+            places += range(factors.rank)
+            scalings += [factors.scaling] * factors.rank
             unit_weights += [weights[owner]] * factors.rank
         # Concatenated in the stored precision and cast as a whole: half the bytes move, and mixed-precision kernels,
         # which are slow, are never used.
@@ -78,6 +86,8 @@ class Stack:
             B,
             torch.tensor(owners, device=device),
             torch.tensor(unit_weights, dtype=torch.float64, device=device),
+            torch.tensor(places, device=device),
+            torch.tensor(scalings, dtype=torch.float64, device=device),
         ).ordered()
         stack.require_finite(module, adapters)
         return stack
@@ -109,16 +119,50 @@ class Stack:
         """(n, n) float64 inner products of the b's."""
         return gram(self.B, columns=True)
 
+    @cached_property
+    def members(self) -> tuple[tuple[int, Tensor], ...]:
+        """Each owner with the positions of its components, in an order that contents decide, not the request."""
+        owners = dict.fromkeys(self.owners.tolist())
+        return tuple((owner, (self.owners == owner).nonzero()[:, 0]) for owner in owners)
+
+    @property
+    def ranks(self) -> tuple[int, ...]:
+        """How many components each owner has, in the order of `members`."""
+        return tuple(len(own) for _, own in self.members)
+
+    @cached_property
+    def owner_weights(self) -> Tensor:
+        """(N,) float64 weights of the owners, in the order of `members`."""
+        return torch.stack([self.weights[own[0]] for _, own in self.members])
+
+    @cached_property
+    def products(self) -> Tensor:
+        """(N, N) float64 Frobenius inner products ⟨ΔWᵢ, ΔWⱼ⟩ of the owners, in the order of `members`."""
+        position = torch.empty_like(self.owners)
+        for number, (_, own) in enumerate(self.members):
+            position[own] = number
+        return delta_products(self.gram_A, self.gram_B, position, len(self.members))
+
     def with_factors(self, A: Tensor, B: Tensor) -> Self:
         """Other components in the same places."""
-        return type(self)(A, B, self.owners, self.weights)
+        return type(self)(A, B, self.owners, self.weights, self.places, self.scalings)
+
+    def with_weights(self, weights: Tensor) -> Self:
+        """The same components under other weights: (n,) float64."""
+        return type(self)(self.A, self.B, self.owners, weights, self.places, self.scalings)
+
+    def scaled(self, factors: Mapping[int, float]) -> Self:
+        """Every ΔWᵢ multiplied by the factor of its owner, the root of it on either side."""
+        by_component = [factors[owner] for owner in self.owners.tolist()]
+        root = torch.tensor(by_component, dtype=self.A.dtype, device=self.A.device).sqrt()
+        return self.with_factors(self.A * root[:, None], self.B * root).ordered()
 
     def reweighted(self, weights: Sequence[float]) -> Self:
         """The same components under other weights, one for each adapter: bit for bit what `load` gives for them."""
         of_unit = torch.tensor(weights, dtype=torch.float64, device=self.weights.device)[self.owners]
         if torch.equal(of_unit, self.weights):
             return self
-        found = type(self)(self.A, self.B, self.owners, of_unit)
+        found = self.with_weights(of_unit)
         ordered = found.ordered()
         if ordered is found:  # then the inner products are the same too
             vars(found).update({name: vars(self)[name] for name in ("gram_A", "gram_B") if name in vars(self)})
@@ -130,7 +174,7 @@ class Stack:
         if bool((order[1:] > order[:-1]).all()):
             return self
         A, B = self.A.index_select(0, order), self.B.index_select(1, order)
-        return type(self)(A, B, self.owners[order], self.weights[order])
+        return type(self)(A, B, self.owners[order], self.weights[order], self.places[order], self.scalings[order])
 
 
 def _concatenated(parts: Sequence[Tensor], dim: int) -> Tensor:

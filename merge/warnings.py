@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from merge.report import ClusterReport, ModuleReport
+from merge.report import ModuleReport
+from merge.result import ClusterReport
 
 IDENTIFIABLE_COSINE = 0.15
 """Mean cosine inside clusters below which k-means is nearly flat: its result is then decided by the seed."""
+
+NOTABLE_CROSS_TERMS = 0.1
 
 NAMED_MODULES = 5
 
@@ -27,6 +30,13 @@ def merge_warnings(modules: Sequence[ModuleReport]) -> list[str]:
         warnings.append(
             f"reweighting_capped: in {len(capped)} modules members nearly cancel in their mean, and the reweighting "
             f"factor was cut to reweight_cap: {_some(capped)}."
+        )
+    crossed = [module.path for module in modules if module.figures.get("cross_term_error", 0.0) > NOTABLE_CROSS_TERMS]
+    if crossed:
+        warnings.append(
+            f"cross_terms: in {len(crossed)} of {len(modules)} modules the products of one adapter's B with another's "
+            f"A are more than {NOTABLE_CROSS_TERMS:.0%} of the exact sum (cross_term_error): {_some(crossed)}. "
+            "The methods `linear` and `svd` have no such terms."
         )
     empty = [module.path for module in modules if module.energy == 0]
     if empty:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import torch
 
-from merge.options import SumOptions
+from merge.options import MergeOptions
 from merge.result import MergedModule
 from merge.stack import Stack
 
 
-def merge(stack: Stack, options: SumOptions, rank: int) -> MergedModule:
+def merge(stack: Stack, options: MergeOptions, rank: int) -> MergedModule:
     """Merge one module: A' stacks the rows wᵢ·aᵢ and B' the columns bᵢ. `rank` must be n, the size of the stack."""
     weights = stack.weights * options.scale
     # Half of the weight on either side keeps both factors at the size that training gave them.

@@ -18,8 +18,7 @@ from torch import Tensor
 from artifacts.algebra import core_svd, truncated_factors
 from merge.kmeans import Clustering, gram_kmeans, sklearn_tolerance
 from merge.options import LegoOptions
-from merge.report import ClusterReport
-from merge.result import MergedModule
+from merge.result import ClusterReport, MergedModule
 from merge.stack import Stack
 
 NEGLIGIBLE_NORM = 1e-12

@@ -7,11 +7,11 @@ BᵢAⱼ.
 from __future__ import annotations
 
 from merge.methods import cat, svd
-from merge.options import LinearOptions
+from merge.options import RankedOptions
 from merge.result import MergedModule
 from merge.stack import Stack
 
 
-def merge(stack: Stack, options: LinearOptions, rank: int) -> MergedModule:
+def merge(stack: Stack, options: RankedOptions, rank: int) -> MergedModule:
     """Merge one module: concatenated when `rank` can hold every component, else truncated."""
     return cat.merge(stack, options, rank) if rank >= stack.size else svd.merge(stack, options, rank)

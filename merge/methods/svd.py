@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from artifacts.algebra import core_svd, truncated_factors
-from merge.options import SumOptions
+from merge.options import MergeOptions
 from merge.result import MergedModule
 from merge.stack import Stack
 
 
-def merge(stack: Stack, options: SumOptions, rank: int) -> MergedModule:
+def merge(stack: Stack, options: MergeOptions, rank: int) -> MergedModule:
     """Merge one module to min(rank, n) components, in order of their singular values."""
     svd = core_svd(stack.A, stack.B, stack.weights * options.scale, stack.gram_A, stack.gram_B)
     A, B = truncated_factors(stack.A, stack.B, svd, rank)

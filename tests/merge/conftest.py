@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
 from artifacts.adapter import Adapter
 from artifacts.base_model import BaseModelRef
-from merge.catalog import parse_parameters
+from merge.catalog import find_method, parse_parameters
 from merge.engine import merge_files
 from merge.plan import MergeInput
 from merge.report import MergeReport
+from merge.stack import Stack
 
 Factors = tuple[Tensor, Tensor]
 """(A: (r, d_in), B: (d_out, r))"""
@@ -104,3 +107,71 @@ def dense(adapter: Adapter, path: str) -> Tensor:
 def dense_delta() -> Callable[[Path, str], Tensor]:
     """dense_delta(directory, module) → scaling·B·A, float64."""
     return lambda directory, path: dense(Adapter.open(directory), path)
+
+
+def _stack_of(
+    adapters: Sequence[tuple[Tensor, Tensor, float]],
+    weights: Sequence[float] | None = None,
+    dtype: torch.dtype = torch.float32,
+    shuffle: int | None = None,
+) -> Stack:
+    parts = [(A.double(), B.double(), s) for A, B, s in adapters]
+    if shuffle is not None:
+        generator = torch.Generator().manual_seed(shuffle)
+        orders = [torch.randperm(len(A), generator=generator) for A, _, _ in parts]
+        parts = [(A[order], B[:, order], s) for (A, B, s), order in zip(parts, orders, strict=True)]
+    weights = weights or [1.0] * len(parts)
+    sizes = [len(A) for A, _, _ in parts]
+
+    def each(values: Sequence[Any], kind: torch.dtype) -> Tensor:
+        return torch.tensor([value for value, size in zip(values, sizes, strict=True) for _ in range(size)], dtype=kind)
+
+    roots = [abs(s) ** 0.5 for _, _, s in parts]
+    return Stack(
+        torch.cat([A * root for (A, _, _), root in zip(parts, roots, strict=True)]).to(dtype),
+        torch.cat([B * math.copysign(root, s) for (_, B, s), root in zip(parts, roots, strict=True)], 1).to(dtype),
+        each(range(len(parts)), torch.int64),
+        each(weights, torch.float64),
+        torch.cat([torch.arange(size) for size in sizes]),
+        each([s for _, _, s in parts], torch.float64),
+    ).ordered()
+
+
+@pytest.fixture(scope="session")
+def stack_of() -> Callable[..., Stack]:
+    """stack_of([(A, B, scaling), …], weights, dtype, shuffle=seed) → the stack of one module."""
+    return _stack_of
+
+
+@pytest.fixture(scope="session")
+def random_adapters() -> Callable[..., list[tuple[Tensor, Tensor, float]]]:
+    """random_adapters(ranks, d_out, d_in, seed) → [(A, B, scaling), …] that share part of their directions."""
+
+    def draw(
+        ranks: Sequence[int], d_out: int = 24, d_in: int = 40, seed: int = 0
+    ) -> list[tuple[Tensor, Tensor, float]]:
+        generator = torch.Generator().manual_seed(seed)
+        shared = torch.randn(max(ranks), d_in, generator=generator), torch.randn(d_out, max(ranks), generator=generator)
+        return [
+            (
+                0.6 * shared[0][:r] + torch.randn(r, d_in, generator=generator),
+                0.6 * shared[1][:, :r] + torch.randn(d_out, r, generator=generator),
+                (0.5, 2.0, 1.0, 1.5)[i % 4],
+            )
+            for i, r in enumerate(ranks)
+        ]
+
+    return draw
+
+
+@pytest.fixture(scope="session")
+def run_method() -> Callable[..., Tensor]:
+    """run_method(name, stack, rank=None, **parameters) → dense ΔW' (float64) of one module."""
+
+    def run(name: str, stack: Stack, rank: int | None = None, **parameters: Any) -> Tensor:
+        if rank is not None:
+            parameters["rank"] = rank
+        merged = find_method(name).load()(stack, parse_parameters(name, parameters), rank or stack.size)
+        return merged.B.double() @ merged.A.double()
+
+    return run

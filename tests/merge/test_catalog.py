@@ -37,7 +37,7 @@ from merge.catalog import METHODS, find_method, parse_parameters
         ("lego", {"normalize": True}, "/parameters/normalize"),
         ("lego", {"preset": "paper", "feature": "unit"}, "/parameters"),
         ("svd", {"rank": 0}, "/parameters/rank"),
-        ("linear", {"rank": "2r"}, "/parameters/rank"),
+        ("linear", {"rank": "3r"}, "/parameters/rank"),
         ("cat", {"typo": 1}, "/parameters/typo"),
     ],
 )
@@ -67,7 +67,7 @@ def test_an_unknown_method_is_answered_with_the_known_ones() -> None:
 def test_every_entry_is_complete(name: str) -> None:
     row = METHODS[name]
     assert callable(row.load())
-    assert (Path(__file__).parent / f"test_{name}.py").is_file()
+    assert (Path(__file__).parent / f"test_{row.family}.py").is_file()
     schema = row.options.model_json_schema()
     undescribed = [field for field, body in schema["properties"].items() if "description" not in body]
     assert not undescribed

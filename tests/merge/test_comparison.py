@@ -95,8 +95,8 @@ def test_modules_are_read_once_for_each_precision(pool: Pool, tmp_path: Path, mo
     assert sorted(read, key=str) == sorted(((path, dtype) for path in paths for dtype in (single, double)), key=str)
 
 
-def test_inner_products_are_computed_once(pool: Pool) -> None:
-    stack = Stack(torch.randn(4, 6), torch.randn(5, 4), torch.tensor([0, 0, 1, 1]), torch.ones(4).double())
+def test_inner_products_are_computed_once(stack_of: Any) -> None:
+    stack = stack_of([(torch.randn(2, 6), torch.randn(5, 2), 1.0) for _ in range(2)])
     gram = stack.gram_A
     other = stack.reweighted([0.5, -2.0])
     if other.A is stack.A:

@@ -41,6 +41,8 @@ def stack_of(*adapters: tuple[Tensor, Tensor], weights: list[float] | None = Non
         torch.cat([B for _, B in adapters], 1).double(),
         torch.tensor(owners),
         torch.tensor(unit_weights, dtype=torch.float64),
+        torch.tensor([p for A, _ in adapters for p in range(A.shape[0])]),
+        torch.ones(len(owners), dtype=torch.float64),
     ).ordered()
 
 

@@ -1,0 +1,66 @@
+"""KnOTS (arXiv:2410.19735): the deltas side by side have one SVD, [ΔW₁ … ΔW_N] = U·Σ·[V₁ᵀ … V_Nᵀ]; the parts ΣVᵢᵀ are
+merged by a rule, and ΔW = U·merged.
+
+From factors: with B = Q·T (T: n×n) the left basis comes from the n×n matrix T·blockdiag(AᵢAᵢᵀ)·Tᵀ, and
+ΣVᵢᵀ = UᵀΔWᵢ = (UᵀBᵢ)·Aᵢ, an n×d_in block.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from artifacts.algebra import gram, triangular
+from merge import rules
+from merge.peer_options import KnotsOptions
+from merge.result import MergedModule
+from merge.stack import Stack
+
+NULL = 1e-5
+"""Directions with singular values below this are dropped, as in the official code, here relative to the largest."""
+
+
+def merge(stack: Stack, options: KnotsOptions, rank: int) -> MergedModule:
+    """Merge one module; B stays in the span of the adapters' B, A leaves that of their A (but with rule `sum`)."""
+    basis, of_B = _left_basis(stack)
+    parts = torch.stack([of_B[:, own].to(stack.A.dtype) @ stack.A[own] for _, own in stack.members])
+    # A direction of an SVD has no sign of its own, but a vote that ends even goes to plus: one sign for all.
+    signs = torch.where(parts.sum((0, 2)) < 0, -1.0, 1.0)
+    parts, basis = parts * signs[:, None].to(parts), basis * signs.to(basis)
+    merged = _merged_parts(parts, stack, options) * options.scale
+    return _factored(stack, basis, merged, rank)
+
+
+def _left_basis(stack: Stack) -> tuple[Tensor, Tensor]:
+    """U of the deltas side by side as B·basis: (n, p), and UᵀB: (p, n); float64."""
+    T, inverse = triangular(stack.B, stack.gram_B)
+    same_owner = stack.owners[:, None] == stack.owners
+    squared, vectors = torch.linalg.eigh(T @ (stack.gram_A * same_owner) @ T.T)
+    keep = squared > NULL**2 * squared[-1]
+    keep[-1] = True
+    U = vectors[:, keep]
+    return inverse @ U, U.T @ T
+
+
+def _merged_parts(parts: Tensor, stack: Stack, options: KnotsOptions) -> Tensor:
+    weights = stack.owner_weights
+    if options.rule in ("dare", "dare_ties"):
+        seeds = rules.seeds(stack, options.seed)
+        parts = torch.stack(
+            [rules.dropped(part, options.density, seed) for part, seed in zip(parts, seeds, strict=True)]
+        )
+    if options.rule == "ties":
+        parts = torch.stack([rules.trimmed(part, options.density) for part in parts])
+    if options.rule in ("ties", "dare_ties"):
+        return rules.elected_sum(parts, weights, options.majority_sign_method)
+    return rules.weighted_sum(parts, weights)
+
+
+def _factored(stack: Stack, basis: Tensor, merged: Tensor, rank: int) -> MergedModule:
+    """U·merged at min(rank, p) components, √σ on either side, from the p×p Gram matrix of the rows of `merged`."""
+    vectors = torch.linalg.eigh(gram(merged)).eigenvectors.flip(1)[:, :rank]
+    rows = vectors.T.to(merged.dtype) @ merged
+    root = rows.norm(dim=1).sqrt()
+    A = torch.where(root[:, None] > 0, rows / root[:, None], 0.0)
+    B = stack.B @ (basis @ (vectors * root)).to(stack.B.dtype)
+    return MergedModule(A, B, stack, None)

@@ -1,0 +1,134 @@
+"""PEFT's factor-wise combinations: parity with stock PEFT, and where they are wrong, by how much."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from artifacts.errors import MergeRefused
+
+Write = Callable[..., Path]
+PATH = "proj"
+WEIGHTS = [1.0, 0.5]
+
+
+def factors(seed: int, r: int = 4, d_in: int = 24, d_out: int = 16) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(r, d_in, generator=generator), torch.randn(d_out, r, generator=generator)
+
+
+class Layer(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.proj = nn.Linear(24, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = self.proj(x)
+        return result
+
+
+def by_peft(sources: list[Path], kind: str, weights: list[float], **changes: Any) -> Tensor:
+    """ΔW of stock PEFT's add_weighted_adapter."""
+    from peft import PeftModel
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = PeftModel.from_pretrained(Layer(), sources[0], adapter_name="a0")
+        for number, source in enumerate(sources[1:], start=1):
+            model.load_adapter(source, f"a{number}")
+        names = [f"a{number}" for number in range(len(sources))]
+        model.add_weighted_adapter(names, weights, "merged", combination_type=kind, **changes)
+    layer = model.base_model.model.proj
+    delta: Tensor = layer.get_delta_weight("merged").detach().double()
+    return delta
+
+
+@pytest.fixture
+def sources(write_adapter: Write) -> list[Path]:
+    return [write_adapter(f"a{i}", {PATH: factors(i)}, lora_alpha=alpha) for i, alpha in enumerate((8, 2))]
+
+
+@pytest.mark.parametrize(
+    ("method", "changes"),
+    [
+        ("linear_factor", {}),
+        ("ties", {"density": 0.4}),
+        ("ties", {"density": 0.4, "majority_sign_method": "frequency"}),
+        ("magnitude_prune", {"density": 0.4}),
+    ],
+)
+@pytest.mark.parametrize("weights", [[1.0, 0.5], [1.0, -0.7]])
+def test_parity_with_peft(
+    method: str, changes: dict[str, Any], weights: list[float], sources: list[Path], merge: Any
+) -> None:
+    kind = "linear" if method == "linear_factor" else method
+    result, report = merge(sources, method, weights=weights, **changes)
+    torch.testing.assert_close(result[PATH], by_peft(sources, kind, weights, **changes), rtol=1e-5, atol=1e-5)
+    assert report.rank == 4
+
+
+@pytest.mark.parametrize("kind", ["svd", "cat"])
+def test_parity_where_peft_is_exact(kind: str, sources: list[Path], merge: Any) -> None:
+    result, _ = merge(sources, kind, weights=[1.0, -0.7], **({"rank": 3} if kind == "svd" else {}))
+    expected = by_peft(sources, kind, [1.0, -0.7], **({"svd_rank": 3} if kind == "svd" else {}))
+    torch.testing.assert_close(result[PATH], expected, rtol=1e-4, atol=1e-4)
+
+
+def test_cross_terms_are_measured_and_warned_of(sources: list[Path], merge: Any, dense_delta: Any) -> None:
+    result, report = merge(sources, "linear_factor", weights=WEIGHTS)
+    exact = dense_delta(sources[0], PATH) + 0.5 * dense_delta(sources[1], PATH)
+    error = float((result[PATH] - exact).norm() / exact.norm())
+    assert error > 0.3
+    assert report.modules[0].figures["cross_term_error"] == pytest.approx(error, rel=1e-4)
+    assert report.totals()["figures"]["cross_term_error"] == pytest.approx(error, rel=1e-4)
+    assert any(warning.startswith("cross_terms: in 1 of 1") for warning in report.warnings)
+
+
+def test_rank_stabilised_adapters_come_out_too_large_of_peft(write_adapter: Write, merge: Any) -> None:
+    """PEFT 0.21.2 copies use_rslora to the result, whose scaling is then √r instead of 1; ours is not."""
+    rslora = [write_adapter(f"rs{i}", {PATH: factors(i)}, use_rslora=True) for i in range(2)]
+    result, _ = merge(rslora, "linear_factor", weights=WEIGHTS)
+    theirs = by_peft(rslora, "linear", WEIGHTS)
+    assert float(theirs.norm() / result[PATH].norm()) == pytest.approx(2.0, rel=1e-4)
+
+
+class TestUnequalRanks:
+    def test_are_padded_and_said_to_be(self, write_adapter: Write, merge: Any) -> None:
+        (A, B), (C, D) = factors(1, 4), factors(2, 2)
+        unequal = [write_adapter("four", {PATH: (A, B)}), write_adapter("two", {PATH: (C, D)})]
+        pad_C, pad_D = torch.cat([C, torch.zeros(2, 24)]), torch.cat([D, torch.zeros(16, 2)], 1)
+        padded = [unequal[0], write_adapter("padded", {PATH: (pad_C, pad_D)})]
+        for method in ("linear_factor", "dare_linear"):
+            changes = {"density": 1.0} if method == "dare_linear" else {}
+            result, report = merge(unequal, method, **changes)
+            expected, _ = merge(padded, method, **changes)
+            torch.testing.assert_close(result[PATH], expected[PATH])
+            assert report.rank == 4
+            assert any(warning.startswith("ranks_padded: in 1 of 1") for warning in report.warnings)
+
+    def test_are_refused_on_request(self, write_adapter: Write, merge: Any) -> None:
+        unequal = [write_adapter(f"r{r}", {PATH: factors(r, r)}) for r in (2, 4)]
+        with pytest.raises(MergeRefused, match=r"ranks differ in 1 modules: proj") as caught:
+            merge(unequal, "ties", unequal_ranks="error")
+        assert caught.value.errors[0].pointer == "/parameters/unequal_ranks"
+
+
+@pytest.mark.parametrize("method", ["dare_linear", "dare_ties"])
+def test_masks_of_a_and_b_are_seeded(method: str, sources: list[Path], merge: Any) -> None:
+    one, same, other = (merge(sources, method, seed=seed)[0][PATH] for seed in (1, 1, 2))
+    assert torch.equal(one, same)
+    assert not torch.equal(one, other)
+
+
+def test_dare_averages_to_the_sum_of_factors(stack_of: Any, run_method: Any) -> None:
+    """Masks of A and of B are independent, so that the expected product is the product of the sums."""
+    stack = stack_of([(*factors(i), 1.0) for i in range(2)])
+    draws = [run_method("dare_linear", stack, density=0.8, seed=seed) for seed in range(300)]
+    expected = run_method("linear_factor", stack)
+    assert float((sum(draws) / 300 - expected).norm() / expected.norm()) < 0.08

@@ -1,0 +1,134 @@
+"""What holds of every method: order, scale, identity where it is promised, truncation, several ranks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from merge.catalog import METHODS, parse_parameters
+
+NAMES = sorted(METHODS)
+BY_PLACE = {
+    "linear_factor",
+    "ties",
+    "dare_linear",
+    "dare_ties",
+    "magnitude_prune",
+    "robustmerge",
+    "robustmerge_product",
+}
+"""Methods that pair components by their rows in the files: their result depends on the order in an adapter."""
+IDENTITY: dict[str, dict[str, Any]] = {
+    "lego": {},
+    "cat": {},
+    "svd": {},
+    "linear": {},
+    "core_space": {"rule": "sum"},
+    "tsv_m": {},
+    "knots": {"density": 1},
+    "pico": {},
+    "ctm": {},
+    "karcher": {},
+    "model_stock": {},
+    "linear_factor": {},
+    "ties": {"density": 1},
+    "dare_linear": {"density": 1},
+    "dare_ties": {"density": 1},
+    "magnitude_prune": {"density": 1},
+    "robustmerge": {"density": 1, "coefficient": 1},
+    "robustmerge_product": {"density": 1, "coefficient": 1},
+}
+"""Methods that return a single adapter unchanged, and with which parameters. Others change it: that is their point."""
+
+OWN_RANK = {"lego", "ctm", "iso_c", "iso_cts"}
+"""Where the rank is more than a truncation, or all singular values are one, so that no truncation is the best."""
+
+
+def close(one: torch.Tensor, other: torch.Tensor, tolerance: float = 1e-5) -> bool:
+    return float((one - other).norm()) <= tolerance * max(float(other.norm()), 1e-9)
+
+
+def ranked(name: str) -> bool:
+    return "rank" in METHODS[name].options.model_fields
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_order_of_adapters_and_components_changes_nothing(
+    name: str, stack_of: Any, random_adapters: Any, run_method: Any
+) -> None:
+    adapters = random_adapters([3, 5] if METHODS[name].capabilities.only_adapters else [3, 5, 4])
+    weights = [1.0] * len(adapters) if METHODS[name].capabilities.only_adapters else [1.0, 0.5, 2.0]
+    one = run_method(name, stack_of(adapters, weights))
+    other = stack_of(adapters[::-1], weights[::-1], shuffle=None if name in BY_PLACE else 3)
+    if name in {"core_space", "knots"}:
+        # equal to the last bit: everything starts from the same stack
+        assert torch.equal(one, run_method(name, other))
+    assert close(run_method(name, other), one, 1e-6)
+
+
+@pytest.mark.parametrize("name", sorted(BY_PLACE))
+def test_methods_by_place_do_depend_on_the_order_of_components(
+    name: str, stack_of: Any, random_adapters: Any, run_method: Any
+) -> None:
+    adapters = random_adapters([8, 8])
+    assert not close(run_method(name, stack_of(adapters, shuffle=3)), run_method(name, stack_of(adapters)), 1e-3)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_scale_multiplies_the_result(name: str, stack_of: Any, random_adapters: Any, run_method: Any) -> None:
+    stack = stack_of(random_adapters([3, 5]))
+    assert close(run_method(name, stack, scale=-2.5), -2.5 * run_method(name, stack))
+
+
+@pytest.mark.parametrize("name", sorted(IDENTITY))
+def test_a_single_adapter_comes_back(name: str, stack_of: Any, random_adapters: Any, run_method: Any) -> None:
+    ((A, B, s),) = random_adapters([5])
+    stack = stack_of([(A, B, s)])
+    assert close(run_method(name, stack, **IDENTITY[name]), s * B.double() @ A.double())
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if ranked(name) and name not in OWN_RANK])
+def test_a_rank_truncates_what_there_would_be(name: str, stack_of: Any, random_adapters: Any, run_method: Any) -> None:
+    stack = stack_of(random_adapters([3, 5]))
+    whole = run_method(name, stack) if name != "svd" else run_method(name, stack, rank=8)
+    U, S, Vh = torch.linalg.svd(whole)
+    assert close(run_method(name, stack, rank=3), (U[:, :3] * S[:3]) @ Vh[:3])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_coordinates_are_those_of_the_factors(name: str, stack_of: Any, random_adapters: Any) -> None:
+    """The report measures by them."""
+    stack = stack_of(random_adapters([3, 5]))
+    merged = METHODS[name].load()(stack, parse_parameters(name, {}), 8)
+    if merged.coordinates is not None:
+        by_them = merged.stack.B.double() @ merged.coordinates @ merged.stack.A.double()
+        assert close(merged.B.double() @ merged.A.double(), by_them)
+
+
+@settings(max_examples=15, derandomize=True, deadline=None)
+@given(
+    seed=st.integers(0, 10_000),
+    ranks=st.lists(st.integers(1, 4), min_size=2, max_size=2),
+    name=st.sampled_from(NAMES),
+    sides=st.tuples(st.integers(1, 9), st.integers(1, 9)),
+)
+def test_nothing_breaks_when_components_outnumber_dimensions(
+    seed: int, ranks: list[int], name: str, sides: tuple[int, int], stack_of: Any, random_adapters: Any, run_method: Any
+) -> None:
+    stack = stack_of(random_adapters(ranks, *sides, seed=seed))
+    result = run_method(name, stack)
+    assert result.shape == sides
+    assert bool(torch.isfinite(result).all())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_zero_deltas_are_no_trouble(name: str, stack_of: Any, random_adapters: Any, run_method: Any) -> None:
+    (A, B, s), (other_A, other_B, _) = random_adapters([3, 2])
+    result = run_method(name, stack_of([(A, B, s), (other_A, other_B * 0, 1.0)]))
+    assert bool(torch.isfinite(result).all())
+    nothing = run_method(name, stack_of([(A, B * 0, s), (other_A, other_B * 0, 1.0)]))
+    assert float(nothing.abs().max()) == 0.0

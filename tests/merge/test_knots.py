@@ -1,0 +1,67 @@
+"""KnOTS against the SVD of the dense deltas side by side."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from merge import rules
+
+
+def dense(adapters: list[Any], weights: list[float], density: float, election: Any) -> Tensor:
+    deltas = [s * B.double() @ A.double() for A, B, s in adapters]
+    U, S, Vh = torch.linalg.svd(torch.cat(deltas, 1), full_matrices=False)
+    kept = 1e-5 * S[0] < S
+    signs = torch.where(Vh[kept].sum(1) < 0, -1.0, 1.0)
+    U, S, Vh = U[:, kept] * signs, S[kept], Vh[kept] * signs[:, None]
+    parts = (S[:, None] * Vh).split(deltas[0].shape[1], dim=1)
+    trimmed = torch.stack([rules.trimmed(part, density) for part in parts])
+    return U @ rules.elected_sum(trimmed, torch.tensor(weights, dtype=torch.float64), election)
+
+
+@settings(max_examples=12, derandomize=True, deadline=None)
+@given(
+    seed=st.integers(0, 10_000),
+    ranks=st.lists(st.integers(1, 5), min_size=1, max_size=3),
+    election=st.sampled_from(["total", "frequency"]),
+)
+def test_ties_on_the_parts(
+    seed: int, ranks: list[int], election: str, stack_of: Any, random_adapters: Any, run_method: Any
+) -> None:
+    adapters = random_adapters(ranks, seed=seed)
+    weights = [1.0, -0.5, 2.0][: len(ranks)]
+    expected = dense(adapters, weights, 0.3, election)
+    result = run_method("knots", stack_of(adapters, weights), density=0.3, majority_sign_method=election)
+    assert float((result - expected).norm() / expected.norm()) < 2e-5
+
+
+def test_the_sum_is_task_arithmetic(stack_of: Any, random_adapters: Any, run_method: Any) -> None:
+    stack = stack_of(random_adapters([3, 5]), [1.0, -0.5])
+    torch.testing.assert_close(run_method("knots", stack, rule="sum"), run_method("cat", stack), rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("rule", ["dare", "dare_ties"])
+def test_dropping_is_seeded(rule: str, stack_of: Any, random_adapters: Any, run_method: Any) -> None:
+    stack = stack_of(random_adapters([3, 5]))
+    one, same, other = (run_method("knots", stack, rule=rule, density=0.5, seed=seed) for seed in (1, 1, 2))
+    assert torch.equal(one, same)
+    assert not torch.equal(one, other)
+
+
+def test_the_report_measures_a_result_outside_the_span(stack_of: Any, random_adapters: Any) -> None:
+    from merge.catalog import METHODS, parse_parameters
+    from merge.report import measure_module
+
+    adapters = random_adapters([3, 5])
+    stack = stack_of(adapters, [1.0, 0.5])
+    merged = METHODS["knots"].load()(stack, parse_parameters("knots", {"rank": 4}), 4)
+    report = measure_module("m", merged, padded=0, scale=1.0, norm_factors={})
+    exact = sum(w * s * B.double() @ A.double() for w, (A, B, s) in zip((1.0, 0.5), adapters, strict=True))
+    result = merged.B.double() @ merged.A.double()
+    assert report.relative_error == pytest.approx(float((result - exact).norm() / exact.norm()), rel=1e-4)
+    assert report.energy_kept == pytest.approx(float(result.norm() ** 2 / exact.norm() ** 2), rel=1e-4)

@@ -1,0 +1,93 @@
+"""Rules on blocks: by hand, against PEFT's own functions, and that masks do not depend on how a matrix is cut."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from merge import rules, spectral
+
+W = torch.tensor([1.0, 0.5, -0.7], dtype=torch.float64)
+
+
+def blocks(seed: int = 0, count: int = 3) -> torch.Tensor:
+    return torch.randn(count, 7, 11, generator=torch.Generator().manual_seed(seed))
+
+
+def test_trimming_by_hand() -> None:
+    block = torch.tensor([[3.0, -1.0, 0.5], [-2.0, 0.1, 1.0]])
+    assert rules.trimmed(block, 0.34).tolist() == [[3.0, 0.0, 0.0], [-2.0, 0.0, 0.0]]
+    # both entries of size 1 stand at the border of half
+    assert rules.trimmed(block, 0.5).tolist() == [[3.0, -1.0, 0.0], [-2.0, 0.0, 1.0]]
+    assert rules.trimmed(block, 0.1).abs().sum() == 0
+    assert rules.trimmed(block, 1.0) is block
+
+
+def test_election_by_hand() -> None:
+    X = torch.tensor([[[4.0, 1.0, -1.0]], [[-1.0, 1.0, 1.0]], [[-1.0, 0.0, 0.0]]])
+    weights = torch.tensor([1.0, 3.0, 1.0])
+    assert rules.elected_sum(X, weights, "total").tolist() == [[4.0, 2.0, 3.0]]
+    assert rules.elected_sum(X, weights, "frequency").tolist() == [[-2.0, 2.0, 3.0]]
+    # mergekit votes with the weights, and divides by those that agree
+    assert rules.elected_mean(X, weights, "total", normalize=True).tolist() == [[4.0, 1.0, 1.0]]
+    assert rules.elected_mean(X, weights, "frequency", normalize=False).tolist() == [[-4.0, 4.0, 3.0]]
+
+
+@pytest.mark.parametrize("election", ["total", "frequency"])
+def test_ties_is_pefts(election: rules.Election) -> None:
+    from peft.utils.merge_utils import ties
+
+    X, weights = blocks(), W.float()
+    ours = rules.elected_sum(torch.stack([rules.trimmed(x, 0.3) for x in X]), weights, election)
+    torch.testing.assert_close(ours, ties(list(X), weights, 0.3, election))
+
+
+def test_magnitude_pruning_is_pefts() -> None:
+    from peft.utils.merge_utils import magnitude_prune
+
+    X, weights = blocks(), W.float()
+    ours = rules.weighted_sum(torch.stack([rules.trimmed(x, 0.3) for x in X]), weights)
+    torch.testing.assert_close(ours, magnitude_prune(list(X), weights, 0.3))
+
+
+def test_the_two_definitions_of_ties_differ() -> None:
+    X, weights = blocks(), torch.tensor([1.0, 0.5, 0.3])
+    kept = torch.stack([rules.trimmed(x, 0.5) for x in X])
+    peft = rules.elected_sum(kept, weights, "total")
+    mergekit = rules.elected_mean(kept, weights, "total", normalize=True)
+    assert float((peft - mergekit).norm() / mergekit.norm()) > 0.3
+
+
+class TestDropping:
+    def test_entries_are_kept_at_the_density_and_rescaled(self) -> None:
+        X = torch.ones(400, 300)
+        kept = rules.dropped(X, 0.3, seed=5)
+        assert set(kept.unique().tolist()) == {0.0, torch.tensor(1 / 0.3).item()}
+        assert float(kept.mean()) == pytest.approx(1.0, abs=0.02)
+
+    def test_masks_do_not_depend_on_how_the_matrix_is_cut(self) -> None:
+        X = torch.randn(3 * rules.MASK_ROWS + 5, 9, generator=torch.Generator().manual_seed(1))
+        whole = rules.dropped(X, 0.5, seed=7)
+        cut = rules.MASK_ROWS * 2
+        parts = [rules.dropped(X[:cut], 0.5, 7), rules.dropped(X[cut:], 0.5, 7, first_row=cut)]
+        assert torch.equal(whole, torch.cat(parts))
+
+    def test_seeds_differ(self) -> None:
+        X = torch.ones(20, 20)
+        assert not torch.equal(rules.dropped(X, 0.5, 1), rules.dropped(X, 0.5, 2))
+
+
+class TestPolarFactor:
+    def test_it_is_orthonormal_and_nearest(self) -> None:
+        X = blocks()[0].double().T
+        polar = spectral.polar(X, 1e-6)
+        torch.testing.assert_close(polar.T @ polar, torch.eye(7, dtype=torch.float64))
+        U, _, Vh = torch.linalg.svd(X, full_matrices=False)
+        torch.testing.assert_close(polar, U @ Vh)
+
+    def test_directions_that_are_not_there_stay_out(self) -> None:
+        X = blocks()[0].double().T[:, :3]
+        doubled = torch.cat([X, X], 1)
+        polar = spectral.polar(doubled, 1e-6)
+        singular = torch.linalg.svdvals(polar)
+        torch.testing.assert_close(singular, torch.tensor([1.0, 1, 1, 0, 0, 0], dtype=torch.float64), atol=1e-6, rtol=0)
