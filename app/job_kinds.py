@@ -66,9 +66,9 @@ def check_submission(
         raise RequestInvalid(
             f"there is no job kind {kind[:40]!r}", errors=[FieldError("/kind", f"must be one of: {known}")]
         )
-    asked = as_json(_parse(Resources, resources, "/resources"), exclude_none=True)
+    asked = as_json(parse_part(Resources, resources, "/resources"), exclude_none=True)
     capacity.check_devices(session, settings, kind, asked)
-    request = _parse(found.params, params, "/params")
+    request = parse_part(found.params, params, "/params")
     with pointers_below("/params"):
         checked = found.check(settings, session, request, int(asked.get("devices", 1)))
     if isinstance(checked, TransferPlan):
@@ -92,7 +92,8 @@ JOB_KINDS: Mapping[str, JobKind] = MappingProxyType(
 )
 
 
-def _parse(model: type[Model], value: Mapping[str, Any], prefix: str) -> Model:
+def parse_part(model: type[Model], value: Mapping[str, Any], prefix: str) -> Model:
+    """Validate a part of a request that lies at `prefix`. Raises RequestInvalid, with pointers."""
     try:
         return model.model_validate(dict(value))
     except ValidationError as error:

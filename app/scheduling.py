@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import datetime
 
 import structlog
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.orm import Session
 
+from app.fleets import KIND, submit_item
 from app.job_kinds import check_submission
 from app.job_making import make_job
 from app.settings import Settings
-from artifacts.errors import RankwiseError
+from artifacts.errors import QueueFull, QuotaExceeded, RankwiseError
 from storage import database as clock
-from storage import domain_events, firings
+from storage import domain_events, firings, fleets
 from storage.database import Database
-from storage.tables import FiringRow, JobRow, ScheduleRow
+from storage.fleets import MadeJob
+from storage.tables import FiringItemRow, FiringRow, JobRow, ScheduleRow
 
 _log = structlog.stdlib.get_logger(__name__)
 
@@ -73,6 +76,8 @@ class Scheduler:
         self._seen = moment
         self._work_off(firings.is_due, self._fire_due)
         self._work_off(domain_events.any_open, self._fire_event)
+        while not self._interrupted.is_set() and self._feed_fleets():
+            pass
 
     def interrupt(self) -> None:
         """Let the present turn end after the firing that it is at. Safe from any thread."""
@@ -101,21 +106,65 @@ class Scheduler:
         firing = firings.fire_event(session, self._submit)
         return [] if firing is None else [firing]
 
+    def _feed_fleets(self) -> bool:
+        """One job for each schedule whose fleet may have another; whether any was made."""
+        with self._database.read() as session:
+            ready = fleets.ready(session)
+        fed = False
+        for schedule_id in ready:
+            if self._interrupted.is_set():
+                break
+            try:
+                with self._database.write() as session:
+                    item = fleets.feed(session, schedule_id, self._submit_item)
+            except (QueueFull, QuotaExceeded) as error:
+                _log.info("fleet_waits", schedule=schedule_id, code=error.code, detail=error.detail)
+                continue
+            if item is not None:
+                fed = True
+                _tell_item(item)
+                if item.state == "job":
+                    self._fired(KIND)
+        return fed
+
+    def _submit_item(self, session: Session, row: ScheduleRow, adapter_id: str) -> MadeJob:
+        with self._checked(row):
+            return submit_item(self._settings, session, row, adapter_id)
+
     def _submit(self, session: Session, row: ScheduleRow) -> JobRow:
-        try:
+        with self._checked(row):
             job = submit_scheduled(self._settings, session, row, created_by=row.created_by)
-        except (RankwiseError, SQLAlchemyError):
-            raise
-        except Exception as error:
-            # One job that can not even be checked must not keep all other schedules from firing.
-            _log.exception("scheduled_job_not_checked", schedule=row.id, kind=row.job_kind)
-            raise RankwiseError("the job could not be checked; the server's log says why") from error
         self._made.append(job.kind)
         return job
 
+    @staticmethod
+    @contextmanager
+    def _checked(row: ScheduleRow) -> Iterator[None]:
+        """One job that can not even be checked must not keep all other schedules from firing."""
+        try:
+            yield
+        except (RankwiseError, SQLAlchemyError):
+            raise
+        except Exception as error:
+            _log.exception("scheduled_job_not_checked", schedule=row.id, kind=row.job_kind)
+            raise RankwiseError("the job could not be checked; the server's log says why") from error
+
+
+def _tell_item(item: FiringItemRow) -> None:
+    tell = _log.warning if item.state == "refused" else _log.info
+    tell(
+        "fleet_item",
+        schedule=item.schedule_id,
+        occurrence=item.occurrence,
+        adapter=item.adapter_id,
+        state=item.state,
+        job=item.job_id,
+        detail=item.detail,
+    )
+
 
 def _tell(firing: FiringRow) -> None:
-    tell = _log.info if firing.outcome == "job" else _log.warning
+    tell = _log.info if firing.outcome in ("job", "fleet") else _log.warning
     tell(
         "schedule_fired",
         schedule=firing.schedule_id,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import Boolean, ForeignKey, Index, Integer, String, Text
+from sqlalchemy import Boolean, ForeignKey, ForeignKeyConstraint, Index, Integer, String, Text
 from sqlalchemy.orm import Mapped, mapped_column
 
 from storage.columns import Base, partial_index
@@ -25,6 +25,9 @@ class ScheduleRow(Base):
     job_kind: Mapped[str] = mapped_column(String(24))
     job_params: Mapped[dict[str, Any]]
     job_resources: Mapped[dict[str, Any]]
+    job_selector: Mapped[dict[str, Any] | None]  # of a fleet: a job for each adapter that matches
+    max_parallel: Mapped[int | None] = mapped_column(Integer)  # of its jobs that may be unfinished at once
+    window: Mapped[dict[str, Any] | None]  # {from, to, timezone}: when its jobs may start
     overlap: Mapped[str] = mapped_column(String(16))  # "skip" | "queue" | "replace"
     misfire: Mapped[str] = mapped_column(String(16))  # "run-once" | "skip"
     enabled: Mapped[bool] = mapped_column(Boolean, default=True)
@@ -50,12 +53,38 @@ class FiringRow(Base):
     schedule_id: Mapped[str] = mapped_column(ForeignKey("schedules.id"), primary_key=True)
     occurrence: Mapped[str] = mapped_column(String(80), primary_key=True)  # the fire time, or what else started it
     due_at: Mapped[datetime]
-    outcome: Mapped[str] = mapped_column(String(16))  # "job" | "skipped" | "missed" | "refused"
+    outcome: Mapped[str] = mapped_column(String(16))  # "job" | "fleet" | "skipped" | "missed" | "refused"
     detail: Mapped[str | None] = mapped_column(Text)
     job_id: Mapped[str | None] = mapped_column(ForeignKey("jobs.id"))
     created_at: Mapped[datetime]
 
     __table_args__ = (Index("ix_schedule_firings_created", "schedule_id", "created_at"),)
+
+
+class FiringItemRow(Base):
+    """One adapter of a fleet. The key makes its job once, however often the firing is taken up again."""
+
+    __tablename__ = "firing_items"
+
+    schedule_id: Mapped[str] = mapped_column(String(48), primary_key=True)
+    occurrence: Mapped[str] = mapped_column(String(80), primary_key=True)
+    adapter_digest: Mapped[str] = mapped_column(String(64), primary_key=True)
+    adapter_id: Mapped[str] = mapped_column(String(48))  # no reference: the item outlives a deleted adapter
+    adapter_name: Mapped[str] = mapped_column(String(200))
+    state: Mapped[str] = mapped_column(String(12))  # "pending" | "job" | "already" | "refused"
+    detail: Mapped[str | None] = mapped_column(Text)
+    job_id: Mapped[str | None] = mapped_column(ForeignKey("jobs.id"))
+    created_at: Mapped[datetime]  # of the firing
+
+    __table_args__ = (
+        ForeignKeyConstraint(
+            ["schedule_id", "occurrence"],
+            ["schedule_firings.schedule_id", "schedule_firings.occurrence"],
+            name="fk_firing_items_firing",
+        ),
+        Index("ix_firing_items_page", "schedule_id", "occurrence", "created_at", "adapter_id"),
+        partial_index("ix_firing_items_pending", "schedule_id", "created_at", "adapter_id", where="state = 'pending'"),
+    )
 
 
 class DomainEventRow(Base):

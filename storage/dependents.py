@@ -14,7 +14,7 @@ from sqlalchemy import ColumnElement, and_, exists, func, or_, select, text
 from sqlalchemy.orm import Session, aliased
 
 from storage.ids import is_id
-from storage.tables import AdapterRow, AdapterWaiverRow, JobRow, LineageRow, ModelRow, ScheduleRow, TransferableRow
+from storage.tables import AdapterRow, AdapterWaiverRow, JobRow, ModelRow, ScheduleRow, TransferableRow, TransferRow
 
 LISTED = 20
 _UNFINISHED = text("jobs.state IN ('queued', 'running', 'cancelling')")
@@ -85,22 +85,27 @@ def adapters_of(model: ModelRow) -> ColumnElement[bool]:
     return and_(AdapterRow.deleted_at.is_(None), or_(AdapterRow.model_id == model.id, named))
 
 
-def has_moved(model_id: str) -> ColumnElement[bool]:
+def has_moved_from(model_id: str) -> ColumnElement[bool]:
     """Whether a transfer of the adapter to another base model than this was published, and is there still."""
-    child = aliased(AdapterRow)
+    return _moved(TransferRow.target_model != model_id)
+
+
+def has_moved_to(model_id: str) -> ColumnElement[bool]:
+    """Whether a transfer of the adapter to this base model was published, and is there still."""
+    return _moved(TransferRow.target_model == model_id)
+
+
+def _moved(target: ColumnElement[bool]) -> ColumnElement[bool]:
+    new = aliased(AdapterRow)
     return exists().where(
-        LineageRow.parent_id == AdapterRow.id,
-        child.id == LineageRow.child_id,
-        child.origin == "transfer",
-        child.deleted_at.is_(None),
-        or_(child.model_id.is_(None), child.model_id != model_id),
+        TransferRow.adapter_id == AdapterRow.id, target, new.id == TransferRow.new_adapter, new.deleted_at.is_(None)
     )
 
 
 def _adapters(session: Session, model: ModelRow, names: frozenset[str], found: Dependents) -> None:
     del names
     waived = exists().where(AdapterWaiverRow.adapter_id == AdapterRow.id)
-    bound = and_(adapters_of(model), ~has_moved(model.id), ~waived)
+    bound = and_(adapters_of(model), ~has_moved_from(model.id), ~waived)
     found.count("adapters", session.scalar(select(func.count()).select_from(AdapterRow).where(bound)) or 0)
     first = select(AdapterRow.id).where(bound).order_by(AdapterRow.created_at, AdapterRow.id).limit(LISTED)
     for adapter_id in session.scalars(first):

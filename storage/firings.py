@@ -20,7 +20,7 @@ from artifacts.errors import (
     RankwiseError,
     StateConflict,
 )
-from storage import database, domain_events, jobs, schedules
+from storage import database, domain_events, fleets, jobs, schedules
 from storage.ids import new_id
 from storage.pagination import DEFAULT_LIMIT, Page, page_of
 from storage.queues import in_lock_order
@@ -90,12 +90,12 @@ def fire_event(session: Session, submit: Submit, *, moment: datetime | None = No
     return None
 
 
-def trigger_now(session: Session, schedule_id: str, submit: Submit, *, moment: datetime | None = None) -> JobRow:
-    """Make the schedule's job now, also while it is disabled; its times stay as they are.
+def trigger_now(session: Session, schedule_id: str, submit: Submit, *, moment: datetime | None = None) -> FiringRow:
+    """Fire now, also while it is disabled (but for a fleet); its times stay as they are.
 
     Raises:
         NotFound
-        StateConflict: its overlap policy is "skip", and a job of it is unfinished.
+        StateConflict: its overlap policy is "skip", and a job of it is unfinished; or it moves a fleet and is disabled.
         RankwiseError: what `submit` raises.
     """
     row = schedules.lock_schedule(session, schedule_id)
@@ -106,21 +106,32 @@ def trigger_now(session: Session, schedule_id: str, submit: Submit, *, moment: d
             f"{running[0].id} of this schedule is {running[0].state}, and its overlap policy is to skip",
             hint="Wait until that job ends, cancel it, or set overlap to queue or replace.",
         )
-    _make_way(session, row, running)
-    job = submit(session, row)
-    session.add(
-        FiringRow(
-            schedule_id=row.id,
-            occurrence=new_id("trg"),
-            due_at=moment,
-            outcome="job",
-            detail="triggered by a request",
-            job_id=job.id,
-            created_at=moment,
+    if fleets.any_open(session, row):
+        raise StateConflict(
+            "adapters of an earlier firing of this schedule still wait for their jobs",
+            hint="Wait until they are done; GET /schedules/{id}/firings shows how far it is.",
         )
+    selector = fleets.selector_of(row)
+    if selector is not None and not row.enabled:
+        raise StateConflict(
+            f"{row.id} is paused, and so are the jobs of its fleets", hint="Enable it, then trigger it."
+        )
+    firing = FiringRow(
+        schedule_id=row.id,
+        occurrence=new_id("trg"),
+        due_at=moment,
+        outcome="job" if selector is None else "fleet",
+        detail="triggered by a request",
+        created_at=moment,
     )
+    if selector is None:
+        _make_way(session, row, running)
+        firing.job_id = submit(session, row).id
+    session.add(firing)
     session.flush()
-    return job
+    if selector is not None:
+        fleets.write_items(session, firing, selector)
+    return firing
 
 
 def resettle(session: Session, *, moment: datetime | None = None) -> int:
@@ -215,6 +226,11 @@ def _fire(
             running = _unfinished(session, row)
             if running and row.overlap == "skip":
                 firing.outcome, firing.detail = "skipped", f"{running[0].id} is {running[0].state}"
+            elif fleets.any_open(session, row):
+                firing.outcome, firing.detail = "skipped", "adapters of an earlier firing still wait for their jobs"
+            elif (selector := fleets.selector_of(row)) is not None:
+                firing.outcome = "fleet"
+                fleets.write_items(session, firing, selector)
             else:
                 _make_way(session, row, running)
                 firing.job_id = submit(session, row).id

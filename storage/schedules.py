@@ -18,10 +18,12 @@ from storage.pagination import DEFAULT_LIMIT, Page, page_of
 from storage.tables import ModelRow, ScheduleRow
 from storage.text import is_storable, storable
 from storage.timetable import Timetable
+from storage.windows import Window
 
 OVERLAPS = ("skip", "queue", "replace")
 MISFIRES = ("run-once", "skip")
 DEFAULT_TIMEZONE = "UTC"
+DEFAULT_PARALLEL = 8
 NAME_LIMIT = 200
 
 
@@ -37,11 +39,26 @@ class Trigger:
 
 @dataclass(frozen=True, slots=True)
 class JobTemplate:
-    """The job that every firing makes."""
+    """The job that every firing makes; with a `selector`, one for each adapter that matches (`storage.selectors`)."""
 
     kind: str
     params: Mapping[str, Any]
     resources: Mapping[str, Any]
+    selector: Mapping[str, Any] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Pace:
+    """How a fleet's jobs start.
+
+    Attributes:
+        max_parallel: how many may be unfinished at once; None: `DEFAULT_PARALLEL`.
+        window: {from, to, timezone}, hours of the day in which they may start; None: always. Without `timezone` it is
+            the trigger's, or UTC.
+    """
+
+    max_parallel: int | None = None
+    window: Mapping[str, Any] | None = None
 
 
 def create_schedule(
@@ -53,6 +70,7 @@ def create_schedule(
     overlap: str = "skip",
     misfire: str = "run-once",
     enabled: bool = True,
+    pace: Pace | None = None,
     created_by: str | None = None,
     moment: datetime | None = None,
 ) -> ScheduleRow:
@@ -81,6 +99,8 @@ def create_schedule(
     )
     _set_trigger(session, row, trigger, moment)
     _set_job(row, job)
+    _set_pace(row, pace or Pace())
+    _check_fleet(row)
     row.name = storable(name or f"{job.kind}: {row.cron or row.event}"[:NAME_LIMIT], "/name", NAME_LIMIT)
     row.next_fire_at = next_fire_at(row, moment)
     session.add(row)
@@ -122,6 +142,8 @@ def update_schedule(
     overlap: str | None = None,
     misfire: str | None = None,
     enabled: bool | None = None,
+    max_parallel: int | None = None,
+    window: Mapping[str, Any] | None = None,
     if_version: Collection[int] | None = None,
     moment: datetime | None = None,
 ) -> ScheduleRow:
@@ -153,6 +175,10 @@ def update_schedule(
         row.misfire = _one_of(misfire, MISFIRES, "/misfire")
     if enabled is not None:
         row.enabled = enabled
+    if job is not None and job.selector is None:
+        row.max_parallel = row.window = None  # a fleet's
+    _set_pace(row, Pace(max_parallel or row.max_parallel, window or row.window))
+    _check_fleet(row)
     after = _definition(row)
     if after != before:
         row.version += 1
@@ -190,7 +216,8 @@ def next_fire_at(row: ScheduleRow, moment: datetime) -> datetime | None:
 
 
 _TIMING = ("cron", "timezone", "enabled")
-_DEFINITION = (*_TIMING, "name", "event", "subject", "job_kind", "job_params", "job_resources", "overlap", "misfire")
+_JOB = ("job_kind", "job_params", "job_resources", "job_selector", "max_parallel", "window")
+_DEFINITION = (*_TIMING, *_JOB, "name", "event", "subject", "overlap", "misfire")
 
 
 def _definition(row: ScheduleRow) -> dict[str, Any]:
@@ -235,6 +262,27 @@ def _set_trigger(session: Session, row: ScheduleRow, trigger: Trigger, moment: d
 def _set_job(row: ScheduleRow, job: JobTemplate) -> None:
     row.job_kind = storable(job.kind, "/job/kind", 24)
     row.job_params, row.job_resources = dict(job.params), dict(job.resources)
+    row.job_selector = None if job.selector is None else dict(job.selector)
+
+
+def _set_pace(row: ScheduleRow, pace: Pace) -> None:
+    row.max_parallel, row.window = pace.max_parallel, None
+    if pace.window is not None:
+        zone = pace.window.get("timezone") or row.timezone or DEFAULT_TIMEZONE
+        row.window = Window.parse(pace.window["from"], pace.window["to"], zone).document()
+
+
+def _check_fleet(row: ScheduleRow) -> None:
+    """A fleet never overlaps with itself, and only a fleet has a pace."""
+    if row.job_selector is not None and row.max_parallel is None:
+        row.max_parallel = DEFAULT_PARALLEL
+    if row.job_selector is not None and row.overlap != "skip":
+        raise _invalid(
+            "/overlap", "must be skip for a schedule with a selector: two fleets would move the same adapters"
+        )
+    for name in ("max_parallel", "window"):
+        if row.job_selector is None and getattr(row, name) is not None:
+            raise _invalid(f"/{name}", "belongs to a job with a selector")
 
 
 def _one_of(value: str, allowed: tuple[str, ...], pointer: str) -> str:

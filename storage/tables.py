@@ -19,7 +19,14 @@ from sqlalchemy import (
 )
 from sqlalchemy.orm import Mapped, mapped_column, relationship
 
-from storage.automation_tables import DomainEventRow, FiringRow, ScheduleRow, WebhookDeliveryRow, WebhookRow
+from storage.automation_tables import (
+    DomainEventRow,
+    FiringItemRow,
+    FiringRow,
+    ScheduleRow,
+    WebhookDeliveryRow,
+    WebhookRow,
+)
 from storage.columns import Base, partial_index
 from storage.image_tables import ImageFileRow, ImageRow, JobPreviewRow
 from storage.model_tables import AdapterWaiverRow, MadeModelRow, ModelFileRow, ModelRow
@@ -39,6 +46,7 @@ __all__ = [
     "BlobRow",
     "DatasetRow",
     "DomainEventRow",
+    "FiringItemRow",
     "FiringRow",
     "HeldFileRow",
     "IdempotencyRow",

@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from app.cli.client import Client
+from app.cli.fleets import add_to, parse_window
 from app.cli.jobs import show as show_job
 from app.cli.options import Cursor, Json, Limit
 from app.cli.output import fields, moment, note, note_more, print_json, stdout, table
@@ -59,6 +60,17 @@ ResourcesOption = Annotated[
 ]
 OverlapOption = Annotated[Overlap | None, typer.Option("--overlap", help="While an earlier job is unfinished.")]
 MisfireOption = Annotated[Misfire | None, typer.Option("--misfire", help="After times that no server was there for.")]
+SelectorOption = Annotated[
+    str | None,
+    typer.Option("--selector", metavar="JSON", help='Of a fleet of transfers: {"base_model": …}, or @FILE.'),
+]
+ParallelOption = Annotated[
+    int | None, typer.Option("--max-parallel", min=1, help="Of a fleet: how many jobs may be unfinished at once.")
+]
+WindowOption = Annotated[
+    str | None,
+    typer.Option("--window", metavar="FROM-TO", help="Of a fleet: when jobs may start, 22:00-06:00[@Europe/Berlin]."),
+]
 VersionOption = Annotated[
     int | None, typer.Option("--if-version", min=1, help="Only if the schedule still has this version.")
 ]
@@ -77,6 +89,9 @@ def summary(schedule: dict[str, Any]) -> dict[str, Any]:
         "kind": job["kind"],
         "params": job["params"],
         "resources": job["resources"],
+        "selector": job.get("selector"),
+        "at once": schedule.get("max_parallel"),
+        "window": schedule.get("window"),
         "overlap": schedule["overlap"],
         "misfire": schedule["misfire"],
         "enabled": schedule["enabled"],
@@ -135,6 +150,9 @@ def create(
     event: EventOption = None,
     subject: SubjectOption = None,
     resources: ResourcesOption = None,
+    selector: SelectorOption = None,
+    max_parallel: ParallelOption = None,
+    window: WindowOption = None,
     overlap: OverlapOption = None,
     misfire: MisfireOption = None,
     enabled: Annotated[bool, typer.Option("--enabled/--disabled", help="Whether it fires from now on.")] = True,
@@ -147,7 +165,17 @@ def create(
     job = {"kind": kind, "params": parse_document(params, "--params")}
     if resources is not None:
         job["resources"] = parse_document(resources, "--resources")
-    document = {"name": name, "trigger": trigger, "job": job, "enabled": enabled, **_policies(overlap, misfire)}
+    if selector is not None:
+        job["selector"] = parse_document(selector, "--selector")
+    document = {
+        "name": name,
+        "trigger": trigger,
+        "job": job,
+        "enabled": enabled,
+        "max_parallel": max_parallel,
+        "window": None if window is None else parse_window(window),
+        **_policies(overlap, misfire),
+    }
     with context.obj() as client:
         _show(client.post("/schedules", {key: value for key, value in document.items() if value is not None}), as_json)
 
@@ -163,6 +191,9 @@ def update(
     subject: SubjectOption = None,
     params: ParamsOption = None,
     resources: ResourcesOption = None,
+    selector: SelectorOption = None,
+    max_parallel: ParallelOption = None,
+    window: WindowOption = None,
     overlap: OverlapOption = None,
     misfire: MisfireOption = None,
     enabled: Annotated[
@@ -176,12 +207,14 @@ def update(
         "name": name,
         "trigger": _trigger(cron, timezone, event, subject),
         "enabled": enabled,
+        "max_parallel": max_parallel,
+        "window": None if window is None else parse_window(window),
         **_policies(overlap, misfire),
     }
     changes = {key: value for key, value in document.items() if value is not None}
     job = {
         field: parse_document(text, f"--{field}")
-        for field, text in (("params", params), ("resources", resources))
+        for field, text in (("params", params), ("resources", resources), ("selector", selector))
         if text is not None
     }
     with context.obj() as client:
@@ -219,9 +252,13 @@ def trigger(
     wait: Annotated[bool, typer.Option("--wait/--no-wait", help="Follow the job to its end.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Run a schedule's job now, also while the schedule is disabled."""
+    """Run a schedule's job now, also while the schedule is disabled; of a fleet, --wait does not wait."""
     with context.obj() as client:
         job = _triggered(client, schedule, wait)
+    if "fleet" in job:
+        print_json(job) if as_json else stdout().print(f"{job['fleet']['total']} adapters", markup=False)
+        note(f"follow them: rankwise schedules fleet {schedule}")
+        return
     print_json(job) if as_json else show_job(job)
     if not wait:
         note(f"follow it: rankwise jobs watch {job['id']}")
@@ -258,6 +295,9 @@ def firings(
     rows = [(moment(item["due_at"]), item["outcome"], item["job_id"], item["detail"]) for item in page["items"]]
     stdout().print(table(None, ("due", "outcome", "job", "detail"), rows))
     note_more(page)
+
+
+add_to(app)
 
 
 def parse_document(text: str, option: str) -> dict[str, Any]:
@@ -301,4 +341,4 @@ def _if_match(version: int | None) -> dict[str, dict[str, str]]:
 
 def _triggered(client: Client, schedule: str, wait: bool) -> dict[str, Any]:
     job: dict[str, Any] = client.post(f"/schedules/{schedule}/trigger")
-    return require_success(watch(client, job["id"])) if wait else job
+    return require_success(watch(client, job["id"])) if wait and "fleet" not in job else job

@@ -11,6 +11,7 @@ from starlette.concurrency import run_in_threadpool
 from starlette.responses import JSONResponse, Response
 
 from app.dependencies import IdempotencyKey, JobRunner, Paging, Reader, ScheduleId, ServicesDep, WaitSeconds
+from app.fleets import check_fleet
 from app.idempotency import Answer, answer_once, request_key
 from app.job_answers import JOB_RESPONSES, accepted, answer_or_wait
 from app.job_kinds import check_submission
@@ -19,6 +20,7 @@ from app.preconditions import IfMatch, etag
 from app.problems import problem_responses
 from app.scheduling import submit_scheduled
 from app.schemas.common import PageOf, as_json
+from app.schemas.fleets import FiringDetail, FleetProgress
 from app.schemas.jobs import Job
 from app.schemas.schedules import (
     Firing,
@@ -31,7 +33,7 @@ from app.schemas.schedules import (
 from app.state import Services
 from artifacts.pointers import pointers_below
 from storage import database as clock
-from storage import firings, schedules
+from storage import firings, fleets, jobs, schedules
 from storage.schedules import JobTemplate
 from storage.tables import JobRow, ScheduleRow
 
@@ -68,6 +70,7 @@ def create_schedule(
             overlap=body.overlap,
             misfire=body.misfire,
             enabled=body.enabled,
+            pace=body.pace(),
             created_by=principal.key_id,
         )
         headers = {"Location": f"/schedules/{row.id}", "ETag": etag(row.version)}
@@ -120,6 +123,8 @@ def patch_schedule(
             overlap=body.overlap,
             misfire=body.misfire,
             enabled=body.enabled,
+            max_parallel=body.max_parallel,
+            window=None if body.window is None else body.window.document(),
             if_version=if_match,
         )
         return _shown(row)
@@ -144,7 +149,7 @@ def delete_schedule(
     "/schedules/{schedule_id}/trigger",
     status_code=202,
     summary="Run a schedule's job now",
-    response_model=Job,
+    response_model=Job | FiringDetail,
     responses={**JOB_RESPONSES, **problem_responses(404, 409, 413, 429, 507)},
 )
 async def trigger_schedule(
@@ -159,6 +164,9 @@ async def trigger_schedule(
 
     The overlap policy applies: with `skip`, 409 while a job of the schedule is unfinished. The job belongs to the
     caller, not to who made the schedule.
+
+    Of a fleet, the answer is the firing with all its adapters waiting; their jobs belong to who made the schedule. A
+    fleet of a disabled schedule is refused (409).
     """
     request_id: str = request.state.request_id
 
@@ -166,10 +174,17 @@ async def trigger_schedule(
         return submit_scheduled(services.settings, session, row, created_by=principal.key_id, request_id=request_id)
 
     def act(session: Session) -> Answer:
-        return accepted(session, firings.trigger_now(session, schedule_id, submit))
+        firing = firings.trigger_now(session, schedule_id, submit)
+        if firing.job_id is not None:
+            return accepted(session, jobs.get_job(session, firing.job_id))
+        found = FiringDetail.of(firing)
+        found.fleet = FleetProgress.of(fleets.figures(session, firing))
+        return Answer(202, as_json(found), {"Location": f"/schedules/{schedule_id}/firings/{firing.occurrence}"})
 
     key = request_key(principal.owner, idempotency_key, f"POST /schedules/{schedule_id}/trigger", None)
     answer = await run_in_threadpool(answer_once, services, key, act)
+    if "kind" not in answer.body:
+        return answer.response()
     if not answer.replayed:
         services.job_made(answer.body["kind"])
     return await answer_or_wait(request, services, answer, wait)
@@ -202,6 +217,8 @@ def _checked(services: Services, session: Session, job: ScheduledJob) -> JobTemp
     """The job, if it could be submitted now. Errors point into /job."""
     resources: Mapping[str, Any] = job.asked()
     with pointers_below("/job"):
+        if job.selector is not None:
+            return check_fleet(services.settings, session, job.kind, job.selector, job.params, resources)
         wanted = check_submission(services.settings, session, job.kind, job.params, resources)
     return JobTemplate(wanted.kind, wanted.params, wanted.resources)
 

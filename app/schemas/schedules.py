@@ -10,15 +10,18 @@ from pydantic import BaseModel, ConfigDict, Field, StrictBool, StringConstraints
 from app.dependencies import HEX_ID, PLAIN
 from app.job_kinds import JOB_KINDS
 from app.schemas.common import Name, RequestModel, Timestamp, as_json
+from app.schemas.fleets import FleetSelector, StartWindow
 from app.schemas.resources import Resources
 from storage import schedules
+from storage.schedules import Pace
 from storage.tables import FiringRow, ScheduleRow
 from storage.timetable import CRON_LIMIT
 
+MaxParallel = Annotated[int, Field(strict=True, ge=1, le=1000)]
 Overlap = Literal["skip", "queue", "replace"]
 Misfire = Literal["run-once", "skip"]
 EventType = Literal["base_model.registered", "base_model.deprecated", "base_model.removed"]
-Outcome = Literal["job", "skipped", "missed", "refused"]
+Outcome = Literal["job", "fleet", "skipped", "missed", "refused"]
 
 _NULL = {"type": "null"}
 _CRON_BRANCH: dict[str, Any] = {
@@ -72,6 +75,9 @@ class ScheduledJob(RequestModel):
     kind: str = Field(description="merge …", json_schema_extra={"enum": list(JOB_KINDS)})
     params: dict[str, Any] = Field(description="As the kind's own call takes them: those of POST /merge.")
     resources: Resources | None = None
+    selector: FleetSelector | None = Field(
+        None, description="Of the kind transfer: a job for each adapter that matches; `params` are without `adapter`."
+    )
 
     def asked(self) -> dict[str, Any]:
         return {} if self.resources is None else as_json(self.resources, exclude_none=True)
@@ -100,6 +106,13 @@ class ScheduleRequest(RequestModel):
         "run-once", description="What comes of firings that no server was there for: one job for all of them, or none."
     )
     enabled: StrictBool = True
+    max_parallel: MaxParallel | None = Field(
+        None, description="Of a fleet: how many of its jobs may be unfinished at once; unset: 8."
+    )
+    window: StartWindow | None = Field(None, description="Of a fleet: when its jobs may start; unset: always.")
+
+    def pace(self) -> Pace:
+        return Pace(self.max_parallel, None if self.window is None else self.window.document())
 
 
 class SchedulePatch(RequestModel):
@@ -110,7 +123,9 @@ class SchedulePatch(RequestModel):
     job: ScheduledJob | None = None
     overlap: Overlap | None = None
     misfire: Misfire | None = None
-    enabled: StrictBool | None = Field(None, description="false pauses it.")
+    enabled: StrictBool | None = Field(None, description="false pauses it, and the fleet that it is at.")
+    max_parallel: MaxParallel | None = None
+    window: StartWindow | None = None
 
 
 class TriggerShown(BaseModel):
@@ -124,6 +139,7 @@ class JobShown(BaseModel):
     kind: str
     params: dict[str, Any]
     resources: dict[str, Any]
+    selector: dict[str, Any] | None = None
 
 
 class ScheduleResource(BaseModel):
@@ -136,6 +152,8 @@ class ScheduleResource(BaseModel):
     overlap: Overlap
     misfire: Misfire
     enabled: bool
+    max_parallel: int | None = None
+    window: dict[str, str] | None = None
     next_fire_at: Timestamp | None = Field(description="Null while it is disabled, and when events start it.")
     version: int
     created_by: str | None = Field(description="The API key that owns its jobs.")
@@ -148,10 +166,14 @@ class ScheduleResource(BaseModel):
             id=row.id,
             name=row.name,
             trigger=TriggerShown(cron=row.cron, timezone=row.timezone, event=row.event, subject=row.subject),
-            job=JobShown(kind=row.job_kind, params=row.job_params, resources=row.job_resources),
+            job=JobShown(
+                kind=row.job_kind, params=row.job_params, resources=row.job_resources, selector=row.job_selector
+            ),
             overlap=row.overlap,
             misfire=row.misfire,
             enabled=row.enabled,
+            max_parallel=row.max_parallel,
+            window=row.window,
             next_fire_at=row.next_fire_at,
             version=row.version,
             created_by=row.created_by,
@@ -160,10 +182,13 @@ class ScheduleResource(BaseModel):
         )
 
     def body(self) -> Any:
-        """The JSON value; of the trigger only what its kind has."""
+        """The JSON value; of the trigger and the job only what their kind has."""
         document: dict[str, Any] = as_json(self)
         kept = ("cron", "timezone") if self.trigger.cron is not None else ("event", "subject")
         document["trigger"] = {name: document["trigger"][name] for name in kept}
+        if self.job.selector is None:  # what only a fleet has
+            for part, name in ((document["job"], "selector"), (document, "max_parallel"), (document, "window")):
+                del part[name]
         return document
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import typer
 from sqlalchemy import select, update
 
 from app.server_process import ServerProcess
@@ -171,3 +172,13 @@ def test_a_worker_fires_with_no_server_beside_it(
     written = (tmp_path / "worker.log").read_text(encoding="utf-8")
     assert outcomes == ["job"], written
     assert code == 0, written
+
+
+def test_windows_are_written_with_a_dash() -> None:
+    from app.cli.fleets import parse_window
+
+    assert parse_window("22:00-06:00") == {"from": "22:00", "to": "06:00"}
+    zoned = {"from": "22:00", "to": "06:00", "timezone": "America/Port-au-Prince"}
+    assert parse_window("22:00-06:00@America/Port-au-Prince") == zoned
+    with pytest.raises(typer.BadParameter):
+        parse_window("22:00")

@@ -13,14 +13,16 @@ from sqlalchemy import select
 from artifacts.base_model import BaseModelRef
 from artifacts.errors import NotFound, RequestInvalid, StateConflict
 from artifacts.manifest import AdapterManifest
-from storage import adapters, claims, jobs, models, retirement, schedules, waivers
+from storage import adapters, claims, jobs, models, retirement, schedules, transfers, waivers
 from storage import database as clock
 from storage.adapters import Parent
 from storage.database import Database
 from storage.dependents import LISTED, dependents_of
+from storage.ids import new_id
 from storage.retirement import Retirement
 from storage.schedules import JobTemplate, Trigger
 from storage.tables import DomainEventRow, ModelRow
+from storage.transfers import TransferFacts
 
 HOUR = timedelta(hours=1)
 Make = Callable[..., AdapterManifest]
@@ -66,6 +68,16 @@ def upload(database: Database, make_manifest: Make, content: str, **options: Any
     with database.write() as session:
         manifest = make_manifest(content, **options.pop("manifest", {}))
         return adapters.add_adapter(session, manifest, name=content, **options)[0].id
+
+
+def move(database: Database, adapter: str, source: str, target: str, new: str | None) -> None:
+    """A transfer that has ended: what it published, if anything."""
+    with database.write() as session:
+        job = jobs.create_job(session, "transfer", {})
+        jobs.request_cancel(session, job.id)
+        facts = TransferFacts(new_id("key"), new_id("key"), adapter, "a", source, target, "copy")
+        transfers.add_transfer(session, job, facts)
+        transfers.get_transfer(session, job.id).new_adapter = new
 
 
 def counts(database: Database, model: str) -> dict[str, int]:
@@ -161,15 +173,17 @@ def test_an_adapter_keeps_its_base_until_it_is_moved(database: Database, make_ma
         remove(database, model)
     assert "1 adapter depend" in refused.value.detail
     assert [item.pointer for item in refused.value.errors] == [f"/adapters/{adapter}"]
-    child = {"parents": [Parent(adapter)], "origin": "merge", "model_id": target}
-    upload(database, make_manifest, "merged", **child)
+    upload(database, make_manifest, "merged", parents=[Parent(adapter)], origin="merge", model_id=target)
     assert counts(database, model) == {"adapters": 1}, "a merge is no transfer"
-    same = upload(database, make_manifest, "same base", **{**child, "origin": "transfer", "model_id": model})
+    move(database, adapter, model, target, None)
+    assert counts(database, model) == {"adapters": 1}, "the gate let nothing pass"
+    same = upload(database, make_manifest, "same base", model_id=model)
+    move(database, adapter, model, model, same)
     assert counts(database, model) == {"adapters": 2}, "it has not left, nor has what was made of it"
-    moved = upload(database, make_manifest, "moved", **{**child, "origin": "transfer"})
-    assert counts(database, model) == {"adapters": 1}
     with database.write() as session:
         adapters.delete_adapter(session, same)
+    moved = upload(database, make_manifest, "moved", model_id=target)
+    move(database, adapter, model, target, moved)
     assert counts(database, model) == {}
     with database.write() as session:
         adapters.delete_adapter(session, moved)

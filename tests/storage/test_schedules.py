@@ -372,7 +372,8 @@ def test_a_database_that_goes_away_leaves_the_firing_due(database: Database) -> 
 
 def trigger(database: Database, schedule_id: str, moment: datetime = START) -> JobRow:
     with database.write() as session:
-        return firings.trigger_now(session, schedule_id, submit, moment=moment)
+        firing = firings.trigger_now(session, schedule_id, submit, moment=moment)
+        return jobs.get_job(session, str(firing.job_id))
 
 
 def test_trigger_now(database: Database) -> None:
