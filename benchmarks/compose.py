@@ -7,8 +7,9 @@
 Passes are counted in samples (guidance makes two of one) and set against what the authors' code does at the same
 settings: all branches with both halves in every pass, and a gradient through all of that. A pass of ours that stops
 after the last map counts by its share of the UNet's multiplications, which is also told for the UNet of Stable
-Diffusion 1.5 at 512 pixels. Times are medians of rounds in turns, and the
-least of them for what is outside of UNet and decoder; memory is that of tensors made in one update.
+Diffusion 1.5 at 512 pixels. Both ways to hold graphs are counted: all at once, which auto takes where they fit, and one
+at a time. Times are medians of rounds in turns, and the least of them for what is outside of UNet and decoder; memory
+is that of tensors made in one update.
 
 Prints the table with its goals and writes benchmarks/results/compose.json. Other work on the machine makes every
 figure of time worthless.
@@ -20,7 +21,7 @@ import argparse
 import os
 import statistics
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -31,13 +32,14 @@ import torch
 from benchmarks.compose_counts import Counted, peak_bytes, sd15_truncated_share, truncated_share
 from benchmarks.pool_figures import RESULTS, Figure, show, write
 from compose.engine import compose
-from compose.latent_update import cached_gradient
+from compose.latent_update import cached_gradient, joint_gradient
 from compose.pipelines import PipelineCache
 from compose.request import CompositionRequest, Concept
 from examples.shapes_sd.concepts import ADAPTERS, BASE
 
 PASS_GOAL, WALL_GOAL, MEMORY_GOAL, MASK_ONLY_GOAL, OVERHEAD_GOAL_MS = 0.6, 1.15, 1.3, 3.2, 50.0
 SECTION = "compose"
+WAYS = (("all graphs at once", "auto"), ("one graph at a time", "always"))
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 
 
@@ -56,23 +58,19 @@ def request_of(arguments: argparse.Namespace) -> CompositionRequest:
 
 
 def pass_figures(
-    counted: Counted, official: Counted, share: float, sd15: float, detail: Mapping[str, Any]
+    way: str, counted: Counted, official: Counted, share: float, sd15: float, detail: Mapping[str, Any]
 ) -> list[Figure]:
     """The counts, with the passes that stop early as whole ones, as their share here, as their share in SD 1.5."""
     whole = official.full
     both = official.full + official.backward
-    given = dict(detail)
-    return [
-        Figure("forward samples × the authors'", (counted.full + counted.truncated) / whole, "×", detail=given),
-        Figure(
-            "forward and backward samples × the authors'",
-            (counted.full + counted.truncated + counted.backward) / both,
-            "×",
-            detail=given,
-        ),
-        Figure("the same by multiplications, this UNet", counted.weighed(share) / both, "×", detail=given),
-        Figure("the same by multiplications, SD 1.5", counted.weighed(sd15) / both, "×", PASS_GOAL, detail=given),
-    ]
+    forward = counted.full + counted.truncated
+    values = (
+        ("forward samples × the authors'", forward / whole, None),
+        ("forward and backward samples × the authors'", (forward + counted.backward) / both, None),
+        ("the same by multiplications, this UNet", counted.weighed(share) / both, None),
+        ("the same by multiplications, SD 1.5", counted.weighed(sd15) / both, PASS_GOAL),
+    )
+    return [Figure(f"{way}: {name}", value, "×", goal, detail=dict(detail)) for name, value, goal in values]
 
 
 def official_count(branches: int, steps: int, updates: int, repeats: int) -> Counted:
@@ -84,6 +82,10 @@ def official_count(branches: int, steps: int, updates: int, repeats: int) -> Cou
     return Counted(2 * branches * (steps + repeats), 0, 2 * branches * (updates + repeats))
 
 
+def _with(request: CompositionRequest, **parameters: Any) -> CompositionRequest:
+    return replace(request, parameters={**request.parameters, **parameters})
+
+
 def measure(arguments: argparse.Namespace) -> list[Figure]:
     pipelines = PipelineCache()
     request = request_of(arguments)
@@ -91,18 +93,19 @@ def measure(arguments: argparse.Namespace) -> list[Figure]:
         request, method="clora_mask_only", parameters={"guidance_scale": arguments.guidance, "map_grid": None}
     )
     loaded = pipelines.get(request.base)
-    first = compose(request, pipelines)
+    share, sd15 = truncated_share(loaded.unet), sd15_truncated_share()
+    branches, found = len(request.concepts) + 1, []
+    for way, choice in WAYS:
+        report = compose(_with(request, gradient_caching=choice), pipelines).report
+        passes, updates = report["passes"], report["updates"]
+        updated = len({item["step"] for item in updates})
+        counted = Counted(passes["full"], passes["truncated"], passes["backward"])
+        official = official_count(branches, arguments.steps, updated, len(updates) - updated)
+        detail = {"ours": counted, "official": official, "truncated": share, "branches": branches, "caching": choice}
+        found += pass_figures(way, counted, official, share, sd15, detail)
     compose(plain_request, pipelines)
-    branches = len(request.concepts) + 1
-    passes, updates = first.report["passes"], first.report["updates"]
-    updated = len({item["step"] for item in updates})
-    counted = Counted(passes["full"], passes["truncated"], passes["backward"])
-    official = official_count(branches, arguments.steps, updated, len(updates) - updated)
-    share = truncated_share(loaded.unet)
-    detail = {"ours": counted, "official": official, "truncated": share, "branches": branches}
-    found = pass_figures(counted, official, share, sd15_truncated_share(), detail)
     found.append(_wall(arguments, request, pipelines))
-    found.append(_memory(request, pipelines))
+    found += _memory(_with(request, gradient_caching="always"), pipelines)
     found += _mask_only(arguments, plain_request, pipelines)
     return found
 
@@ -112,7 +115,10 @@ def _wall(arguments: argparse.Namespace, request: CompositionRequest, pipelines:
     ratios = []
     for _ in range(arguments.rounds):
         timed = _Timed()
-        with mock.patch("compose.methods.clora.cached_gradient", timed.gradient):
+        with (
+            mock.patch("compose.methods.clora.cached_gradient", timed.of(cached_gradient)),
+            mock.patch("compose.methods.clora.joint_gradient", timed.of(joint_gradient)),
+        ):
             report = compose(request, pipelines).report
         seconds = report["seconds"]
         # forward passes outside of updates: what was timed in all, less what was timed in updates
@@ -127,41 +133,44 @@ class _Timed:
     def __init__(self) -> None:
         self.whole = self.forward = 0.0
 
-    def gradient(self, latents: Any, branches: int, maps_of: Any, loss_of: Any) -> Any:
-        began = time.perf_counter()
+    def of(self, gradient: Callable[..., Any]) -> Callable[..., Any]:
+        """A way to the gradient, timed."""
 
-        def timed(indices: Sequence[int], z: Any) -> Any:
-            start = time.perf_counter()
-            found = maps_of(indices, z)
-            self.forward += time.perf_counter() - start
+        def timed_gradient(latents: Any, branches: int, maps_of: Any, loss_of: Any) -> Any:
+            began = time.perf_counter()
+
+            def timed(indices: Sequence[int], z: Any) -> Any:
+                start = time.perf_counter()
+                found = maps_of(indices, z)
+                self.forward += time.perf_counter() - start
+                return found
+
+            found = gradient(latents, branches, timed, loss_of)
+            self.whole += time.perf_counter() - began
             return found
 
-        found = cached_gradient(latents, branches, timed, loss_of)
-        self.whole += time.perf_counter() - began
-        return found
+        return timed_gradient
 
 
-def _memory(request: CompositionRequest, pipelines: PipelineCache) -> Figure:
-    """The first update with all branches, and with one of them."""
-    peaks: list[tuple[int, int]] = []
+def _memory(request: CompositionRequest, pipelines: PipelineCache) -> list[Figure]:
+    """The first update with all branches, one graph at a time and all at once, and with one branch."""
+    peaks: dict[str, int] = {}
 
     def measured(latents: Any, branches: int, maps_of: Any, loss_of: Any) -> Any:
         if not peaks:
-            every = peak_bytes(lambda: cached_gradient(latents, branches, maps_of, loss_of))
-            single = peak_bytes(lambda: cached_gradient(latents, 1, maps_of, lambda maps: maps[0].square().sum()))
-            peaks.append((every, single))
+            peaks["one at a time"] = peak_bytes(lambda: cached_gradient(latents, branches, maps_of, loss_of))
+            peaks["all at once"] = peak_bytes(lambda: joint_gradient(latents, branches, maps_of, loss_of))
+            peaks["one"] = peak_bytes(lambda: cached_gradient(latents, 1, maps_of, lambda maps: maps[0].square().sum()))
         return cached_gradient(latents, branches, maps_of, loss_of)
 
     with mock.patch("compose.methods.clora.cached_gradient", measured):
         compose(request, pipelines)
-    every, single = peaks[0]
-    return Figure(
-        "peak memory of an update, all branches × one",
-        every / single,
-        "×",
-        MEMORY_GOAL,
-        detail={"all": every, "one": single},
-    )
+    one = peaks["one"]
+    name = "peak memory of an update, all branches × one"
+    return [
+        Figure(f"one graph at a time: {name}", peaks["one at a time"] / one, "×", MEMORY_GOAL, detail=dict(peaks)),
+        Figure(f"all graphs at once: {name}", peaks["all at once"] / one, "×", detail=dict(peaks)),
+    ]
 
 
 def _mask_only(arguments: argparse.Namespace, request: CompositionRequest, pipelines: PipelineCache) -> list[Figure]:

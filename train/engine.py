@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import set_seed
 
 from artifacts.errors import AttemptCancelled
+from artifacts.free_memory import free_memory
 from train.base_files import BaseFiles
 from train.catalog import find_method
 from train.checkpoints import CARRIED
@@ -27,7 +28,7 @@ from train.loop import LoopInputs, LoopResult, Observer, run_loop
 from train.options.common import Circumstances, TrainOptions
 from train.protocol import MethodContext, TrainMethod, loss_of_model
 from train.reload import Reload, check_reload
-from train.report import MemoryMeter, TrainReport, free_memory
+from train.report import MemoryMeter, TrainReport
 from train.settings import EvaluationSettings, TaskSettings, TrainingSettings, is_packed
 from train.targets import check_method, wanted_targets
 from train.tasks.catalog import make_task

@@ -8,7 +8,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-import psutil
 import torch
 
 _RSS_UNIT = 1 if sys.platform == "darwin" else 1024
@@ -68,10 +67,3 @@ class MemoryMeter:
         resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * _RSS_UNIT
         device = None if self._device is None else torch.cuda.max_memory_allocated(self._device)
         return {"resident": resident, "device": device}
-
-
-def free_memory(device: str) -> int:
-    """Bytes that can still be had: of the GPU, or of the main memory."""
-    if device.startswith("cuda"):
-        return int(torch.cuda.mem_get_info(device)[0])
-    return int(psutil.virtual_memory().available)

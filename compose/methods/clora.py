@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from artifacts.errors import ComposeRefused, FieldError
+from artifacts.free_memory import free_memory
 from compose.branches import Seen
 from compose.contrastive_loss import class_vectors, contrastive_loss
+from compose.graph_memory import GraphMeter
 from compose.latent_update import Gradient, UpdateTrace, cached_gradient, joint_gradient, rms, step_size
 from compose.methods.clora_mask_only import CloraMaskOnly
 from compose.options.clora import CloraOptions
@@ -23,7 +25,6 @@ if TYPE_CHECKING:
 
 MODERATE_MOVE = (0.005, 0.2)
 """Shares of the latent's RMS between which a first update is neither without effect nor destructive."""
-_CACHING_FROM = 3
 
 
 class Clora(CloraMaskOnly):
@@ -40,6 +41,8 @@ class Clora(CloraMaskOnly):
         if not isinstance(scene.options, CloraOptions):
             raise TypeError("these are no options of CLoRA")
         self.trace: list[UpdateTrace] = []
+        self.meter = GraphMeter(scene.loaded.unet)
+        self._fits = False
 
     def prepare(self) -> None:
         super().prepare()
@@ -63,13 +66,12 @@ class Clora(CloraMaskOnly):
 
     @property
     def caching(self) -> bool:
-        """Whether one branch's graph is held at a time.
+        """Whether one branch's graph is held at a time: with auto until one was measured, and on unless all fit.
 
         Activations that are computed again must meet the adapters of their own branch, so that checkpointing needs it.
         """
         choice = self.options.gradient_caching
-        many = choice == "auto" and len(self.branches) >= _CACHING_FROM
-        return self.options.gradient_checkpointing or choice == "always" or many
+        return self.options.gradient_checkpointing or choice == "always" or (choice == "auto" and not self._fits)
 
     def moved(self, index: int, timestep: Tensor, latents: Tensor) -> tuple[Tensor, Seen | None]:
         seen = None
@@ -103,8 +105,13 @@ class Clora(CloraMaskOnly):
         def maps_of(indices: Sequence[int], z: Tensor) -> list[Tensor]:
             return branches.maps(indices, z, timestep)
 
-        compute = cached_gradient if self.caching else joint_gradient
-        return compute(latents, len(branches), maps_of, self._loss)
+        if not self.caching:
+            return joint_gradient(latents, len(branches), maps_of, self._loss)
+        first = self.meter.bytes is None
+        found = cached_gradient(latents, len(branches), self.meter.watched(maps_of), self._loss)
+        if first:  # by now no graph is held, so that all that is free is free for them
+            self._fits = self.meter.fits(len(branches), free_memory(str(self.scene.loaded.device)))
+        return found
 
     def _loss(self, maps: Sequence[Tensor]) -> Tensor:
         vectors, labels = class_vectors(maps, self.table.groups)
@@ -130,5 +137,6 @@ class Clora(CloraMaskOnly):
             **super().report(),
             "updates": [asdict(item) for item in self.trace],
             "gradient_caching": self.caching if self.trace else False,
+            "graph_bytes": self.meter.bytes,
             "predictions": "stale" if self.trace and self.options.compat == "official" else "fresh",
         }

@@ -98,8 +98,9 @@ class CloraOptions(CloraMaskOnlyOptions):
     )
     gradient_caching: Literal["auto", "always", "never"] = Field(
         "auto",
-        description="Hold the graph of one branch at a time, at the price of one more forward pass of each; auto does "
-        "with three branches or more. The gradient is the same.",
+        description="Hold the graph of one branch at a time, at the price of one more forward pass of all but one of "
+        "them. auto does so in the first update, which tells how much a graph takes, and goes on with it unless the "
+        "graphs of all branches take at most half of the memory that is free then. The gradient is the same.",
     )
     gradient_checkpointing: StrictBool = Field(
         False, description="Compute activations again in the backward pass: less memory, more time."

@@ -50,5 +50,12 @@ def test_all_parts_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
     found = {item["name"]: item for item in json.loads((tmp_path / "compose.json").read_text())["figures"]}
     goals = {item["goal"] for item in found.values()} - {None}
     assert goals == {0.6, 1.15, 1.3, 3.2, 50.0}
-    assert found["peak memory of an update, all branches × one"]["passed"]
+    one, every = (
+        found[f"{way}: peak memory of an update, all branches × one"]
+        for way in ("one graph at a time", "all graphs at once")
+    )
+    assert one["passed"]
+    assert every["value"] > 2
+    held, again = (found[f"{way}: forward samples × the authors'"]["value"] for way, _ in compose.WAYS)
+    assert held < again
     assert "goal" in capsys.readouterr().out

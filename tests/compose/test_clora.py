@@ -12,12 +12,14 @@ import pytest
 import torch
 from final_latents import SOFTMAX, final_latents, made
 
+from artifacts.errors import CompositionDiverged
 from compose.adapter_switch import tuner_layers
 from compose.branches import Branches
 from compose.engine import compose, make_scene
 from compose.latent_update import cached_gradient, joint_gradient
 from compose.methods.clora import Clora
 from compose.request import Style
+from compose.scene import check_finite
 from compose.validation import validate
 
 FLOAT = 1e-5
@@ -178,14 +180,48 @@ def test_one_batch_of_all_branches_is_one_after_another(toys: Any, pipelines: An
         torch.testing.assert_close(one, two, atol=FLOAT, rtol=0)
 
 
-def test_passes_are_counted(sd: Any, pipelines: Any) -> None:
+@pytest.mark.parametrize(
+    ("choice", "free", "truncated", "caching"),
+    [
+        ("always", 10**12, 15, True),  # 2·3 − 1 in each of 3 updates
+        ("never", 0, 9, False),
+        ("auto", 10**12, 5 + 2 * 3, False),  # the first tells how much a graph takes
+        ("auto", 0, 15, True),
+    ],
+)
+def test_passes_are_counted(
+    sd: Any, pipelines: Any, monkeypatch: pytest.MonkeyPatch, choice: str, free: int, truncated: int, caching: bool
+) -> None:
     """3 branches, 4 steps, updates in 2 of them and one repeat in the first: 3 updates."""
-    shared = {**QUICK, "batch_branches": "never"}
-    fresh = compose(sd.request(parameters=shared), pipelines).report
-    assert fresh["passes"] == {"unet_samples": 24 + 15, "full": 24, "truncated": 15, "backward": 9}
-    assert (fresh["predictions"], fresh["gradient_caching"]) == ("fresh", True)
-    joint = compose(sd.request(parameters={**shared, "gradient_caching": "never"}), pipelines).report
-    assert joint["passes"] == {"unet_samples": 24 + 9, "full": 24, "truncated": 9, "backward": 9}
+    monkeypatch.setattr("compose.methods.clora.free_memory", lambda device: free)
+    report = compose(sd.request(parameters={**QUICK, "gradient_caching": choice}), pipelines).report
+    counts = {"unet_samples": 24 + truncated, "full": 24, "truncated": truncated, "backward": 9}
+    assert (report["passes"], report["gradient_caching"], report["predictions"]) == (counts, caching, "fresh")
+
+
+@pytest.mark.parametrize("together", ["auto", "never"])
+def test_what_is_held_at_once_does_not_change_the_image(
+    toys: Any, pipelines: Any, monkeypatch: pytest.MonkeyPatch, together: str
+) -> None:
+    request = toys.request(parameters={**QUICK, "batch_branches": together})
+    found = []
+    for choice, free in (("always", 0), ("never", 0), ("auto", 10**12)):
+        monkeypatch.setattr("compose.methods.clora.free_memory", lambda device, free=free: free)
+        held = replace(request, parameters={**request.parameters, "gradient_caching": choice})
+        found.append(final_latents(held, pipelines))
+    for other in found[1:]:
+        torch.testing.assert_close(other, found[0], atol=SOFTMAX, rtol=0)
+
+
+def test_all_graphs_are_held_from_the_memory_on_that_they_take_twice(
+    sd: Any, pipelines: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    report = compose(sd.request(parameters=QUICK), pipelines).report
+    needed = 2 * 3 * report["graph_bytes"]
+    assert needed > 0
+    for free, caching in ((needed, False), (needed - 1, True)):
+        monkeypatch.setattr("compose.methods.clora.free_memory", lambda device, free=free: free)
+        assert compose(sd.request(parameters=QUICK), pipelines).report["gradient_caching"] is caching
 
 
 def test_the_authors_order_goes_on_with_what_it_saw_before_the_last_update(sd: Any, pipelines: Any) -> None:
@@ -247,6 +283,13 @@ def test_a_picture_that_is_not_square_and_its_evidence(toys: Any, pipelines: Any
     assert [step for step, _ in found.masks["circle"]] == [0, 1, 2, 3]
     assert found.masks["circle"][0][1].size == (24, 40)
     assert found.pictures["overlay"].size == (24, 40)
+
+
+@pytest.mark.parametrize("entries", [[float("nan"), 0.0], [float("inf"), 1.0], [float("inf"), -float("inf")]])
+def test_what_is_not_finite_is_told_with_its_step(entries: list[float]) -> None:
+    with pytest.raises(CompositionDiverged, match="in step 3"):
+        check_finite(torch.tensor(entries), "It", 3)
+    check_finite(torch.tensor([3e38, 3e38]), "It", 3)  # whose sum is not
 
 
 @pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
