@@ -199,6 +199,11 @@ class TransLoraOptions(DistilOptions):
     comparison: Literal["ratio", "difference"] = Field(
         "ratio", description="Filter tuneshift_kd: perplexity of the base over, or minus, that of base and adapter."
     )
+    grow_seeds: StrictBool | None = Field(
+        None,
+        description="Inputs that the filter has accepted become seeds of the next batches, a few drawn anew for each. "
+        "For the filters discriminator and tuneshift_kd; unset: true for tuneshift_kd (arXiv:2603.24518), else false.",
+    )
     temperature: Annotated[float, Field(gt=0, le=10, allow_inf_nan=False)] = Field(
         1.0, description="Of the generator; low ones repeat themselves and the seeds."
     )
@@ -228,6 +233,8 @@ class TransLoraOptions(DistilOptions):
             raise ValueError(f"max_candidates: {self.candidates} can not give {self.rows} rows")
         if self.filter == "excess" and self.ranked > self.candidates:
             raise ValueError(f"max_candidates: {self.candidates} are fewer than pool asks for ({self.ranked})")
+        if self.grow_seeds and self.filter in ("excess", "none"):
+            raise ValueError(f"grow_seeds: the filter {self.filter} accepts no input before all are generated")
         if self.held_out >= self.rows:
             raise ValueError("held_out: no row is left to train on")
         return self
@@ -236,6 +243,11 @@ class TransLoraOptions(DistilOptions):
     def candidates(self) -> int:
         """The most that are generated."""
         return 20 * self.rows if self.max_candidates is None else self.max_candidates
+
+    @property
+    def growing(self) -> bool:
+        """Whether accepted inputs become seeds."""
+        return self.filter == "tuneshift_kd" if self.grow_seeds is None else self.grow_seeds
 
     @property
     def ranked(self) -> int:

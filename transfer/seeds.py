@@ -52,6 +52,16 @@ def parse_seeds(seeds: Sequence[str]) -> tuple[str, ...]:
     return tuple(seed.strip() for seed in seeds)
 
 
+def grown_seeds(seeds: Sequence[str], accepted: Sequence[str], key: str, batch: int) -> tuple[str, ...]:
+    """As many as the owner gave, drawn from those and from accepted inputs.
+
+    The key, the number of the batch and which texts there are decide what is drawn, and not their order.
+    """
+    pool = {folded(text): text for text in [*accepted, *seeds]}
+    drawn = sorted(pool, key=lambda name: hashlib.sha256(f"{key}:seeds:{batch}:{name}".encode()).digest())
+    return tuple(pool[name] for name in drawn[: len(seeds)])
+
+
 def seeds_digest(seeds: Sequence[str]) -> str:
     """SHA-256 of the seeds in their order, which the generator's prompt keeps."""
     return hashlib.sha256(json.dumps(list(seeds), ensure_ascii=True).encode()).hexdigest()

@@ -31,6 +31,8 @@ def test_every_row_has_an_implementation_in_its_own_file_and_described_options(n
         ({"rows": 15}, "/parameters/rows"),
         ({"rows": 100, "max_candidates": 99}, "/parameters"),
         ({"filter": "excess", "rows": 100, "max_candidates": 150}, "/parameters"),
+        ({"filter": "excess", "grow_seeds": True}, "/parameters"),
+        ({"filter": "none", "grow_seeds": True}, "/parameters"),
         ({"threshold": float("inf")}, "/parameters/threshold"),
         ({"held_out": 16, "rows": 16}, "/parameters"),
         ({"training": {"early_stopping": {}}}, "/parameters"),

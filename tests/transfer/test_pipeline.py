@@ -12,6 +12,9 @@ from tiny_models import load_adapted, order
 from transfers import HOLDOUT, SEEDS, Pair, Stopped, Watcher, adapter_bytes
 
 from artifacts.errors import AttemptCancelled, TransferRefused, TransferStarved
+from transfer.generation import InputGenerator
+from transfer.methods import trans_lora
+from transfer.options import TransLoraOptions
 
 
 @pytest.fixture(scope="module")
@@ -123,6 +126,41 @@ def test_the_filters_without_a_discriminator(pair: Pair, tmp_path: Path, kind: s
     assert found.report["training"]["steps"] == 6
     with pytest.raises(TransferRefused, match="no discriminator"):
         pair.run(tmp_path / "other", changes={"discriminator": None})
+
+
+def test_accepted_inputs_become_seeds_of_the_next_batches(
+    pair: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whole, and ended before its third batch and gone on with, as another process would."""
+    shown: list[tuple[str, ...]] = []
+
+    class Recorded(InputGenerator):
+        def __init__(self, model: Any, tokenizer: Any, seeds: Any, settings: Any) -> None:
+            shown.append(tuple(seeds))
+            super().__init__(model, tokenizer, seeds, settings)
+
+    monkeypatch.setattr(trans_lora, "InputGenerator", Recorded)
+    growing: dict[str, Any] = {"grow_seeds": True, "generation_batch": 4, "threshold": -1e6, "changes": {"holdout": ()}}
+    whole = pair.run(tmp_path / "whole", **growing)
+    first, *later = list(shown)
+    assert first == SEEDS
+    assert len(later) >= 3
+    assert all(len(seeds) == len(SEEDS) for seeds in later)
+    invented = {text for seeds in later for text in seeds} - set(SEEDS)
+    assert len(invented) > 3
+    units = (tmp_path / "whole" / "stages" / "objects").iterdir()
+    kept = b"".join(path.read_bytes() for path in units).decode("latin1")
+    assert all(text in kept for text in invented)
+    with pytest.raises(Stopped):
+        pair.run(tmp_path / "cut", watcher=Watcher(units=4), **growing)
+    assert adapter_bytes(pair.run(tmp_path / "cut", **growing)) == adapter_bytes(whole)
+
+
+def test_seeds_grow_by_default_for_the_filter_whose_paper_says_so() -> None:
+    assert TransLoraOptions(filter="tuneshift_kd").growing
+    assert not TransLoraOptions(filter="tuneshift_kd", grow_seeds=False).growing
+    assert not TransLoraOptions().growing
+    assert TransLoraOptions(grow_seeds=True).growing
 
 
 def test_a_starved_transfer_fails_or_is_marked(pair: Pair, tmp_path: Path) -> None:

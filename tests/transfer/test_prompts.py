@@ -13,7 +13,7 @@ from artifacts.errors import FileBroken, RequestInvalid
 from transfer.candidates import Candidate, candidate_key, clean, first_accepted, is_malformed, screen
 from transfer.identity import TransferIdentity, base_identity
 from transfer.prompts import PromptFormat, discriminator_prompt, generator_prompt, stop_of, stop_text
-from transfer.seeds import parse_seeds, seeds_digest
+from transfer.seeds import grown_seeds, parse_seeds, seeds_digest
 from transfer.synthetic import SyntheticRow, SyntheticSet, held_out
 
 SEEDS = ("not True", "True and False", "not not False", "True or True", "False or not True")
@@ -33,6 +33,17 @@ def identity(**changes: object) -> TransferIdentity:
         "seed": 0,
     }
     return TransferIdentity(**{**known, **changes})  # type: ignore[arg-type]
+
+
+def test_grown_seeds_are_drawn_for_each_batch_from_all_that_there_are() -> None:
+    accepted = [f"True and not {number}" for number in range(20)]
+    drawn = [grown_seeds(SEEDS, accepted, "key", batch) for batch in range(30)]
+    assert drawn == [grown_seeds(SEEDS, accepted[::-1], "key", batch) for batch in range(30)]
+    assert all(len(set(seeds)) == len(SEEDS) for seeds in drawn)
+    assert {text for seeds in drawn for text in seeds} == {*SEEDS, *accepted}
+    assert len(set(drawn)) == 30
+    assert grown_seeds(SEEDS, accepted, "another key", 0) != drawn[0]
+    assert set(grown_seeds(SEEDS, [], "key", 0)) == set(SEEDS)
 
 
 def test_the_generator_gets_a_list_that_it_goes_on_with() -> None:

@@ -17,11 +17,14 @@ from transfer.filters.excess import ScoredAnswer, score_answers, tuneshift_score
 from transfer.generation import GenerationSettings, InputGenerator
 from transfer.labelling import Label
 from transfer.options import TransLoraOptions
+from transfer.prompts import stop_of
 from transfer.sampling import Sampling
-from transfer.seeds import seeds_digest
+from transfer.seeds import grown_seeds, seeds_digest
 from transfer.selection import Selection, select, select_best
 from transfer.sources import Drawn, PromptSource, Span
 
+GROWING_ROUNDS = 4
+"""With growing seeds a round generates at most this part of what is wanted. The paper does not tell its rounds."""
 LEAST_RATE = 0.05
 """A round generates as if at least this share were accepted, so that one unlucky round does not ask for everything."""
 
@@ -49,7 +52,7 @@ class _Search:
     def run(self) -> Drawn:
         wanted = self._options.ranked if self._options.filter == "excess" else self._options.rows
         limit = -(-self._options.candidates // self._size)
-        more = -(-wanted // self._size)
+        more = self._round(-(-wanted // self._size), wanted)
         while more and len(self._shards) < limit:
             first = len(self._shards)
             self._generate(min(first + more, limit))
@@ -58,7 +61,8 @@ class _Search:
                 self._score(first)
             found = self._found()
             rate = max(found / len(self._screened), LEAST_RATE)
-            more = math.ceil((wanted - found) / rate / self._size) if found < wanted else 0
+            missing = math.ceil((wanted - found) / rate / self._size) if found < wanted else 0
+            more = self._round(missing, wanted)
         if self._options.filter == "excess":
             self._screened = _first_passed(self._screened, wanted)
             self._score(0)
@@ -73,6 +77,19 @@ class _Search:
             degraded=selection.starved,
         )
 
+    def _round(self, shards: int, wanted: int) -> int:
+        """How many are generated before the filter looks: with growing seeds few, that it finds seeds for the next."""
+        return min(shards, math.ceil(wanted / GROWING_ROUNDS / self._size)) if self._options.growing else shards
+
+    def _seeds_of(self, number: int, accepted: Sequence[str]) -> tuple[str, ...]:
+        if not self._options.growing or not accepted:
+            return self._seeds
+        return grown_seeds(self._seeds, accepted, self._bench.inputs.key, number)
+
+    def _accepted(self) -> list[str]:
+        cut = self._options.cut
+        return [item.text for item in self._screened if self._scores.get(item.index, -math.inf) > cut]
+
     def _generate(self, until: int) -> None:
         """Shards up to number `until`, one after another, with the target base."""
         options, bench = self._options, self._bench
@@ -80,25 +97,24 @@ class _Search:
             Sampling(options.temperature, options.top_p, options.top_k),
             options.input_tokens,
             self._size,
-            None if options.stop == "auto" else options.stop,
+            stop_of(self._seeds) if options.stop == "auto" else options.stop,
         )
-        generator: InputGenerator | None = None
+        generators: dict[tuple[str, ...], InputGenerator] = {}
 
-        def make(number: int) -> list[list[Any]]:
-            nonlocal generator
+        def make(number: int, seeds: tuple[str, ...]) -> list[list[Any]]:
             bench.observer.unit("generate", f"generating inputs from number {number * self._size} on")
-            if generator is None:
+            if seeds not in generators:
+                generators.clear()
                 resident = bench.resident
-                generator = InputGenerator(resident.target(), resident.target_tokenizer(), self._seeds, settings)
-            return [[item.index, item.text, item.finish] for item in generator.batch(bench.inputs.key, number)]
+                generators[seeds] = InputGenerator(resident.target(), resident.target_tokenizer(), seeds, settings)
+            return [[item.index, item.text, item.finish] for item in generators[seeds].batch(bench.inputs.key, number)]
 
-        given = [
-            bench.inputs.key,
-            seeds_digest(self._seeds),
-            [options.temperature, options.top_p, options.top_k, options.input_tokens, options.stop, self._size],
-        ]
+        how = [options.temperature, options.top_p, options.top_k, options.input_tokens, options.stop, self._size]
+        accepted = self._accepted()
         for number in range(len(self._shards), until):
-            rows = bench.files.json_unit(f"generate-{number:05d}", [given, number], partial(make, number))
+            seeds = self._seeds_of(number, accepted)
+            given = [[bench.inputs.key, seeds_digest(seeds), how], number]
+            rows = bench.files.json_unit(f"generate-{number:05d}", given, partial(make, number, seeds))
             self._shards.append([Candidate(*row) for row in rows])
 
     def _screen(self) -> None:
