@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from artifacts.menu import find_row, parse_options
+from merge import entrywise_options as entrywise
 from merge import peer_options as peer
 from merge.options import CatOptions, LegoOptions, LinearOptions, MergeOptions, SvdOptions
 
@@ -258,6 +259,77 @@ _ROWS = (
         "RobustMerge's pruning and scaling, with the products of the factors added: no cross terms.",
         peer.RobustMergeProductOptions,
         "2502.17159",
+    ),
+    _peer(
+        "entrywise:ties_svd",
+        "TIES",
+        "On the deltas: trims, elects signs and averages entry by entry, as PEFT's `ties_svd`; then a truncated SVD.",
+        entrywise.TiesSvdOptions,
+        "2306.01708",
+    ),
+    _peer(
+        "entrywise:ties_mergekit",
+        "TIES of mergekit",
+        "On the deltas: TIES as mergekit defines it, with the weights in the vote and in the divisor; then a truncated "
+        "SVD.",
+        entrywise.TiesMergekitOptions,
+        "2306.01708",
+    ),
+    _peer(
+        "entrywise:dare_linear_svd",
+        "DARE",
+        "On the deltas: drops entries at random, rescales and sums, as PEFT's `dare_linear_svd`; then a truncated SVD.",
+        entrywise.DareSvdOptions,
+        "2311.03099",
+    ),
+    _peer(
+        "entrywise:dare_ties_svd",
+        "DARE-TIES",
+        "On the deltas: drops entries at random, then elects signs, as PEFT's `dare_ties_svd`; then a truncated SVD.",
+        entrywise.DareTiesSvdOptions,
+        "2311.03099",
+    ),
+    _peer(
+        "entrywise:magnitude_prune_svd",
+        "Magnitude pruning",
+        "On the deltas: keeps the largest entries and sums, as PEFT's `magnitude_prune_svd`; then a truncated SVD.",
+        entrywise.PruneSvdOptions,
+        _PEFT,
+    ),
+    _peer(
+        "entrywise:della",
+        "DELLA",
+        "On the deltas: drops entries at random, small ones of a row more often; then elects signs; a truncated SVD.",
+        entrywise.DellaOptions,
+        "2406.11617",
+    ),
+    _peer(
+        "entrywise:della_linear",
+        "DELLA without election",
+        "On the deltas: drops entries at random, small ones of a row more often, and sums; then a truncated SVD.",
+        entrywise.DellaLinearOptions,
+        "2406.11617",
+    ),
+    _peer(
+        "entrywise:breadcrumbs",
+        "Model Breadcrumbs",
+        "On the deltas: drops the largest and the smallest entries and sums; then a truncated SVD.",
+        entrywise.BreadcrumbsOptions,
+        "2312.06795",
+    ),
+    _peer(
+        "entrywise:breadcrumbs_ties",
+        "Breadcrumbs-TIES",
+        "On the deltas: drops the largest and the smallest entries, then elects signs; then a truncated SVD.",
+        entrywise.BreadcrumbsTiesOptions,
+        "2312.06795",
+    ),
+    _peer(
+        "entrywise:sce",
+        "SCE",
+        "On the deltas: positions where they vary most, weighted by energy, minority signs erased; a truncated SVD.",
+        entrywise.SceOptions,
+        "2408.07990",
     ),
 )
 

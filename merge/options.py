@@ -29,6 +29,9 @@ class MergeOptions(BaseModel):
     default_rank: ClassVar[str] = "exact"
     """The output rank of a method without an option `rank`: all of Σ rᵢ, or "r", the largest rank of the inputs."""
 
+    beyond_span: ClassVar[bool] = False
+    """Whether the result leaves the span of the components, so that ranks above Σ rᵢ mean something."""
+
     missing_modules: Literal["union", "intersection", "error"] = Field(
         "union",
         description="Modules that only some adapters have: merge each over its owners (union), leave out and list all "

@@ -312,6 +312,8 @@ def _padding_warnings(modules: Sequence[PlannedModule], row: MergeMethod, option
 def _output_rank(options: MergeOptions, modules: Sequence[PlannedModule], method: str) -> int:
     """The rank of the written adapter. Methods without an option `rank` have one of their own; "exact" is Σ rᵢ."""
     largest = max(item.rank_sum for item in modules)
+    if options.beyond_span:
+        largest = max(min(item.first.d_out, item.first.d_in) for item in modules)
     asked = getattr(options, "rank", options.default_rank)
     if asked == "exact":
         return largest
@@ -321,7 +323,8 @@ def _output_rank(options: MergeOptions, modules: Sequence[PlannedModule], method
     rank = int(asked)
     if rank > largest:
         raise RankOutOfRange(
-            f"rank {rank} is above the sum of the adapters' ranks in every module; the largest is {largest}.",
+            f"rank {rank} is above {'both sides' if options.beyond_span else 'the sum of the ranks'} of every module; "
+            f"the largest is {largest}.",
             hint=f"Ask for at most {largest}, or use method 'cat', which gives the exact sum at that rank."
             if method != "cat"
             else None,

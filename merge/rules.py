@@ -18,7 +18,7 @@ from merge.stack import Stack
 Election = Literal["total", "frequency"]
 
 SAMPLED_COLUMNS = 8
-MASK_ROWS = 64
+MASK_ROWS = 32
 """Rows whose random masks come from one draw. Part of what a seed means: another value gives other masks."""
 
 

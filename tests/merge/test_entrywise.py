@@ -1,0 +1,231 @@
+"""Entrywise methods against dense float64, stock PEFT, and themselves when the matrix is too large to be whole."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from artifacts.errors import RankOutOfRange, RequestInvalid
+from merge import row_svd, rows, rules
+from merge.catalog import METHODS, parse_parameters
+from merge.methods.entrywise import keep_probabilities
+
+NAMES = sorted(name for name, row in METHODS.items() if row.family == "entrywise")
+SAMPLED = {"dare_linear_svd", "dare_ties_svd", "della", "della_linear"}
+WEIGHTS = torch.tensor([1.0, 0.5, -2.0], dtype=torch.float64)
+
+
+def truncated(matrix: Tensor, rank: int) -> Tensor:
+    U, S, Vh = torch.linalg.svd(matrix, full_matrices=False)
+    return (U[:, :rank] * S[:rank]) @ Vh[:rank]
+
+
+def near(one: Tensor, other: Tensor, tolerance: float = 1e-5) -> bool:
+    return float((one - other).norm()) <= tolerance * float(other.norm())
+
+
+def middle(D: Tensor, density: float, gamma: float) -> Tensor:
+    order = D.abs().flatten().argsort(descending=True)
+    top, kept = int(gamma * D.numel()), int(density * D.numel())
+    mask = torch.zeros(D.numel(), dtype=D.dtype)
+    mask[order[top : top + kept]] = 1
+    return D * mask.view_as(D)
+
+
+def sce(D: Tensor, density: float) -> Tensor:
+    variance = D.var(0, unbiased=False)
+    border = variance.flatten().sort(descending=True).values[int(density * variance.numel()) - 1]
+    kept = D * (variance >= border)
+    weights = kept.square().sum((1, 2))
+    shares = weights[:, None, None] / weights.sum() * (kept.sign() == torch.where(kept.sum(0) >= 0, 1.0, -1.0))
+    return (kept * shares).sum(0) / torch.where(shares.sum(0) == 0, 1.0, shares.sum(0))
+
+
+def naive(name: str, D: Tensor, w: Tensor) -> Tensor:
+    """The definition, on dense deltas (N, d_out, d_in), at density 0.4."""
+    trim = torch.stack([rules.trimmed(d, 0.4) for d in D])
+    if name == "ties_svd":
+        return rules.elected_sum(trim, w, "total")
+    if name == "ties_mergekit":
+        return rules.elected_mean(trim, w, "total", normalize=True)
+    if name == "magnitude_prune_svd":
+        return rules.weighted_sum(trim, w)
+    if name == "sce":
+        return sce(D * w[:, None, None], 0.4)
+    kept = torch.stack([middle(d, 0.4, 0.05) for d in D])
+    if name == "breadcrumbs":
+        return rules.weighted_sum(kept, w)
+    return rules.elected_mean(kept, w, "total", normalize=False)
+
+
+def parameters(name: str, **changes: Any) -> dict[str, Any]:
+    return {"density": 0.4, **({"gamma": 0.05} if name.startswith("breadcrumbs") else {}), **changes}
+
+
+@settings(max_examples=14, derandomize=True, deadline=None)
+@given(
+    seed=st.integers(0, 10_000),
+    ranks=st.lists(st.integers(1, 5), min_size=1, max_size=3),
+    name=st.sampled_from([name for name in NAMES if name not in SAMPLED]),
+    sides=st.tuples(st.integers(5, 45), st.integers(5, 45)),
+)
+def test_against_dense_matrices(
+    seed: int, ranks: list[int], name: str, sides: tuple[int, int], stack_of: Any, random_adapters: Any, run_method: Any
+) -> None:
+    adapters = random_adapters(ranks, *sides, seed=seed)
+    w = WEIGHTS[: len(ranks)]
+    D = torch.stack([s * B.double() @ A.double() for A, B, s in adapters])
+    expected = D[0] * w[0] if name == "sce" and len(ranks) == 1 else naive(name, D, w)
+    stack = stack_of(adapters, w.tolist(), torch.float64)
+    full = run_method(name, stack, rank=min(sides), **parameters(name))
+    assert near(full, expected, 1e-9)
+    assert near(run_method(name, stack, rank=2, **parameters(name)), truncated(expected, 2), 1e-6)
+
+
+class TestAgainstPeft:
+    @pytest.mark.parametrize(
+        ("name", "changes"),
+        [("ties_svd", {}), ("ties_svd", {"majority_sign_method": "frequency"}), ("magnitude_prune_svd", {})],
+    )
+    def test_parity(self, name: str, changes: dict[str, Any], write_adapter: Callable[..., Path], merge: Any) -> None:
+        from peft.utils.merge_utils import magnitude_prune, ties
+
+        generator = torch.Generator().manual_seed(4)
+        pairs = [(torch.randn(r, 30, generator=generator), torch.randn(20, r, generator=generator)) for r in (3, 5)]
+        sources = [write_adapter(f"p{i}", {"proj": pair}) for i, pair in enumerate(pairs)]
+        result, report = merge(sources, name, weights=[1.0, -0.5], density=0.3, rank=6, **changes)
+        deltas, w = [B @ A for A, B in pairs], torch.tensor([1.0, -0.5])
+        expected = (
+            ties(deltas, w, 0.3, changes.get("majority_sign_method", "total"))
+            if name == "ties_svd"
+            else magnitude_prune(deltas, w, 0.3)
+        )
+        assert near(result["proj"], truncated(expected.double(), 6))
+        lost = float((expected - truncated(expected, 6)).norm() / expected.norm())
+        assert report.modules[0].figures["truncation_error"] == pytest.approx(lost, rel=1e-4)
+
+    def test_mergekits_ties_is_another(self, stack_of: Any, random_adapters: Any, run_method: Any) -> None:
+        stack = stack_of(random_adapters([4, 4]), [1.0, 0.5])
+        peft = run_method("ties_svd", stack, rank=24, density=0.5)
+        mergekit = run_method("ties_mergekit", stack, rank=24, density=0.5)
+        assert float((peft - mergekit).norm() / mergekit.norm()) > 0.3
+
+
+class TestALargeMatrix:
+    """The same matrix whole, and by brackets and passes."""
+
+    @pytest.mark.parametrize("name", NAMES)
+    def test_gives_what_a_whole_one_does(
+        self, name: str, stack_of: Any, random_adapters: Any, run_method: Any, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        stack = stack_of(random_adapters([3, 4], d_out=70, d_in=50), [1.0, 0.5])
+        whole = run_method(name, stack, rank=50, **parameters(name))
+        short = run_method(name, stack, rank=4, **parameters(name))
+        monkeypatch.setattr(rows, "WHOLE", 100)
+        monkeypatch.setattr(rows, "SAMPLE", 1 << 10)
+        monkeypatch.setattr(row_svd, "WHOLE", 100)
+        assert near(run_method(name, stack, rank=50, **parameters(name)), whole)
+        assert near(run_method(name, stack, rank=4, passes=32, **parameters(name)), short, 0.02)
+
+    def test_a_bracket_that_misses_is_widened(
+        self, stack_of: Any, random_adapters: Any, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        deltas = rows.DeltaRows.of(stack_of(random_adapters([3, 4], d_out=70, d_in=50)))
+        counts = [[0, 1, 700, 3499, 3500]] * 2
+        exact = rows.largest(deltas, torch.abs, counts)
+        monkeypatch.setattr(rows, "WHOLE", 100)
+        monkeypatch.setattr(rows, "SAMPLE", 1 << 10)
+        monkeypatch.setattr(rows, "MARGIN", 1e-5)
+        passes = 0
+        original = rows._bracketed
+
+        def counted(*arguments: Any) -> Any:
+            nonlocal passes
+            passes += 1
+            return original(*arguments)
+
+        monkeypatch.setattr(rows, "_bracketed", counted)
+        assert rows.largest(deltas, torch.abs, counts) == exact
+        assert passes > 1
+        assert exact[0][0] == float("inf")
+        assert exact[0][4] == 0.0
+
+    def test_passes_come_closer_to_the_best(self) -> None:
+        generator = torch.Generator().manual_seed(0)
+        M = torch.randn(1400, 900, generator=generator) @ torch.diag(torch.logspace(0, -2, 900))
+
+        def blocks() -> Any:
+            return M.split(64)
+
+        best = float((M - truncated(M, 10)).norm() / M.norm())
+        start = torch.randn(900, 4, generator=generator)
+        errors = []
+        for passes in (1, 2, 12):
+            low = row_svd.row_svd(blocks, (1400, 900), 10, start, passes)
+            actual = float((M - low.B @ low.A).norm() / M.norm())
+            assert low.truncation_error == pytest.approx(actual, rel=1e-3)
+            errors.append(actual)
+        assert errors[0] > errors[1] > errors[2]
+        assert errors[2] == pytest.approx(best, rel=1e-3)
+
+
+class TestDella:
+    def test_probabilities_rise_with_the_rank_in_the_row(self) -> None:
+        X = torch.tensor([[0.1, -3.0, 2.0], [5.0, 4.0, -6.0]])
+        torch.testing.assert_close(keep_probabilities(X, 0.5, 0.2), torch.tensor([[0.3, 0.7, 0.5], [0.5, 0.3, 0.7]]))
+
+    def test_it_is_unbiased(self, stack_of: Any, random_adapters: Any, run_method: Any) -> None:
+        stack = stack_of(random_adapters([3, 2], d_out=9, d_in=12), [1.0, 0.5])
+        draws = [run_method("della_linear", stack, rank=9, density=0.7, seed=seed) for seed in range(300)]
+        exact = run_method("cat", stack)
+        assert near(sum(draws) / 300, exact, 0.1)
+
+    def test_probabilities_outside_0_and_1_are_refused(self) -> None:
+        with pytest.raises(RequestInvalid, match="must lie between 0 and 1"):
+            parse_parameters("della", {"density": 0.9, "epsilon": 0.15})
+
+
+def test_dare_is_unbiased_and_seeded(stack_of: Any, random_adapters: Any, run_method: Any) -> None:
+    stack = stack_of(random_adapters([3, 2], d_out=9, d_in=12), [1.0, 0.5])
+    draws = [run_method("dare_linear_svd", stack, rank=9, density=0.7, seed=seed) for seed in range(300)]
+    assert near(sum(draws) / 300, run_method("cat", stack), 0.1)
+    assert not torch.equal(draws[0], draws[1])
+    assert torch.equal(draws[0], run_method("dare_linear_svd", stack, rank=9, density=0.7, seed=0))
+
+
+def test_the_rank_may_exceed_the_sum_of_the_ranks(write_adapter: Callable[..., Path], merge: Any) -> None:
+    sources = [write_adapter(f"r{i}", {"proj": (torch.randn(2, 30), torch.randn(20, 2))}) for i in range(2)]
+    _, report = merge(sources, "ties_svd", rank=20)
+    assert report.rank == 20
+    assert report.modules[0].figures["truncation_error"] < 1e-5
+    with pytest.raises(RankOutOfRange, match="both sides of every module; the largest is 20"):
+        merge(sources, "ties_svd", rank=21)
+
+
+def test_threads_do_not_change_the_bytes(write_adapter: Callable[..., Path], merge: Any, tmp_path: Path) -> None:
+    generator = torch.Generator().manual_seed(0)
+    modules = [
+        {
+            f"m{j}.proj": (torch.randn(3, 40, generator=generator), torch.randn(70, 3, generator=generator))
+            for j in range(4)
+        }
+        for _ in range(2)
+    ]
+    sources = [write_adapter(f"t{i}", module) for i, module in enumerate(modules)]
+    before = torch.get_num_threads()
+    contents = []
+    try:
+        for number, threads in enumerate((1, 4), start=1):
+            torch.set_num_threads(threads)
+            merge(sources, "dare_ties_svd")
+            contents.append((tmp_path / f"merged-{number}" / "adapter_model.safetensors").read_bytes())
+    finally:
+        torch.set_num_threads(before)
+    assert contents[0] == contents[1]
