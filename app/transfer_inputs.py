@@ -19,6 +19,7 @@ from artifacts.pointers import pointers_below
 from storage import transferables, transfers
 from storage.tables import DatasetRow
 from storage.transfers import TransferFacts
+from train.catalog import find_method as find_training
 from train.estimate import check_fits, estimate
 from train.options.common import Circumstances
 from train.settings import CausalLmTask
@@ -119,14 +120,16 @@ def _check_target(settings: Settings, session: Session, subject: Subject, option
     if not isinstance(options, DistilOptions) or isinstance(options, LorasuiteOptions) or target.fingerprint is None:
         return
     linear = {path: (d_out, d_in) for path, d_out, d_in in fingerprint_of(target)}
-    named = "target_modules" in options.target_parameters
-    chosen = options.train_options(() if named else tuple(query_and_value(linear)))
+    kind, task = find_training(options.target_method), CausalLmTask(max_length=options.max_length)
+    with pointers_below("/parameters/target_method", "/method"):
+        kind.check_task(task.type)
+    settled = "target_modules" in options.target_parameters or not kind.options.adapts_layers
+    chosen = options.train_options(() if settled else tuple(query_and_value(linear)))
     with pointers_below("/parameters/target_parameters", "/parameters"):
-        targets = wanted_targets(linear, chosen, CausalLmTask())
+        targets = wanted_targets(linear, chosen, task)
         check_method(chosen, Circumstances(targets, options.training, options.training.steps, None))
     memory = memory_of_all(settings, session)
     if memory is not None:
-        task = CausalLmTask(max_length=options.max_length)
         with pointers_below("/parameters"):
             needed = estimate(chosen, targets, linear, options.training, task, target.parameter_count)
             check_fits(needed, memory, "this machine")

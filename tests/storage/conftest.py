@@ -15,17 +15,20 @@ import tempfile
 import threading
 import warnings
 from collections.abc import Callable, Iterator
+from datetime import timedelta
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any
 
 import psycopg
 import pytest
+from sqlalchemy import update
 
 from artifacts.manifest import AdapterManifest, FileEntry, IgnoredKey, IntakeReport, LoraModule
-from storage.blobs import BlobStore
-from storage.database import Database
-from storage.tables import Base
+from storage.blobs import BlobStore, key_of
+from storage.database import Database, now
+from storage.sweep import sweep_blobs
+from storage.tables import AdapterRow, Base, BlobRow, JobRow
 
 
 @pytest.fixture(scope="session")
@@ -222,3 +225,20 @@ def s3_bucket(s3_endpoint: str, monkeypatch: pytest.MonkeyPatch) -> str:
     client.create_bucket(Bucket=bucket)
     client.close()
     return bucket
+
+
+@pytest.fixture
+def sweep(database: Database, blobs: BlobStore, tmp_path: Path) -> Callable[[], Any]:
+    """A sweep of two days later."""
+
+    def run() -> Any:
+        with database.write() as session:
+            moment = now(session) - timedelta(hours=48)
+            session.execute(update(BlobRow).values(created_at=moment))
+            session.execute(update(AdapterRow).where(AdapterRow.deleted_at.is_not(None)).values(deleted_at=moment))
+            session.execute(update(JobRow).where(JobRow.finished_at.is_not(None)).values(finished_at=moment))
+        for digest in blobs.iter_digests():
+            os.utime(tmp_path / "blob-store" / key_of(digest), (moment.timestamp(), moment.timestamp()))
+        return sweep_blobs(database, blobs)
+
+    return run

@@ -2,25 +2,20 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
-from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import pytest
-from sqlalchemy import select, update
+from sqlalchemy import select
 
 from artifacts.errors import NotFound, RequestInvalid, StateConflict
 from artifacts.manifest import AdapterManifest, FileEntry
 from storage import adapters, claims, jobs, sealed_inputs, transferables
-from storage.blobs import BlobStore, key_of
-from storage.database import Database, now
-from storage.sweep import sweep_blobs
-from storage.tables import AdapterRow, BlobRow, JobRow, TransferableFileRow, TransferableRow
+from storage.blobs import BlobStore
+from storage.database import Database
+from storage.tables import AdapterRow, TransferableFileRow, TransferableRow
 from storage.transferables import Transferable
 
-DAY = timedelta(hours=24)
 Make = Callable[..., AdapterManifest]
 
 
@@ -46,23 +41,6 @@ def adapter_id(database: Database, blobs: BlobStore, make_manifest: Make) -> str
     manifest = make_manifest("adapter", files=(FileEntry("adapter_model.safetensors", digest, 7, "t"),))
     with database.write() as session:
         return adapters.add_adapter(session, manifest, name="adapter")[0].id
-
-
-@pytest.fixture
-def sweep(database: Database, blobs: BlobStore, tmp_path: Path) -> Callable[[], Any]:
-    """A sweep of two days later."""
-
-    def run() -> Any:
-        with database.write() as session:
-            moment = now(session) - 2 * DAY
-            session.execute(update(BlobRow).values(created_at=moment))
-            session.execute(update(AdapterRow).where(AdapterRow.deleted_at.is_not(None)).values(deleted_at=moment))
-            session.execute(update(JobRow).where(JobRow.finished_at.is_not(None)).values(finished_at=moment))
-        for digest in blobs.iter_digests():
-            os.utime(tmp_path / "blob-store" / key_of(digest), (moment.timestamp(), moment.timestamp()))
-        return sweep_blobs(database, blobs)
-
-    return run
 
 
 def test_it_is_kept_once_and_its_files_are_safe_from_the_sweep(

@@ -35,16 +35,6 @@ def llama_adapter(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 @pytest.fixture(scope="session")
 def pair(tmp_path_factory: pytest.TempPathFactory) -> object:
     """A Llama with a teacher and a discriminator, and a Gemma that goes on with lists (`transfers.Pair`)."""
-    from tiny_models import order, teach_lists, write_gemma, write_llama
-    from transfers import FORM, Pair, learn
+    from transfers import make_pair
 
-    from transfer.prompts import discriminator_prompt
-
-    folder = tmp_path_factory.mktemp("pair")
-    source = teach_lists(write_llama(folder / "source"))
-    target = teach_lists(write_gemma(folder / "target"))
-    orders = [order(number) for number in range(45)]
-    teacher = learn(source, [dict(FORM.row(x, y)) for x, y in orders], folder / "teacher", 60)  # type: ignore[arg-type]
-    asked = [(x, " yes") for x, _ in orders[::2]] + [(f"{x[5:]} {x[:4]}", " no") for x, _ in orders[1::2]]
-    rows = [{"prompt": discriminator_prompt(x, "orders"), "completion": answer} for x, answer in asked]
-    return Pair(source, target, teacher, learn(source, rows, folder / "discriminator", 20))
+    return make_pair(tmp_path_factory.mktemp("pair"))

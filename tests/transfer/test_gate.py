@@ -80,6 +80,12 @@ def test_the_three_zones() -> None:
     assert verdict(arm(50, 100), arm(52, 100), arm(0, 100), epsilon=0.2) == "pass"
 
 
+def test_a_rounding_does_not_decide() -> None:
+    for items in range(20, 60):
+        assert verdict(arm(items, items), arm(items, items), arm(0, items), epsilon=0.0) == "pass"
+        assert verdict(arm(0, items), arm(items, items), arm(0, items), epsilon=1.0) == "pass"
+
+
 def test_few_items_never_decide() -> None:
     assert verdict(arm(19, 19), arm(19, 19), arm(0, 19)) == "hold"
     assert verdict(arm(20, 20), arm(20, 20), arm(0, 20)) == "pass"

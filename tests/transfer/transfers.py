@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tiny_models import order
+from tiny_models import order, teach_lists, write_gemma, write_llama
 
 from train.base_files import BaseFiles
 from train.catalog import parse_parameters as training_parameters
@@ -20,7 +20,7 @@ from transfer.evaluation import Item
 from transfer.filters.discriminator import DiscriminatorRecipe
 from transfer.gate import GateSettings
 from transfer.pipeline import TransferResult, transfer
-from transfer.prompts import PromptFormat
+from transfer.prompts import PromptFormat, discriminator_prompt
 from transfer.weight_transfer import BaseWeights
 
 FORM = PromptFormat(template="Message: {x}\nCode:")
@@ -151,6 +151,18 @@ class Pair:
             watcher or Watcher(),
             controls,
         )
+
+
+def make_pair(folder: Path) -> Pair:
+    """Both bases in a new folder, the teacher and its discriminator."""
+    folder.mkdir(parents=True, exist_ok=True)
+    source = teach_lists(write_llama(folder / "source"))
+    target = teach_lists(write_gemma(folder / "target"))
+    orders = [order(number) for number in range(45)]
+    teacher = learn(source, [dict(FORM.row(x, y)) for x, y in orders], folder / "teacher", 60)  # type: ignore[arg-type]
+    asked = [(x, " yes") for x, _ in orders[::2]] + [(f"{x[5:]} {x[:4]}", " no") for x, _ in orders[1::2]]
+    rows = [{"prompt": discriminator_prompt(x, "orders"), "completion": answer} for x, answer in asked]
+    return Pair(source, target, teacher, learn(source, rows, folder / "discriminator", 20))
 
 
 def adapter_bytes(result: TransferResult) -> dict[str, bytes]:
