@@ -20,7 +20,7 @@ from artifacts import base_model, intake
 from artifacts.errors import FieldError, RequestInvalid, ShapeMismatch
 from artifacts.layout import CONFIG_NAME, WEIGHTS_NAME
 from artifacts.manifest import AdapterManifest
-from storage import adapters, models
+from storage import adapters, models, transferables
 from storage.tables import ModelRow
 
 TEXT_FIELDS = frozenset({"name", "base_model", "description", "tags"})
@@ -67,7 +67,9 @@ def store_upload(services: Services, upload: Upload, principal: Principal, idemp
             created_by=principal.key_id,
         )
         location = {"Location": f"/adapters/{row.id}"}
-        return Answer(201 if created else 200, as_json(Adapter.of(row)), location)
+        return Answer(
+            201 if created else 200, as_json(Adapter.of(row, kept=transferables.get(session, row.id))), location
+        )
 
     return answer_after(services, key, lambda: _prepare(services, upload, form), act)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 
 from pydantic import BaseModel, ValidationError
 from sqlalchemy.orm import Session
@@ -31,13 +31,24 @@ Model = TypeVar("Model", bound=BaseModel)
 
 @dataclass(frozen=True, slots=True)
 class Submission:
-    """A job that can be made: what `app.job_making.make_job` takes. `affinity` is the id of the base model it loads."""
+    """A job that can be made: what `app.job_making.make_job` takes.
+
+    Attributes:
+        affinity: id of the base model that it loads.
+        sealed: confidential inputs, which only the job's worker reads (`storage.sealed_inputs`).
+    """
 
     kind: str
     params: dict[str, Any]
     resources: dict[str, Any]
     affinity: str | None = None
     transfer: TransferPlan | None = None
+    sealed: Mapping[str, Any] | None = None
+
+    @classmethod
+    def of_transfer(cls, plan: TransferPlan, resources: dict[str, Any]) -> Self:
+        """The job of a transfer."""
+        return cls("transfer", as_json(plan.params), resources, plan.affinity, plan, plan.sealed)
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,16 +56,30 @@ class JobKind:
     """How the parameters of a kind look, and the function that checks them against what is stored.
 
     The function is given the number of devices, and gives the affinity; of a transfer all that is planned.
+
+    Attributes:
+        confidential: which part of the parameters (a JSON pointer) goes with confidential inputs, if one does: only the
+            kind's own call takes them.
     """
 
     params: type[BaseModel]
     check: Callable[[Settings, Session, Any, int], str | TransferPlan | None]
+    confidential: Callable[[Any], str | None] = lambda _: None
 
 
 def check_submission(
-    settings: Settings, session: Session, kind: str, params: Mapping[str, Any], resources: Mapping[str, Any]
+    settings: Settings,
+    session: Session,
+    kind: str,
+    params: Mapping[str, Any],
+    resources: Mapping[str, Any],
+    *,
+    sealed: bool = False,
 ) -> Submission:
     """Check that a job can be run.
+
+    Args:
+        sealed: whether its confidential inputs are there.
 
     Raises:
         RequestInvalid and its kin: an unknown kind (pointer `/kind`), parameters that its kind does not take or that
@@ -69,10 +94,18 @@ def check_submission(
     asked = as_json(parse_part(Resources, resources, "/resources"), exclude_none=True)
     capacity.check_devices(session, settings, kind, asked)
     request = parse_part(found.params, params, "/params")
+    confidential = found.confidential(request)
+    if confidential is not None and not sealed:
+        problem = f"goes with confidential inputs, which only POST /{kind} takes"
+        raise RequestInvalid(
+            f"{confidential} {problem}.",
+            hint="They are kept with one job, never with a schedule.",
+            errors=[FieldError(f"/params{confidential}", problem)],
+        )
     with pointers_below("/params"):
         checked = found.check(settings, session, request, int(asked.get("devices", 1)))
     if isinstance(checked, TransferPlan):
-        return Submission(kind, as_json(checked.params), asked, checked.affinity, checked)
+        return Submission.of_transfer(checked, asked)
     return Submission(kind, as_json(request), asked, checked)
 
 
@@ -86,7 +119,7 @@ JOB_KINDS: Mapping[str, JobKind] = MappingProxyType(
         "merge_compare": JobKind(CompareMergesParams, check_merges),
         "compose": JobKind(ComposeParams, check_compose),
         "compare": JobKind(CompareParams, check_compare),
-        "train": JobKind(TrainParams, check_train),
+        "train": JobKind(TrainParams, check_train, lambda it: None if it.transferable is None else "/transferable"),
         "transfer": JobKind(TransferParams, _check_transfer),
     }
 )

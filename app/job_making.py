@@ -44,5 +44,6 @@ def make_job(
     )
     if plan is not None:
         transfers.add_transfer(session, job, plan.facts, None if same is None else same[0])
-        sealed_inputs.seal(session, job.id, plan.sealed)
+    if wanted.sealed is not None:
+        sealed_inputs.seal(session, job.id, wanted.sealed)
     return job, True

@@ -72,14 +72,20 @@ def _of_job(session: Session, row: AdapterRow) -> AdapterRecipe:
     assert row.job_id is not None
     job = jobs.get_job(session, row.job_id)
     report = (job.result or {}).get("report") or {}
+    body = dict(job.params)
+    because = []
+    if body.get("transferable") is not None:
+        body["transferable"] = None
+        because.append("its seeds are confidential, so that the call makes the adapter without what transfers need")
     versions: dict[str, str] = report.get("versions") or {}
     return AdapterRecipe(
         adapter=row.id,
         origin=row.origin,
-        call=RecipeCall(path=_CALLS[row.origin], body=dict(job.params)),
+        call=RecipeCall(path=_CALLS[row.origin], body=body),
         versions=versions,
         reproducible=False,
         because=[
+            *because,
             *_other_versions(versions),
             f"what {row.origin} jobs make also depends on the device and on its number of threads",
         ],

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from sqlalchemy.orm import Session
 
-from artifacts.errors import FieldError, NotFound, RequestInvalid
+from artifacts.errors import FieldError, NotFound, RequestInvalid, StateConflict
 from storage import adapters, datasets
 from storage.tables import AdapterRow, DatasetRow
 
@@ -37,11 +37,21 @@ def stored_dataset(session: Session, dataset_id: str) -> DatasetRow:
 
     Raises:
         RequestInvalid: there is none, or it was deleted; at /dataset.
+        StateConflict: an unfinished job is going to drop it.
     """
     try:
-        return datasets.get_dataset(session, dataset_id, lock=True)
+        row = datasets.get_dataset(session, dataset_id, lock=True)
     except NotFound as error:
         problem = f"there is no dataset {dataset_id}"
         raise RequestInvalid(
             f"T{problem[1:]}.", hint="Upload one with POST /datasets.", errors=[FieldError("/dataset", problem)]
         ) from error
+    dropping = datasets.dropping_job(session, dataset_id)
+    if dropping is not None:
+        problem = f"the dataset {dataset_id} is dropped when {dropping} succeeds"
+        raise StateConflict(
+            f"T{problem[1:]}.",
+            hint="Cancel that job, or upload the file again later.",
+            errors=[FieldError("/dataset", problem)],
+        )
+    return row

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from sqlalchemy.orm import Session
@@ -26,8 +27,12 @@ def submit(
     *,
     idempotency_key: str | None,
     request_id: str,
+    sealed: dict[str, Any] | None = None,
 ) -> Answer:
     """Check a job of `kind` and create it, together with its first event and its idempotency key.
+
+    Args:
+        sealed: confidential inputs, which only the job's worker reads (`storage.sealed_inputs`).
 
     Raises:
         RequestInvalid and its kin: see app.job_kinds.check_submission; their pointers are those of the body.
@@ -37,11 +42,14 @@ def submit(
 
     def act(session: Session) -> Answer:
         with pointers_below("", instead_of="/params"):
-            wanted = check_submission(services.settings, session, kind, params, wishes)
+            wanted = check_submission(services.settings, session, kind, params, wishes, sealed=sealed is not None)
+        if sealed is not None:
+            wanted = replace(wanted, sealed=sealed)
         job, _ = make_job(services.settings, session, wanted, created_by=principal.key_id, request_id=request_id)
         return accepted(session, job)
 
-    payload = {**params, "resources": wishes}
+    # Of all of it only a digest is kept.
+    payload = {**params, "resources": wishes} | ({} if sealed is None else {"sealed": sealed})
     answer = answer_once(services, request_key(principal.owner, idempotency_key, f"POST /{kind}", payload), act)
     if not answer.replayed:
         services.job_made(kind)

@@ -6,9 +6,10 @@ from sqlalchemy.orm import Session
 
 from app.base_models import base_model
 from app.main_memory import memory_of_all
-from app.schemas.train import TrainParams, TrainRequest
+from app.schemas.train import Training, TrainParams, TrainRequest
 from app.settings import Settings
 from app.stored_inputs import stored_adapters, stored_dataset
+from app.transferable_inputs import check_transferable
 from artifacts.errors import FieldError, RequestInvalid
 from artifacts.manifest import AdapterManifest
 from storage import adapters, models
@@ -37,11 +38,14 @@ def check_train(settings: Settings, session: Session, request: TrainParams, devi
     Raises:
         RequestInvalid and its kin: an unknown or removed base model, an unknown dataset, parameters that do not fit the
             layers of the base model, more memory than the machine has.
+        StateConflict: a dataset that shall be dropped is needed elsewhere, or is about to be dropped.
     """
     check_feasible(request.full_task, request.training, request.evaluation, devices)
     row = _base_model(session, request, lock=True)
     dataset = stored_dataset(session, request.dataset)
     _check_suitable(dataset, request.full_task)
+    if request.transferable is not None:
+        check_transferable(session, request, request.transferable, row, dataset, devices)
     needed = _estimate(session, row, request, devices, dataset.rows)
     memory = memory_of_all(settings, session)
     if needed is not None and memory is not None:
@@ -81,14 +85,14 @@ def estimate_training(session: Session, request: TrainRequest) -> Estimate | Non
     return _estimate(session, _base_model(session, request), request, devices)
 
 
-def _base_model(session: Session, request: TrainParams, *, lock: bool = False) -> ModelRow:
+def _base_model(session: Session, request: Training, *, lock: bool = False) -> ModelRow:
     row = base_model(session, request.base_model, lock=lock)
     check_base_kind(models.ref_of(row), request.full_task)
     return row
 
 
 def _estimate(
-    session: Session, row: ModelRow, request: TrainParams, devices: int, rows: int | None = None
+    session: Session, row: ModelRow, request: Training, devices: int, rows: int | None = None
 ) -> Estimate | None:
     options = parse_parameters(request.method, request.parameters)
     find_method(request.method).check_task(request.full_task.type)

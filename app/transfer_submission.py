@@ -37,7 +37,7 @@ def submit_transfer(
     def act(session: Session) -> Answer:
         capacity.check_devices(session, services.settings, KIND, wishes)
         plan = plan_transfer(services.settings, session, params, body.seeds)
-        wanted = Submission(KIND, as_json(plan.params), wishes, plan.affinity, plan)
+        wanted = Submission.of_transfer(plan, wishes)
         job, is_new = make_job(services.settings, session, wanted, created_by=principal.key_id, request_id=request_id)
         answer = accepted(session, job)
         return answer if is_new else Answer(200, answer.body, answer.headers)

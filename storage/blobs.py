@@ -194,6 +194,15 @@ class BlobStore:
             self._download(sha256, target)
         return target
 
+    def forget_cached(self, sha256: str, cache_dir: Path) -> None:
+        """Remove what `materialize` may have downloaded into `cache_dir`: the bytes must not stay there.
+
+        Raises:
+            BlobStoreUnavailable
+        """
+        with translated(cache_dir):
+            (cache_dir / sha256[:2] / sha256).unlink(missing_ok=True)
+
     def remove_stale_staging(self, moment: datetime, *, dry_run: bool = False) -> int:
         """Remove what lies in `staging_dir` untouched since `moment`; returns how many entries."""
         return 0 if self._local is None else self._local.remove_stale_staging(moment, dry_run=dry_run)

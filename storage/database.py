@@ -165,6 +165,7 @@ class Database:
                 max_overflow=POOL_OVERFLOW,
                 pool_timeout=BUSY_TIMEOUT_SECONDS,
                 json_serializer=text.dump_json,
+                hide_parameters=True,  # some columns are confidential, and errors go into logs
                 connect_args={"timeout": BUSY_TIMEOUT_SECONDS, "check_same_thread": False},
             )
             file = Path(str(self.url.database))
@@ -180,6 +181,7 @@ class Database:
             pool_pre_ping=True,
             pool_recycle=1800,
             json_serializer=text.dump_json,
+            hide_parameters=True,
             connect_args={
                 "connect_timeout": BUSY_TIMEOUT_SECONDS,
                 "application_name": "rankwise",

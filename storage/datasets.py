@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,14 +18,15 @@ from storage.blob_rows import reserve_blobs
 from storage.ids import new_id
 from storage.pagination import DEFAULT_LIMIT, Page, page_of
 from storage.quotas import charge_bytes
-from storage.tables import DatasetRow
+from storage.tables import DatasetRow, JobRow, ScheduleRow
 from storage.text import fold, is_storable, storable
 from storage.tombstones import hide, lock_shown
 from storage.unfinished import DATASET_ID, jobs_by_input
 from storage.upsert import insert_or_ignore
 
 _TRIES = 5
-_LISTED_JOBS = 5
+LISTED = 5
+"""Jobs that a message names."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,9 +158,52 @@ def delete_dataset(session: Session, dataset_id: str) -> None:
         raise NotFound(f"there is no dataset {dataset_id!r}")
     needed = jobs_by_input(session, DATASET_ID).get(dataset_id, [])
     if needed:
-        listed = ", ".join(needed[:_LISTED_JOBS]) + (" …" if len(needed) > _LISTED_JOBS else "")
+        listed = ", ".join(needed[:LISTED]) + (" …" if len(needed) > LISTED else "")
         raise StateConflict(
             f"{len(needed)} unfinished jobs need the dataset {row.name!r}: {listed}",
             hint="Wait until they have ended, or cancel them.",
         )
     hide(session, row)
+
+
+def users_of(session: Session, dataset_id: str, without: str | None = None) -> list[str]:
+    """Ids of the unfinished jobs and of the schedules that name the dataset.
+
+    Args:
+        without: a job that does not count.
+    """
+    found = [job_id for job_id in jobs_by_input(session, DATASET_ID).get(dataset_id, []) if job_id != without]
+    planned = session.execute(
+        select(ScheduleRow.id, ScheduleRow.job_params).where(ScheduleRow.deleted_at.is_(None)).order_by(ScheduleRow.id)
+    )
+    return found + [schedule_id for schedule_id, params in planned if dataset_id in json.dumps(params)]
+
+
+def dropping_job(session: Session, dataset_id: str) -> str | None:
+    """The unfinished job that removes the dataset when it succeeds, if there is one."""
+    for job_id in jobs_by_input(session, DATASET_ID).get(dataset_id, []):
+        job = session.get(JobRow, job_id)
+        asked = job.params.get("transferable") if job is not None else None
+        if isinstance(asked, dict) and asked.get("drop_dataset"):
+            return job_id
+    return None
+
+
+def remove_dataset(session: Session, dataset_id: str) -> list[str]:
+    """Take the dataset away at once, with earlier deleted ones of the same file; nobody may need it any more.
+
+    Returns:
+        The digest of its file, whose blob nobody needs; none if it was deleted before.
+    """
+    row = lock_shown(session, DatasetRow, dataset_id)
+    if row is None:
+        return []
+    hide(session, row)
+    sha256 = row.sha256
+    needed = jobs_by_input(session, DATASET_ID)
+    same = session.scalars(select(DatasetRow).where(DatasetRow.sha256 == sha256, DatasetRow.deleted_at.is_not(None)))
+    for gone in same.all():
+        if gone.id == dataset_id or gone.id not in needed:
+            session.delete(gone)
+    session.flush()
+    return [sha256]

@@ -203,12 +203,7 @@ def retry_job(
         StateConflict: the job has not failed and was not cancelled, or its confidential inputs are gone.
         QueueFull
     """
-    old = get_job(session, job_id)
-    if old.state not in ("failed", "cancelled"):
-        raise StateConflict(
-            f"{job_id} is {old.state}; only a failed or cancelled job can be retried",
-            hint="Wait until it ends, or submit a new job.",
-        )
+    old = retryable(session, job_id)
     job = create_job(
         session,
         old.kind,
@@ -224,6 +219,22 @@ def retry_job(
     checkpoints.take_over(session, job.id, old.id)
     sealed_inputs.take_over(session, job.id, old.id)
     transfers.take_over(session, job, old.id)
+    return job
+
+
+def retryable(session: Session, job_id: str) -> JobRow:
+    """The job, if it may be retried.
+
+    Raises:
+        NotFound
+        StateConflict: it has not failed and was not cancelled.
+    """
+    job = get_job(session, job_id)
+    if job.state not in ("failed", "cancelled"):
+        raise StateConflict(
+            f"{job_id} is {job.state}; only a failed or cancelled job can be retried",
+            hint="Wait until it ends, or submit a new job.",
+        )
     return job
 
 

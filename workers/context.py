@@ -135,14 +135,15 @@ class JobOutcome:
     Attributes:
         report: JSON-able.
         files: blobs that `also` writes rows of, each with the file that has its bytes.
-        also: what else becomes visible in the same transaction; it is given the ids of the adapters, and may raise.
+        also: what else becomes visible in the same transaction; it is given the ids of the adapters, and may raise. It
+            may add to the report, and gives the digests of blobs that it left without a use.
     """
 
     adapters: tuple[NewAdapter, ...] = ()
     report: Mapping[str, Any] = field(default_factory=dict)
     images: tuple[NewImage, ...] = ()
     files: tuple[tuple[FileEntry, Path], ...] = ()
-    also: Callable[[Session, Sequence[str]], None] | None = None
+    also: Callable[[Session, Sequence[str]], Sequence[str]] | None = None
     models: tuple[NewModel, ...] = ()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import structlog
@@ -70,8 +71,7 @@ def publish(context: JobContext, outcome: JobOutcome) -> dict[str, Any]:
             ).id
             for position, (image, stored) in enumerate(pictures)
         ]
-        if outcome.also is not None:
-            outcome.also(session, ids)
+        unused = [] if outcome.also is None else list(outcome.also(session, ids))
         model_ids = [
             made_models.add_made_model(
                 session, ref, entries, recipe=model.recipe, job_id=spec.job_id, created_by=job.created_by
@@ -85,8 +85,8 @@ def publish(context: JobContext, outcome: JobOutcome) -> dict[str, Any]:
         previews.drop_preview(session, spec.job_id)
         sealed_inputs.drop(session, spec.job_id)
         left = checkpoints.drop_checkpoint(session, spec.job_id)
-    if left is not None:
-        forget_blob(context, left)
+    for sha256 in unused if left is None else [left, *unused]:
+        forget_blob(context, sha256)
     return result
 
 
@@ -103,8 +103,9 @@ def described(context: JobContext, new: NewModel) -> tuple[BaseModelRef, list[Fi
 
 
 def forget_blob(context: JobContext, sha256: str) -> None:
-    """Remove a blob that no row names any more; what fails here is left to the sweep."""
+    """Remove a blob that no row names any more, here and in the cache; what fails is left to the sweep."""
     try:
+        context.blobs.forget_cached(sha256, Path(context.spec.cache))
         remove_unused(context.database, context.blobs, sha256)
     except (DatabaseUnavailable, BlobStoreUnavailable) as error:
         log.warning("blob_not_removed", sha256=sha256, error=error.detail)

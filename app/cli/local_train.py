@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from app.cli.recipe import Recipe
-from artifacts.errors import RequestInvalid
+from artifacts.errors import FieldError, RequestInvalid
 
 REPORT_FILE, CURVE_FILE = "train_report.json", "loss_curve.svg"
 
@@ -56,6 +56,12 @@ def train_local(recipe: Recipe, output: Path, *, device: str, progress: Callable
             f"continue_from names no folder: {recipe.body['continue_from']}. "
             "A training of files goes on from an adapter in a folder.",
             hint="`rankwise adapters download` writes one.",
+        )
+    if recipe.request.transferable is not None:
+        raise RequestInvalid(
+            "A training of files makes no transferable adapter: what it keeps is confidential, and a folder is not.",
+            hint="Train on the service, or leave `transferable` out.",
+            errors=[FieldError("/transferable", "needs the service")],
         )
     from artifacts.intake import inspect as inspect_adapter
     from train.catalog import find_method, parse_parameters

@@ -31,13 +31,18 @@ class Recipe:
     adapter_folder: Path | None = None
 
 
-def read_recipe(path: Path) -> Recipe:
+def read_recipe(path: Path, transferable: Path | None = None) -> Recipe:
     """Read and check a recipe; paths in it are relative to its own folder.
+
+    Args:
+        transferable: a file of its own with that part of the body.
 
     Raises:
         RequestInvalid: it is no YAML mapping, or a field is wrong; each finding with its place.
     """
     body = read_mapping(path, "Train an adapter")
+    if transferable is not None:
+        body["transferable"] = read_mapping(transferable, "Train an adapter")
     model_folder = existing(path.parent, body.get("base_model"), folder=True)
     dataset_file = existing(path.parent, body.get("dataset"), folder=False)
     document = dict(body)

@@ -31,6 +31,20 @@ def print_train_report(console: Console, report: dict[str, Any]) -> None:
         )
     )
     _print_evaluation(console, report.get("evaluation") or {})
+    kept = report.get("transferable")
+    if kept:
+        console.print(
+            fields(
+                "kept for transfers",
+                {
+                    "task": kept["task"],
+                    "seeds": kept["seeds"],
+                    "inputs": f"{kept['inputs']} of the data, {kept['invented']} invented",
+                    "discriminator": f"AUC {kept['auc']:.3f} on {kept['held_out']} of either that were held out",
+                    "dataset": "dropped" if report.get("dataset_dropped") else None,
+                },
+            )
+        )
 
 
 def _print_evaluation(console: Console, evaluation: dict[str, Any]) -> None:

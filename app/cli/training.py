@@ -31,6 +31,15 @@ def train(
         Path | None,
         typer.Option("-o", "--output", help="Folder of the adapter; needed if the base model is a folder."),
     ] = None,
+    transferable: Annotated[
+        Path | None,
+        typer.Option(
+            "--transferable",
+            exists=True,
+            dir_okay=False,
+            help="A YAML file: `transferable` of the body, so that the seeds need not stand in the recipe.",
+        ),
+    ] = None,
     wait: Annotated[bool, typer.Option("--wait/--no-wait", help="Follow the job to its end.")] = True,
     device: Annotated[str, typer.Option("--device", help="Device of a training of files: cpu or cuda:0.")] = "cpu",
     as_json: Json = False,
@@ -42,7 +51,7 @@ def train(
     """
     from app.cli.recipe import read_recipe  # with the schemas of the service, which `--help` shall not wait for
 
-    found = read_recipe(recipe)
+    found = read_recipe(recipe, transferable)
     if found.model_folder is None:
         with context.obj() as client:
             _train_remotely(client, found, output, wait, as_json)

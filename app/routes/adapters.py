@@ -29,7 +29,7 @@ from app.schemas.recipes import AdapterRecipe
 from app.state import Services
 from app.upload_answers import answer_upload
 from artifacts.peft_config import MAX_RANK
-from storage import adapters, waivers
+from storage import adapters, transferables, waivers
 from storage.adapters import AdapterFilter
 
 router = APIRouter(tags=["adapters"], route_class=JsonRoute)
@@ -87,14 +87,15 @@ def get_adapter(services: ServicesDep, principal: Reader, adapter_id: AdapterId)
     """Its configuration, files, modules, and the report on every key of the upload."""
     with services.database.read() as session:
         row = adapters.get_adapter(session, adapter_id)
-        return Adapter.of(row, waivers.get_waiver(session, adapter_id))
+        return Adapter.of(row, waivers.get_waiver(session, adapter_id), transferables.get(session, adapter_id))
 
 
 @router.delete(
     "/adapters/{adapter_id}", status_code=204, summary="Delete an adapter", responses=problem_responses(404, 507)
 )
 def delete_adapter(services: ServicesDep, principal: Writer, adapter_id: AdapterId) -> Response:
-    """The adapter disappears from lists and downloads; the lineage of what was made from it stays whole."""
+    """The adapter disappears from lists and downloads, with what it kept for transfers; the lineage of what was made
+    from it stays whole."""
     with services.database.write() as session:
         adapters.delete_adapter(session, adapter_id)
     return Response(status_code=204)

@@ -95,6 +95,9 @@ async def retry_job(
     request_id: str = request.state.request_id
 
     def act(session: Session) -> Answer:
+        old = jobs.retryable(session, job_id)
+        # Of confidential inputs the retry itself tells whether they are there still.
+        check_submission(services.settings, session, old.kind, old.params, old.resources, sealed=True)
         job = jobs.retry_job(
             session,
             job_id,
@@ -102,8 +105,6 @@ async def retry_job(
             request_id=request_id,
             max_queued=services.settings.max_queued_jobs,
         )
-        # After the old job's state was looked at; a refusal takes the new job with it.
-        check_submission(services.settings, session, job.kind, job.params, job.resources)
         return accepted(session, job)
 
     key = request_key(principal.owner, idempotency_key, f"POST /jobs/{job_id}/retry", None)

@@ -12,7 +12,6 @@ from app.dependencies import IdempotencyKey, JobId, JobRunner, Reader, ServicesD
 from app.job_answers import JOB_RESPONSES, answer_or_wait
 from app.json_body import JsonRoute
 from app.problems import problem_responses
-from app.schemas.common import as_json
 from app.schemas.jobs import Job
 from app.schemas.train import MetricSeries, TrainEstimate, TrainRequest
 from app.submission import submit
@@ -44,15 +43,17 @@ async def train_adapter(
     """A base model and a dataset in, one adapter out.
 
     What can never be trained (unknown layers, a rank that fits none, more memory than there is) is refused here, not
-    later in the queue. An interrupted training goes on from its newest checkpoint.
+    later in the queue. An interrupted training goes on from its newest checkpoint. With `transferable` the job also
+    trains a discriminator, which stays with the adapter and is shown to nobody.
     """
     answer = await run_in_threadpool(
         submit,
         services,
         principal,
         "train",
-        as_json(body, exclude={"resources"}),
+        body.params(),
         body.resources,
+        sealed=body.sealed(),
         idempotency_key=idempotency_key,
         request_id=request.state.request_id,
     )

@@ -11,7 +11,7 @@ from app.schemas.common import BaseModelName, Name, RequestModel, Timestamp
 from app.schemas.models import Reason
 from app.uploads import MAX_FILES
 from storage.adapters import Lineage
-from storage.tables import AdapterRow, AdapterWaiverRow
+from storage.tables import AdapterRow, AdapterWaiverRow, TransferableRow
 
 MAX_TAGS = 64
 MAX_DESCRIPTION = 20_000
@@ -124,6 +124,19 @@ class Waiver(BaseModel):
         return cls.model_validate(row, from_attributes=True)
 
 
+class TransferableSummary(BaseModel):
+    """What an adapter keeps for transfers to other base models; the seeds and the discriminator are shown to nobody."""
+
+    task: str = Field(description="Short name of the task, as the training gave it.")
+    seeds: int = Field(description="How many.")
+    size: int = Field(description="Inputs of the training data.")
+    auc: float = Field(description="The chance that the discriminator ranks a held-out input above an invented one.")
+
+    @classmethod
+    def of(cls, row: TransferableRow) -> Self:
+        return cls(task=row.task, seeds=len(row.seeds), size=row.size, auc=row.auc)
+
+
 class Adapter(AdapterSummary):
     """Everything that is known of an adapter."""
 
@@ -135,11 +148,15 @@ class Adapter(AdapterSummary):
     modules: list[AdapterModule]
     report: Report
     waiver: Waiver | None = Field(None, description="Whether it may go with its base model.")
+    transferable: TransferableSummary | None = Field(
+        None, description="Set if the adapter was trained with `transferable`; null otherwise."
+    )
 
     @classmethod
-    def of(cls, row: AdapterRow, waiver: AdapterWaiverRow | None = None) -> Self:
+    def of(cls, row: AdapterRow, waiver: AdapterWaiverRow | None = None, kept: TransferableRow | None = None) -> Self:
         found = cls.model_validate(row, from_attributes=True)
         found.waiver = None if waiver is None else Waiver.of(waiver)
+        found.transferable = None if kept is None else TransferableSummary.of(kept)
         return found
 
 

@@ -4,22 +4,25 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Self
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, field_validator
 
 from app.dependencies import HEX_ID
-from app.schemas.common import BaseModelName, Name, RequestModel, Timestamp
+from app.schemas.common import BaseModelName, Name, RequestModel, Timestamp, as_json
 from app.schemas.resources import Resources
+from artifacts.errors import RequestInvalid
 from storage.job_metrics import Point
 from train.catalog import METHODS
 from train.continuation import AdapterId, ContinueFrom
 from train.estimate import Estimate
 from train.settings import EvaluationSettings, TaskName, TaskSettings, TrainingSettings, parse_task
+from transfer.seeds import MAX_SEEDS, MIN_SEEDS, parse_seeds
+from transfer.transferable import TransferableSettings
 
 MAX_SEED = 2**32 - 1
 """The largest that numpy takes."""
 
 
-class TrainParams(RequestModel):
+class Training(RequestModel):
     """Train an adapter for a base model on a dataset."""
 
     method: str = Field("lora", description="See GET /methods.", json_schema_extra={"enum": list(METHODS)})
@@ -53,7 +56,40 @@ class TrainParams(RequestModel):
         return parse_task(self.task) if isinstance(self.task, str) else self.task
 
 
-class TrainRequest(TrainParams):
+class TransferableRequest(TransferableSettings):
+    """What the adapter keeps so that it can be moved to other base models without the dataset. The seeds, confidential
+    like the dataset, are shown by no call."""
+
+    seeds: list[str] = Field(
+        description=f"{MIN_SEEDS} to {MAX_SEEDS} different examples of the task's inputs, without answers. By giving "
+        "them their owner allows to keep them; none is ever taken from the dataset."
+    )
+
+    @field_validator("seeds")
+    @classmethod
+    def _usable(cls, seeds: list[str]) -> list[str]:
+        try:
+            return list(parse_seeds(seeds))
+        except RequestInvalid as error:
+            # One finding a request is enough of a hint, and the way in which bodies tell theirs.
+            first = error.errors[0]
+            place = first.pointer.removeprefix("/seeds").removeprefix("/")
+            raise ValueError(f"seed {place} {first.message}" if place else first.message) from None
+
+
+class TransferableParams(TransferableSettings):
+    """What a job shows of it."""
+
+    seeds: Annotated[int, Field(strict=True, ge=MIN_SEEDS, le=MAX_SEEDS)]
+
+
+class TrainParams(Training):
+    """The parameters of a train job: the request, but for what nobody may read."""
+
+    transferable: TransferableParams | None = None
+
+
+class TrainRequest(Training):
     """A training, and what it may ask of the machine that does it."""
 
     model_config = ConfigDict(
@@ -68,7 +104,29 @@ class TrainRequest(TrainParams):
         }
     )
 
+    transferable: TransferableRequest | None = Field(
+        None,
+        description="Have the adapter keep what a transfer to another base model needs: seeds and a discriminator, "
+        "which the same job trains. Task causal-lm, on one device.",
+    )
     resources: Resources | None = None
+
+    @field_validator("transferable", mode="before")
+    @classmethod
+    def _switched(cls, value: object) -> object:
+        """True alone lacks what it needs, and is told so; false is null."""
+        return {} if value is True else None if value is False else value
+
+    def params(self) -> dict[str, Any]:
+        """The job's parameters: of the seeds their number."""
+        found: dict[str, Any] = as_json(self, exclude={"resources": True, "transferable": {"seeds"}})
+        if self.transferable is not None:
+            found["transferable"]["seeds"] = len(self.transferable.seeds)
+        return found
+
+    def sealed(self) -> dict[str, Any] | None:
+        """What only the job's worker may read."""
+        return None if self.transferable is None else {"seeds": self.transferable.seeds}
 
 
 class TrainEstimate(BaseModel):

@@ -6,6 +6,7 @@ import json
 import shutil
 import socket
 import struct
+import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -23,6 +24,10 @@ from app.state import Services
 from storage import claims
 from storage.database import Database
 from storage.tables import AdapterRow, IdempotencyRow, JobEventRow, JobRow, ModelRow
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from training_server import training  # noqa: F401
 
 Files = list[tuple[str, tuple[str, bytes]]]
 

@@ -76,6 +76,7 @@ def test_examples_in_the_pages_are_json(pages: dict[str, str]) -> None:
 def test_parameters_in_the_examples_are_accepted(root: Path, pages: dict[str, str]) -> None:
     """Each body of POST /merge and its kin that a page or the README shows is one that the service takes."""
     from app.schemas.merge import CompareMergesRequest, MergeRequest
+    from app.schemas.train import TrainRequest
     from merge.catalog import parse_parameters
 
     texts = [*pages.values(), _text(root, "README.md")]
@@ -88,6 +89,9 @@ def test_parameters_in_the_examples_are_accepted(root: Path, pages: dict[str, st
             compared = CompareMergesRequest.model_validate_json(filled)
             for candidate in compared.candidates:
                 parse_parameters(candidate.method, candidate.parameters)
+            continue
+        if '"transferable"' in filled:
+            TrainRequest.model_validate_json(filled)
             continue
         request = MergeRequest.model_validate_json(filled)
         parse_parameters(request.method, request.parameters)

@@ -6,14 +6,16 @@ import threading
 from typing import Any
 
 import pytest
+from sqlalchemy import select
 
 from artifacts.errors import BlobMissing, NotFound, QuotaExceeded, RequestInvalid, StateConflict
-from storage import datasets, jobs, keys
+from storage import datasets, jobs, keys, schedules
 from storage.blob_reader import BlobReader, open_blob
 from storage.blobs import BlobStore
 from storage.database import Database
 from storage.datasets import DatasetFilter
 from storage.keys import KeyLimits
+from storage.schedules import JobTemplate, Trigger
 from storage.tables import ApiKeyRow, DatasetRow
 
 COLUMNS = [{"name": "text", "type": "string", "nulls": 0, "kinds": []}]
@@ -193,3 +195,29 @@ def test_a_blob_is_read_as_a_file(blobs: BlobStore) -> None:
             raw.seek(-1)
     with pytest.raises(BlobMissing):
         open_blob(blobs, sha256("nothing"))
+
+
+def test_a_dataset_is_dropped_at_once_when_nobody_else_names_it(database: Database) -> None:
+    kept, _ = add(database, "one")
+    with database.write() as session:
+        own = jobs.create_job(session, "train", {"dataset": kept, "transferable": {"drop_dataset": True}}).id
+        other = jobs.create_job(session, "train", {"dataset": kept, "transferable": None}).id
+        template = JobTemplate("train", {"dataset": kept}, {})
+        planned = schedules.create_schedule(session, Trigger(cron="0 3 * * *", timezone="UTC"), template).id
+    with database.read() as session:
+        assert datasets.users_of(session, kept, without=own) == [other, planned]
+        assert datasets.dropping_job(session, kept) == own
+    with database.write() as session:
+        jobs.request_cancel(session, other)
+        schedules.delete_schedule(session, planned)
+        assert datasets.users_of(session, kept, without=own) == []
+        jobs.request_cancel(session, own)
+        assert datasets.dropping_job(session, kept) is None
+    with database.write() as session:
+        datasets.delete_dataset(session, kept)
+    again, _ = add(database, "one")
+    with database.write() as session:
+        assert datasets.remove_dataset(session, again) == [sha256("one")]
+        assert datasets.remove_dataset(session, again) == []
+    with database.read() as session:
+        assert session.scalars(select(DatasetRow)).all() == [], "the deleted one of the same file went too"

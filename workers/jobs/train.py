@@ -22,6 +22,7 @@ from train.engine import BEFORE, LOOP, Inputs, Plan, train_adapter
 from train.settings import EvaluationSettings, TrainingSettings, parse_task
 from workers.checkpointing import Checkpoints
 from workers.context import JobContext, JobOutcome, NewAdapter, StoredModel
+from workers.stage_zero import ADAPTER_SHARE, TransferableTraining
 
 LIBRARIES = ("rankwise", "torch", "transformers", "peft", "accelerate", "diffusers")
 NAME_LIMIT = 200
@@ -35,11 +36,13 @@ log = structlog.get_logger(__name__)
 def run(context: JobContext) -> JobOutcome:
     """Train the adapter that the job's parameters describe.
 
-    `params`: {method, base_model, dataset, task, parameters, training, evaluation, seed, name, continue_from}.
+    `params`: {method, base_model, dataset, task, parameters, training, evaluation, seed, name, continue_from,
+    transferable}.
 
     Raises:
         NotFound: the base model or the dataset is not there any more.
-        RequestInvalid and its kin: they do not fit the job (`train.engine.train_adapter`).
+        RequestInvalid and its kin: they do not fit the job (`train.engine.train_adapter`,
+            `workers.stage_zero.TransferableTraining`).
         AttemptCancelled, AttemptStale
     """
     plan = plan_of(context)
@@ -49,20 +52,25 @@ def run(context: JobContext) -> JobOutcome:
     start = None if wanted is None else fetch_start(context, wanted, model)
     if start is not None:
         plan = replace(plan, options=continued_options(find_method(plan.method), plan.options, start.manifest))
+    base = BaseFiles(model.name, source.location, source.revision)
+    data = DataFile(path, dataset.format)
     checkpoints = Checkpoints(context)
+    zero = None
+    if context.params.get("transferable") is not None:
+        zero = TransferableTraining(context, checkpoints, plan, base, model.ref, data)
     resumed = checkpoints.fetch()
-    observer = JobObserver(context, checkpoints)
-    inputs = Inputs(
-        base=BaseFiles(model.name, source.location, source.revision),
-        data=DataFile(path, dataset.format),
-        folder=context.scratch,
-        resume=None if resumed is None else resumed[0],
-        start=start,
-    )
-    output = context.scratch / "trained"
-    method = find_method(plan.method).load(plan.options)
-    report = train_adapter(plan, method, inputs, output, observer).to_dict()
-    observer.flush()
+    trained_before = None if zero is None else zero.trained(resumed)
+    if trained_before is None:
+        observer = JobObserver(context, checkpoints, (0.0, 1.0 if zero is None else ADAPTER_SHARE))
+        inputs = Inputs(base, data, context.scratch, None if resumed is None else resumed[0], start)
+        output = context.scratch / "trained"
+        method = find_method(plan.method).load(plan.options)
+        report = train_adapter(plan, method, inputs, output, observer).to_dict()
+        observer.flush()
+        if zero is not None:
+            output = zero.keep(output, report)
+    else:
+        output, report = trained_before
     report |= {
         "parameters": plan.options.model_dump(mode="json"),
         "training": plan.training.model_dump(mode="json"),
@@ -77,7 +85,10 @@ def run(context: JobContext) -> JobOutcome:
         model_id=model.id,
         parents=() if wanted is None else (Parent(wanted.adapter, recipe_of(plan, context)),),
     )
-    return JobOutcome((trained,), report)
+    if zero is None:
+        return JobOutcome((trained,), report)
+    kept = zero.run(report)
+    return JobOutcome((trained,), report, files=kept.files, also=kept.publish)
 
 
 def fetch_start(context: JobContext, wanted: ContinueFrom, model: StoredModel) -> Start:
@@ -142,12 +153,12 @@ class JobObserver:
     """Carries what happens in a training to the job's row, its series and its checkpoint.
 
     A long training tells less often, so that its events do not grow without end. Of several ranks the first one tells.
+
+    Args:
+        share: where on the job's progress bar the training begins and ends.
     """
 
-    def __init__(
-        self, context: JobContext, checkpoints: Checkpoints, share: tuple[float, float] = (BEFORE, LOOP)
-    ) -> None:
-        """`share`: where on the progress bar the loop begins and ends."""
+    def __init__(self, context: JobContext, checkpoints: Checkpoints, share: tuple[float, float] = (0.0, 1.0)) -> None:
         self._context, self._checkpoints, self._share = context, checkpoints, share
         self._points: list[Point] = []
         self._began = self._told = time.monotonic()
@@ -156,7 +167,7 @@ class JobObserver:
         return self._context.stop_wanted
 
     def progress(self, fraction: float, message: str) -> None:
-        self._context.progress(fraction, message)
+        self._context.progress(self._placed(fraction), message)
 
     def step(self, step: int, total: int, values: Mapping[str, float]) -> None:
         if self._context.rank != 0:
@@ -167,14 +178,17 @@ class JobObserver:
         if now - self._told < between or self._context.stop_wanted:
             return
         self._told = now
-        begin, end = self._share
-        fraction = begin + (end - begin) * step / total
+        fraction = self._placed(BEFORE + (LOOP - BEFORE) * step / total)
         self._context.progress(fraction, f"step {step} of {total}, loss {values['loss']:.4g}", step, total)
         self.flush()
 
     def checkpoint(self, folder: Path, step: int) -> bool:
         self.flush()  # what goes on from here does not measure these steps again
         return self._checkpoints.publish(folder, step)
+
+    def _placed(self, fraction: float) -> float:
+        begin, end = self._share
+        return begin + (end - begin) * fraction
 
     def flush(self) -> None:
         """Write the numbers of the steps since the last time.

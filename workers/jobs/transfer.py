@@ -152,24 +152,16 @@ class Given:
         }
         job_id = context.spec.job_id
         made = self._adapter(context, result, report, degraded)
-        if judged == "pass":
+        held = _held(made) if judged == "hold" else None
 
-            def published(session: Session, ids: Sequence[str]) -> None:
-                transfers.record_end(session, job_id, "pass", degraded=degraded, new_adapter=ids[0])
-
-            return JobOutcome((made,), report, also=published)
-        if judged == "fail":
-            return JobOutcome(
-                report=report,
-                also=lambda session, _: transfers.record_end(session, job_id, "fail", degraded=degraded),
+        def judge(session: Session, ids: Sequence[str]) -> Sequence[str]:
+            transfers.record_end(
+                session, job_id, judged, degraded=degraded, new_adapter=ids[0] if ids else None, held=held
             )
-        held = _held(made)
-        files = tuple((entry, made.directory / entry.path) for entry in held.manifest.files)
-        return JobOutcome(
-            report=report,
-            files=files,
-            also=lambda session, _: transfers.record_end(session, job_id, "hold", degraded=degraded, held=held),
-        )
+            return ()
+
+        files = () if held is None else tuple((entry, made.directory / entry.path) for entry in held.manifest.files)
+        return JobOutcome((made,) if judged == "pass" else (), report, files=files, also=judge)
 
     def _adapter(
         self, context: JobContext, result: TransferResult, report: Mapping[str, Any], degraded: bool
