@@ -88,6 +88,9 @@ format: setup  ## let ruff repair what it can
 bench: setup  ## run every benchmark; tables on the screen, JSON in benchmarks/results/
 	@for script in $(BENCHMARKS); do $(BIN)/python -m "$${script//\//.}"; done
 
+formats-report: setup  ## what becomes of every known layout of adapter files
+	$(BIN)/python -m scripts.formats_report
+
 docs: $(DOCS_STAMP)  ## build the documentation into site/
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet --strict
 

@@ -29,6 +29,8 @@ from storage.blobs import BlobStore
 from storage.tables import AdapterFileRow, AdapterRow
 
 ZIP_TYPE = "application/zip"
+PEFT_FORMATS = ("peft", "safetensors-metadata")
+"""Formats whose tensors carry PEFT's names."""
 SAFETENSORS_TYPE = "application/octet-stream"
 
 
@@ -56,6 +58,12 @@ def peft_download(blobs: BlobStore, crc32: Crc32Cache, row: AdapterRow) -> Downl
     """
     _check_blobs(blobs, row.files)
     weights = _weights(row)
+    if row.format not in PEFT_FORMATS:
+        raise RequestInvalid(
+            f"{row.id} is stored in the format {row.format}; it is handed out as it is.",
+            hint="Download it with format=safetensors.",
+            errors=[FieldError("/query/format", "must be safetensors for this adapter")],
+        )
     if any(file.path == CONFIG_NAME for file in row.files):
         entries = [blob_entry(file.path, file.sha256, file.size, crc32.get(file.sha256)) for file in row.files]
     else:
@@ -73,7 +81,8 @@ def peft_download(blobs: BlobStore, crc32: Crc32Cache, row: AdapterRow) -> Downl
 
 
 def safetensors_download(blobs: BlobStore, row: AdapterRow) -> Download:
-    """One safetensors file with the configuration in its metadata; the stored file itself if it is one.
+    """One safetensors file with the configuration in its metadata; the stored file itself if it is one, or if it is in
+    a format of its own.
 
     Raises:
         BlobMissing: the store has lost the file.
@@ -83,7 +92,7 @@ def safetensors_download(blobs: BlobStore, row: AdapterRow) -> Download:
     _check_blobs(blobs, [weights])
     header, raw = _stored_header(blobs, weights)
     file_name = f"{_slug(row)}.safetensors"
-    if METADATA_KEY in header.metadata:
+    if METADATA_KEY in header.metadata or row.format not in PEFT_FORMATS:
         whole = BlobSlice(weights.sha256, 0, weights.size)
         return Download((whole,), f'"{weights.sha256}"', SAFETENSORS_TYPE, file_name)
     document: dict[str, Any] = json.loads(raw)

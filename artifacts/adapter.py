@@ -13,7 +13,7 @@ from torch import Tensor
 
 from artifacts.errors import ShapeMismatch
 from artifacts.layout import AdapterLayout, read_layout
-from artifacts.manifest import LoraModule
+from artifacts.manifest import FormatFacts, LoraModule
 from artifacts.peft_config import PeftLoraConfig
 from artifacts.safetensors_header import DTYPE_BYTES, TensorInfo
 from artifacts.shard_blocks import lora_factors
@@ -85,6 +85,11 @@ class Adapter(Mapping[str, LoraFactors]):
         return self._modules
 
     @property
+    def facts(self) -> FormatFacts:
+        """What was understood of the file besides its modules."""
+        return self._layout.facts
+
+    @property
     def metadata(self) -> Mapping[str, str]:
         """The string metadata of the safetensors file."""
         return self._layout.header.metadata
@@ -113,9 +118,26 @@ class Adapter(Mapping[str, LoraFactors]):
             if not module.complete:
                 raise ShapeMismatch(f"{module.path}: a MiSS adapter does not tell the sides of its layers.")
             return LoraFactors(*lora_factors(self.tensor(module.block_key), module.d_out, module.d_in), 1.0)
-        A = self.tensor(module.a_key).reshape(module.rank, module.d_in)
-        B = self.tensor(module.b_key).reshape(module.d_out, module.rank)
-        return LoraFactors(A, B, module.scaling)
+        A, B = self.tensor(module.a_key), self.tensor(module.b_key)
+        if not module.plain:
+            A, B = self._view(module, A, B)
+        return LoraFactors(A.reshape(module.rank, module.d_in), B.reshape(module.d_out, module.rank), module.scaling)
+
+    def _view(self, module: LoraModule, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
+        """The part of stored tensors that is this module's (`LoraModule`)."""
+        if module.transposed:
+            A, B = A.T, B.T
+        if module.b_rows:
+            spans = [B[start:stop] for start, stop in module.b_rows]
+            B = spans[0] if len(spans) == 1 else torch.cat(spans)
+        if module.rank_span is not None:
+            start, stop = module.rank_span
+            A, B = A[start:stop], B[:, start:stop]
+        if module.mid_key is not None:
+            # ΔW[o,i,k,l] = Σ B[o,a]·core[a,b,k,l]·A[b,i]: the core goes into A, which keeps the rank
+            core = self.tensor(module.mid_key).to(torch.float32)
+            A = torch.einsum("abkl,bi->aikl", core, A.reshape(A.shape[0], -1).to(torch.float32))
+        return A, B
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._modules)

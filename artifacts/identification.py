@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from dataclasses import dataclass
 
+from artifacts.formats.roles import WEAK, A, B, part_of
+from artifacts.formats.table import READERS
 from artifacts.safetensors_header import SafetensorsHeader
 
 
@@ -20,42 +23,30 @@ class Identification:
         return f"it looks like {self.description}."
 
 
-def _rule(name: str, description: str, pattern: str) -> tuple[Identification, re.Pattern[str]]:
-    return Identification(name, description), re.compile(pattern)
+_PEFT = Identification("peft", "a PEFT LoRA file")
+_ADALORA = Identification("adalora", "an AdaLoRA file")
+_LOWERCASE = Identification("lora-lowercase", "an MLX, torchtune or litgpt LoRA")
+_BARE = Identification("lora-bare", "a LoRA file without PEFT's prefix")
+_READERS = {reader.name: Identification(reader.name, reader.description) for reader in READERS} | {"bare": _BARE}
+_ALPHA_ONLY = Identification("alpha-only", "a file of alphas without factors")
 
-
-# In order: the first rule that any key satisfies names the family. More specific layouts come first.
-_RULES = (
-    _rule("lycoris-loha", "a LyCORIS LoHa file", r".*\.hada_w[12]_[ab]$"),
-    _rule("lycoris-lokr", "a LyCORIS LoKr file", r".*\.lokr_(w[12](_[ab])?|t2)$"),
-    _rule("lycoris-oft", "a LyCORIS or kohya OFT file", r".*\.(oft_blocks|oft_diag|oft_R\.weight)$"),
-    _rule("lycoris-ia3", "a LyCORIS IA3 file", r".*\.on_input$"),
-    _rule("lycoris-glora", "a LyCORIS GLoRA file", r".*\.(a1|a2|b1|b2)\.weight$"),
-    _rule("lycoris-dylora", "a LyCORIS DyLoRA file", r".*\.lora_(up|down)_list\.\d+$|.*\.(up|down)_list\.\d+$"),
-    _rule("xlabs", "an XLabs FLUX LoRA", r".*\.processor\.(qkv|proj)_lora\d?\.(down|up)\.weight$"),
-    _rule("adalora", "an AdaLoRA file", r".*\.lora_E(\..+)?$"),
-    _rule("peft", "a PEFT LoRA file", r"base_model\.model\..*\.lora_(embedding_)?[AB](\..+)?$"),
-    _rule("onetrainer", "a OneTrainer LoRA", r"lora_transformer_.*\.(lora_(down|up)\.weight|alpha)$"),
-    _rule("kohya", "a kohya sd-scripts LoRA", r"(lora|lycoris)_[a-z0-9]+_.*\.(lora_(down|up|mid)\.weight)$"),
-    _rule("old-attn-procs", "an old diffusers attention-processor LoRA", r".*processor\.\w+_lora\.(down|up)\.weight$"),
-    _rule("comfy", "a ComfyUI or ai-toolkit LoRA", r"diffusion_model\..*\.lora_(A|B|down|up)(\..+)?\.?(weight)?$"),
-    _rule(
-        "diffusers",
-        "a diffusers LoRA",
-        r"(module\.)?(unet|transformer(_2)?|text_encoder(_\d)?|prior)\..*(lora_[AB]\..*|lora\.(down|up)\.|lora_linear_layer|lora_magnitude)",
-    ),
-    _rule("bfl", "a FLUX LoRA with Black Forest Labs names", r"(double|single)_blocks\.\d+\..*\.lora_[AB]\.weight$"),
-    _rule("lora-bare", "a LoRA file without PEFT's prefix", r".*\.lora_(embedding_)?[AB](\..+)?$"),
-    _rule("lora-lowercase", "an MLX, torchtune or litgpt LoRA", r".*\.lora_[ab](\.weight)?$"),
-    _rule("down-up", "a LoRA with down/up names", r".*(lora_(down|up)|lora\.(down|up)|\.(down|up))\.weight$"),
-    _rule("lycoris-diff", "a file of full weight differences", r".*\.(diff|diff_b|w_norm|b_norm)$"),
-    _rule("ip-adapter", "an IP-Adapter", r"(ip_adapter|image_proj)\..*"),
-    _rule("textual-inversion", "a textual-inversion embedding", r"(clip_[lg]|emb_params|string_to_param.*|<.*>)$"),
-    _rule("alpha-only", "a file of alphas without factors", r".*\.alpha$"),
+_OTHERS = tuple(
+    (Identification(name, description), re.compile(pattern))
+    for name, description, pattern in (
+        ("ip-adapter", "an IP-Adapter", r"(ip_adapter|image_proj)\..*"),
+        (
+            "textual-inversion",
+            "a textual-inversion embedding",
+            r"(clip_[lg]|t5xxl|emb_params|string_to_param.*|text_encoders_\d|<.*>)$",
+        ),
+        ("controlnet", "a ControlNet", r"(control_model|controlnet_\w+)\..*"),
+        ("cloneofsimo", "a LoRA whose layers are numbered and not named (cloneofsimo/lora)", r"\w+:\d+:(up|down)"),
+        ("vae", "a VAE", r"(first_stage_model\.)?(encoder|decoder|quant_conv|post_quant_conv)\.(conv|mid|down|up).*"),
+    )
 )
+"""Files that are near an adapter and are none."""
 
-_FULL_MODEL = re.compile(r".*\.(weight|bias)$")
-_MIXABLE = {"peft", "kohya", "onetrainer", "diffusers", "comfy", "lycoris-loha", "lycoris-lokr"}
+_FULL_MODEL = (".weight", ".bias")
 
 
 def identify(header: SafetensorsHeader) -> Identification:
@@ -65,22 +56,58 @@ def identify(header: SafetensorsHeader) -> Identification:
     """
     if not header.tensors:
         return Identification("empty", "a file without tensors")
-    found: dict[str, Identification] = {}
-    weights = 0
+    stems: dict[str, str | None] = {}
+    found: Counter[str] = Counter()
+    rest: list[str] = []
     for key in header.tensors:
-        for layout, pattern in _RULES:
-            if pattern.match(key):
-                found.setdefault(layout.name, layout)
-                break
-        else:
-            weights += _FULL_MODEL.match(key) is not None
-    families = [name for name in found if name in _MIXABLE and not (name == "kohya" and "onetrainer" in found)]
-    if len(families) > 1:
-        names = " and ".join(found[name].description for name in sorted(families))
-        return Identification("mixed", f"{names} in one file")
-    for layout, _ in _RULES:
-        if layout.name in found:
+        part = part_of(key)
+        if part is None or part.role in WEAK:
+            rest.append(key)
+            continue
+        if part.stem not in stems:
+            stems[part.stem] = _family(part.stem, part.role, key)
+        name = stems[part.stem]
+        if name is not None:
+            found[name] += 1
+    return _of_families(found) if found else _of_other_keys(header, rest)
+
+
+def _of_other_keys(header: SafetensorsHeader, keys: list[str]) -> Identification:
+    """The layout of a file without a key of any adapter."""
+    pipeline = _is_pipeline(header)
+    for layout, pattern in _OTHERS:
+        if not (pipeline and layout.name == "vae") and any(pattern.match(key) for key in keys):
             return layout
-    if weights:
+    if any(key.endswith(".alpha") for key in keys):
+        return _ALPHA_ONLY
+    if any(key.endswith(_FULL_MODEL) for key in keys):
         return Identification("full-model", "the weights of a whole model or of one of its parts")
     return Identification("unknown", f"nothing known: its first key is {next(iter(header.tensors))[:80]!r}")
+
+
+def _is_pipeline(header: SafetensorsHeader) -> bool:
+    return any(key.startswith("model.diffusion_model.") for key in header.tensors)
+
+
+def _family(stem: str, role: str, key: str) -> str | None:
+    if stem.startswith("base_model.model."):
+        return "adalora" if role == "lora_E" else "peft"
+    stem = stem.removeprefix("module.")
+    for reader in READERS:
+        if reader.place(stem, role) is not None:
+            lowercase = role in (A, B) and (".lora_a" in key or ".lora_b" in key)
+            return "lora-lowercase" if reader.name == "bare" and lowercase else reader.name
+    return None
+
+
+def _of_families(found: Counter[str]) -> Identification:
+    named = {**_READERS, "peft": _PEFT, "adalora": _ADALORA, "lora-lowercase": _LOWERCASE}
+    if "adalora" in found:
+        return _ADALORA
+    families = set(found) - {"lora-lowercase"}
+    if "onetrainer" in families:
+        families.discard("kohya")  # its text encoders carry kohya's names
+    if len(families) > 1:
+        names = " and ".join(sorted(named[name].description for name in families))
+        return Identification("mixed", f"{names} in one file")
+    return named[found.most_common(1)[0][0] if not families else families.pop()]

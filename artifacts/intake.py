@@ -118,6 +118,7 @@ def inspect(directory: Path, *, base_model: str | None = None) -> AdapterManifes
         identity_digest=identity_digest(content.weights_digest, layout.configs, modules, nested),
         config=layout.document,
         report=_report(layout, content, notes, nested),
+        keys=layout.verdicts,
     )
 
 
@@ -140,6 +141,7 @@ def _report(layout: AdapterLayout, content: ContentScan, notes: _Notes, nested: 
         dropped_files=notes.dropped,
         warnings=tuple(warnings),
         nested=nested,
+        facts=layout.facts,
     )
 
 

@@ -9,8 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from artifacts.errors import ConfigRefused, FileBroken, FormatUnknown, PickleRefused
+from artifacts.formats.facts import facts_of, verdicts_of
+from artifacts.formats.peft_view import config_of, document_of, match_of
+from artifacts.formats.reading import Reading, read_keys
+from artifacts.formats.table import is_reader
+from artifacts.formats.values import FileValues, Values
 from artifacts.identification import identify
-from artifacts.manifest import IgnoredKey, LoraModule
+from artifacts.manifest import FormatFacts, IgnoredKey, KeyVerdict, LoraModule
 from artifacts.miss_keys import match_blocks
 from artifacts.peft_config import BLOCK_TYPES, PeftLoraConfig, parse_config
 from artifacts.peft_keys import KeyMatch, match_keys
@@ -32,10 +37,12 @@ class AdapterLayout:
     """An adapter's files, understood from their headers.
 
     Attributes:
-        format: "peft" with an adapter_config.json, "safetensors-metadata" with the configuration inside the file.
-        configs: the configuration of each component; one entry "" when the file holds one model's adapter.
-        document: the configuration as it was written.
+        format: "peft" with an adapter_config.json, "safetensors-metadata" with the configuration inside the file; else
+            the name of the reader in `artifacts.formats` that knows the file's keys.
+        configs: the configuration of each component; one entry "" when the file holds one model's adapter, or has none.
+        document: the configuration as it was written; of a foreign file, what was understood of it.
         match: which tensor is what.
+        reading: what was read of a foreign file; None for PEFT's own.
     """
 
     format: str
@@ -45,6 +52,7 @@ class AdapterLayout:
     configs: Mapping[str, PeftLoraConfig]
     document: Mapping[str, Any]
     match: KeyMatch
+    reading: Reading | None = None
 
     @property
     def config(self) -> PeftLoraConfig:
@@ -61,29 +69,66 @@ class AdapterLayout:
         reasons = [reason for config in self.configs.values() for reason in config.refusals]
         return tuple(dict.fromkeys([*reasons, *self.match.refusals]))
 
+    @property
+    def facts(self) -> FormatFacts:
+        """What was understood of the file besides its modules."""
+        return facts_of(self.modules, self.config.method, self.refusals, self.reading)
+
+    @property
+    def verdicts(self) -> tuple[KeyVerdict, ...]:
+        """What became of every key, in the order of the file."""
+        return verdicts_of(self.header, self.match) if self.reading is None else self.reading.verdicts
+
 
 def read_layout(path: Path) -> AdapterLayout:
-    """Understand the adapter at `path`: a PEFT directory, or one safetensors file that carries its configuration.
+    """Understand the adapter at `path`: a PEFT directory, or one safetensors file of any format of `artifacts.formats`.
 
     Raises:
-        FormatUnknown: no weights, several, or another layout than PEFT's.
+        FormatUnknown: no weights, several, or nothing that is known as an adapter.
         ConfigRefused: the configuration is missing, invalid or can not be honoured.
         FileBroken: the weights do not fit the format or the configuration.
         PickleRefused: the weights are a pickle.
     """
     weights = _weights_path(path)
     header = read_header(weights)
-    _check_names(header)
     config_path = path / CONFIG_NAME
-    if path.is_dir() and config_path.is_file():
-        document = read_json(config_path)
-        configs = {"": parse_config(document)}
-        return _layout("peft", weights, config_path, header, configs, document)
+    document = read_json(config_path) if path.is_dir() and config_path.is_file() else None
+    return understand(header, FileValues(weights), document, weights, config_path)
+
+
+def understand(
+    header: SafetensorsHeader, values: Values, document: Mapping[str, Any] | None, weights: Path, config_path: Path
+) -> AdapterLayout:
+    """As `read_layout`, of what was read: the header, and adapter_config.json if there is one."""
+    _check_names(header)
+    if document is not None:
+        return _layout("peft", weights, config_path, header, {"": parse_config(document)}, document)
     text = header.metadata.get(METADATA_KEY)
     if text is None:
-        raise _without_config(header)
+        return _foreign(weights, header, values, {})
     document = parse_json(text, METADATA_KEY)
-    return _layout("safetensors-metadata", weights, None, header, _component_configs(document), document)
+    configs = _component_configs(document)
+    if _has_old_names(header):
+        alphas = {name.removesuffix("."): config.alpha for name, config in configs.items() if name}
+        return _foreign(weights, header, values, alphas)
+    return _layout("safetensors-metadata", weights, None, header, configs, document)
+
+
+def _has_old_names(header: SafetensorsHeader) -> bool:
+    """Whether the factors do not carry PEFT's names, which the configuration in the metadata is about."""
+    ends = (".lora.down.weight", ".lora_down.weight", "_lora.down.weight", ".lora_linear_layer.down.weight")
+    return any(key.endswith(ends) for key in header.tensors)
+
+
+def _foreign(weights: Path, header: SafetensorsHeader, values: Values, alphas: Mapping[str, float]) -> AdapterLayout:
+    """A file without PEFT's configuration, or with one of which only the alpha of each component is of use."""
+    try:
+        reading = read_keys(header, values, alphas=alphas)
+    except FormatUnknown as error:
+        raise _unknown(header, error) from error
+    document = document_of(reading)
+    found = config_of(reading, document)
+    return AdapterLayout(reading.format, weights, None, header, {"": found}, document, match_of(reading), reading)
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -193,17 +238,22 @@ def _component_configs(document: Mapping[str, Any]) -> dict[str, PeftLoraConfig]
     return {component: parse_config(fields) for component, fields in sorted(parts.items())}
 
 
-def _without_config(header: SafetensorsHeader) -> ConfigRefused | FormatUnknown:
+def _unknown(header: SafetensorsHeader, error: FormatUnknown) -> ConfigRefused | FormatUnknown:
+    """The reason in words for a file that no reader understands."""
     layout = identify(header)
-    if layout.name in ("peft", "lora-bare"):
+    if layout.name in ("peft", "lora-bare", "lora-lowercase", "adalora"):
         return ConfigRefused(
             f"{CONFIG_NAME} is missing, and the file has no {METADATA_KEY} in its metadata.",
             hint="The tensors do not tell alpha and the scaling. Send adapter_config.json along, as PEFT saved it.",
         )
-    return FormatUnknown(
-        f"Not a PEFT adapter: {layout.sentence}",
-        hint=f"Accepted are PEFT adapters with {CONFIG_NAME}, and safetensors files with {METADATA_KEY} inside.",
-    )
+    if layout.name in ("full-model", "empty", "unknown", "alpha-only") or not is_reader(layout.name):
+        if layout.name == "mixed":
+            return error
+        return FormatUnknown(
+            f"Not an adapter: {layout.sentence}",
+            hint="Send a LoRA as PEFT, diffusers, kohya, ComfyUI or another of the formats that are read writes it.",
+        )
+    return error
 
 
 def _layout(

@@ -33,6 +33,11 @@ class LoraModule:
 
     A MiSS adapter stores one block D of `block_shape` (r, m) in `block_key` instead of A and B, which are made from it
     (`artifacts.shard_blocks`); `a_key` and `b_key` are empty then. Its files may not tell d_in, or d_out: that is 0.
+
+    A module can be a view of tensors that mean more than it: `b_rows` are the spans of rows of the stored B, in order,
+    that are this module's (of a fused projection); `rank_span` is the span of components of A and B that are, where the
+    stored B is block-diagonal; `mid_key` is the core of a Tucker decomposition, (r, r, kh, kw), between B and A;
+    `transposed` says that A is stored as (d_in, r) and B as (r, d_out). The shapes are those of the view.
     """
 
     path: str
@@ -51,6 +56,16 @@ class LoraModule:
     magnitude_key: str | None = None
     block_key: str | None = None
     block_shape: tuple[int, ...] = ()
+    b_rows: tuple[tuple[int, int], ...] = ()
+    rank_span: tuple[int, int] | None = None
+    mid_key: str | None = None
+    transposed: bool = False
+
+    @property
+    def plain(self) -> bool:
+        """Whether A and B are the stored tensors themselves."""
+        viewed = self.b_rows or self.rank_span or self.mid_key or self.transposed
+        return self.block_key is None and not viewed
 
     @property
     def complete(self) -> bool:
@@ -60,7 +75,9 @@ class LoraModule:
     @property
     def factor_keys(self) -> tuple[str, ...]:
         """The tensors that B·A is made of."""
-        return (self.a_key, self.b_key) if self.block_key is None else (self.block_key,)
+        if self.block_key is not None:
+            return (self.block_key,)
+        return (self.a_key, self.b_key) if self.mid_key is None else (self.a_key, self.mid_key, self.b_key)
 
     def with_sides(self, d_out: int, d_in: int) -> Self:
         """The module of a block, with the dimensions of its layer.
@@ -72,6 +89,80 @@ class LoraModule:
         if r > d_in or d_out % m or self.d_out not in (0, d_out):
             raise ShapeMismatch(f"{self.path}: a block of {r}×{m} does not fit a weight of {d_out}×{d_in}.")
         return replace(self, d_out=d_out, d_in=d_in, a_shape=(self.rank, d_in), b_shape=(d_out, self.rank))
+
+
+@dataclass(frozen=True, slots=True)
+class TypedModule:
+    """A module whose ΔW is no scaling·B·A of stored factors.
+
+    Attributes:
+        path: the module's path; of a fused projection whose parts are several modules, its name in the file.
+        type: "loha", "lokr", "oft", "boft", "ia3", "full", "norm", "glora", "bias" …
+        rank, alpha, scaling: of the decomposition; 0 where it has none. `scaling` is what the product is multiplied by.
+        d_out, d_in: of ΔW, flattened; 0 where the tensors do not tell.
+        tensors: role ("hada_w1_a", "lokr_w2", "diff" …) → key in the file.
+        targets: the modules, when a fused projection has several: in order of its rows.
+    """
+
+    path: str
+    type: str
+    rank: int
+    alpha: float
+    scaling: float
+    d_out: int
+    d_in: int
+    tensors: Mapping[str, str]
+    targets: tuple[str, ...] = ()
+
+
+KeyUse = Literal["used", "kept", "ignored"]
+
+
+@dataclass(frozen=True, slots=True)
+class KeyVerdict:
+    """What became of one tensor of an upload.
+
+    Attributes:
+        use: "used": part of a ΔW of factors. "kept": stored, part of something that no LoRA expresses. "ignored".
+        role: which part it is ("lora_A", "alpha", "hada_w1_a" …), or "".
+        modules: paths of the modules that it is part of.
+        note: how it was converted, or why it is ignored.
+    """
+
+    key: str
+    use: KeyUse
+    role: str = ""
+    modules: tuple[str, ...] = ()
+    note: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Ability:
+    """Whether something can be done with an adapter, and why not."""
+
+    able: bool
+    reason: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class FormatFacts:
+    """What was understood of a file.
+
+    Attributes:
+        architecture: stored list of modules that has the file's names ("sdxl", "flux" …), or None.
+        modules_in_file: distinct names of modules in the file; fused ones count once.
+        partial: whether tensors of an adapter were left out.
+        composable: whether `POST /compose-image` can take it.
+        exact_as_lora: whether every ΔW is exactly a low-rank product, be it after a conversion.
+        typed: modules whose ΔW is no product of stored factors.
+    """
+
+    architecture: str | None = None
+    modules_in_file: int = 0
+    partial: bool = False
+    composable: Ability = Ability(True)
+    exact_as_lora: Ability = Ability(True)
+    typed: tuple[TypedModule, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,6 +208,7 @@ class IntakeReport:
     dropped_files: tuple[IgnoredKey, ...] = ()
     warnings: tuple[str, ...] = ()
     nested: NestedRanks | None = None
+    facts: FormatFacts = FormatFacts()
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,7 +216,7 @@ class AdapterManifest:
     """What the service knows of an adapter without loading a tensor.
 
     Attributes:
-        format: file layout, e.g. "peft" or "safetensors-metadata".
+        format: file layout, e.g. "peft", "safetensors-metadata" or the name of a reader in `artifacts.formats`.
         method: what kind of adapter it is: "lora", "rslora", "dora", "dylora" (a LoRA that can be cut to smaller
             ranks), or the lower-case `peft_type`.
         rank, alpha: the largest rank of any module, and the alpha of the configuration.
@@ -134,6 +226,7 @@ class AdapterManifest:
             names, without metadata: a re-saved copy has the same digest.
         identity_digest: SHA-256 over the weights digest and the configuration that changes ΔW: two uploads with
             the same identity are the same adapter.
+        keys: what became of every tensor of the weights.
     """
 
     format: str
@@ -153,6 +246,7 @@ class AdapterManifest:
     identity_digest: str
     config: Mapping[str, Any]
     report: IntakeReport
+    keys: tuple[KeyVerdict, ...] = ()
 
     @property
     def size(self) -> int:

@@ -182,7 +182,7 @@ class _Matching:
             if role not in tensors:
                 raise FileBroken(f"{path}: {role} is missing.")
         a, b = tensors[a_role], tensors[b_role]
-        module = _pair(path, a, b, embedding=embedding)
+        module = pair(path, a, b, embedding=embedding)
         expected = self._config.rank_for(path)
         if module.rank != expected:
             raise FileBroken(f"{path}: the tensors have rank {module.rank}, adapter_config.json says {expected}.")
@@ -284,7 +284,7 @@ def _is_wrapper(position: int, part: str) -> bool:
     return part in WRAPPERS and (part.startswith("_") or position == 0)
 
 
-def _pair(path: str, a: TensorInfo, b: TensorInfo, *, embedding: bool) -> LoraModule:
+def pair(path: str, a: TensorInfo, b: TensorInfo, *, embedding: bool) -> LoraModule:
     for info in (a, b):
         if info.dtype not in FLOATS:
             raise FileBroken(f"{path}: {info.name!r} has dtype {info.dtype}; factors are floating-point numbers.")

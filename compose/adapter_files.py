@@ -12,6 +12,7 @@ from typing import Any
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from artifacts.adapter import Adapter
 from artifacts.errors import ComposeRefused, FieldError, FormatUnknown, PickleRefused
 from artifacts.layout import (
     CONFIG_NAME,
@@ -21,7 +22,7 @@ from artifacts.layout import (
     parse_json,
     read_json,
 )
-from artifacts.safetensors_header import read_header
+from artifacts.safetensors_header import SafetensorsHeader, read_header
 
 UNET = "unet"
 COMPONENTS = (UNET, "text_encoder", "text_encoder_2")
@@ -83,18 +84,22 @@ def read_adapter(path: Path, pipeline: Any, name: str) -> AdapterWeights:
     """
     file = weights_file(path)
     text = read_header(file).metadata.get(METADATA_KEY)
-    state = load_file(file)
     config = path / CONFIG_NAME
     if path.is_dir() and config.is_file():
-        return _from_peft(state, read_json(config), pipeline, name)
+        document = read_json(config)
+        _check_config(document, name)
+        if _names_components(read_header(file)):
+            return _by_factors(path, name)
+        return _from_peft(load_file(file), document, pipeline, name)
     if text is not None:
+        state = load_file(file)
         document = parse_json(text, METADATA_KEY)
         if "r" in document:
             return _from_peft(state, document, pipeline, name)
         for component in COMPONENTS:
             _check_config(_fields(document, component), name)
         return AdapterWeights(state, _loadable(document), None)
-    return _without_config(state, pipeline, name)
+    return _by_factors(path, name)
 
 
 def check_fits(weights: AdapterWeights, pipeline: Any, name: str, pointer: str) -> None:
@@ -215,12 +220,25 @@ def _loadable(document: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in document.items() if key.partition(".")[2] in known}
 
 
-def _without_config(state: dict[str, Tensor], pipeline: Any, name: str) -> AdapterWeights:
-    """Files of kohya and older ones of diffusers: alphas stand beside the factors."""
-    if any("dora_scale" in key for key in state):
-        raise ComposeRefused(f"The adapter {name!r} is a DoRA without a configuration, which diffusers can not load.")
-    try:
-        found, alphas = pipeline.lora_state_dict(state, unet_config=pipeline.unet.config)[:2]
-    except (ValueError, KeyError) as error:
-        raise FormatUnknown(f"The adapter {name!r} has no layout that diffusers knows: {error}") from error
-    return AdapterWeights(found, None, alphas)
+def _names_components(header: SafetensorsHeader) -> bool:
+    """Whether PEFT's names begin with a component: so are merges of adapters for a whole pipeline written."""
+    starts = tuple(f"{_PEFT_PREFIX}{component}." for component in COMPONENTS)
+    return bool(header.tensors) and all(key.startswith(starts) for key in header.tensors)
+
+
+def _by_factors(path: Path, name: str) -> AdapterWeights:
+    """Files of kohya, LyCORIS, old ones of diffusers and others, and merges of adapters for a whole pipeline: read as
+    an upload is, so that no key is passed over."""
+    adapter = Adapter.open(path)
+    composable = adapter.facts.composable
+    if not composable.able:
+        raise ComposeRefused(f"The adapter {name!r} can not be composed: {composable.reason}.")
+    if any(module.magnitude_key for module in adapter.modules.values()):
+        raise ComposeRefused(f"The adapter {name!r} is a DoRA whose components are mixed in one PEFT directory.")
+    state, alphas = {}, {}
+    for module in adapter.modules.values():
+        factors = adapter.factors(module)
+        state[f"{module.path}.lora_A.weight"] = factors.A.reshape(module.a_shape)
+        state[f"{module.path}.lora_B.weight"] = factors.B.reshape(module.b_shape)
+        alphas[f"{module.path}.alpha"] = factors.scaling * factors.rank
+    return AdapterWeights(state, None, alphas)

@@ -329,6 +329,27 @@ def _option_default(parameter: Any) -> str:
     return code(str(getattr(default, "value", default)))
 
 
+def readers_part(_: str) -> str:
+    from artifacts.formats.table import READERS
+
+    rows = [["`peft`", "a PEFT directory, or one file with its configuration in the metadata"]]
+    rows += [[f"`{reader.name}`", (type(reader).__doc__ or "").rstrip(".")] for reader in READERS]
+    return table(["format", "names"], rows)
+
+
+def architectures_part(_: str) -> str:
+    from artifacts.formats.architectures import DENOISERS, TEXT_ENCODERS, architecture
+
+    titles = [architecture(name).title for name in (*DENOISERS, *TEXT_ENCODERS)]
+    return ", ".join(titles) + "."
+
+
+def formats_part(_: str) -> str:
+    from scripts.formats_report import report
+
+    return report()[0]
+
+
 PARTS: Mapping[str, Callable[[str], str]] = {
     "settings": settings_part,
     "errors": errors_part,
@@ -342,6 +363,9 @@ PARTS: Mapping[str, Callable[[str], str]] = {
     "tasks": tasks_part,
     "transfer": transfer_part,
     "gate": gate_part,
+    "readers": readers_part,
+    "architectures": architectures_part,
+    "formats": formats_part,
 }
 
 

@@ -12,8 +12,19 @@ from sqlalchemy.orm import Session
 
 from artifacts.base_model import BaseModelRef
 from artifacts.errors import Conflict, NotFound
-from artifacts.manifest import AdapterManifest, FileEntry, IgnoredKey, IntakeReport, LoraModule, NestedRanks
+from artifacts.manifest import (
+    Ability,
+    AdapterManifest,
+    FileEntry,
+    FormatFacts,
+    IgnoredKey,
+    IntakeReport,
+    LoraModule,
+    NestedRanks,
+    TypedModule,
+)
 from storage import database, models, sealed_inputs, transferables
+from storage.adapter_keys import add_keys
 from storage.adapter_search import AdapterFilter, list_adapters
 from storage.blob_rows import reserve_blobs
 from storage.ids import new_id
@@ -41,7 +52,7 @@ __all__ = [
     "reserve_blobs",
 ]
 
-MANIFEST_COLUMNS = tuple(item.name for item in fields(AdapterManifest) if item.name != "files")
+MANIFEST_COLUMNS = tuple(item.name for item in fields(AdapterManifest) if item.name not in ("files", "keys"))
 """What the table keeps of a manifest, under the same names."""
 _TRIES = 5
 
@@ -103,6 +114,7 @@ def add_adapter(
             _add_files(session, values["id"], manifest.files, values["created_at"])
             _add_tags(session, values)
             _add_lineage(session, values["id"], parents, job_id)
+            add_keys(session, values["id"], manifest.keys)
             return get_adapter(session, values["id"]), True
         same = session.scalars(
             select(AdapterRow)
@@ -177,6 +189,7 @@ def manifest_from(columns: Mapping[str, Any], files: Sequence[FileEntry]) -> Ada
                 dropped_files=tuple(IgnoredKey(**entry) for entry in report["dropped_files"]),
                 warnings=tuple(report["warnings"]),
                 nested=_nested(report.get("nested")),
+                facts=_facts(report.get("facts")),
             ),
         },
         files=tuple(files),
@@ -218,7 +231,7 @@ def _columns(
         "method": storable(manifest.method, "/method", 40),
         "base_model": None if base is None else storable(base, "/base_model", 300),
         "base_model_revision": None if revision is None else storable(revision, "/base_model_revision", 64),
-        "module_count": len(manifest.modules),
+        "module_count": len(manifest.modules) + len(manifest.report.facts.typed),
         "dtype": storable(manifest.dtype, "/dtype", 16),
         "size": manifest.size,
         "refusal": None if manifest.refusal is None else storable(manifest.refusal, "/refusal"),
@@ -232,6 +245,7 @@ def _report(report: IntakeReport) -> dict[str, Any]:
         "nonfinite": dict(report.nonfinite),
         "dropped_files": [asdict(entry) for entry in report.dropped_files],
         "warnings": list(report.warnings),
+        "facts": asdict(report.facts),
     } | ({} if report.nested is None else {"nested": asdict(report.nested)})
 
 
@@ -240,8 +254,24 @@ def _nested(document: Mapping[str, Any] | None) -> NestedRanks | None:
 
 
 def _module(document: Mapping[str, Any]) -> LoraModule:
-    shapes = {name: tuple(document.get(name, ())) for name in ("a_shape", "b_shape", "block_shape")}
+    shapes: dict[str, Any] = {name: tuple(document.get(name, ())) for name in ("a_shape", "b_shape", "block_shape")}
+    shapes["b_rows"] = tuple((start, stop) for start, stop in document.get("b_rows", ()))
+    span = document.get("rank_span")
+    shapes["rank_span"] = None if span is None else (span[0], span[1])
     return LoraModule(**{**document, **shapes})
+
+
+def _facts(document: Mapping[str, Any] | None) -> FormatFacts:
+    if document is None:
+        return FormatFacts()
+    return FormatFacts(
+        architecture=document["architecture"],
+        modules_in_file=document["modules_in_file"],
+        partial=document["partial"],
+        composable=Ability(**document["composable"]),
+        exact_as_lora=Ability(**document["exact_as_lora"]),
+        typed=tuple(TypedModule(**{**item, "targets": tuple(item["targets"])}) for item in document["typed"]),
+    )
 
 
 def _add_files(session: Session, adapter_id: str, files: Sequence[FileEntry], created_at: datetime) -> None:

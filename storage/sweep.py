@@ -18,6 +18,7 @@ from storage.checkpoints import drop_ended
 from storage.database import Database
 from storage.tables import (
     AdapterFileRow,
+    AdapterKeysRow,
     AdapterRow,
     BlobRow,
     DatasetRow,
@@ -181,6 +182,7 @@ def _forget_adapters(database: Database, forgotten: Sequence[str]) -> None:
                 leaves = session.scalars(select(AdapterRow.id).where(AdapterRow.id.in_(batch), ~_has_children())).all()
                 transferables.drop(session, leaves)
                 session.execute(delete(LineageRow).where(LineageRow.child_id.in_(leaves)))
+                session.execute(delete(AdapterKeysRow).where(AdapterKeysRow.adapter_id.in_(leaves)))
                 session.execute(delete(AdapterRow).where(AdapterRow.id.in_(leaves)))
                 dropped.update(leaves)
         if not dropped:

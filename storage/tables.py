@@ -29,6 +29,7 @@ from storage.automation_tables import (
 )
 from storage.columns import Base, partial_index
 from storage.image_tables import ImageFileRow, ImageRow, JobPreviewRow
+from storage.key_tables import AdapterKeysRow
 from storage.model_tables import AdapterWaiverRow, MadeModelRow, ModelFileRow, ModelRow
 from storage.training_tables import JobCheckpointRow, JobMetricRow
 from storage.transfer_tables import HeldFileRow, SealedInputRow, TransferableFileRow, TransferableRow, TransferRow
@@ -38,6 +39,7 @@ __all__ = [
     "JOB_STATES",
     "TERMINAL_STATES",
     "AdapterFileRow",
+    "AdapterKeysRow",
     "AdapterRow",
     "AdapterTagRow",
     "AdapterWaiverRow",

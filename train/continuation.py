@@ -225,6 +225,8 @@ def _obstacles(method: Method, manifest: AdapterManifest) -> list[str]:
             return [f"{form}: no form of MiSS that is trained here"]
         if variant != "default" and "variant" not in method.options.model_fields:
             return [f"{form}: another form of MiSS than the balanced one; method bone goes on from it"]
+    if manifest.format not in ("peft", "safetensors-metadata"):
+        return [f"its file is of format {manifest.format}; training goes on from PEFT's own"]
     found = [f"{module.path}: it is no linear layer" for module in manifest.modules if module.kind != "linear"]
     found += [f"{module.path}: lora_B has a bias" for module in manifest.modules if module.bias_key is not None]
     if manifest.format != "peft":

@@ -21,6 +21,9 @@ from app.schemas.adapters import (
     AdapterQuery,
     AdapterSummary,
     DownloadFormat,
+    KeyPage,
+    KeyQuery,
+    KeyVerdict,
     Waiver,
     WaiverRequest,
 )
@@ -30,6 +33,7 @@ from app.state import Services
 from app.upload_answers import answer_upload
 from artifacts.peft_config import MAX_RANK
 from storage import adapters, transferables, waivers
+from storage.adapter_keys import keys_page
 from storage.adapters import AdapterFilter
 
 router = APIRouter(tags=["adapters"], route_class=JsonRoute)
@@ -62,7 +66,7 @@ _LOCATION = {"Location": {"description": "Path of the adapter.", "schema": {"typ
 async def upload_adapter(
     request: Request, services: ServicesDep, principal: Writer, idempotency_key: IdempotencyKey = None
 ) -> JSONResponse:
-    """One .safetensors, .zip, .tar or .tar.gz, or the files of a PEFT directory as one part each.
+    """One .safetensors of any format that is read here, one .zip, .tar or .tar.gz, or the files of a PEFT directory.
 
     The body is streamed to disk and hashed on the way; the same content again gives the adapter that is there.
     """
@@ -88,6 +92,18 @@ def get_adapter(services: ServicesDep, principal: Reader, adapter_id: AdapterId)
     with services.database.read() as session:
         row = adapters.get_adapter(session, adapter_id)
         return Adapter.of(row, waivers.get_waiver(session, adapter_id), transferables.get(session, adapter_id))
+
+
+@router.get("/adapters/{adapter_id}/keys", summary="Show what became of its keys", responses=problem_responses(404))
+def list_keys(
+    services: ServicesDep, principal: Reader, adapter_id: AdapterId, query: Annotated[KeyQuery, Query()]
+) -> KeyPage:
+    """Every tensor of the file: used as what, kept, or ignored and why; in the order of the file."""
+    with services.database.read() as session:
+        manifest = adapters.manifest_of(adapters.get_adapter(session, adapter_id))
+        page = keys_page(session, adapter_id, manifest, use=query.use, cursor=query.cursor, limit=query.limit)
+    items = [KeyVerdict.model_validate(item, from_attributes=True) for item in page.items]
+    return KeyPage(items=items, next=page.next)
 
 
 @router.delete(

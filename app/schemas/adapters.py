@@ -10,6 +10,7 @@ from app.dependencies import PLAIN, FilterText, PageQuery
 from app.schemas.common import BaseModelName, Name, RequestModel, Timestamp
 from app.schemas.models import Reason
 from app.uploads import MAX_FILES
+from artifacts.manifest import KeyUse
 from storage.adapters import Lineage
 from storage.tables import AdapterRow, AdapterWaiverRow, TransferableRow
 
@@ -93,6 +94,60 @@ class AdapterModule(BaseModel):
     dtype: str
 
 
+class TypedModule(BaseModel):
+    """One module whose ΔW is no product of stored factors; dimensions are 0 where the file does not tell them."""
+
+    path: str
+    type: str = Field(description="loha, lokr, oft, boft, ia3, glora, full, norm, bias …")
+    rank: int
+    alpha: float
+    scaling: float
+    d_out: int
+    d_in: int
+    targets: list[str] = Field(description="The modules, when a fused projection has several.")
+
+
+class Ability(BaseModel):
+    """Whether something can be done with an adapter, and why not."""
+
+    able: bool
+    reason: str | None
+
+
+class Facts(BaseModel):
+    """What was understood of the file."""
+
+    architecture: str | None = Field(None, description="Known base model whose modules the file names: sdxl, flux …")
+    modules_in_file: int = Field(0, description="Distinct names of modules in the file; fused ones count once.")
+    partial: bool = Field(False, description="Whether tensors of an adapter were left out; `GET …/keys` says which.")
+    composable: Ability | None = Field(None, description="Whether images can be composed with it.")
+    exact_as_lora: Ability | None = Field(None, description="Whether every ΔW is exactly a low-rank product.")
+    typed: list[TypedModule] = []
+
+
+class KeyVerdict(BaseModel):
+    """What became of one tensor."""
+
+    key: str
+    use: KeyUse = Field(description="used: part of a low-rank ΔW; kept: stored, part of something else; ignored.")
+    role: str = Field(description="lora_A, lora_B, alpha, hada_w1_a …; empty when it has none.")
+    modules: list[str] = Field(description="Modules that it is part of.")
+    note: str = Field(description="How it was converted, or why it is ignored.")
+
+
+class KeyQuery(PageQuery):
+    """Paging and filter of a file's keys."""
+
+    use: KeyUse | None = None
+
+
+class KeyPage(BaseModel):
+    """Some keys, in the order of the file."""
+
+    items: list[KeyVerdict]
+    next: str | None = Field(description="Cursor of the next page; null on the last.")
+
+
 class IgnoredItem(BaseModel):
     key: str
     reason: str
@@ -146,6 +201,7 @@ class Adapter(AdapterSummary):
     config: dict[str, Any]
     files: list[AdapterFile]
     modules: list[AdapterModule]
+    facts: Facts = Facts()
     report: Report
     waiver: Waiver | None = Field(None, description="Whether it may go with its base model.")
     transferable: TransferableSummary | None = Field(
@@ -155,6 +211,8 @@ class Adapter(AdapterSummary):
     @classmethod
     def of(cls, row: AdapterRow, waiver: AdapterWaiverRow | None = None, kept: TransferableRow | None = None) -> Self:
         found = cls.model_validate(row, from_attributes=True)
+        # nothing for adapters that were stored before this was kept
+        found.facts = Facts.model_validate(row.report.get("facts") or {})
         found.waiver = None if waiver is None else Waiver.of(waiver)
         found.transferable = None if kept is None else TransferableSummary.of(kept)
         return found

@@ -1,0 +1,21 @@
+"""Motion LoRAs of AnimateDiff: processors' names below `temporal_transformer`, which diffusers does not have."""
+
+from __future__ import annotations
+
+from artifacts.formats.protocol import Place
+
+
+class AnimateDiff:
+    """`down_blocks.0.motion_modules.0.temporal_transformer.….attention_blocks.0.processor.to_q_lora`."""
+
+    name = "animatediff"
+    description = "an AnimateDiff motion LoRA"
+
+    def place(self, stem: str, role: str) -> Place | None:
+        if ".motion_modules." not in stem:
+            return None
+        attention, _, layer = stem.rpartition(".")
+        attention = attention.removesuffix(".processor")
+        layer = layer.removesuffix("_lora")
+        path = f"{attention}.{'to_out.0' if layer == 'to_out' else layer}".removeprefix("unet.")
+        return Place("unet", path, kept=f"unet.{path}")

@@ -1,0 +1,86 @@
+"""What was read of a foreign file, in the words of PEFT's configuration: so the rest of Rankwise reads one thing."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Mapping
+from typing import Any
+
+from artifacts.formats.reading import Reading
+from artifacts.manifest import LoraModule, TypedModule
+from artifacts.peft_config import PeftLoraConfig
+from artifacts.peft_keys import KeyMatch
+
+
+def match_of(reading: Reading) -> KeyMatch:
+    """The reading as the matching of a PEFT file."""
+    return KeyMatch(reading.modules, reading.ignored, reading.used, reading.warnings, reading.refusals)
+
+
+def document_of(reading: Reading) -> dict[str, Any]:
+    """The configuration of each component as diffusers writes it into metadata: `component.field`.
+
+    Empty where modules are no low-rank pairs, which PEFT's fields can not describe.
+    """
+    if reading.typed:
+        return {}
+    groups: dict[str, list[LoraModule]] = defaultdict(list)
+    for module in reading.modules:
+        groups[module.path.partition(".")[0]].append(module)
+    document: dict[str, Any] = {}
+    for component, modules in sorted(groups.items()):
+        for field, value in _fields(component, modules).items():
+            document[f"{component}.{field}"] = value
+    return document
+
+
+def _fields(component: str, modules: list[LoraModule]) -> dict[str, Any]:
+    rank = _most_common(module.rank for module in modules)
+    alpha = _most_common(module.alpha for module in modules)
+    paths = {module.path.removeprefix(f"{component}."): module for module in modules}
+    return {
+        "peft_type": "LORA",
+        "r": rank,
+        "lora_alpha": _short(alpha),
+        "target_modules": sorted(paths),
+        "rank_pattern": {path: module.rank for path, module in paths.items() if module.rank != rank},
+        "alpha_pattern": {path: _short(module.alpha) for path, module in paths.items() if module.alpha != alpha},
+        "use_dora": any(module.magnitude_key for module in modules),
+    }
+
+
+def config_of(reading: Reading, document: Mapping[str, Any]) -> PeftLoraConfig:
+    """A configuration for all components together; the scaling of single modules is theirs."""
+    plain = not reading.typed
+    modules: list[LoraModule | TypedModule] = [*reading.modules, *reading.typed]
+    return PeftLoraConfig(
+        rank=max((module.rank for module in modules), default=0),
+        alpha=_most_common(module.alpha for module in modules),
+        rank_pattern={},
+        alpha_pattern={},
+        use_rslora=False,
+        use_dora=any(module.magnitude_key for module in reading.modules),
+        fan_in_fan_out=False,
+        bias="none",
+        lora_bias=any(module.bias_key for module in reading.modules),
+        target_modules=tuple(sorted({module.path.rpartition(".")[2] for module in modules})),
+        target_modules_regex=False,
+        modules_to_save=(),
+        base_model=None,
+        revision=None,
+        task_type=None,
+        peft_type="LORA" if plain else reading.method.upper(),
+        raw={},
+        method=reading.method,
+        opaque=not plain,
+    )
+
+
+def _most_common(values: Any) -> Any:
+    """Of equally common ones the largest, so that the order of keys does not matter."""
+    counts = Counter(values)
+    return max(counts, key=lambda value: (counts[value], value), default=0)
+
+
+def _short(value: float) -> float:
+    return int(value) if value == int(value) else value

@@ -1,0 +1,37 @@
+"""What a reader is: it knows one way of naming modules, and says which module of which part of a model a name means."""
+
+from __future__ import annotations
+
+from typing import NamedTuple, Protocol
+
+DENOISER = ""
+"""The UNet or transformer of a pipeline, when the name does not say which of the two."""
+
+
+class Place(NamedTuple):
+    """Where a name points to.
+
+    Attributes:
+        component: "unet", "transformer", "text_encoder_2" …, or `DENOISER`.
+        name: the module's name inside the component, as the file writes it.
+        flat: the dots of the path were replaced by underscores, so that only a list of modules can tell the path.
+        kept: what a module that no stored architecture has is called; "" if it can not be told from its name.
+    """
+
+    component: str
+    name: str
+    flat: bool = False
+    kept: str = ""
+
+
+class Reader(Protocol):
+    """One naming of modules."""
+
+    name: str
+    """What the format is called in answers and reports."""
+    description: str
+    """Completes the sentence "it looks like …"."""
+
+    def place(self, stem: str, role: str) -> Place | None:
+        """What the stem of a key means; None if it is not of this naming."""
+        ...

@@ -1,0 +1,170 @@
+"""What Rankwise makes of every layout of its corpus: `make formats-report`.
+
+The corpus is names, shapes, dtypes and metadata of files that people have, with what a reference engine does with them
+(diffusers, PEFT); no weights. Each layout is read from its header alone, as an upload is, and lands in one class:
+
+* accepted: every ΔW is understood and the adapter merges;
+* kept: stored and described, refused by name by whatever needs a low-rank ΔW;
+* partial: stored, and the answer names what was left out;
+* refused: not stored, with a reason;
+* silent: a key without a verdict, or another result than the layout's expectation. There must be none.
+"""
+
+from __future__ import annotations
+
+import json
+import lzma
+import re
+import sys
+from collections import Counter, defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from artifacts.errors import FileBroken, PickleRefused, RankwiseError
+from artifacts.layout import CONFIG_NAME, AdapterLayout, understand
+from artifacts.safetensors_header import DTYPE_BYTES, SafetensorsHeader, TensorInfo
+
+CORPUS = Path(__file__).parent.parent / "tests" / "artifacts" / "corpus" / "layouts.json.xz"
+CLASSES = ("accepted", "kept", "partial", "refused", "silent")
+
+
+SEEN_OTHERWISE = {
+    "peft-other/miss-llama-small": "MiSS in its tile form is exactly a LoRA",
+    "malformed/var-wrong-base-shapes": "it fits itself; what it does not fit is its base, which an upload names",
+}
+"""Layouts whose expectation is another than Rankwise's, with the reason."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One layout: what it became, and why if it is not accepted."""
+
+    name: str
+    outcome: str
+    reason: str
+    layout: AdapterLayout | None = None
+    error: RankwiseError | None = None
+
+    @property
+    def family(self) -> str:
+        return self.name.partition("/")[0]
+
+
+class CorpusValues:
+    """The few numbers that a layout of the corpus prescribes."""
+
+    def __init__(self, layout: Mapping[str, Any]) -> None:
+        self._values: Mapping[str, float] = layout.get("values", {})
+        self._fill: Mapping[str, str] = layout.get("fill", {})
+
+    def scalar(self, info: TensorInfo) -> float:
+        if info.elements != 1:
+            raise FileBroken(f"{info.name!r} has shape {info.shape}; one number is expected.")
+        if info.name in self._values:
+            return float(self._values[info.name])
+        for pattern, value in self._values.items():
+            if pattern.startswith("re:") and re.search(pattern[3:], info.name):
+                return float(value)
+        return float(self._values.get("*.alpha", 1.0))
+
+    def zero_outside(self, info: TensorInfo, blocks: tuple[tuple[int, int, int, int], ...], probe: bool) -> bool:
+        return any(re.search(pattern[3:], info.name) for pattern in self._fill)
+
+
+def layouts() -> dict[str, Any]:
+    """Name → layout: `tensors` {key: [dtype, shape]}, `metadata`, `files`, `container` and `expected`."""
+    found: dict[str, Any] = json.loads(lzma.decompress(CORPUS.read_bytes()))
+    return {name: {"name": name, **layout} for name, layout in found.items()}
+
+
+def header_of(layout: Mapping[str, Any]) -> SafetensorsHeader:
+    """The header that a file of this layout has."""
+    position, tensors = 0, {}
+    for key, (dtype, shape) in layout["tensors"].items():
+        info = TensorInfo(key, dtype, tuple(shape), position, position)
+        position += info.elements * DTYPE_BYTES[dtype]
+        tensors[key] = TensorInfo(key, dtype, tuple(shape), info.begin, position)
+    texts = {key: value if isinstance(value, str) else json.dumps(value) for key, value in _metadata(layout).items()}
+    return SafetensorsHeader(tensors, texts, 0, position)
+
+
+def _metadata(layout: Mapping[str, Any]) -> Mapping[str, Any]:
+    return layout.get("metadata") or {}
+
+
+def read(layout: Mapping[str, Any]) -> AdapterLayout:
+    """Understand a layout as an upload of it is understood.
+
+    Raises:
+        RankwiseError: it is refused.
+    """
+    if layout.get("container") == "torch-zip":
+        raise PickleRefused("The weights are a pickle.")
+    document = layout.get("files", {}).get(CONFIG_NAME)
+    if isinstance(document, str):
+        document = json.loads(document)
+    return understand(header_of(layout), CorpusValues(layout), document, Path("weights"), Path(CONFIG_NAME))
+
+
+def classify(name: str, layout: Mapping[str, Any]) -> Row:
+    """What becomes of one layout."""
+    try:
+        found = read(layout)
+    except RankwiseError as error:
+        return Row(name, "refused", f"{error.code}: {error.detail}", error=error)
+    fault = _fault(layout, found)
+    if fault is not None:
+        return Row(name, "silent", fault, found)
+    reasons = "; ".join(found.refusals)
+    if found.reading is not None and found.reading.partial:
+        return Row(name, "partial", reasons, found)
+    return Row(name, "kept" if reasons else "accepted", reasons, found)
+
+
+def _fault(layout: Mapping[str, Any], found: AdapterLayout) -> str | None:
+    """What contradicts the layout's expectation, or was passed over."""
+    expected = layout["expected"]
+    verdicts = found.verdicts
+    if len(verdicts) != len(layout["tensors"]) or {item.key for item in verdicts} != layout["tensors"].keys():
+        return "a key has no verdict"
+    if any(item.use == "ignored" and not item.note for item in verdicts):
+        return "a key is ignored without a reason"
+    if found.reading is not None and found.reading.stems != expected["n_modules"]:
+        return f"{found.reading.stems} modules instead of {expected['n_modules']}"
+    if expected["mergeable_as_lora"] is False and not found.refusals and layout["name"] not in SEEN_OTHERWISE:
+        return "taken for a LoRA, and is none"
+    return None
+
+
+def table(rows: list[Row]) -> str:
+    """Family × class, as Markdown."""
+    counts: dict[str, Counter[str]] = defaultdict(Counter)
+    for row in rows:
+        counts[row.family][row.outcome] += 1
+    counts["**all**"] = Counter(row.outcome for row in rows)
+    lines = ["| family | " + " | ".join(CLASSES) + " |", "| --- |" + " --- |" * len(CLASSES)]
+    lines += [
+        f"| {family} | " + " | ".join(str(found[name]) for name in CLASSES) + " |" for family, found in counts.items()
+    ]
+    return "\n".join(lines)
+
+
+def report() -> tuple[str, list[Row]]:
+    """The table, and the rows that it counts."""
+    rows = [classify(name, layout) for name, layout in layouts().items()]
+    return table(rows), rows
+
+
+def main() -> int:
+    text, rows = report()
+    sys.stdout.write(f"{text}\n\n")
+    for row in rows:
+        if row.outcome != "accepted":
+            sys.stdout.write(f"{row.outcome:9} {row.name}: {row.reason[:200]}\n")
+    return 1 if any(row.outcome == "silent" for row in rows) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
