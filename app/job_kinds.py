@@ -12,10 +12,12 @@ from sqlalchemy.orm import Session
 
 from app import capacity
 from app.compose_inputs import check_compare, check_compose
+from app.conversion_inputs import check_convert
 from app.merge_inputs import check_merge, check_merges
 from app.problems import pointer_of
 from app.schemas.common import as_json
 from app.schemas.compose import CompareParams, ComposeParams
+from app.schemas.conversion import ConvertParams
 from app.schemas.merge import CompareMergesParams, MergeParams
 from app.schemas.resources import Resources
 from app.schemas.train import TrainParams
@@ -117,6 +119,7 @@ JOB_KINDS: Mapping[str, JobKind] = MappingProxyType(
     {
         "merge": JobKind(MergeParams, check_merge),
         "merge_compare": JobKind(CompareMergesParams, check_merges),
+        "convert": JobKind(ConvertParams, check_convert),
         "compose": JobKind(ComposeParams, check_compose),
         "compare": JobKind(CompareParams, check_compare),
         "train": JobKind(TrainParams, check_train, lambda it: None if it.transferable is None else "/transferable"),

@@ -27,7 +27,15 @@ _MENUS: Mapping[str, Mapping[str, Any]] = {
 }
 """By what the schemas of their requests are called."""
 
-_ADAPTER_CALLS = ("get_adapter", "get_lineage", "get_recipe", "download_adapter", "head_download", "delete_adapter")
+_ADAPTER_CALLS = (
+    "get_adapter",
+    "get_lineage",
+    "get_recipe",
+    "convert_adapter",
+    "download_adapter",
+    "head_download",
+    "delete_adapter",
+)
 _DATASET_CALLS = ("get_dataset", "list_rows", "download_dataset", "head_dataset", "delete_dataset")
 _IMAGE_CALLS = ("get_image", "get_image_file", "head_image_file", "delete_image")
 _MODEL_CALLS = ("get_model", "patch_model", "get_model_file", "head_model_file")
@@ -74,6 +82,7 @@ _LINKS = (
     ("list_jobs", "200", _FIRST, "job_id", _JOB_CALLS),
     ("merge_adapters", "202", _NEW, "job_id", _JOB_CALLS),
     ("compare_merges", "202", _NEW, "job_id", _JOB_CALLS),
+    ("convert_adapter", "202", _NEW, "job_id", _JOB_CALLS),
     ("compose_image", "202", _NEW, "job_id", _JOB_CALLS),
     ("compare_images", "202", _NEW, "job_id", _JOB_CALLS),
     ("list_images", "200", _FIRST, "image_id", _IMAGE_CALLS),

@@ -22,6 +22,7 @@ from artifacts.errors import (
 )
 from artifacts.manifest import LoraModule
 from merge.catalog import MergeMethod, find_method
+from merge.convertible import CONVERTIBLE
 from merge.options import MergeOptions
 from merge.sides import with_sides
 
@@ -190,7 +191,9 @@ def _check_mergeable(inputs: Sequence[MergeInput], row: MergeMethod) -> None:
             raise NotMergeable(
                 f"Adapter {item.id} ({item.name}) of type {item.method!r} can not be merged by its factors: "
                 f"{item.refusal}",
-                hint="Convert it to a plain LoRA first.",
+                hint="Convert it to a plain LoRA first: POST /adapters/{id}/convert."
+                if item.method in CONVERTIBLE
+                else "No conversion to a plain LoRA is known for this type.",
                 errors=[FieldError(pointer, item.refusal or "not mergeable")],
             )
         if not row.capabilities.lora_bias and any(module.bias_key for module in item.modules):

@@ -335,6 +335,12 @@ class JobContext:
         self.fetch(stored.sha256, path)
         return stored, path
 
+    def stored_model(self, model_id: str) -> StoredModel:
+        """What is known of a registered base model. Raises NotFound."""
+        with self.database.read() as session:
+            row = models.get_model(session, model_id)
+            return StoredModel(row.id, row.name, models.ref_of(row))
+
     def model_source(self, model_id: str) -> tuple[StoredModel, ModelSource]:
         """What is known of a registered base model, and where its files are: for a job that changes its own copy.
 

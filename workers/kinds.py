@@ -11,6 +11,7 @@ KINDS: Mapping[str, str] = MappingProxyType(
         "compose": "workers.jobs.compose:run",
         "compare": "workers.jobs.compare:run",
         "merge_compare": "workers.jobs.merge_compare:run",
+        "convert": "workers.jobs.convert:run",
         "train": "workers.jobs.train:run",
         "transfer": "workers.jobs.transfer:run",
     }

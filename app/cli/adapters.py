@@ -14,7 +14,7 @@ from rich.tree import Tree
 from app.cli.client import Client, ProblemError
 from app.cli.options import AdapterId, Cursor, Json, Limit, stem
 from app.cli.output import fields, moment, note_more, print_json, size, stdout, table
-from app.cli.progress import transfer
+from app.cli.progress import require_success, transfer, watch
 from artifacts.errors import FormatUnknown, RequestInvalid
 
 app = typer.Typer(help="Adapters: upload, list, look at, download, delete, trace.", no_args_is_help=True)
@@ -312,6 +312,30 @@ def lineage(context: typer.Context, adapter: AdapterId, as_json: Json = False) -
     names = {node["id"]: node for node in found["nodes"]}
     stdout().print(_branch("made from", adapter, names, found["edges"], ("child", "parent")))
     stdout().print(_branch("made into", adapter, names, found["edges"], ("parent", "child")))
+
+
+@app.command("convert")
+def convert(
+    context: typer.Context,
+    adapter: AdapterId,
+    rank: Annotated[int | None, typer.Option("--rank", min=1, help="Of the result, at most; else exact.")] = None,
+    base_model: Annotated[
+        str | None, typer.Option("--base-model", help="Base model by id or name, for DoRA and VeRA; else its own.")
+    ] = None,
+    name: Annotated[str | None, typer.Option("--name", help="Name of the converted adapter.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Convert an AdaLoRA, DoRA, LoHa, LoKr or VeRA adapter to a plain LoRA."""
+    wanted = {"to": "lora", "rank": rank, "base_model": base_model, "name": name}
+    body = {key: value for key, value in wanted.items() if value is not None}
+    with context.obj() as client:
+        job = require_success(watch(client, client.post(f"/adapters/{adapter}/convert", body)["id"]))
+    if as_json:
+        print_json(job)
+        return
+    report = job["result"]["report"]
+    shown = {key: report[key] for key in ("from", "to", "rank", "exact", "relative_error")}
+    stdout().print(fields(job["result"]["adapters"][0], shown))
 
 
 @app.command("recipe")

@@ -1,4 +1,4 @@
-"""POST /merge and POST /merge/compare: checked when it is submitted, done by the pool."""
+"""POST /merge, its comparison and conversions to what it takes: checked when it is submitted, done by the pool."""
 
 from __future__ import annotations
 
@@ -6,14 +6,19 @@ from fastapi import APIRouter, Request
 from starlette.concurrency import run_in_threadpool
 from starlette.responses import JSONResponse
 
-from app.dependencies import IdempotencyKey, JobRunner, ServicesDep, WaitSeconds
+from app.auth import Principal
+from app.dependencies import AdapterId, IdempotencyKey, JobRunner, ServicesDep, WaitSeconds
+from app.idempotency import Answer
 from app.job_answers import JOB_RESPONSES, answer_or_wait
 from app.json_body import JsonRoute
 from app.problems import problem_responses
 from app.schemas.common import as_json
+from app.schemas.conversion import ConvertRequest
 from app.schemas.jobs import Job
 from app.schemas.merge import CompareMergesRequest, MergeRequest
+from app.state import Services
 from app.submission import submit
+from storage import adapters
 
 router = APIRouter(tags=["merge"], route_class=JsonRoute)
 
@@ -81,3 +86,48 @@ async def compare_merges(
         request_id=request.state.request_id,
     )
     return await answer_or_wait(request, services, answer, wait)
+
+
+@router.post(
+    "/adapters/{adapter_id}/convert",
+    status_code=202,
+    summary="Convert an adapter to a plain LoRA",
+    response_model=Job,
+    responses={**JOB_RESPONSES, **problem_responses(404, 409, 413, 415, 429, 507)},
+)
+async def convert_adapter(
+    request: Request,
+    services: ServicesDep,
+    principal: JobRunner,
+    adapter_id: AdapterId,
+    body: ConvertRequest,
+    wait: WaitSeconds,
+    idempotency_key: IdempotencyKey = None,
+) -> JSONResponse:
+    """AdaLoRA, LoHa, LoKr and VeRA exactly; DoRA, and any of them at a smaller rank, with the error in the report."""
+    answer = await run_in_threadpool(
+        _convert, services, principal, adapter_id, body, idempotency_key, request.state.request_id
+    )
+    return await answer_or_wait(request, services, answer, wait)
+
+
+def _convert(
+    services: Services,
+    principal: Principal,
+    adapter_id: str,
+    body: ConvertRequest,
+    idempotency_key: str | None,
+    request_id: str,
+) -> Answer:
+    with services.database.read() as session:
+        adapters.get_adapter(session, adapter_id)  # a path that leads nowhere is 404
+    params = {"adapter": adapter_id, **as_json(body, exclude={"resources"})}
+    return submit(
+        services,
+        principal,
+        "convert",
+        params,
+        body.resources,
+        idempotency_key=idempotency_key,
+        request_id=request_id,
+    )

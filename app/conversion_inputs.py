@@ -1,0 +1,69 @@
+"""Whether an adapter can be converted, from what the database knows of it."""
+
+from __future__ import annotations
+
+from sqlalchemy.orm import Session
+
+from app.base_models import base_model
+from app.schemas.conversion import ConvertParams
+from app.settings import Settings
+from app.stored_inputs import stored_adapters
+from artifacts.errors import FieldError, MergeRefused, RequestInvalid
+from merge.convertible import CONVERTIBLE
+from storage import adapters
+from storage.tables import AdapterRow, ModelRow
+
+
+def check_convert(_: Settings, session: Session, request: ConvertParams, devices: int) -> str | None:
+    """Refuse what can not be converted. `request` gets the id of the base model, if it is needed and not named.
+
+    Returns:
+        The id of the base model, if it is needed.
+
+    Raises:
+        RequestInvalid: an unknown adapter or base model.
+        MergeRefused: a type that is not converted, or a base model that is not known.
+    """
+    del devices
+    row = stored_adapters(session, [("/adapter", request.adapter)])[request.adapter]
+    need = CONVERTIBLE.get(row.method)
+    if need is None:
+        problem = (
+            f"{row.name} is a {row.method}, which a merge takes as it is"
+            if row.mergeable
+            else f"{row.name} is of type {row.method}; converted are {', '.join(CONVERTIBLE)}"
+        )
+        raise MergeRefused(f"{problem}.", errors=[FieldError("/adapter", problem)])
+    if need == "nothing":
+        return None
+    model = _model_of(session, row, request)
+    if need == "weights" and model.source == "hub":
+        problem = f"the files of {model.name} lie on a hub"
+        raise MergeRefused(
+            f"T{problem[1:]}: what a {row.method} adds can not be computed.",
+            hint="Register a folder of the server (POST /models).",
+            errors=[FieldError("/base_model", problem)],
+        )
+    if need == "sides" and model.fingerprint is None:
+        problem = f"the layers of {model.name} are not known"
+        raise MergeRefused(
+            f"T{problem[1:]}.",
+            hint="Register a folder of the server (POST /models).",
+            errors=[FieldError("/base_model", problem)],
+        )
+    request.base_model = model.id
+    return model.id
+
+
+def _model_of(session: Session, row: AdapterRow, request: ConvertParams) -> ModelRow:
+    if request.base_model is not None:
+        return base_model(session, request.base_model, lock=True)
+    found = adapters.model_of(session, row)
+    if found is None:
+        problem = f"{row.name} belongs to no registered model, and a {row.method} is converted with its help"
+        raise RequestInvalid(
+            f"{problem}.",
+            hint="Register the base model (POST /models) and name it.",
+            errors=[FieldError("/base_model", problem)],
+        )
+    return base_model(session, found.id, lock=True)

@@ -1,0 +1,19 @@
+"""Which types of adapters can be made a plain LoRA, and what that needs of the base model. Imports no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Literal
+
+MAX_EXACT_RANK = 1024
+"""Largest rank of an exact form that is written without being asked for."""
+MAX_FORM_RANK = 4096
+"""Largest rank of a form that is worked with at all, to be cut to a smaller one."""
+
+Need = Literal["nothing", "sides", "weights"]
+
+CONVERTIBLE: Mapping[str, Need] = MappingProxyType(
+    {"adalora": "nothing", "loha": "nothing", "lokr": "nothing", "vera": "sides", "dora": "weights"}
+)
+"""Type of the adapter → what of its base model has to be known."""
