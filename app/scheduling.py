@@ -17,7 +17,7 @@ from app.job_making import make_job
 from app.settings import Settings
 from artifacts.errors import QueueFull, QuotaExceeded, RankwiseError
 from storage import database as clock
-from storage import domain_events, firings, fleets
+from storage import domain_events, firings, fleets, parking
 from storage.database import Database
 from storage.fleets import MadeJob
 from storage.tables import FiringItemRow, FiringRow, JobRow, ScheduleRow
@@ -76,6 +76,7 @@ class Scheduler:
         self._seen = moment
         self._work_off(firings.is_due, self._fire_due)
         self._work_off(domain_events.any_open, self._fire_event)
+        self._park()
         while not self._interrupted.is_set() and self._feed_fleets():
             pass
 
@@ -105,6 +106,15 @@ class Scheduler:
     def _fire_event(self, session: Session) -> list[FiringRow]:
         firing = firings.fire_event(session, self._submit)
         return [] if firing is None else [firing]
+
+    def _park(self) -> None:
+        """Jobs that wait for a device wait on when their schedule's window closes."""
+        with self._database.read() as session:
+            due = parking.is_due(session)
+        if due:
+            with self._database.write() as session:
+                changed = parking.settle(session)
+            _log.info("windows_settled", jobs=changed)
 
     def _feed_fleets(self) -> bool:
         """One job for each schedule whose fleet may have another; whether any was made."""

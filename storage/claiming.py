@@ -19,11 +19,11 @@ from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from typing import Any
 
-from sqlalchemy import ColumnElement, or_, select
+from sqlalchemy import ColumnElement, and_, or_, select
 from sqlalchemy.orm import Session
 
 from storage import database
-from storage.conditions import IS_QUEUED, IS_WAITED_FOR
+from storage.conditions import IS_QUEUED, IS_WAITED_FOR, PARKED
 from storage.queues import count_claims
 from storage.tables import ApiKeyRow, JobAttemptRow, JobEventRow, JobQueueRow, JobRow
 
@@ -220,7 +220,8 @@ class _Round:
         return heads[0] if heads else None
 
     def _is_due(self) -> ColumnElement[bool]:
-        return or_(JobRow.available_at <= self._moment, JobRow.available_at > self._moment + CLOCK_JUMP)
+        jumped = and_(JobRow.available_at > self._moment + CLOCK_JUMP, JobRow.available_at < PARKED)
+        return or_(JobRow.available_at <= self._moment, jumped)
 
     def _warmer(self, head: JobRow) -> JobRow | None:
         """A job a little behind the head whose base model an idle slot holds, unless the head has waited long."""

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import threading
 from collections import Counter
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
+from multiprocessing.context import ForkServerContext
 from typing import Any
 
 import pytest
@@ -15,7 +18,7 @@ from sqlalchemy.orm import Session
 from artifacts.base_model import BaseModelRef
 from artifacts.errors import NotFound, QueueFull, RequestInvalid, StateConflict
 from artifacts.manifest import AdapterManifest
-from storage import adapters, firings, fleets, jobs, models, retirement, schedules
+from storage import adapters, claims, firings, fleets, jobs, models, outlook, parking, retirement, schedules
 from storage.database import Database
 from storage.fleets import MadeJob
 from storage.ids import new_id
@@ -198,6 +201,45 @@ def test_jobs_start_inside_the_window_only(database: Database, base: str) -> Non
     assert feed(database, datetime(2026, 5, 5, 3, 59, tzinfo=UTC)) == 2
 
 
+def test_what_waits_when_the_window_closes_waits_for_the_next_one(database: Database, base: str) -> None:
+    window = {"from": "22:00", "to": "06:00", "timezone": "UTC"}
+    schedule_id = make(database, base, pace=Pace(max_parallel=2, window=window))
+    night, day = (datetime(2026, 5, 5, hour, 0, tzinfo=UTC) for hour in (23, 9))
+    fire(database, NOON)
+    assert feed(database, night) == 2
+    with database.write() as session:
+        other = jobs.create_job(session, "merge", {}).id
+        claims.register_server(session, "srv_1", "boot", "here", [])
+
+    def settle(moment: datetime) -> int:
+        with database.read() as session:
+            due = parking.is_due(session, moment)
+        with database.write() as session:
+            changed = parking.settle(session, moment)
+        assert due == bool(changed)
+        return changed
+
+    def claim() -> str | None:
+        with database.write() as session:
+            found = claims.claim_next(session, server_id="srv_1", boot_id="boot", slot="cpu:0", lease_seconds=60)
+        return None if found is None else found.job_id
+
+    assert settle(night) == 0
+    running = claim()
+    assert running not in (None, other), "the window is open, and it is the oldest"
+    assert settle(day) == 1
+    assert settle(day) == 0
+    assert [claim(), claim()] == [other, None]
+    with database.read() as session:
+        parked = session.scalars(select(JobRow).where(JobRow.state == "queued")).one()
+        waiting = outlook.outlook_of(session, parked, 60).waiting
+    assert waiting is not None
+    assert (waiting.reason, schedule_id in waiting.detail) == ("window", True)
+    assert settle(night) == 1
+    assert claim() == parked.id
+    assert settle(day) == 0, "what has started is not held back"
+
+
 def test_windows() -> None:
     day = Window.parse("08:00", "18:30", "UTC")
     clocks = ("07:59", "08:00", "18:29", "18:30")
@@ -338,3 +380,34 @@ def test_what_only_a_fleet_has_is_refused_elsewhere(database: Database, base: st
         assert (row.version, row.max_parallel, row.window) == (2, 3, {**window, "timezone": "Asia/Tokyo"})
         row = schedules.update_schedule(session, schedule_id, job=JobTemplate("merge", {}, {}))
         assert (row.max_parallel, row.window, row.job_selector) == (None, None, None)
+
+
+def _feed_and_die(url: str, schedule_id: str, before_commit: bool) -> None:
+    """Make one job, and be killed: in its transaction, or right behind it."""
+    database = Database(url)
+
+    def dying(session: Session, row: ScheduleRow, adapter_id: str) -> MadeJob:
+        made = submit(session, row, adapter_id)
+        session.flush()
+        if before_commit:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return made
+
+    with database.write() as session:
+        fleets.feed(session, schedule_id, dying, moment=NOON)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_kill_9_between_the_jobs_of_a_fleet(database: Database, base: str, processes: ForkServerContext) -> None:
+    schedule_id = make(database, base)
+    fire(database, NOON)
+    url = database.url.render_as_string(hide_password=False)
+    for before_commit, made in ((True, 0), (False, 1), (True, 1), (False, 2)):
+        server = processes.Process(target=_feed_and_die, args=(url, schedule_id, before_commit), daemon=True)
+        server.start()
+        server.join(60)
+        assert server.exitcode == -signal.SIGKILL
+        assert sorted(moved(database).values()) == [1] * made
+    assert feed(database) == ADAPTERS - 2
+    assert sorted(moved(database).values()) == [1] * ADAPTERS
+    assert {item.state for item in items(database)} == {"job"}
