@@ -21,11 +21,11 @@ from artifacts.manifest import LoraModule
 from artifacts.pointers import pointers_below
 from compose.catalog import find_method
 from compose.memory import check_fits, estimate
-from compose.options.common import ComposeOptions
 from compose.pipeline_facts import PipelineFacts
 from compose.precision import Precision, precision_of
 from compose.request import CompositionRequest
-from compose.validation import validate
+from compose.stored_tokenizers import check_lengths
+from compose.validation import Validated, validate
 from storage import adapters, models
 from storage.tables import AdapterRow, ModelRow
 
@@ -49,21 +49,21 @@ def check_compose(settings: Settings, session: Session, request: ComposeParams, 
     row = _check_scene(session, request, devices)
     pipeline = _Pipeline.of(settings, session, row)
     if pipeline is not None:
-        pipeline.check(request.precision, plain, validated.options)
+        pipeline.check(request.precision, plain, validated)
     return row.id
 
 
 def check_compare(settings: Settings, session: Session, request: CompareParams, devices: int = 1) -> str:
     """As `check_compose`, for every method; findings about one point below `/methods/{its position}`."""
     plain = [request.scene(item.method, item.parameters) for item in request.methods]
-    options = []
+    validated = []
     for position, scene in enumerate(plain):
         with _of_method(position):
-            options.append(validate(scene).options)
+            validated.append(validate(scene))
     row = _check_scene(session, request, devices)
     pipeline = _Pipeline.of(settings, session, row)
     if pipeline is not None:
-        for position, (scene, found) in enumerate(zip(plain, options, strict=True)):
+        for position, (scene, found) in enumerate(zip(plain, validated, strict=True)):
             with _of_method(position):
                 pipeline.check(request.precision, scene, found)
     return row.id
@@ -96,9 +96,12 @@ class _Pipeline:
             return None
         return cls(folder, PipelineFacts.read(folder), memory_of_all(settings, session))
 
-    def check(self, precision: Literal["auto"] | Precision, scene: CompositionRequest, options: ComposeOptions) -> None:
-        """Raises ComposeRefused: what does not suit the pipeline, or can not fit into the memory."""
+    def check(self, precision: Literal["auto"] | Precision, scene: CompositionRequest, validated: Validated) -> None:
+        """Raises ComposeRefused: what does not suit the pipeline, or its text encoders, or can not fit into the
+        memory."""
+        options = validated.options
         self.facts.check(scene, options)
+        check_lengths(self.folder, options.told(scene, validated.prompts))
         if self.memory is not None:  # which is known of CPUs only
             needed = estimate(self.folder, self.facts, scene, options, precision_of(precision, "cpu"))
             check_fits(needed, self.memory, "this machine")

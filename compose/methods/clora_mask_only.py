@@ -97,7 +97,7 @@ class CloraMaskOnly(CompositionMethod):
     def _branches(self, prompts: list[str], pointers: list[str]) -> list[Branch]:
         scene, options = self.scene, self.options
         negatives = options.branch_negative_prompts or [scene.request.negative_prompt] * len(prompts)
-        where = "/negative_prompt" if options.branch_negative_prompts is None else "/parameters/branch_negative_prompts"
+        own_negatives = options.branch_negative_prompts is not None
         adapters, in_text, words = [], [], []
         for index, (prompt, negative) in enumerate(zip(prompts, negatives, strict=True)):
             if index == 0 and not options.base_branch:
@@ -105,6 +105,7 @@ class CloraMaskOnly(CompositionMethod):
             own = scene.concept_weights(index - 1) if index else {}
             adapters.append(summed_weights(own, scene.style_weights))
             in_text.append(adapters[-1] if options.use_text_encoder_lora else scene.style_weights)
+            where = f"/parameters/branch_negative_prompts/{index}" if own_negatives else "/negative_prompt"
             words.append(PromptPair(prompt, negative, pointers[index], where))
         return [Branch(*item) for item in zip(adapters, scene.encode_each(words, in_text), strict=True)]
 

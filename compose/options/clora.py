@@ -7,8 +7,9 @@ from typing import Annotated, Literal
 from pydantic import Field, StrictBool, StrictInt, field_validator
 
 from artifacts.errors import FieldError
-from compose.options.common import PromptText, count_problems
+from compose.options.common import PromptText, count_problems, placed
 from compose.options.masks import MaskOptions, Step
+from compose.prompts import ScenePrompts
 from compose.request import CompositionRequest
 
 PAPER_REFINEMENT = (0, 10, 20)
@@ -53,6 +54,13 @@ class CloraMaskOnlyOptions(MaskOptions):
     @property
     def minimum_concepts(self) -> int:
         return 2
+
+    def told(self, request: CompositionRequest, prompts: ScenePrompts) -> list[tuple[str, str]]:
+        words = placed(self.branch_prompts, "branch_prompts", (prompts.plain, *prompts.single))
+        if self.branch_negative_prompts is None:
+            return [*words, (request.negative_prompt, "/negative_prompt")]
+        negatives = placed(self.branch_negative_prompts, "branch_negative_prompts", ())
+        return [*words, *negatives[0 if self.base_branch else 1 :]]
 
     def problems(self, request: CompositionRequest) -> list[FieldError]:
         found = []

@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, StrictInt, StringConstraints
 
 from artifacts.errors import FieldError
+from compose.prompts import ScenePrompts
 from compose.request import CompositionRequest
 
 MAX_CONCEPTS = 8
@@ -51,6 +52,10 @@ class ComposeOptions(BaseModel):
         del request
         return []
 
+    def told(self, request: CompositionRequest, prompts: ScenePrompts) -> list[tuple[str, str]]:
+        """What the text encoders are given, each with its place in the request."""
+        return [(prompts.full, "/prompt"), (request.negative_prompt, "/negative_prompt")]
+
     def warnings(self, request: CompositionRequest) -> list[str]:
         """What the user should know although it can be done: whole sentences."""
         del request
@@ -62,3 +67,10 @@ def count_problems(pointer: str, given: Sequence[object] | None, wanted: int, wh
     if given is None or len(given) == wanted:
         return []
     return [FieldError(pointer, f"must have {wanted} entries, {what}; it has {len(given)}")]
+
+
+def placed(given: Sequence[str] | None, name: str, otherwise: Sequence[str]) -> list[tuple[str, str]]:
+    """The prompts of a parameter, each with its place; where it is not given, others that are made of /prompt."""
+    if given is None:
+        return [(text, "/prompt") for text in otherwise]
+    return [(text, f"/parameters/{name}/{index}") for index, text in enumerate(given)]

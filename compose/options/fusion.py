@@ -7,7 +7,8 @@ from typing import Annotated, Literal
 from pydantic import Field, StrictInt
 
 from artifacts.errors import FieldError
-from compose.options.common import MAX_CONCEPTS, ComposeOptions, PromptText, count_problems
+from compose.options.common import MAX_CONCEPTS, ComposeOptions, PromptText, count_problems, placed
+from compose.prompts import ScenePrompts
 from compose.request import CompositionRequest
 
 
@@ -42,6 +43,11 @@ class ZipLoraOptions(FusionOptions):
     style_prompt: PromptText | None = Field(
         None, description="The prompt that the style's adapter knows; unset, the request's own without the trigger."
     )
+
+    def told(self, request: CompositionRequest, prompts: ScenePrompts) -> list[tuple[str, str]]:
+        style = prompts.plain if self.style_prompt is None else self.style_prompt
+        where = "/prompt" if self.style_prompt is None else "/parameters/style_prompt"
+        return [*super().told(request, prompts), (style, where)]
 
     def problems(self, request: CompositionRequest) -> list[FieldError]:
         if len(request.styles) == 1:
@@ -81,6 +87,10 @@ class GradientFusionOptions(FusionOptions):
     @property
     def minimum_concepts(self) -> int:
         return 2
+
+    def told(self, request: CompositionRequest, prompts: ScenePrompts) -> list[tuple[str, str]]:
+        words = placed(self.concept_prompts, "concept_prompts", prompts.single)
+        return [*words, (request.negative_prompt, "/negative_prompt")]
 
     def problems(self, request: CompositionRequest) -> list[FieldError]:
         return count_problems(

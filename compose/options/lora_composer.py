@@ -7,9 +7,10 @@ from typing import Annotated, Literal
 from pydantic import Field, StrictBool, StrictInt
 
 from artifacts.errors import FieldError
-from compose.options.common import ComposeOptions, PromptText, Share, count_problems
+from compose.options.common import ComposeOptions, PromptText, Share, count_problems, placed
 from compose.options.masks import Step
 from compose.options.places import Box
+from compose.prompts import ScenePrompts
 from compose.request import CompositionRequest
 
 Weight = Annotated[float, Field(ge=0, le=1000, allow_inf_nan=False)]
@@ -67,6 +68,10 @@ class LoraComposerOptions(ComposeOptions):
     def last_update(self, steps: int) -> int:
         """The first step without an update."""
         return steps // 2 if self.max_iter_to_alter is None else self.max_iter_to_alter
+
+    def told(self, request: CompositionRequest, prompts: ScenePrompts) -> list[tuple[str, str]]:
+        found = [(prompts.plain, "/prompt"), (request.negative_prompt, "/negative_prompt")]
+        return [*found, *placed(self.region_prompts, "region_prompts", prompts.single)]
 
     def problems(self, request: CompositionRequest) -> list[FieldError]:
         found = []

@@ -7,9 +7,10 @@ from typing import Literal
 from pydantic import Field, StrictBool
 
 from artifacts.errors import FieldError
-from compose.options.common import ComposeOptions, PromptText, Share, count_problems
+from compose.options.common import ComposeOptions, PromptText, Share, count_problems, placed
 from compose.options.masks import Step
 from compose.options.places import Place
+from compose.prompts import ScenePrompts
 from compose.request import CompositionRequest
 
 
@@ -45,6 +46,12 @@ class OmgOptions(ComposeOptions):
         description="Run base and concepts in one pass of the UNet where each has one adapter at most; never runs them "
         "one after another, which takes less memory.",
     )
+
+    def told(self, request: CompositionRequest, prompts: ScenePrompts) -> list[tuple[str, str]]:
+        found = [(prompts.plain, "/prompt"), (request.negative_prompt, "/negative_prompt")]
+        return (
+            found if self.stage == "base" else [*found, *placed(self.region_prompts, "region_prompts", prompts.single)]
+        )
 
     def problems(self, request: CompositionRequest) -> list[FieldError]:
         found = []

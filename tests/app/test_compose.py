@@ -70,6 +70,22 @@ def test_a_scene_becomes_a_job_that_knows_its_base_model(kitchen: Any) -> None:
     assert server.client.get(f"/jobs/{job['id']}/preview").status_code == 404
 
 
+def test_prompts_that_are_too_long_are_refused_before_there_is_a_job(kitchen: Any) -> None:
+    client = kitchen[0].client
+    jobs = client.get("/jobs?limit=200").json()["items"]
+    problem, pointers = refused(kitchen, body_of(kitchen, prompt="a circle and a square and a " + "red " * 12))
+    assert (problem["code"], pointers) == ("compose_refused", {"/prompt"})
+    assert "would be cut off" in problem["detail"] + problem["hint"]
+    _, pointers = refused(kitchen, body_of(kitchen, negative_prompt="and a " * 12, method="merge"))
+    assert pointers == {"/negative_prompt"}
+    words = ["a circle and a square", "a sks circle and a square", "a circle and a zwx square and " + "a " * 12]
+    fine, long = {"method": "merge"}, {"method": "clora", "parameters": {"branch_prompts": words}}
+    body = body_of(kitchen, methods=[fine, long])
+    _, pointers = refused(kitchen, body, "/compose-image/compare")
+    assert pointers == {"/methods/1/parameters/branch_prompts/2"}
+    assert client.get("/jobs?limit=200").json()["items"] == jobs
+
+
 @pytest.mark.parametrize(
     ("changes", "pointer"),
     [

@@ -119,8 +119,9 @@ def test_the_image_itself_is_the_answer_for_who_asks_for_it(kitchen: Any) -> Non
     assert open_png(answer.content).size == (32, 32)
     at_once = client.post("/compose-image", json=body_of(kitchen, method="merge"), headers={"Accept": "image/png"})
     assert (at_once.status_code, at_once.json()["state"]) == (202, "queued"), "without waiting it is a job"
-    long = body_of(kitchen, method="merge", negative_prompt="and a " * 12)
-    refused = client.post("/compose-image", json=long, headers=headers, timeout=220)
+    # the concepts' tokens are looked for by the worker
+    wrong = body_of(kitchen, method="clora", parameters={"branch_prompts": ["a circle and a square"] * 3})
+    refused = client.post("/compose-image", json=wrong, headers=headers, timeout=220)
     assert (refused.status_code, refused.headers["content-type"]) == (422, "application/problem+json")
     assert refused.json()["code"] == "compose_refused"
 
