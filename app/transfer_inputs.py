@@ -33,6 +33,7 @@ from transfer.options import (
     TransferOptions,
     TransLoraOptions,
 )
+from transfer.owner_rows import INPUT_COLUMNS, ITEM_COLUMNS
 from transfer.seeds import parse_seeds, seeds_digest
 from transfer.target_layers import query_and_value
 
@@ -87,8 +88,8 @@ def plan_transfer(
     check_adapter(subject, method, options)
     _check_target(settings, session, subject, options)
     _check_controls(request, method, options)
-    inputs = _dataset(session, request.inputs, "/inputs", ("prompt",), MAX_ROWS)
-    holdout = _dataset(session, request.holdout, "/holdout", ("prompt", "completion"), MAX_HOLDOUT)
+    inputs = _dataset(session, request.inputs, "/inputs", INPUT_COLUMNS, MAX_ROWS)
+    holdout = _dataset(session, request.holdout, "/holdout", ITEM_COLUMNS, MAX_HOLDOUT)
     used = _seeds(session, subject, request, seeds, method, options)
     _check_needs(method, options, used, inputs)
     sealed = _sealed(subject, request, options, used)
@@ -279,19 +280,7 @@ def _identity(
         task=sealed["task"],
         format=sealed["format"],
         method=request.method,
-        parameters=_normalised(options),
+        parameters=options.decisive(),
         seed=request.seed,
         inputs=None if inputs is None else canonical_digest([inputs.format, inputs.sha256]),
     )
-
-
-def _normalised(options: TransferOptions) -> dict[str, Any]:
-    """The parameters with every default filled in, without what decides no byte."""
-    found: dict[str, Any] = options.model_dump(mode="json")
-    if isinstance(options, DistilOptions):
-        for name in ("checkpoint_seconds", "checkpoint_steps"):
-            del found["training"][name]
-        found["target_parameters"] = options.train_options(()).model_dump(mode="json")
-        if "target_modules" not in options.target_parameters:
-            found["target_parameters"]["target_modules"] = None
-    return found

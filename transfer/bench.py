@@ -23,6 +23,15 @@ from transfer.weight_transfer import BaseWeights
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+STAGE_SHARES: Mapping[str, float] = {
+    "generate": 0.05,
+    "filter": 0.2,
+    "label": 0.4,
+    "move": 0.45,
+    "train": 0.5,
+    "evaluate": 0.85,
+}
+"""Where a stage begins on a bar from 0 to 1."""
 TASK, DISCRIMINATOR = "task", "discriminator"
 """Names of the adapters on the source base."""
 
@@ -46,6 +55,7 @@ class TransferInputs:
         key: `transfer.identity.TransferIdentity.key`, from which all random numbers come.
         inputs: that the owner has kept, for the method refresh.
         holdout: items of the owner's to measure with.
+        micro_batches: parts that a batch of the training is computed in: for less memory, with the same sums.
         folder: the transfer's own: stage outputs, checkpoints and the new adapter.
         cache: of decomposed base weights, shared by all transfers.
     """
@@ -63,6 +73,7 @@ class TransferInputs:
     discriminator: StoredDiscriminator | None = None
     holdout: tuple[Item, ...] = ()
     device: str = "cpu"
+    micro_batches: int = 1
 
 
 class TransferObserver(Protocol):

@@ -27,6 +27,10 @@ class TransferOptions(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
 
+    def decisive(self) -> dict[str, Any]:
+        """With every default filled in, as JSON, and without what decides no byte of the new adapter."""
+        return self.model_dump(mode="json")
+
 
 class WeightOptions(TransferOptions):
     """Options of the methods that compute the new factors from the old ones, without training."""
@@ -122,6 +126,15 @@ class DistilOptions(TransferOptions):
         if self.training.early_stopping is not None:
             raise ValueError("training.early_stopping: a transfer holds no rows out of its training to stop by")
         return self
+
+    def decisive(self) -> dict[str, Any]:
+        found = super().decisive()
+        for name in ("checkpoint_seconds", "checkpoint_steps"):
+            del found["training"][name]
+        found["target_parameters"] = self.train_options(()).model_dump(mode="json")
+        if "target_modules" not in self.target_parameters:
+            found["target_parameters"]["target_modules"] = None
+        return found
 
     def train_options(self, default_targets: tuple[str, ...]) -> TrainOptions:
         """The options of the target's method; `default_targets` are its layers if it adapts any and none are named."""

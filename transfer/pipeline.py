@@ -192,6 +192,7 @@ class _Work:
             inputs.seed,
             inputs.device,
             share,
+            inputs.micro_batches,
         )
         given = [
             self._files.put(rows),

@@ -13,12 +13,26 @@ from app.cli import datasets
 from app.cli.adapters import DownloadFormat, fetch
 from app.cli.client import Client, ProblemError
 from app.cli.jobs import show as show_job
-from app.cli.options import AdapterId, Cursor, JobId, Json, Limit, parse_settings
+from app.cli.options import Cursor, JobId, Json, Limit, parse_settings
 from app.cli.output import fields, moment, note, note_more, print_json, stdout, table
-from app.cli.progress import require_success, watch
+from app.cli.progress import require_success, steps, watch
 from app.cli.transfer_report import print_transfer_report
 
 app = typer.Typer(help="Transfers: list, look at, read the report, decide.", no_args_is_help=True)
+
+
+SeedsFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--seeds",
+        exists=True,
+        dir_okay=False,
+        help="A file with 3 to 50 examples of the task's inputs: one a line, or a JSON list.",
+    ),
+]
+TargetModel = Annotated[
+    str, typer.Option("--to", metavar="MODEL", help="The base model to move it to: id or name; of a folder a folder.")
+]
 
 
 class Decision(Enum):
@@ -38,23 +52,21 @@ class Verdict(Enum):
 
 def transfer(
     context: typer.Context,
-    adapter: AdapterId,
-    target: Annotated[str, typer.Option("--to", metavar="MODEL", help="Id or name of the base model to move it to.")],
+    adapter: Annotated[str, typer.Argument(metavar="ADAPTER", help="An adapter's id (adp_…), or its PEFT folder.")],
+    target: Annotated[
+        str,
+        typer.Option("--to", metavar="MODEL", help="The base model to move it to: id or name; of a folder a folder."),
+    ],
+    source: Annotated[
+        Path | None, typer.Option("--from", exists=True, file_okay=False, help="Of a folder: that of its base model.")
+    ] = None,
     method: Annotated[
         str, typer.Option("--method", help="A transfer method; `rankwise methods` lists them.")
     ] = "trans-lora",
     settings: Annotated[
         list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help="A parameter of the method.")
     ] = None,
-    seeds: Annotated[
-        Path | None,
-        typer.Option(
-            "--seeds",
-            exists=True,
-            dir_okay=False,
-            help="A file with 3 to 50 examples of the task's inputs: one a line, or a JSON list.",
-        ),
-    ] = None,
+    seeds: SeedsFile = None,
     template: Annotated[
         str | None, typer.Option("--template", help="How an input becomes a prompt, with {x} in its place.")
     ] = None,
@@ -72,11 +84,17 @@ def transfer(
     epsilon: Annotated[float | None, typer.Option("--epsilon", help="How far below its rivals it may be.")] = None,
     seed: Annotated[int, typer.Option("--seed", help="Of all that is drawn.")] = 0,
     name: Annotated[str | None, typer.Option("--name", help="Name of the new adapter.")] = None,
-    output: Annotated[Path | None, typer.Option("-o", "--output", help="Folder to download it into.")] = None,
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", help="Folder of the new one; needed for files.")
+    ] = None,
     wait: Annotated[bool, typer.Option("--wait/--no-wait", help="Follow the job to its end.")] = True,
+    device: Annotated[str, typer.Option("--device", help="Device of a transfer of files: cpu or cuda:0.")] = "cpu",
     as_json: Json = False,
 ) -> None:
-    """Move an adapter of the service to another base model, without its training data."""
+    """Move an adapter to another base model, without its training data.
+
+    An adapter that is a folder is moved here, with no service; an interrupted transfer goes on when started again.
+    """
     body: dict[str, Any] = {
         "adapter": adapter,
         "target_model": target,
@@ -90,10 +108,17 @@ def transfer(
         "seed": seed,
         "name": name,
     }
+    body = {field: value for field, value in body.items() if value is not None}
+    if not adapter.startswith("adp_"):
+        if not wait:
+            raise typer.BadParameter("a transfer of files runs here and now", param_hint="--no-wait")
+        _transfer_files(body, source, output, (holdout, inputs), device, as_json)
+        return
     with context.obj() as client:
         for field, given in (("holdout", holdout), ("inputs", inputs)):
-            body[field] = None if given is None else _dataset(client, given)
-        job = client.post("/transfer", {field: value for field, value in body.items() if value is not None})
+            if given is not None:
+                body[field] = _dataset(client, given)
+        job = client.post("/transfer", body)
         if wait:
             job = require_success(watch(client, job["id"]))
         print_json(job) if as_json else show_job(job)
@@ -101,6 +126,41 @@ def transfer(
             note(f"follow it: rankwise jobs watch {job['id']}")
             return
         _conclude(client, client.get(f"/transfers/{job['id']}"), output)
+
+
+def _transfer_files(
+    body: dict[str, Any],
+    source: Path | None,
+    output: Path | None,
+    rows: tuple[str | None, str | None],
+    device: str,
+    as_json: bool,
+) -> None:
+    from app.cli.local_transfer import LocalTransfer, transfer_local
+    from app.cli.yaml_file import checked
+    from app.schemas.transfer import TransferRequest
+
+    if source is None or output is None:
+        raise typer.BadParameter("a transfer of files needs --from, the folder of the adapter's base model, and -o")
+    holdout, inputs = (None if given is None else _existing(given, "file") for given in rows)
+    checked(Path("the request"), TransferRequest, {**body, "adapter": "adp_" + "0" * 32})
+    asked = LocalTransfer(
+        _existing(body["adapter"], "folder"), source, _existing(body["target_model"], "folder"), body, holdout, inputs
+    )
+    with steps("transfer") as advance:
+        report = transfer_local(asked, output, device=device, progress=advance)
+    if as_json:
+        print_json({"path": str(output), "report": report})
+        return
+    print_transfer_report(stdout(), report)
+    note(f"written to {output}; load it with PeftModel.from_pretrained(base, {str(output)!r})")
+
+
+def _existing(given: str, kind: str) -> Path:
+    path = Path(given)
+    if not (path.is_file() if kind == "file" else path.is_dir()):
+        raise typer.BadParameter(f"{given} is no {kind} of this machine")
+    return path
 
 
 def read_seeds(path: Path) -> list[str]:

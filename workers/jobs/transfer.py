@@ -15,19 +15,19 @@ from typing import Any
 from sqlalchemy.orm import Session
 
 from artifacts import intake
-from artifacts.errors import RankwiseError, RequestInvalid
+from artifacts.errors import RankwiseError
 from storage import sealed_inputs, transfers
 from storage.adapters import Parent
 from storage.transfers import HeldAdapter, Verdict
 from train.base_files import BaseFiles
-from train.rows import iter_rows
-from transfer.bench import StoredDiscriminator, TransferInputs
+from transfer.bench import STAGE_SHARES, StoredDiscriminator, TransferInputs
 from transfer.catalog import find_method, parse_parameters
 from transfer.evaluation import Item
 from transfer.filters.discriminator import DiscriminatorRecipe
 from transfer.gate import GateSettings
 from transfer.identity import base_identity
 from transfer.options import TransferOptions
+from transfer.owner_rows import INPUT_COLUMNS, ITEM_COLUMNS, read_texts
 from transfer.pipeline import TransferResult, transfer
 from transfer.prompts import PromptFormat
 from transfer.weight_transfer import BaseWeights
@@ -39,15 +39,6 @@ from workers.jobs.train import JobObserver
 LIBRARIES = ("rankwise", "torch", "transformers", "peft")
 DEGRADED = "degraded"
 """The tag of an adapter that learnt from inputs of which too few were accepted."""
-SHARES: Mapping[str, float] = {
-    "generate": 0.05,
-    "filter": 0.2,
-    "label": 0.4,
-    "move": 0.45,
-    "train": 0.5,
-    "evaluate": 0.85,
-}
-"""Where a stage begins on the progress bar."""
 SCRATCH = frozenset({"work"})
 """Folders that a training makes anew."""
 COST_SHARE = 10
@@ -110,7 +101,8 @@ class Given:
     def inputs(self, context: JobContext, folder: Path) -> TransferInputs:
         """As the pipeline takes it."""
         params, sealed = context.params, self.sealed
-        kept, holdout = params.get("inputs"), params.get("holdout")
+        kept = _rows(context, params.get("inputs"), INPUT_COLUMNS, "/inputs")
+        items = _rows(context, params.get("holdout"), ITEM_COLUMNS, "/holdout")
         return TransferInputs(
             adapter=self.folder,
             source=self.source_weights,
@@ -121,10 +113,12 @@ class Given:
             folder=folder,
             cache=Path(context.spec.cache) / "subspaces",
             seeds=tuple(sealed.get("seeds") or ()),
-            inputs=() if kept is None else tuple(_texts(context, kept, "/inputs", ("prompt",))[0]),
+            inputs=tuple(row[0] for row in kept),
             discriminator=self._discriminator(context),
-            holdout=() if holdout is None else _items(context, holdout),
+            holdout=tuple(Item(x, answer) for x, answer in items),
             device=context.device,
+            # After the device's memory ran out once, half of a batch at a time: the same sums, in another order.
+            micro_batches=2 if context.reduce_memory else 1,
         )
 
     def _discriminator(self, context: JobContext) -> StoredDiscriminator | None:
@@ -214,26 +208,11 @@ def _base(context: JobContext, model_id: str) -> tuple[StoredModel, BaseWeights]
     return model, BaseWeights(BaseFiles(model.name, source.location, source.revision), digest)
 
 
-def _texts(context: JobContext, dataset_id: str, pointer: str, columns: Sequence[str]) -> list[list[str]]:
-    """The columns of a dataset.
-
-    Raises:
-        RequestInvalid: a row without one of them.
-    """
+def _rows(context: JobContext, dataset_id: str | None, columns: Sequence[str], pointer: str) -> list[tuple[str, ...]]:
+    if dataset_id is None:
+        return []
     dataset, path = context.dataset(dataset_id)
-    found: list[list[str]] = [[] for _ in columns]
-    for number, row in enumerate(iter_rows(path, dataset.format), 1):
-        for place, column in enumerate(columns):
-            value = row.get(column)
-            if not isinstance(value, str):
-                raise RequestInvalid(f"Row {number} of the dataset at {pointer} has no text in the column {column!r}.")
-            found[place].append(value)
-    return found
-
-
-def _items(context: JobContext, dataset_id: str) -> tuple[Item, ...]:
-    prompts, answers = _texts(context, dataset_id, "/holdout", ("prompt", "completion"))
-    return tuple(Item(x, answer) for x, answer in zip(prompts, answers, strict=True))
+    return read_texts(path, dataset.format, columns, pointer)
 
 
 class TransferFollower:
@@ -247,7 +226,7 @@ class TransferFollower:
         self._number, self._units = number, 0
         self._fraction = 0.0
         self._stage = ""
-        self._training = JobObserver(context, checkpoints, (SHARES["train"], SHARES["evaluate"]))
+        self._training = JobObserver(context, checkpoints, (STAGE_SHARES["train"], STAGE_SHARES["evaluate"]))
         self._kept, self._cost = time.monotonic(), 0.0
 
     def unit(self, stage: str, message: str) -> None:
@@ -256,7 +235,7 @@ class TransferFollower:
             self._keep()
         self._stage = stage
         self._units += 1
-        self._fraction = max(self._fraction, SHARES[stage])
+        self._fraction = max(self._fraction, STAGE_SHARES[stage])
         self._context.progress(self._fraction, f"{stage}: {message}", self._units)
 
     def stop_wanted(self) -> bool:
