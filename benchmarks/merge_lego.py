@@ -18,116 +18,16 @@ import argparse
 import json
 import os
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+from benchmarks.merge_adapters import WEIGHTS, floor, make_adapters, merge_once, shapes
 
 METHODS = ("lego", "cat", "svd")
 GOALS = {"lego": 6.0, "cat": 2.5, "svd": 5.0}
 RESULTS = Path(__file__).parent / "results" / "merge_lego.json"
-
-
-def shapes(layers: int) -> Iterator[tuple[str, int, int]]:
-    """(path, d_out, d_in) of the linear modules of Llama-2-7B."""
-    for layer in range(layers):
-        for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
-            yield f"model.layers.{layer}.self_attn.{name}", 4096, 4096
-        for name in ("gate_proj", "up_proj"):
-            yield f"model.layers.{layer}.mlp.{name}", 11008, 4096
-        yield f"model.layers.{layer}.mlp.down_proj", 4096, 11008
-
-
-def make_adapters(directory: Path, count: int, rank: int, layers: int) -> list[Path]:
-    import torch
-    from safetensors.torch import save_file
-
-    paths = []
-    for seed in range(count):
-        generator = torch.Generator().manual_seed(seed)
-        tensors = {}
-        for path, d_out, d_in in shapes(layers):
-            A = torch.randn(rank, d_in, generator=generator) / d_in**0.5
-            B = torch.randn(d_out, rank, generator=generator) * 0.01
-            tensors[f"base_model.model.{path}.lora_A.weight"] = A.bfloat16()
-            tensors[f"base_model.model.{path}.lora_B.weight"] = B.bfloat16()
-        target = directory / f"adapter-{seed}"
-        target.mkdir()
-        save_file(tensors, target / "adapter_model.safetensors", metadata={"format": "pt"})
-        config = {
-            "peft_type": "LORA",
-            "r": rank,
-            "lora_alpha": 2 * rank,
-            "base_model_name_or_path": "llama-2-7b",
-            "target_modules": sorted({path.rsplit(".", 1)[-1] for path, _, _ in shapes(1)}),
-        }
-        (target / "adapter_config.json").write_text(json.dumps(config))
-        paths.append(target)
-    return paths
-
-
-def floor(inputs: list[Path], output_bytes: int, scratch: Path) -> float:
-    """Seconds to read all inputs and write the output, plainly."""
-    content = os.urandom(1 << 20) * (output_bytes // (1 << 20) + 1)
-    started = time.perf_counter()
-    for path in inputs:
-        (path / "adapter_model.safetensors").read_bytes()
-    (scratch / "floor.bin").write_bytes(memoryview(content)[:output_bytes])
-    return time.perf_counter() - started
-
-
-def merge_once(inputs: list[Path], method: str, rank: int, out: Path) -> dict[str, float]:
-    """One merge in a new process: seconds from files to file, peak memory, and that of the idle worker before it."""
-    command = [sys.executable, "-m", "benchmarks.merge_lego", "--child", method, "--rank", str(rank), "--out", str(out)]
-    run = subprocess.run([*command, *map(str, inputs)], check=True, capture_output=True, text=True)
-    result: dict[str, float] = json.loads(run.stdout)
-    return result
-
-
-def peak_memory_kb() -> int:
-    """High-water mark of this process's memory. (getrusage would carry over that of the process that started it.)"""
-    status = Path("/proc/self/status").read_text(encoding="ascii")
-    return int(next(line for line in status.splitlines() if line.startswith("VmHWM:")).split()[1])
-
-
-def child(inputs: list[Path], method: str, rank: int, out: Path) -> None:
-    from artifacts.adapter import Adapter
-    from artifacts.base_model import BaseModelRef
-    from merge.catalog import METHODS as MENU
-    from merge.catalog import parse_parameters
-    from merge.engine import merge_files
-    from merge.kmeans import compile_loops
-    from merge.plan import MergeInput
-
-    # A worker serves many merges: its compiled loops and kernels are there already.
-    MENU[method].load()
-    compile_loops()
-    idle = peak_memory_kb()
-    started = time.perf_counter()
-    described = [
-        (
-            MergeInput(
-                id=path.name,
-                name=path.name,
-                digest=path.name,
-                modules=tuple(Adapter.open(path).modules.values()),
-                method="lora",
-                mergeable=True,
-                refusal=None,
-                base=BaseModelRef.named("llama-2-7b"),
-            ),
-            path,
-        )
-        for path in inputs
-    ]
-    options = parse_parameters(method, {} if method == "cat" else {"rank": rank})
-    merge_files(described, method, options, out)
-    seconds = time.perf_counter() - started
-    peak = peak_memory_kb()
-    print(json.dumps({"seconds": seconds, "idle_kb": idle, "peak_kb": peak}))
 
 
 def sklearn_seconds(inputs: list[Path], clusters: int, layers: int) -> float:
@@ -173,17 +73,18 @@ def dense_difference(inputs: list[Path], rank: int) -> float:
 
 
 def measure(arguments: argparse.Namespace, scratch: Path) -> dict[str, Any]:
-    inputs = make_adapters(scratch, arguments.adapters, arguments.rank, arguments.layers)
-    size = sum((path / "adapter_model.safetensors").stat().st_size for path in inputs)
+    inputs = make_adapters(scratch, arguments.adapters, arguments.rank, list(shapes(arguments.layers)))
+    size = sum((path / WEIGHTS).stat().st_size for path in inputs)
     output = {"lego": size // arguments.adapters, "svd": size // arguments.adapters, "cat": size}
     table: dict[str, Any] = {"input_bytes": size, "cores": os.cpu_count(), "methods": {}}
     for method in METHODS:
         out = scratch / f"out-{method}"
-        merge_once(inputs, method, arguments.rank, out)  # page cache and compiled loops
+        parameters = {} if method == "cat" else {"rank": arguments.rank}
+        merge_once(inputs, method, parameters, out)  # page cache and compiled loops
         pairs = []
         for _ in range(arguments.runs):
             base = floor(inputs, output[method], scratch)
-            pairs.append((merge_once(inputs, method, arguments.rank, out), base))
+            pairs.append((merge_once(inputs, method, parameters, out), base))
         seconds = statistics.median(run["seconds"] for run, _ in pairs)
         table["methods"][method] = {
             "seconds": seconds,
@@ -223,13 +124,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=32)
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--quick", action="store_true", help="leave out scikit-learn and the dense SVD")
-    parser.add_argument("--child", choices=METHODS, help=argparse.SUPPRESS)
-    parser.add_argument("--out", type=Path, help=argparse.SUPPRESS)
-    parser.add_argument("inputs", nargs="*", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    if arguments.child:
-        child(arguments.inputs, arguments.child, arguments.rank, arguments.out)
-        return
     with tempfile.TemporaryDirectory(prefix="rankwise-bench-") as scratch:
         table = measure(arguments, Path(scratch))
     show(table)

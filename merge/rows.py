@@ -111,7 +111,7 @@ def _bracketed(
         values = measure(block)
         for place, (low, high) in brackets.items():
             of_channel = values[place[0]]
-            above[place] += int((of_channel > high).sum())
+            above[place] += int((of_channel > high).count_nonzero())
             inside[place].append(of_channel[(of_channel >= low) & (of_channel <= high)])
     found = {}
     for place, k in wanted.items():

@@ -34,18 +34,21 @@ def elected_sum(X: Tensor, weights: Tensor, election: Election) -> Tensor:
     The sign is elected on the entries without their weights: that of their sum (total) or of most of them (frequency);
     0 elects plus. Zeros never agree.
     """
-    agree = X.sign() == _majority(X if election == "total" else X.sign())
-    return weighted_sum(X * agree, weights) / agree.sum(0).clamp_min(1)
+    majority = _majority(X if election == "total" else X.sign())
+    agreeing = (X * majority).clamp_min_(0)
+    total = weighted_sum(agreeing, weights) * majority
+    return total / agreeing.sign_().sum(0).clamp_min_(1)
 
 
 def elected_mean(X: Tensor, weights: Tensor, election: Election, *, normalize: bool) -> Tensor:
     """As mergekit: the sign is elected on the weighted entries, and the divisor is the weight of those that agree."""
     weighted = X * _broadcast(weights, X)
-    agree = weighted.sign() == _majority(weighted if election == "total" else weighted.sign())
-    total = (weighted * agree).sum(0)
+    majority = _majority(weighted if election == "total" else weighted.sign())
+    agreeing = (weighted * majority).clamp_min_(0)
+    total = agreeing.sum(0) * majority
     if not normalize:
         return total
-    divisor = weighted_sum(agree.to(X.dtype), weights)
+    divisor = weighted_sum(agreeing.sign_(), weights)
     return total / torch.where(divisor == 0, 1.0, divisor)
 
 
@@ -72,9 +75,16 @@ def trimmed(X: Tensor, density: float) -> Tensor:
         return X
     if kept == 0:
         return torch.zeros_like(X)
-    magnitude = X.abs()
-    threshold = magnitude.flatten().kthvalue(X.numel() - kept + 1).values
-    return X * (magnitude >= threshold)
+    return above(X, float(X.abs().flatten().kthvalue(X.numel() - kept + 1).values))
+
+
+def above(X: Tensor, border: float) -> Tensor:
+    """X where |X| ≥ border, else 0."""
+    if border <= 0:
+        return X
+    # hardshrink is one pass, where a product with a mask is three; it keeps what lies strictly above
+    below = torch.nextafter(torch.tensor(border, dtype=X.dtype), torch.tensor(0.0, dtype=X.dtype))
+    return torch.nn.functional.hardshrink(X, float(below))
 
 
 def dropped(X: Tensor, density: float, seed: int, first_row: int = 0) -> Tensor:

@@ -139,8 +139,8 @@ def _trimming(deltas: DeltaRows, density: float) -> Callable[[Tensor], Tensor]:
     if density >= 1:
         return lambda X: X
     kept = rules.kept_count(density, deltas.entries)
-    borders = _per_delta(deltas, largest(deltas, torch.abs, [[kept]] * len(deltas.A)), 0)
-    return lambda X: X * (X.abs() >= borders)
+    found = largest(deltas, torch.abs, [[kept]] * len(deltas.A))
+    return lambda X: torch.stack([rules.above(x, border) for x, (border,) in zip(X, found, strict=True)])
 
 
 def _middle(deltas: DeltaRows, options: BreadcrumbsOptions) -> Callable[[Tensor], Tensor]:
@@ -187,13 +187,26 @@ def keep_probabilities(X: Tensor, density: float, epsilon: float) -> Tensor:
     columns = X.shape[-1]
     if columns == 1:
         return torch.full_like(X, density)
-    order = X.abs().argsort(dim=-1, stable=True)
     ranks = torch.arange(columns, dtype=X.dtype, device=X.device) / (columns - 1)
-    return torch.empty_like(X).scatter_(-1, order, (density - epsilon + 2 * epsilon * ranks).expand_as(X))
+    probabilities = (density - epsilon + 2 * epsilon * ranks).expand_as(X)
+    return torch.empty_like(X).scatter_(-1, _order(X.abs()), probabilities)
+
+
+def _order(magnitude: Tensor) -> Tensor:
+    """Positions along the last dimension by rising value; equal values by position."""
+    if magnitude.dtype != torch.float32 or magnitude.device.type != "cpu":
+        return magnitude.argsort(dim=-1, stable=True)
+    # Floats above 0 order as their bits do. With the position below them they are integers that all differ, and numpy
+    # sorts those several times faster than torch finds a stable order.
+    keys = magnitude.contiguous().view(torch.int32).to(torch.int64) << 32
+    keys |= torch.arange(magnitude.shape[-1])
+    keys.numpy().sort(axis=-1)
+    return keys & 0xFFFFFFFF
 
 
 def _variance(X: Tensor) -> Tensor:
-    return X.var(0, unbiased=False)
+    """Over the first dimension. (torch.var along it is ten times slower.)"""
+    return (X - X.mean(0)).square_().mean(0)
 
 
 def _variance_border(deltas: DeltaRows, sizes: Tensor, density: float) -> float | None:

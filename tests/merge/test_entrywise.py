@@ -229,3 +229,10 @@ def test_threads_do_not_change_the_bytes(write_adapter: Callable[..., Path], mer
     finally:
         torch.set_num_threads(before)
     assert contents[0] == contents[1]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_equal_entries_rank_by_position(dtype: torch.dtype) -> None:
+    X = torch.tensor([[2.0, -1.0, 1.0, 0.0, -2.0]], dtype=dtype)
+    expected = torch.tensor([[0.5, 0.4, 0.45, 0.35, 0.55]], dtype=dtype)
+    torch.testing.assert_close(keep_probabilities(X, 0.45, 0.1), expected)

@@ -1,0 +1,183 @@
+"""How fast every merge method is, against reading its input and writing its output, and against stock PEFT.
+
+    python -m benchmarks.merge_family [--adapters 8] [--rank 16] [--layers 2] [--methods tsv_m,knots] [--peft]
+
+Synthetic adapters of the Llama-2-7B shape (7 linear modules a layer, bfloat16); --layers 32 is the whole model. Each
+method is one merge from files to a file in a process of its own; its ratio is to a plain read and write in the same
+run, and its CPU seconds are those of all threads, which a busy machine disturbs less.
+
+--peft: two adapters of the q_proj of one layer, by `add_weighted_adapter` of stock PEFT and by the method of the same
+meaning here, each in a process of its own: seconds, and memory above the idle process. (--peft-modules 14 is two whole
+layers, in hours.)
+
+Prints tables and writes benchmarks/results/merge_family.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+from benchmarks.merge_adapters import WEIGHTS, floor, make_adapters, merge_once, peak_memory_kb, shapes
+from merge.catalog import METHODS
+
+RESULTS = Path(__file__).parent / "results" / "merge_family.json"
+FACTOR_GOAL, ENTRYWISE_GOAL, MEMORY_GOAL_MB = 6.0, 60.0, 1500
+PEFT = {
+    "svd": "svd",
+    "cat": "cat",
+    "linear": "linear_factor",
+    "ties": "ties",
+    "dare_linear": "dare_linear",
+    "dare_ties": "dare_ties",
+    "magnitude_prune": "magnitude_prune",
+    "ties_svd": "ties_svd",
+    "dare_linear_svd": "dare_linear_svd",
+    "dare_ties_svd": "dare_ties_svd",
+    "magnitude_prune_svd": "magnitude_prune_svd",
+}
+"""PEFT's combination types and the methods of the same meaning."""
+DENSITY = 0.3
+
+
+def parameters_of(method: str, rank: int) -> dict[str, Any]:
+    """The output rank where there is one to choose, so that all write a file of one size."""
+    return {"rank": rank} if "rank" in METHODS[method].options.model_fields else {}
+
+
+def family_table(arguments: argparse.Namespace, scratch: Path) -> dict[str, Any]:
+    """Every method on the same adapters."""
+    inputs = make_adapters(scratch / "in", arguments.adapters, arguments.rank, list(shapes(arguments.layers)))
+    size = sum((path / WEIGHTS).stat().st_size for path in inputs)
+    output = size // arguments.adapters
+    rows: dict[str, Any] = {}
+    for method in arguments.methods:
+        if METHODS[method].capabilities.only_adapters not in (None, arguments.adapters):
+            continue
+        pairs = []
+        for number in range(arguments.runs):
+            base = floor(inputs, output, scratch)
+            out = scratch / f"out-{method}-{number}"
+            pairs.append((merge_once(inputs, method, parameters_of(method, arguments.rank), out), base))
+        entrywise = METHODS[method].family == "entrywise"
+        rows[method] = {
+            "seconds": statistics.median(run["seconds"] for run, _ in pairs),
+            "cpu_seconds": statistics.median(run["cpu_seconds"] for run, _ in pairs),
+            "ratio": statistics.median(run["seconds"] / base for run, base in pairs),
+            "goal": ENTRYWISE_GOAL if entrywise else FACTOR_GOAL,
+            "memory_above_idle_mb": max((run["peak_kb"] - run["idle_kb"]) / 1024 for run, _ in pairs),
+            "relative_error": pairs[0][0]["relative_error"],
+        }
+        print(shown(method, rows[method]), flush=True)
+    return {"input_bytes": size, "cores": os.cpu_count(), "layers": arguments.layers, "methods": rows}
+
+
+def shown(method: str, row: dict[str, Any]) -> str:
+    return (
+        f"{method:20} {row['seconds']:8.2f} s ({row['cpu_seconds']:.2f} CPU s) {row['ratio']:8.1f} × floor "
+        f"(goal {row['goal']:.0f}) "
+        f"{row['memory_above_idle_mb']:8.0f} MB   error to the sum {row['relative_error']:.3f}"
+    )
+
+
+def peft_table(arguments: argparse.Namespace, scratch: Path) -> dict[str, Any]:
+    """Stock PEFT's combination types against the same here."""
+    modules = list(shapes(2))[: arguments.peft_modules]
+    inputs = make_adapters(scratch / "peft", 2, arguments.rank, modules, dtype="float32")
+    rows: dict[str, Any] = {}
+    print(f"\n{len(modules)} module(s), 2 adapters: PEFT's add_weighted_adapter and the same here")
+    for kind, method in PEFT.items():
+        command = [sys.executable, "-m", "benchmarks.merge_family", "--peft-child", kind, *map(str, inputs)]
+        run = subprocess.run(command, check=True, capture_output=True, text=True)
+        theirs = json.loads(run.stdout.splitlines()[-1])
+        parameters = parameters_of(method, arguments.rank)
+        if "density" in METHODS[method].options.model_fields:
+            parameters["density"] = DENSITY
+        ours = merge_once(inputs, method, parameters, scratch / f"peft-{kind}")
+        rows[kind] = {
+            "peft_seconds": theirs["seconds"],
+            "seconds": ours["seconds"],
+            "speedup": theirs["seconds"] / ours["seconds"],
+            "peft_memory_mb": (theirs["peak_kb"] - theirs["idle_kb"]) / 1024,
+            "memory_mb": (ours["peak_kb"] - ours["idle_kb"]) / 1024,
+        }
+        row = rows[kind]
+        print(
+            f"{kind:20} PEFT {row['peft_seconds']:8.2f} s {row['peft_memory_mb']:7.0f} MB   "
+            f"{method:20} {row['seconds']:7.2f} s {row['memory_mb']:6.0f} MB   {row['speedup']:8.1f} ×",
+            flush=True,
+        )
+    return {"modules": len(modules), "kinds": rows}
+
+
+def peft_child(kind: str, inputs: list[str]) -> None:
+    """One add_weighted_adapter on a model whose frozen weights take no memory."""
+    import torch
+    from peft import PeftModel
+    from safetensors import safe_open
+    from torch import nn
+
+    def frozen(d_out: int, d_in: int) -> nn.Linear:
+        layer = nn.Linear(1, 1, bias=False)
+        layer.in_features, layer.out_features = d_in, d_out
+        layer.weight = nn.Parameter(torch.zeros(1, 1).expand(d_out, d_in), requires_grad=False)
+        return layer
+
+    model = nn.Module()
+    with safe_open(f"{inputs[0]}/{WEIGHTS}", "pt") as file:
+        present = {key.removeprefix("base_model.model.").partition(".lora_")[0] for key in file.keys()}  # noqa: SIM118
+    for path, d_out, d_in in shapes(2):
+        if path in present:
+            parent = model
+            *folders, name = path.split(".")
+            for folder in folders:
+                if not hasattr(parent, folder):
+                    parent.add_module(folder, nn.Module())
+                parent = getattr(parent, folder)
+            parent.add_module(name, frozen(d_out, d_in))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        merged = PeftModel.from_pretrained(model, inputs[0], adapter_name="a0")
+        for number, path in enumerate(inputs[1:], start=1):
+            merged.load_adapter(path, f"a{number}")
+        names = [f"a{number}" for number in range(len(inputs))]
+        density = None if kind in ("svd", "cat", "linear") else DENSITY
+        idle, started = peak_memory_kb(), time.perf_counter()
+        merged.add_weighted_adapter(names, [1.0] * len(names), "merged", combination_type=kind, density=density)
+    print(json.dumps({"seconds": time.perf_counter() - started, "idle_kb": idle, "peak_kb": peak_memory_kb()}))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--adapters", type=int, default=8)
+    parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument("--layers", type=int, default=2)
+    parser.add_argument("--runs", type=int, default=1)
+    parser.add_argument("--methods", type=lambda text: text.split(",") if text else [], default=list(METHODS))
+    parser.add_argument("--peft", action="store_true", help="compare with stock PEFT, too")
+    parser.add_argument("--peft-modules", type=int, default=1)
+    parser.add_argument("--peft-child", choices=PEFT, help=argparse.SUPPRESS)
+    parser.add_argument("inputs", nargs="*", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.peft_child:
+        peft_child(arguments.peft_child, arguments.inputs)
+        return
+    with tempfile.TemporaryDirectory(prefix="rankwise-bench-") as scratch:
+        table = family_table(arguments, Path(scratch))
+        if arguments.peft:
+            table["peft"] = peft_table(arguments, Path(scratch))
+    RESULTS.parent.mkdir(exist_ok=True)
+    RESULTS.write_text(json.dumps(table, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
