@@ -10,7 +10,8 @@ from sqlalchemy.orm import Session
 from app.base_models import base_model
 from app.schemas.merge import CompareMergesParams, MergeAdapter, MergeParams
 from app.settings import Settings
-from app.stored_inputs import stored_adapters
+from app.stored_inputs import stored_adapters, stored_dataset
+from app.train_inputs import check_suitable
 from artifacts.base_model import UNET, BaseModelRef, check_modules, compare
 from artifacts.errors import BaseMismatch, FieldError, MergeRefused, RequestInvalid
 from artifacts.pointers import pointers_below
@@ -19,6 +20,7 @@ from merge.options import MergeOptions
 from merge.plan import NAMED_OFFENDERS, MergeInput, plan_merge
 from storage import adapters, models
 from storage.tables import ModelRow
+from train.feasibility import check_base_kind
 
 UNKNOWN_BASE = "unknown"
 
@@ -40,22 +42,22 @@ def check_merge(_: Settings, session: Session, request: MergeParams, devices: in
     plan_merge(inputs, request.method, options)
     if request.output == "adapter":
         return None
-    row = _base_of(session, request)
+    row = _base_of(session, request.adapters, request.base_model)
     _check_base(row, inputs, options)
     request.base_model = row.id
     return row.id
 
 
-def _base_of(session: Session, request: MergeParams) -> ModelRow:
+def _base_of(session: Session, requested: Sequence[MergeAdapter], name: str | None) -> ModelRow:
     """The model that is named, else that of the adapters."""
-    if request.base_model is not None:
-        return base_model(session, request.base_model, lock=True)
-    found = [adapters.model_of(session, adapters.get_adapter(session, item.id)) for item in request.adapters]
+    if name is not None:
+        return base_model(session, name, lock=True)
+    found = [adapters.model_of(session, adapters.get_adapter(session, item.id)) for item in requested]
     ids = {row.id for row in found if row is not None}
     if len(ids) != 1:
         problem = "the adapters belong to no registered model" if not ids else "the adapters belong to several models"
         raise RequestInvalid(
-            f"T{problem[1:]}: it is not known into which one to merge.",
+            f"T{problem[1:]}: it is not known which one to take.",
             hint="Register the base model (POST /models) and name it.",
             errors=[FieldError("/base_model", problem)],
         )
@@ -66,8 +68,7 @@ def _check_base(row: ModelRow, inputs: Sequence[MergeInput], options: MergeOptio
     """Refuse a base model that the adapters can not be merged into.
 
     Raises:
-        MergeRefused: its files are not here, or it is a pipeline; layers that it lacks, or has in other dimensions.
-        BaseMismatch: it is known to be another one than the adapters'.
+        MergeRefused and its kin: its files are not here, or it is a pipeline; see `_check_fits`.
     """
     problem = None
     if row.source == "hub":
@@ -78,6 +79,16 @@ def _check_base(row: ModelRow, inputs: Sequence[MergeInput], options: MergeOptio
         raise MergeRefused(
             f"Nothing can be merged into {row.name!r}: {problem}.", errors=[FieldError("/base_model", problem)]
         )
+    _check_fits(row, inputs, options)
+
+
+def _check_fits(row: ModelRow, inputs: Sequence[MergeInput], options: MergeOptions) -> None:
+    """Refuse a base model that the adapters are known not to belong to.
+
+    Raises:
+        MergeRefused: layers that it lacks, or has in other dimensions.
+        BaseMismatch: it is known to be another one than the adapters'.
+    """
     ref = models.ref_of(row)
     for position, item in enumerate(inputs):
         pointer = f"/adapters/{position}/id"
@@ -96,8 +107,11 @@ def _check_base(row: ModelRow, inputs: Sequence[MergeInput], options: MergeOptio
             )
 
 
-def check_merges(_: Settings, session: Session, request: CompareMergesParams, devices: int) -> None:
-    """As `check_merge`, for every candidate; findings about one point below `/candidates/{its position}`."""
+def check_merges(_: Settings, session: Session, request: CompareMergesParams, devices: int) -> str | None:
+    """As `check_merge`, for every candidate; findings about one point below `/candidates/{its position}`.
+
+    An evaluation gets the id of the base model, if it does not name it; that id is returned.
+    """
     del devices
     options = []
     for position, item in enumerate(request.candidates):
@@ -107,6 +121,16 @@ def check_merges(_: Settings, session: Session, request: CompareMergesParams, de
     for position, (item, found) in enumerate(zip(request.candidates, options, strict=True)):
         with _of_candidate(position):
             plan_merge(inputs, item.method, found)
+    wanted = request.evaluation
+    if wanted is None:
+        return None
+    with pointers_below("/evaluation/dataset", "/dataset"), pointers_below("/evaluation/base_model", "/base_model"):
+        check_suitable(stored_dataset(session, wanted.dataset), wanted.full_task)
+        row = _base_of(session, request.adapters, wanted.base_model)
+        check_base_kind(models.ref_of(row), wanted.full_task)
+        _check_fits(row, inputs, options[0])
+    request.evaluation = wanted.model_copy(update={"base_model": row.id})
+    return row.id
 
 
 @contextmanager

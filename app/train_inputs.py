@@ -43,7 +43,7 @@ def check_train(settings: Settings, session: Session, request: TrainParams, devi
     check_feasible(request.full_task, request.training, request.evaluation, devices)
     row = _base_model(session, request, lock=True)
     dataset = stored_dataset(session, request.dataset)
-    _check_suitable(dataset, request.full_task)
+    check_suitable(dataset, request.full_task)
     if request.transferable is not None:
         check_transferable(session, request, request.transferable, row, dataset, devices)
     needed = _estimate(session, row, request, devices, dataset.rows)
@@ -54,7 +54,7 @@ def check_train(settings: Settings, session: Session, request: TrainParams, devi
     return row.id
 
 
-def _check_suitable(dataset: DatasetRow, task: TaskSettings) -> None:
+def check_suitable(dataset: DatasetRow, task: TaskSettings) -> None:
     """Refuse a dataset that was found unfit when it was uploaded, unless the task names columns of its own."""
     if (dataset.format == "images") != (task.type == "text-to-image"):
         what = "a zip of images" if dataset.format == "images" else "no zip of images"

@@ -2,11 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from merge.comparison import Compared
+
+
+def rank_by(report: dict[str, Any], metric: str, order: Mapping[str, float]) -> None:
+    """Put the candidates of a report into another order.
+
+    Args:
+        metric: what it is by.
+        order: label → number, the smallest of which is the best.
+    """
+    report["ranking"] = sorted(report["ranking"], key=lambda label: order[label])
+    report["ranked_by"] = metric
 
 
 def comparison_report(compared: Sequence[Compared], seconds: float) -> dict[str, Any]:

@@ -40,6 +40,10 @@ def merge_compare(
     publish: Annotated[
         Publish, typer.Option("--publish", help="Which of the merged adapters the service stores.")
     ] = Publish.NONE,
+    dataset: Annotated[
+        str | None, typer.Option("--dataset", help="Rank by what the candidates do on this dataset (dat_…).")
+    ] = None,
+    metric: Annotated[str, typer.Option("--metric", help="With --dataset: loss, perplexity or exact_match.")] = "loss",
     output: Annotated[
         Path | None,
         typer.Option(
@@ -58,12 +62,15 @@ def merge_compare(
     if not are_remote(inputs):
         if output is None:
             raise typer.BadParameter("a comparison of files needs a folder to write into", param_hint="-o")
+        if dataset is not None:
+            raise typer.BadParameter("a comparison of files has no service that keeps datasets", param_hint="--dataset")
         _compare_files([Path(text) for text in inputs], aligned, parsed, output, device, as_json)
         return
     document = {
         "adapters": [{"id": text, "weight": weight} for text, weight in zip(inputs, aligned, strict=True)],
         "candidates": [{"method": method, "parameters": parameters} for method, parameters in parsed],
         "publish": publish.value,
+        **({"evaluation": {"dataset": dataset, "metric": metric}} if dataset else {}),
         **({"name": name} if name else {}),
     }
     with context.obj() as client:

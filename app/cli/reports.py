@@ -47,10 +47,11 @@ def print_comparison(console: Console, report: dict[str, Any]) -> None:
     """A row for each candidate, the best one first, then how the adapters interfere, and each warning."""
     rows = {row["label"]: row for row in report["candidates"]}
     shown = [rows[label] for label in report["ranking"]]
+    metric = [f"#{report['ranked_by']}"] if report.get("evaluation") else []
     console.print(
         table(
             f"ranked by {report['ranked_by']}",
-            ("candidate", "method", "#rank", "#energy kept", "#relative error", "#seconds", "warnings"),
+            ("candidate", "method", "#rank", "#energy kept", "#relative error", *metric, "#seconds", "warnings"),
             [
                 (
                     row["label"],
@@ -58,6 +59,7 @@ def print_comparison(console: Console, report: dict[str, Any]) -> None:
                     row["rank"],
                     _percent(row["energy_kept"]),
                     _percent(row["relative_error"]),
+                    *(row["figures"][name.removeprefix("#")] for name in metric),
                     row["seconds"],
                     len(row["warnings"]),
                 )

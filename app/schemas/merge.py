@@ -11,6 +11,7 @@ from app.schemas.common import BaseModelName, Name, RequestModel
 from app.schemas.resources import Resources
 from merge.catalog import METHODS
 from merge.plan import MAX_ADAPTERS
+from train.measurement_settings import MeasurementSettings
 
 MAX_COMPARED = 32
 MergeMethodName = Annotated[str, Field(json_schema_extra={"enum": list(METHODS)})]
@@ -72,10 +73,25 @@ class MergeCandidate(RequestModel):
     )
 
 
+class MergeEvaluation(MeasurementSettings):
+    """A dataset on which every candidate is measured, on the base model, in the worker."""
+
+    dataset: Annotated[str, StringConstraints(pattern=f"^dat_{HEX_ID}$")]
+    base_model: BaseModelName | None = Field(
+        None, description="Id or name; unset, the model that the adapters belong to."
+    )
+
+    def settings(self) -> MeasurementSettings:
+        return MeasurementSettings.model_validate(self.model_dump(exclude={"dataset", "base_model"}))
+
+
 class CompareMergesParams(MergePool):
     """Merge the same adapters by several methods."""
 
     candidates: list[MergeCandidate] = Field(min_length=1, max_length=MAX_COMPARED)
+    evaluation: MergeEvaluation | None = Field(
+        None, description="Rank the candidates by what they do on data; unset, by the distance to the exact sum."
+    )
     publish: Literal["none", "best", "all"] = Field(
         "none", description="Which of the merged adapters are stored: none, the first of the ranking, or all."
     )

@@ -73,3 +73,37 @@ def test_the_pictures_of_a_merge_are_made_of_its_report(server: Any, two_adapter
     assert picture.headers["content-type"].startswith("image/svg+xml")
     assert "-0.25" in picture.text
     assert "b&lt;" in picture.text
+
+
+def test_an_evaluation_names_a_dataset_that_can_be_measured_and_a_base_model(
+    server: Any, two_adapters: list[str]
+) -> None:
+    from artifacts.base_model import BaseModelRef
+    from storage import models
+
+    rows = b'{"prompt": "a", "completion": "b"}\n'
+    dataset = server.client.post("/datasets", files={"file": ("d.jsonl", rows)}).json()["id"]
+    unfit = server.client.post("/datasets", files={"file": ("l.jsonl", b'{"x": 1}\n')}).json()["id"]
+
+    def post(**evaluation: Any) -> Any:
+        return server.client.post("/merge/compare", json=body(two_adapters, evaluation=evaluation))
+
+    def pointer(response: Any) -> str:
+        assert response.status_code == 422, response.text
+        found: str = response.json()["errors"][0]["pointer"]
+        return found
+
+    assert pointer(post(dataset=dataset)) == "/evaluation/base_model"
+    with server.services.database.write() as session:
+        model = models.add_model(session, BaseModelRef("acme/tiny-llm", "hub", "acme/tiny-llm"))[0].id
+        pipeline = BaseModelRef("pipe", "hub", "acme/pipe", pipeline="StableDiffusionPipeline")
+        models.add_model(session, pipeline)
+    accepted = post(dataset=dataset, metric="perplexity", max_rows=5)
+    assert accepted.status_code == 202, accepted.text
+    stored = accepted.json()["params"]["evaluation"]
+    assert (stored["base_model"], stored["metric"], stored["max_rows"]) == (model, "perplexity", 5)
+    assert pointer(post(dataset="dat_" + "f" * 32)) == "/evaluation/dataset"
+    assert pointer(post(dataset=dataset, base_model="pipe")) == "/evaluation/base_model"
+    assert pointer(post(dataset=dataset, metric="mcc")) == "/evaluation/metric"
+    assert pointer(post(dataset=dataset, max_rows=0)) == "/evaluation/max_rows"
+    assert pointer(post(dataset=unfit)) == "/evaluation/dataset"

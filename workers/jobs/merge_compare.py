@@ -9,32 +9,41 @@ from typing import Any
 from artifacts.labels import labels_of
 from merge.catalog import parse_parameters
 from merge.comparison import Candidate, Compared, compare_files
-from merge.comparison_report import comparison_report
+from merge.comparison_report import comparison_report, rank_by
+from train.base_files import BaseFiles
+from train.data import DataFile
+from train.measurement import Measurement
+from train.measurement_settings import MeasurementSettings
 from workers.context import JobContext, JobOutcome, NewAdapter
 from workers.jobs.merge_inputs import MergeSources
 
-# Shares of the progress bar.
-_FETCHED, _MERGED = 0.1, 0.95
+# Shares of the progress bar; with an evaluation the merges end earlier.
+_FETCHED, _MERGED_TO_MEASURE, _MERGED = 0.1, 0.4, 0.95
 
 
 def run(context: JobContext) -> JobOutcome:
     """Merge the adapters by every candidate and tell how the results differ.
 
-    `params`: {adapters: [{id, weight}], candidates: [{method, parameters, label}], publish, name}.
+    `params`: {adapters: [{id, weight}], candidates: [{method, parameters, label}], evaluation, publish, name}.
 
-    Raises: as `workers.jobs.merge.run`.
+    Raises: as `workers.jobs.merge.run`; and of an evaluation, what is wrong with the dataset or the base model.
     """
     started = time.monotonic()
     sources = MergeSources.fetch(context, _FETCHED)
     candidates = [_candidate(sources, label, item) for label, item in _labelled(context.params["candidates"])]
+    evaluation = context.params.get("evaluation")
+    merged = _MERGED if evaluation is None else _MERGED_TO_MEASURE
     compared = compare_files(
         sources.inputs(),
         candidates,
         context.scratch / "compared",
-        progress=lambda fraction, message: context.progress(_FETCHED + (_MERGED - _FETCHED) * fraction, message),
+        progress=lambda fraction, message: context.progress(_FETCHED + (merged - _FETCHED) * fraction, message),
         device="cpu" if context.reduce_memory else context.device,
     )
     report = comparison_report(compared, time.monotonic() - started)
+    if evaluation is not None:
+        _measure(context, compared, report, evaluation)
+        report["seconds"] = round(time.monotonic() - started, 3)
     chosen = _chosen(report["ranking"], context.params.get("publish") or "none")
     published = [item for item in compared if item.candidate.label in chosen]
     for row in report["candidates"]:
@@ -44,6 +53,43 @@ def run(context: JobContext) -> JobOutcome:
     name = context.params.get("name")
     adapters = [_adapter(sources, item, name, several=len(published) > 1) for item in published]
     return JobOutcome(tuple(adapters), report)
+
+
+def _measure(
+    context: JobContext, compared: Sequence[Compared], report: dict[str, Any], evaluation: Mapping[str, Any]
+) -> None:
+    """Measure every candidate on the base model, and rank them by the metric, in the report."""
+    settings = MeasurementSettings.model_validate(
+        {key: value for key, value in evaluation.items() if key not in ("dataset", "base_model")}
+    )
+    dataset, path = context.dataset(evaluation["dataset"])
+    model, source = context.model_source(evaluation["base_model"])
+    part, share = 0, (_MERGED - _MERGED_TO_MEASURE) / (len(compared) + 1)
+
+    def tick(done: int, total: int) -> None:
+        what = "the base model" if part == 0 else compared[part - 1].candidate.label
+        fraction = _MERGED_TO_MEASURE + share * (part + done / total)
+        context.progress(fraction, f"measuring {what}: row {done} of {total}", done, total)
+
+    context.progress(_MERGED_TO_MEASURE, "loading the base model")
+    base = BaseFiles(model.name, source.location, source.revision)
+    measurement = Measurement(
+        base, DataFile(path, dataset.format), settings, context.device, context.scratch / "measured", tick
+    )
+    order = {}
+    for item, row in zip(compared, report["candidates"], strict=True):
+        part += 1
+        found = measurement.of(item.directory)
+        row |= found
+        order[row["label"]] = measurement.order(found["figures"])
+    rank_by(report, settings.metric, order)
+    report["evaluation"] = {
+        "dataset": dataset.id,
+        "base_model": {"id": model.id, "name": model.name, "weights_digest": model.ref.weights_digest},
+        "settings": settings.model_dump(mode="json"),
+        "rows": measurement.rows,
+        "base": measurement.base,
+    }
 
 
 def _labelled(candidates: Sequence[Mapping[str, Any]]) -> list[tuple[str, Mapping[str, Any]]]:
