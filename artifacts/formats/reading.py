@@ -89,10 +89,10 @@ class _Reader:
     def run(self) -> Reading:
         for info in self._header.tensors.values():
             self._place(info)
-        strong = [stem for stem in self._stems.values() if stem.parts.keys() - WEAK]
-        if not strong:
-            raise FormatUnknown("No key of the file belongs to an adapter.")
+        strong = any(stem.parts.keys() - WEAK for stem in self._stems.values())
         members = [stem for stem in self._stems.values() if is_lora(stem.parts) or type_of(stem.parts) is not None]
+        if not strong or not members:
+            raise FormatUnknown("No key of the file belongs to an adapter.")
         for stem in members:
             stem.d_out, stem.d_in = sides_of(stem.parts)
         resolution = resolve(members, self._header.metadata)
@@ -127,7 +127,7 @@ class _Reader:
         if stem is None:
             for reader in READERS:
                 place = reader.place(name, part.role)
-                if place is not None:
+                if place is not None and place.name:
                     stem = self._stems[name] = Stem(name, reader, place)
                     break
             else:
