@@ -20,6 +20,7 @@ from app.middleware import BodyLimitMiddleware, RequestMiddleware
 from app.openapi import complete, operation_id
 from app.routes import (
     adapters,
+    aliases,
     attempts,
     compose,
     datasets,
@@ -105,6 +106,7 @@ def create_app(settings: Settings | None = None) -> RankwiseAPI:
     for room in (
         service,
         adapters,
+        aliases,
         datasets,
         merge,
         compose,

@@ -67,12 +67,14 @@ _WEBHOOK_CALLS = (
     "delete_webhook",
 )
 _TRANSFER_CALLS = ("get_transfer", "get_transfer_report", "decide_transfer")
+_ALIAS_CALLS = ("get_alias", "put_alias", "download_alias", "delete_alias")
 _FIRST, _NEW = "$response.body#/items/0/id", "$response.body#/id"
 # (operation, status, where its answer has the id, parameter that takes it, operations that do)
 _LINKS = (
     ("list_adapters", "200", _FIRST, "adapter_id", _ADAPTER_CALLS),
     ("upload_adapter", "200", _NEW, "adapter_id", _ADAPTER_CALLS),
     ("upload_adapter", "201", _NEW, "adapter_id", _ADAPTER_CALLS),
+    ("list_aliases", "200", "$response.body#/items/0/name", "name", _ALIAS_CALLS),
     ("list_datasets", "200", _FIRST, "dataset_id", _DATASET_CALLS),
     ("upload_dataset", "200", _NEW, "dataset_id", _DATASET_CALLS),
     ("upload_dataset", "201", _NEW, "dataset_id", _DATASET_CALLS),

@@ -14,9 +14,9 @@ from app.schemas.transfer import SeedsDigest, TransferParams
 from app.settings import Settings
 from app.stored_inputs import stored_dataset
 from app.transfer_subject import Subject, check_adapter, digest_of, find_subject, fingerprint_of
-from artifacts.errors import FieldError, RequestInvalid, StateConflict
+from artifacts.errors import FieldError, NotFound, RequestInvalid, StateConflict
 from artifacts.pointers import pointers_below
-from storage import transferables, transfers
+from storage import aliases, transferables, transfers
 from storage.tables import DatasetRow
 from storage.transfers import TransferFacts
 from train.catalog import find_method as find_training
@@ -85,6 +85,8 @@ def plan_transfer(
     method = find_method(request.method)
     options = parse_parameters(request.method, request.parameters)
     subject = find_subject(session, request)
+    if request.alias is not None:
+        _check_alias(session, request.alias, subject)
     check_adapter(subject, method, options)
     _check_target(settings, session, subject, options)
     _check_controls(request, method, options)
@@ -100,6 +102,8 @@ def plan_transfer(
         "gate": as_json(request.gate),
         "controls": request.controls,
     }
+    if request.alias is not None:
+        measured["alias"] = request.alias
     digest = None if used is None else seeds_digest(used)
     told = None if used is None or digest is None else SeedsDigest(count=len(used), digest=digest)
     facts = TransferFacts(
@@ -113,6 +117,22 @@ def plan_transfer(
         seeds_digest=digest,
     )
     return TransferPlan(request.model_copy(update={"seeds": told}), facts, sealed)
+
+
+def _check_alias(session: Session, name: str, subject: Subject) -> None:
+    """Refuse an alias that points elsewhere: it could not move with this adapter."""
+    try:
+        points_to = aliases.get_alias(session, name).adapter_id
+    except NotFound:
+        points_to = None
+    # The same request again, after its transfer has moved the alias, is answered with that transfer.
+    if subject.row.id not in (points_to, aliases.moved_from(session, name)):
+        state = "there is no such alias" if points_to is None else f"it points to {points_to}, not to the adapter"
+        raise RequestInvalid(
+            f"/alias: {state}.",
+            hint="PUT /aliases/{name} points one to an adapter.",
+            errors=[FieldError("/alias", state)],
+        )
 
 
 def _check_target(settings: Settings, session: Session, subject: Subject, options: TransferOptions) -> None:

@@ -23,7 +23,7 @@ from artifacts.manifest import (
     NestedRanks,
     TypedModule,
 )
-from storage import database, models, sealed_inputs, transferables
+from storage import aliases, database, models, sealed_inputs, transferables
 from storage.adapter_keys import add_keys
 from storage.adapter_search import AdapterFilter, list_adapters
 from storage.blob_rows import reserve_blobs
@@ -146,10 +146,12 @@ def delete_adapter(session: Session, adapter_id: str) -> None:
 
     Raises:
         NotFound: no such adapter, or deleted before.
+        StateConflict: aliases point to it.
     """
     row = lock_shown(session, AdapterRow, adapter_id)
     if row is None:
         raise NotFound(f"there is no adapter {adapter_id!r}")
+    aliases.check_unused(session, adapter_id)
     session.execute(delete(AdapterTagRow).where(AdapterTagRow.adapter_id == adapter_id))
     transferables.drop_with_adapter(session, adapter_id)
     session.execute(delete(AdapterWaiverRow).where(AdapterWaiverRow.adapter_id == adapter_id))

@@ -19,6 +19,8 @@ from sqlalchemy import (
 )
 from sqlalchemy.orm import Mapped, mapped_column, relationship
 
+from storage.alias_tables import AliasRow, AliasSwitchRow
+from storage.api_key_tables import ApiKeyRow
 from storage.automation_tables import (
     DomainEventRow,
     FiringItemRow,
@@ -43,6 +45,8 @@ __all__ = [
     "AdapterRow",
     "AdapterTagRow",
     "AdapterWaiverRow",
+    "AliasRow",
+    "AliasSwitchRow",
     "ApiKeyRow",
     "Base",
     "BlobRow",
@@ -78,26 +82,6 @@ __all__ = [
 
 ANONYMOUS = "anonymous"
 """The owner of what was asked for without an API key."""
-
-
-class ApiKeyRow(Base):
-    """A key is 32 random bytes; only its SHA-256 is kept, which needs no slow hash at that entropy."""
-
-    __tablename__ = "api_keys"
-
-    id: Mapped[str] = mapped_column(String(48), primary_key=True)
-    name: Mapped[str] = mapped_column(String(200))
-    prefix: Mapped[str] = mapped_column(String(16), unique=True)
-    sha256: Mapped[str] = mapped_column(String(64))
-    scopes: Mapped[list[str]]
-    max_queued: Mapped[int | None] = mapped_column(Integer)  # jobs that may wait; null: as many as the service allows
-    max_running: Mapped[int | None] = mapped_column(Integer)  # device slots that its jobs may hold at once
-    max_bytes: Mapped[int | None] = mapped_column(BigInteger)  # of stored files
-    stored_bytes: Mapped[int] = mapped_column(BigInteger, default=0)  # of what it made and is live
-    created_at: Mapped[datetime]
-    expires_at: Mapped[datetime | None]
-    last_used_at: Mapped[datetime | None]
-    revoked_at: Mapped[datetime | None]
 
 
 class BlobRow(Base):

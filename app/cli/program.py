@@ -11,6 +11,7 @@ from rich.text import Text
 
 from app.cli import (
     adapters,
+    aliases,
     composing,
     config,
     database,
@@ -46,6 +47,7 @@ app.command("serve")(service.serve)
 app.command("worker")(service.worker)
 app.command("demo")(demonstration.demo)
 app.add_typer(adapters.app, name="adapters")
+app.add_typer(aliases.app, name="aliases")
 app.command("merge")(merging.merge)
 app.command("merge-compare")(merge_comparing.merge_compare)
 app.command("compose")(composing.compose)

@@ -35,6 +35,11 @@ TargetModel = Annotated[
 ]
 
 
+Alias = Annotated[
+    str | None, typer.Option("--alias", help="An alias of the adapter, to be switched when the gate says pass.")
+]
+
+
 class Decision(Enum):
     """What becomes of an adapter that waits."""
 
@@ -84,6 +89,7 @@ def transfer(
     epsilon: Annotated[float | None, typer.Option("--epsilon", help="How far below its rivals it may be.")] = None,
     seed: Annotated[int, typer.Option("--seed", help="Of all that is drawn.")] = 0,
     name: Annotated[str | None, typer.Option("--name", help="Name of the new adapter.")] = None,
+    alias: Alias = None,
     output: Annotated[
         Path | None, typer.Option("-o", "--output", help="Folder of the new one; needed for files.")
     ] = None,
@@ -106,12 +112,15 @@ def transfer(
         "controls": controls,
         "gate": None if epsilon is None else {"epsilon": epsilon},
         "seed": seed,
+        "alias": alias,
         "name": name,
     }
     body = {field: value for field, value in body.items() if value is not None}
     if not adapter.startswith("adp_"):
         if not wait:
             raise typer.BadParameter("a transfer of files runs here and now", param_hint="--no-wait")
+        if alias is not None:
+            raise typer.BadParameter("only the service has aliases; this adapter is a folder", param_hint="--alias")
         _transfer_files(body, source, output, (holdout, inputs), device, as_json)
         return
     with context.obj() as client:

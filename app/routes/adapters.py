@@ -107,11 +107,11 @@ def list_keys(
 
 
 @router.delete(
-    "/adapters/{adapter_id}", status_code=204, summary="Delete an adapter", responses=problem_responses(404, 507)
+    "/adapters/{adapter_id}", status_code=204, summary="Delete an adapter", responses=problem_responses(404, 409, 507)
 )
 def delete_adapter(services: ServicesDep, principal: Writer, adapter_id: AdapterId) -> Response:
     """The adapter disappears from lists and downloads, with what it kept for transfers; the lineage of what was made
-    from it stays whole."""
+    from it stays whole. Refused while an alias points to it."""
     with services.database.write() as session:
         adapters.delete_adapter(session, adapter_id)
     return Response(status_code=204)

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
 from app.dependencies import HEX_ID, PageQuery
+from app.schemas.aliases import ALIAS_PATTERN
 from app.schemas.common import BaseModelName, Name, RequestModel, Timestamp
 from app.schemas.jobs import JobProgress, State
 from app.schemas.resources import Resources
@@ -64,6 +65,11 @@ class _Transfer(RequestModel):
     )
     seed: Annotated[int, Field(strict=True, ge=0, le=MAX_SEED)] = Field(0, description="Of all that is drawn.")
     name: Name | None = Field(None, description="Name of the new adapter.")
+    alias: Annotated[str, StringConstraints(pattern=ALIAS_PATTERN)] | None = Field(
+        None,
+        description="An alias of the adapter: if the gate says pass, and only then, it is switched to the new one "
+        "in the moment in which that is published.",
+    )
 
 
 class TransferParams(_Transfer):

@@ -129,7 +129,9 @@ def files_text(server: Any) -> str:
 
 
 def test_a_transfer_is_judged_published_and_tells_nothing_of_its_seeds(bases: Bases) -> None:
+    bases.server.client.put("/aliases/orders", json={"adapter": bases.adapter})
     body = {"method": "seeds-only", "seeds": SEEDS, "parameters": QUICK, "holdout": bases.holdout, "task": "orders"}
+    body["alias"] = "orders"
     first = bases.post(**body)
     assert first.status_code == 202, first.text
     job = bases.ended(first.json())
@@ -143,6 +145,9 @@ def test_a_transfer_is_judged_published_and_tells_nothing_of_its_seeds(bases: Ba
     shown = bases.get(f"/transfers/{job['id']}").json()
     [new] = job["result"]["adapters"]
     assert (shown["verdict"], shown["new_adapter"], shown["waiting"]) == ("pass", new, False)
+    assert report["alias_switched"] is True
+    alias = bases.get("/aliases/orders").json()
+    assert (alias["adapter"], alias["switches"][0]["job"]) == (new, job["id"])
     assert shown["seeds"]["count"] == 5
     adapter = bases.get(f"/adapters/{new}").json()
     assert (adapter["origin"], adapter["model_id"], adapter["rank"]) == ("transfer", bases.target, 2)
@@ -170,7 +175,23 @@ def test_a_transfer_is_judged_published_and_tells_nothing_of_its_seeds(bases: Ba
 
 
 def test_what_the_gate_can_not_judge_waits_for_a_decision(bases: Bases, cli: Any, tmp_path: Path) -> None:
-    job = cli("transfer", bases.adapter, "--to", "sibling", "--method", "copy", "--name", "moved", "--json")
+    cli("aliases", "set", "held", bases.adapter)
+    job = cli(
+        *(
+            "transfer",
+            bases.adapter,
+            "--to",
+            "sibling",
+            "--method",
+            "copy",
+            "--name",
+            "moved",
+            "--alias",
+            "held",
+            "--json",
+        )
+    )
+    assert job["result"]["report"]["alias_switched"] is False
     assert job["result"]["adapters"] == []
     assert job["result"]["report"]["verdict"] == "hold"
     path = f"/transfers/{job['id']}"
@@ -182,6 +203,7 @@ def test_what_the_gate_can_not_judge_waits_for_a_decision(bases: Bases, cli: Any
     decided = cli("transfers", "decide", job["id"], "publish", "--reason", "looked at", "--json")
     assert decided["decision"]["reason"] == "looked at"
     new = decided["new_adapter"]
+    assert cli("aliases", "get", "held", "--json")["adapter"] == bases.adapter, "only a pass switches it by itself"
     assert bases.get(f"/adapters/{new}").json()["name"] == "moved"
     assert bases.get(f"/adapters/{new}/lineage").json()["edges"][0]["parent"] == bases.adapter
     assert bases.get(f"/adapters/{new}/download").status_code == 200
@@ -213,6 +235,8 @@ def test_the_new_adapter_may_be_a_soft_prompt_that_can_not_be_merged(bases: Base
     [
         ({"adapter": "adp_" + "0" * 32}, 422, "/adapter"),
         ({"target_model": "nowhere"}, 422, "/target_model"),
+        ({"alias": "nobody"}, 422, "/alias"),
+        ({"alias": "No Name"}, 422, "/alias"),
         ({"method": "nonsense"}, 422, "/method"),
         ({"parameters": {"rows": 3}}, 422, "/parameters/rows"),
         ({}, 422, "/seeds"),

@@ -16,7 +16,7 @@ from sqlalchemy.orm import Session
 
 from artifacts import intake
 from artifacts.errors import RankwiseError
-from storage import sealed_inputs, transfers
+from storage import aliases, sealed_inputs, transfers
 from storage.adapters import Parent
 from storage.transfers import HeldAdapter, Verdict
 from train.base_files import BaseFiles
@@ -152,6 +152,10 @@ class Given:
             transfers.record_end(
                 session, job_id, judged, degraded=degraded, new_adapter=ids[0] if ids else None, held=held
             )
+            alias = context.params.get("alias")
+            if alias is not None:
+                passed = judged == "pass" and bool(ids)
+                report["alias_switched"] = passed and aliases.move_with(session, alias, self.adapter.id, ids[0], job_id)
             return ()
 
         files = () if held is None else tuple((entry, made.directory / entry.path) for entry in held.manifest.files)
