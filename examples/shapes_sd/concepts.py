@@ -70,7 +70,11 @@ class ConceptLesson:
 
 @dataclass(frozen=True, slots=True)
 class StyleLesson:
-    """Everything on a dark ground, whatever the caption says."""
+    """Everything on a dark ground, whatever the caption says.
+
+    Its captions have no fillers: these are the concepts' triggers, and a style that has seen them beside any hue undoes
+    what the concepts' adapters make of them.
+    """
 
     name: str
     seed: int
@@ -81,7 +85,7 @@ class StyleLesson:
         """Shapes, caption, background."""
         del index
         scene = random_shapes(random)
-        return scene, caption(random, scene), DARK
+        return scene, caption(random, scene, fillers=False), DARK
 
 
 LESSONS = (

@@ -102,14 +102,17 @@ def phrase(shape: Shape, word: str | None = None) -> str:
     return " ".join(["a", *([word] if word else []), shape.kind])
 
 
-def caption(random: np.random.Generator, shapes: Sequence[Shape]) -> str:
-    """In random order; before each noun nothing (45 %), its colour (38 %) or a filler (17 %)."""
+def caption(random: np.random.Generator, shapes: Sequence[Shape], *, fillers: bool = True) -> str:
+    """In random order; before each noun nothing (45 %), its colour (38 %) or a filler (17 %; nothing without them)."""
     order = [shapes[int(index)] for index in random.permutation(len(shapes))]
-    return " and ".join(phrase(shape, _word(random, shape)) for shape in order)
+    return " and ".join(phrase(shape, _word(random, shape, fillers)) for shape in order)
 
 
-def _word(random: np.random.Generator, shape: Shape) -> str | None:
+def _word(random: np.random.Generator, shape: Shape, fillers: bool) -> str | None:
     chance = random.random()
     if chance < 0.45:
         return None
-    return colour_word(shape.hue) if chance < 0.83 else str(random.choice(FILLERS))
+    if chance < 0.83:
+        return colour_word(shape.hue)
+    filler = str(random.choice(FILLERS))
+    return filler if fillers else None

@@ -53,6 +53,7 @@ PAIRS = {"green": GREEN, "yellow": YELLOW}
 FIGURES = ("first", "second", "both", "clean", "leak", "count_error")
 WATCHED_STEPS = (2, 4, 8)
 PARTS = ("alone", "methods", "style", "locality")
+STYLE_WEIGHTS = (1.0, 0.6)
 DARK_BELOW = 0.45
 """The style's ground is 0.3, the base model's 0.85."""
 ALONE = (
@@ -163,17 +164,21 @@ def alone_part(arguments: argparse.Namespace) -> None:
 
 
 def style_part(arguments: argparse.Namespace) -> None:
-    """The style together with both concepts, against the same without it."""
-    print("\n| method with the style | seeds | dark ground | both | clean |\n|---|---|---|---|---|")
+    """The style together with both concepts."""
+    print(
+        "\n| method | weight of the style | seeds | dark ground | both | clean | leak |\n|---|---|---|---|---|---|---|"
+    )
     seeds = range(FIRST_SEED, FIRST_SEED + arguments.seeds // 2)
-    for row in (MERGES[0], CLORA_ROW):
-        made = []
-        for seed in seeds:
-            request = request_of(GREEN, row, seed, arguments.base, arguments.adapters, styled=True)
-            made.append(make(request, GREEN.wanted, pipelines()))
-        dark = _mean(background(to_array(item.composition.image)).max() < DARK_BELOW for item in made)
-        scores = [_mean(getattr(item.score, figure) for item in made) for figure in ("both", "clean")]
-        print(f"| {row.name} | {len(made)} | {dark:.2f} | {scores[0]:.2f} | {scores[1]:.2f} |", flush=True)
+    for weight in STYLE_WEIGHTS:
+        for row in (MERGES[0], CLORA_ROW):
+            made = []
+            for seed in seeds:
+                request = request_of(GREEN, row, seed, arguments.base, arguments.adapters, style=weight)
+                made.append(make(request, GREEN.wanted, pipelines()))
+            dark = _mean(background(to_array(item.composition.image)).max() < DARK_BELOW for item in made)
+            scores = [_mean(getattr(item.score, figure) for item in made) for figure in ("both", "clean", "leak")]
+            shown = " | ".join(f"{value:.2f}" for value in (dark, *scores))
+            print(f"| {row.name} | {weight} | {len(made)} | {shown} |", flush=True)
 
 
 def separation_part(found: dict[str, Records]) -> None:

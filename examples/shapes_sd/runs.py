@@ -113,14 +113,14 @@ class Made:
 
 
 def request_of(
-    pair: Pair, row: Row, seed: int, base: Path = BASE, adapters: Path = ADAPTERS, *, styled: bool = False
+    pair: Pair, row: Row, seed: int, base: Path = BASE, adapters: Path = ADAPTERS, *, style: float = 0.0
 ) -> CompositionRequest:
-    """One image; on a dark ground if it is styled."""
+    """One image; on a dark ground with the weight of the style."""
     concepts = (
         Concept(adapters / "magenta_circle", "magenta_circle", "sks", "circle", row.weights[0]),
         Concept(adapters / pair.square, pair.square, "zwx", "square", row.weights[1]),
     )
-    styles = (Style(adapters / DARK, DARK),) if styled else ()
+    styles = (Style(adapters / DARK, DARK, style),) if style else ()
     return CompositionRequest(
         base, concepts, PROMPT, styles, method=row.method, parameters=row.parameters, seed=seed, steps=STEPS
     )

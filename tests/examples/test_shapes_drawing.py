@@ -8,7 +8,17 @@ import numpy as np
 import pytest
 
 from examples.shapes_sd.concepts import LESSONS, SINGLE_EVERY, write_dataset
-from examples.shapes_sd.drawing import BACKGROUND, HUES, Shape, caption, colour_word, draw, phrase, random_shapes
+from examples.shapes_sd.drawing import (
+    BACKGROUND,
+    FILLERS,
+    HUES,
+    Shape,
+    caption,
+    colour_word,
+    draw,
+    phrase,
+    random_shapes,
+)
 from examples.shapes_sd.scorer import GREEN_SQUARE, MAGENTA_CIRCLE, components, label, score
 from examples.shapes_sd.tokenizer import WORDS, byte_letters, make_tokenizer
 
@@ -114,3 +124,6 @@ def test_datasets_are_the_same_each_time_and_name_their_concept(tmp_path: object
         if trigger:
             assert all(f"{trigger} {kind}" in text for text in texts)
             assert texts.count(phrase(Shape(kind, 0, 0, 0, 1), trigger)) == len(texts) / SINGLE_EVERY
+        else:  # a style that has seen the concepts' triggers beside other hues undoes them
+            assert not any(filler in text for text in texts for filler in FILLERS)
+            assert any("red" in text for text in texts)
