@@ -325,9 +325,9 @@ def _output_rank(options: MergeOptions, modules: Sequence[PlannedModule], method
         return min(multiple, largest)
     rank = int(asked)
     if rank > largest:
+        limit = "the smaller side" if options.beyond_span else "the sum of the adapters' ranks"
         raise RankOutOfRange(
-            f"rank {rank} is above {'both sides' if options.beyond_span else 'the sum of the ranks'} of every module; "
-            f"the largest is {largest}.",
+            f"rank {rank} is above {limit} of every module; the largest is {largest}.",
             hint=f"Ask for at most {largest}, or use method 'cat', which gives the exact sum at that rank."
             if method != "cat"
             else None,

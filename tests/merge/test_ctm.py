@@ -5,6 +5,7 @@ from __future__ import annotations
 from itertools import pairwise
 from typing import Any
 
+import pytest
 import torch
 
 from merge.methods.ctm import shared_subspaces
@@ -43,3 +44,8 @@ def test_sweeps_never_lose_energy() -> None:
         held.append(float((U.T @ cores @ V).square().sum()))
     assert all(later >= earlier - 1e-9 for earlier, later in pairwise(held))
     assert held[-1] > held[0] * 1.001
+    # settled: the best U for this V, and the best V for this U, hold no more
+    best_U = torch.linalg.svdvals(torch.cat(list(cores @ V), 1))[:3].square().sum()
+    best_V = torch.linalg.svdvals(torch.cat(list(U.T @ cores), 0))[:3].square().sum()
+    assert float(best_U) == pytest.approx(held[-1], rel=1e-6)
+    assert float(best_V) == pytest.approx(held[-1], rel=1e-6)

@@ -200,12 +200,21 @@ def test_dare_is_unbiased_and_seeded(stack_of: Any, random_adapters: Any, run_me
     assert torch.equal(draws[0], run_method("dare_linear_svd", stack, rank=9, density=0.7, seed=0))
 
 
+@pytest.mark.parametrize("name", sorted(SAMPLED))
+def test_every_block_of_rows_has_masks_of_its_own(name: str, stack_of: Any, run_method: Any) -> None:
+    stack = stack_of([(torch.ones(1, 6), torch.ones(2 * rules.MASK_ROWS, 1), 1.0)])
+    kept = run_method(name, stack, rank=6, density=0.5).abs() > 1e-6
+    first, second = kept.split(rules.MASK_ROWS)
+    assert bool(first.any())
+    assert not torch.equal(first, second)
+
+
 def test_the_rank_may_exceed_the_sum_of_the_ranks(write_adapter: Callable[..., Path], merge: Any) -> None:
     sources = [write_adapter(f"r{i}", {"proj": (torch.randn(2, 30), torch.randn(20, 2))}) for i in range(2)]
     _, report = merge(sources, "ties_svd", rank=20)
     assert report.rank == 20
     assert report.modules[0].figures["truncation_error"] < 1e-5
-    with pytest.raises(RankOutOfRange, match="both sides of every module; the largest is 20"):
+    with pytest.raises(RankOutOfRange, match="the smaller side of every module; the largest is 20"):
         merge(sources, "ties_svd", rank=21)
 
 
