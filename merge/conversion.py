@@ -6,7 +6,7 @@ import json
 import math
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from artifacts.low_rank_forms import Pair
 from artifacts.manifest import LoraModule
 from artifacts.peft_patterns import PatternTable
 from merge.convertible import MAX_EXACT_RANK, MAX_FORM_RANK
+from merge.foreign_forms import ForeignForm, forms_of
 from merge.model_layout import ModelLayout
 
 PREFIX = "base_model.model."
@@ -118,10 +119,15 @@ class _Source:
     sides: Callable[[str], tuple[int, int] | None]
     base: ModelLayout | None
     rank: int | None
+    foreign: Mapping[str, ForeignForm] = field(default_factory=dict)  # of a file that is not PEFT's
 
     @classmethod
     def of(cls, layout: AdapterLayout, fingerprint: Fingerprint | None, base: Path | None, rank: int | None) -> _Source:
         adapter = Adapter(layout)
+        if layout.reading is not None:
+            forms = forms_of(layout.reading, adapter)
+            named = {path: form.tensors for path, form in forms.items()}
+            return cls(layout, adapter, named, {}, sides_of(fingerprint or ()), None, rank, forms)
         modules: dict[str, dict[str, Tensor]] = {}
         shared: dict[str, Tensor] = {}
         for key in layout.header.tensors:
@@ -158,6 +164,9 @@ class _Source:
         return self._cut(path, A, B)
 
     def _form(self, path: str, tensors: Tensors) -> Pair:
+        if path in self.foreign:
+            _check_form(path, self.foreign[path].rank)
+            return self.foreign[path].pair()
         raw = self.layout.config.raw
         kind = self.layout.config.peft_type
         if any(tensor.ndim > 2 for tensor in tensors.values()):

@@ -1,0 +1,97 @@
+"""LoHa and LoKr modules of LyCORIS files as pairs of factors: what `artifacts.low_rank_forms` needs of each module."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from artifacts import low_rank_forms
+from artifacts.adapter import Adapter
+from artifacts.errors import MergeRefused
+from artifacts.formats.architectures import architecture
+from artifacts.formats.reading import Reading
+from artifacts.low_rank_forms import Pair
+from artifacts.manifest import TypedModule
+
+FORMS = ("loha", "lokr")
+
+
+@dataclass(frozen=True, slots=True)
+class ForeignForm:
+    """One module: its tensors by role, and the rows of ΔW that are its own (`start` of None: all)."""
+
+    module: TypedModule
+    tensors: Mapping[str, Tensor]
+    start: int | None = None
+    stop: int | None = None
+
+    def pair(self) -> Pair:
+        """(A, B) with B·A = ΔW, the scaling included."""
+        named, scaling = self.tensors, self.module.scaling
+        if self.module.type == "loha":
+            w1_a, w1_b, w2_a, w2_b = (named[f"hada_{name}"] for name in ("w1_a", "w1_b", "w2_a", "w2_b"))
+            A, B = low_rank_forms.loha(w1_a, w1_b, w2_a, w2_b, scaling)
+        else:
+            one, two = (
+                low_rank_forms.factored(named.get(name), named.get(f"{name}_a"), named.get(f"{name}_b"))
+                for name in ("lokr_w1", "lokr_w2")
+            )
+            A, B = low_rank_forms.lokr(one, two, scaling)
+        return A, B[self.start : self.stop]
+
+    @property
+    def rank(self) -> int:
+        """Of the form: what `pair` gives, found from shapes alone."""
+        named = self.tensors
+        if self.module.type == "loha":
+            return named["hada_w1_a"].shape[1] * named["hada_w2_a"].shape[1]
+        ranks = []
+        for name in ("lokr_w1", "lokr_w2"):
+            whole, left, right = named.get(name), named.get(f"{name}_a"), named.get(f"{name}_b")
+            sides = whole.shape if whole is not None else (left.shape[0], right.shape[1])  # type: ignore[union-attr]
+            ranks.append(min(*sides, *(() if right is None else right.shape[:1])))
+        return ranks[0] * ranks[1]
+
+
+def forms_of(reading: Reading, adapter: Adapter) -> dict[str, ForeignForm]:
+    """Path → form, of every module of the file; the rows of a fused projection are split.
+
+    Raises:
+        MergeRefused: other modules than LoHa's and LoKr's, convolutions, NaN or infinite numbers.
+    """
+    if reading.method not in FORMS:
+        raise MergeRefused(f"The file is a {reading.method} in another format than PEFT's; only PEFT's are converted.")
+    others = sorted({module.type for module in reading.typed} - set(FORMS))
+    if others or reading.modules or reading.partial:
+        found = others[0] if others else "modules that are pairs, or that could not be told"
+        raise MergeRefused(f"The file holds {found} besides its {reading.method} modules; it is not converted.")
+    forms: dict[str, ForeignForm] = {}
+    for module in reading.typed:
+        paths = module.targets or (module.path,)
+        shapes = [_shape(reading, path) for path in paths]
+        tensors = {role: adapter.tensor(key).float() for role, key in module.tensors.items() if role != "alpha"}
+        if any(tensor.ndim > 2 for tensor in tensors.values()) or any(len(shape) > 2 for shape in shapes):
+            raise MergeRefused(f"{module.path} is a convolution; only linear layers of {module.type} are converted.")
+        if not all(bool(torch.isfinite(tensor).all()) for tensor in tensors.values()):
+            raise MergeRefused(f"{module.path} holds NaN or infinite numbers.")
+        if len(paths) == 1:
+            forms[paths[0]] = ForeignForm(module, tensors)
+            continue
+        total, start = sum(shape[0] for shape in shapes), 0
+        if any(module.d_out * shape[0] % total for shape in shapes):
+            raise MergeRefused(f"{module.path}: {module.d_out} rows can not be split into its {len(paths)} modules.")
+        for path, shape in zip(paths, shapes, strict=True):
+            stop = start + module.d_out * shape[0] // total
+            forms[path] = ForeignForm(module, tensors, start, stop)
+            start = stop
+    return forms
+
+
+def _shape(reading: Reading, path: str) -> tuple[int, ...]:
+    """The weight of a module of the file's base model; () where no list has it."""
+    if reading.architecture is None or path.startswith("text_encoder"):
+        return ()
+    return architecture(reading.architecture).modules.get(path.partition(".")[2], ())

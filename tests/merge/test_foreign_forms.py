@@ -1,0 +1,76 @@
+"""LoHa and LoKr files of LyCORIS become plain LoRAs as PEFT's do."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from artifacts.adapter import Adapter
+from artifacts.errors import MergeRefused
+from merge.conversion import convert_to_lora
+
+QKV = "lora_unet_double_blocks_0_img_attn_qkv"
+BLOCK = "transformer.transformer_blocks.0.attn"
+CONV = "lora_unet_down_blocks_0_resnets_0_conv1"
+
+
+def loha(stem: str, d_out: int, d_in: int, rank: int = 2) -> tuple[dict[str, Tensor], Tensor]:
+    a, b, c, d = (torch.randn(*shape) for shape in ((d_out, rank), (rank, d_in), (d_out, rank), (rank, d_in)))
+    tensors = {"hada_w1_a": a, "hada_w1_b": b, "hada_w2_a": c, "hada_w2_b": d, "alpha": torch.tensor(1.0)}
+    return {f"{stem}.{name}": value for name, value in tensors.items()}, (a @ b) * (c @ d) / rank
+
+
+def converted(tensors: dict[str, Tensor], folder: Path) -> Adapter:
+    save_file(tensors, folder / "a.safetensors")
+    report = convert_to_lora(folder / "a.safetensors", folder / "out")
+    assert report.exact
+    return Adapter.open(folder / "out")
+
+
+def delta(adapter: Adapter, path: str) -> Tensor:
+    factors = adapter[path]
+    return factors.scaling * factors.B @ factors.A
+
+
+def test_the_rows_of_a_fused_loha_are_split(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    tensors, expected = loha(QKV, 24, 8)
+    adapter = converted(tensors, tmp_path)
+    found = torch.cat([delta(adapter, f"{BLOCK}.to_{name}") for name in "qkv"])
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("factored", [False, True])
+def test_lokr_is_scaled_only_where_a_factor_has_a_rank(tmp_path: Path, factored: bool) -> None:
+    torch.manual_seed(1)
+    stem = "lora_unet_double_blocks_0_img_attn_proj"
+    w1, left, right = torch.randn(2, 2), torch.randn(4, 2), torch.randn(2, 4)
+    tensors = {f"{stem}.lokr_w1": w1, f"{stem}.alpha": torch.tensor(1.0 if factored else 9999999827968.0)}
+    if factored:
+        tensors |= {f"{stem}.lokr_w2_a": left, f"{stem}.lokr_w2_b": right}
+    else:
+        tensors |= {f"{stem}.lokr_w2": left @ right}
+    expected = torch.kron(w1, left @ right) * (0.5 if factored else 1.0)
+    found = delta(converted(tensors, tmp_path), f"{BLOCK}.to_out.0")
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_convolutions_and_mixtures_are_refused_by_name(tmp_path: Path) -> None:
+    tensors, _ = loha(CONV, 320, 2880)
+    save_file(tensors, tmp_path / "conv.safetensors")
+    with pytest.raises(MergeRefused, match="is a convolution"):
+        convert_to_lora(tmp_path / "conv.safetensors", tmp_path / "out")
+    stem = "lora_unet_double_blocks_0_img_attn_proj"
+    dora = {"lora_down.weight": torch.ones(2, 8), "lora_up.weight": torch.ones(8, 2), "dora_scale": torch.ones(8, 1)}
+    save_file({f"{stem}.{name}": value for name, value in dora.items()}, tmp_path / "dora.safetensors")
+    with pytest.raises(MergeRefused, match="only PEFT's are converted"):
+        convert_to_lora(tmp_path / "dora.safetensors", tmp_path / "out")
+    tensors, _ = loha(QKV, 24, 8)
+    tensors["lora_unet_double_blocks_0_img_mod_lin.diff"] = torch.randn(48, 8)
+    save_file(tensors, tmp_path / "mixed.safetensors")
+    with pytest.raises(MergeRefused, match="full besides"):
+        convert_to_lora(tmp_path / "mixed.safetensors", tmp_path / "out")
