@@ -111,6 +111,10 @@ def complete(document: dict[str, Any], *, api_keys: bool) -> dict[str, Any]:
     for kind, menu in _MENUS.items():
         for name in (f"{kind}Request", f"{kind}Params"):
             _one_of_these(schemas[name]["properties"]["parameters"], [row.options for row in menu.values()])
+    trainings = [row.options for row in TRAIN_METHODS.values()]
+    for row in TRANSFER_METHODS.values():
+        if "target_parameters" in row.options.model_fields:
+            _one_of_these(schemas[row.options.__name__]["properties"]["target_parameters"], trainings)
     compositions = [row.options for row in COMPOSE_METHODS.values()]
     _one_of_these(schemas["CompareMethod"]["properties"]["parameters"], compositions)
     merges = [row.options for row in MERGE_METHODS.values()]

@@ -12,6 +12,7 @@ from train.catalog import METHODS as TRAINING
 from train.catalog import parse_parameters
 from train.options.common import TrainOptions
 from train.settings import TrainingSettings
+from transfer.prompts import NO_NUL
 
 MAX_ROWS = 100_000
 MAX_CANDIDATES = 20 * MAX_ROWS
@@ -96,7 +97,7 @@ class ProloraOptions(SubspaceOptions):
 class DistilOptions(TransferOptions):
     """Options of the methods that train a new adapter on the answers of the old one."""
 
-    target_method: Annotated[str, StringConstraints(min_length=1, max_length=100)] = Field(
+    target_method: Annotated[str, StringConstraints(min_length=1, max_length=100, pattern=NO_NUL)] = Field(
         "lora", description="Kind of the new adapter: any method of POST /train, such as lora or dora."
     )
     target_parameters: dict[str, Any] = Field(
@@ -115,7 +116,7 @@ class DistilOptions(TransferOptions):
     answer_tokens: Tokens = Field(
         256, description="Longest answer of the source adapter, tokens; one that has not ended by then is left out."
     )
-    answer_stop: Annotated[str, StringConstraints(min_length=1, max_length=100)] | None = Field(
+    answer_stop: Annotated[str, StringConstraints(min_length=1, max_length=100, pattern=NO_NUL)] | None = Field(
         None, description="Text that ends an answer besides the model's own end, such as a line end."
     )
     answer_batch: BatchSize = Field(32, description="Answers that are written together; decides nothing but rounding.")

@@ -19,7 +19,8 @@ PLACE = "{x}"
 ANNOUNCED = 10
 Stop = Literal["line", "item"]
 
-TaskName = Annotated[str, StringConstraints(min_length=1, max_length=200, strip_whitespace=True)]
+NO_NUL = r"^[^\x00]*$"
+TaskName = Annotated[str, StringConstraints(min_length=1, max_length=200, strip_whitespace=True, pattern=NO_NUL)]
 """Short human name of a task: "boolean expressions"."""
 
 
@@ -30,13 +31,13 @@ class PromptFormat(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    template: Annotated[str, StringConstraints(max_length=20_000)] = Field(
+    template: Annotated[str, StringConstraints(max_length=20_000, pattern=NO_NUL)] = Field(
         PLACE, description="The prompt, with {x} once, where the input stands."
     )
     chat: StrictBool = Field(
         False, description="The prompt is a user's turn, put through the chat template of the base model's tokenizer."
     )
-    system: Annotated[str, StringConstraints(max_length=20_000)] | None = Field(
+    system: Annotated[str, StringConstraints(max_length=20_000, pattern=NO_NUL)] | None = Field(
         None, description="A turn of the system before it; with chat only."
     )
 

@@ -7,11 +7,12 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Query, Request
 from sqlalchemy.orm import Session
 from starlette.concurrency import run_in_threadpool
+from starlette.convertors import StringConvertor, register_url_convertor
 from starlette.responses import HTMLResponse, JSONResponse, Response
 
 from app import transfer_page
 from app.content_choice import prefers
-from app.dependencies import IdempotencyKey, JobId, JobRunner, Reader, ServicesDep, WaitSeconds
+from app.dependencies import HEX_ID, IdempotencyKey, JobId, JobRunner, Reader, ServicesDep, WaitSeconds
 from app.idempotency import Answer, answer_once, request_key
 from app.job_answers import JOB_RESPONSES, answer_or_wait
 from app.json_body import JsonRoute
@@ -27,6 +28,15 @@ from storage.tables import TransferRow
 from storage.transfers import TransferFilter
 
 router = APIRouter(tags=["transfer"], route_class=JsonRoute)
+
+
+class _JobConvertor(StringConvertor):
+    """The id of a job, and no other word that may stand in its place, such as `plan`."""
+
+    regex = f"job_{HEX_ID}"
+
+
+register_url_convertor("job", _JobConvertor())
 
 CURVE_POINTS = 1000
 
@@ -81,14 +91,14 @@ def list_transfers(
         return PageOf[Transfer](items=[Transfer.of(row, known[row.job_id]) for row in page.items], next=page.next)
 
 
-@router.get("/transfers/{job_id}", summary="Show a transfer", responses=problem_responses(404))
+@router.get("/transfers/{job_id:job}", summary="Show a transfer", responses=problem_responses(404))
 def get_transfer(services: ServicesDep, principal: Reader, job_id: JobId) -> Transfer:
     with services.database.read() as session:
         return _shown(session, transfers.get_transfer(session, job_id))
 
 
 @router.get(
-    "/transfers/{job_id}/report",
+    "/transfers/{job_id:job}/report",
     summary="Read what a transfer measured",
     response_model=TransferReport,
     responses={
@@ -113,7 +123,7 @@ def get_transfer_report(request: Request, services: ServicesDep, principal: Read
 
 
 @router.post(
-    "/transfers/{job_id}/decision",
+    "/transfers/{job_id:job}/decision",
     summary="Publish or drop an adapter that the gate holds",
     response_model=Transfer,
     responses=problem_responses(404, 409, 413, 415, 429, 507),

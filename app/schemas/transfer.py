@@ -15,7 +15,7 @@ from app.schemas.train import MAX_SEED
 from storage.tables import JobRow, TransferRow
 from transfer.catalog import METHODS
 from transfer.gate_settings import GateSettings
-from transfer.prompts import PromptFormat, TaskName
+from transfer.prompts import NO_NUL, PromptFormat, TaskName
 
 MAX_CONTROLS = 8
 MAX_REASON = 2000
@@ -58,7 +58,7 @@ class _Transfer(RequestModel):
         "measures with them.",
     )
     gate: GateSettings = Field(default_factory=GateSettings)
-    controls: list[Annotated[str, StringConstraints(max_length=100)]] = Field(
+    controls: list[Annotated[str, StringConstraints(max_length=100, pattern=NO_NUL)]] = Field(
         default_factory=list,
         max_length=MAX_CONTROLS,
         description="Methods that are measured beside it: those that compute, and seeds-only.",
@@ -96,7 +96,7 @@ class TransferRequest(_Transfer):
         }
     )
 
-    seeds: list[str] | None = Field(
+    seeds: list[Annotated[str, StringConstraints(pattern=NO_NUL)]] | None = Field(
         None,
         description="3 to 50 different examples of the task's inputs, without answers, that may be used. They are "
         "confidential: no answer, event, log or metric holds them. Unset: those that are kept with the adapter.",
@@ -123,7 +123,7 @@ class DecisionRequest(RequestModel):
     model_config = ConfigDict(json_schema_extra={"example": {"decision": "publish", "reason": "looked at by hand"}})
 
     decision: Decision
-    reason: Annotated[str, StringConstraints(max_length=MAX_REASON, pattern=r"^[^\x00]*$")] | None = None
+    reason: Annotated[str, StringConstraints(max_length=MAX_REASON, pattern=NO_NUL)] | None = None
 
 
 class DecisionShown(BaseModel):

@@ -279,3 +279,58 @@ def test_what_can_not_be_done_is_refused_at_once(bases: Bases, body: dict[str, A
     assert pointer in [item["pointer"] for item in response.json()["errors"]], response.text
     assert "CANARY" not in response.text
     assert bases.server.rows() == before
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_an_adapter_that_was_trained_to_be_moved_moves_with_what_it_keeps(serve: Any, tmp_path: Path) -> None:
+    """From the training, which drops its dataset, to the new adapter: no seed is given, and no data is left."""
+    from tiny_models import order, teach_lists, write_gemma, write_llama
+
+    (tmp_path / "roots").mkdir()
+    folders = [
+        teach_lists(write(tmp_path / "roots" / name)) for name, write in (("s", write_llama), ("t", write_gemma))
+    ]
+    server = serve(pool="local", devices="cpu:1", max_wait_seconds=60, model_roots=(tmp_path / "roots",))
+    source, target = (
+        server.client.post("/models", json={"path": str(folder), "name": folder.name}, timeout=120).json()["id"]
+        for folder in folders
+    )
+    seeds = [order(number)[0] for number in (1, 10, 20, 31)]
+    training = {
+        "base_model": source,
+        "dataset": dataset(server, [dict(zip(("prompt", "completion"), order(n), strict=True)) for n in range(40)]),
+        "parameters": {"rank": 8},
+        "training": {"steps": 30, "learning_rate": 0.02},
+        "transferable": {
+            "seeds": seeds,
+            "task": "orders",
+            "drop_dataset": True,
+            "discriminator": {"input_tokens": 24},
+        },
+    }
+    bases = Bases(server, source, target, target, "", "")
+    job = bases.ended(server.client.post("/train", json=training).json())
+    bases.adapter = job["result"]["adapters"][0]
+    parameters = {
+        **QUICK,
+        "answer_stop": None,
+        "answer_tokens": 8,
+        "rows": 16,
+        "max_candidates": 96,
+        "input_tokens": 24,
+        "threshold": -1e6,
+    }
+    answer = bases.post(parameters=parameters)
+    assert answer.status_code == 202, answer.text
+    assert answer.json()["params"]["seeds"]["count"] == 4
+    moved = bases.ended(answer.json())
+    report = moved["result"]["report"]
+    assert report["verdict"] == "hold"  # there is nothing to measure with
+    assert report["discriminator_auc"] == job["result"]["report"]["transferable"]["auc"]
+    assert report["inputs"]["kept"] == 16
+    assert report["discriminator_digest"] is not None
+    other = bases.post(parameters=parameters, task="something else")
+    assert (other.status_code, other.json()["errors"][0]["pointer"]) == (422, "/task")
+    told = "\n".join([*bases.answers, database_text(server, "sealed_inputs", "transferables"), files_text(server)])
+    assert not [seed for seed in seeds if seed in told]
