@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import pytest
 from sqlalchemy import select
 from training_server import upload
 
-from storage import sealed_inputs
+from storage import sealed_inputs, transferables
 from storage.tables import Base, TransferableFileRow
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "transfer"))
@@ -207,3 +208,86 @@ def test_a_transferable_adapter_over_http(serve: Any, tmp_path: Path) -> None:
     assert server.upload([("file", ("again.zip", plain))]).json()["transferable"]["task"] == "orders"
     assert server.client.delete(f"/adapters/{adapter_id}").status_code == 204
     assert server.upload([("file", ("again.zip", plain))]).json()["transferable"] is None
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_an_adapter_moves_by_its_discriminator_when_the_data_is_gone(serve: Any, tmp_path: Path) -> None:
+    from tiny_models import order, teach_lists, write_gemma, write_llama
+
+    (tmp_path / "roots").mkdir()
+    source = teach_lists(write_llama(tmp_path / "roots" / "source"), steps=60)
+    target = teach_lists(write_gemma(tmp_path / "roots" / "target"))
+    server = serve(pool="local", devices="cpu:1", max_wait_seconds=300, model_roots=(source.parent,))
+    for folder in (source, target):
+        made = server.client.post("/models", json={"path": str(folder), "name": folder.name}, timeout=120)
+        assert made.status_code == 201, made.text
+    rows = [{"prompt": order(n)[0], "completion": order(n)[1]} for n in range(30)]
+    asked = {"seeds": [order(n)[0] for n in (1, 10, 20)], "task": "orders", "drop_dataset": True}
+    body = {
+        "base_model": "source",
+        "dataset": upload(server, rows),
+        "training": {"steps": 20, "learning_rate": 0.01},
+        "transferable": {**asked, "discriminator": {"input_tokens": 24}},
+    }
+    wait = {"Prefer": "wait=300"}
+    trained = server.client.post("/train", json=body, headers=wait, timeout=320).json()
+    assert trained["state"] == "succeeded", trained["error"]
+    adapter = trained["result"]["adapters"][0]
+    moved = {
+        "adapter": adapter,
+        "target_model": "target",
+        "parameters": {
+            "rows": 16,
+            "on_starved": "top_n",
+            "max_candidates": 96,
+            "input_tokens": 24,
+            "answer_tokens": 8,
+            "training": {"steps": 2},
+        },
+    }
+    job = server.client.post("/transfer", json=moved, headers=wait, timeout=320).json()
+    assert job["state"] == "succeeded", job["error"]
+    with server.services.database.read() as session:
+        kept = transferables.get(session, adapter)
+        assert kept is not None
+        assert job["result"]["report"]["discriminator_digest"] == kept.discriminator_digest
+    assert job["params"]["seeds"]["count"] == 3
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_the_discriminator_of_a_real_base_tells_orders_from_inventions(serve: Any) -> None:
+    from examples.smollm2.base_model import base_model_directory
+    from examples.smollm2.tasks import TASKS, make_items
+
+    base = base_model_directory()
+    server = serve(pool="local", devices="cpu:1", max_wait_seconds=60, model_roots=(base.parent,))
+    model = server.client.post("/models", json={"path": str(base), "name": "smollm2"}, timeout=120).json()
+    items = make_items(TASKS["orders"], "train", 48)
+    form = "Order: {x}\nRecord:"
+    before, after = form.split("{x}")
+    seeds = [item.prompt.removeprefix(before).removesuffix(after) for item in items[:5]]
+    training = {"steps": 24, "batch_size": 8, "learning_rate": 0.002}
+    body = {
+        "base_model": model["id"],
+        "dataset": upload(server, [{"prompt": item.prompt, "completion": item.completion} for item in items]),
+        "parameters": {"rank": 8, "target_modules": ["q_proj", "v_proj", "o_proj"]},
+        "task": {"type": "causal-lm", "max_length": 64},
+        "training": {**training, "steps": 2},
+        "evaluation": {"validation_fraction": 0},
+        "transferable": {
+            "seeds": seeds,
+            "task": "orders",
+            "format": {"template": form},
+            "discriminator": {"training": training, "input_tokens": 24, "max_candidates": 96},
+        },
+    }
+    job = server.client.post("/train", json=body).json()
+    deadline = time.monotonic() + 1500
+    while job["finished_at"] is None and time.monotonic() < deadline:
+        job = server.client.get(f"/jobs/{job['id']}", headers={"Prefer": "wait=60"}, timeout=90).json()
+    assert job["state"] == "succeeded", job["error"]
+    found = job["result"]["report"]["transferable"]
+    assert found["held_out"] >= 7
+    assert found["auc"] >= 0.8, found
