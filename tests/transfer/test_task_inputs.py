@@ -19,7 +19,7 @@ from transfer.task_inputs import _unfilled, read_inputs
 
 FORM = PromptFormat(template="Message: {x}\nCode:")
 PAIRS = [{"prompt": FORM.fill(f"ship {number} mugs"), "completion": " m"} for number in range(3)]
-words = st.text(st.characters(codec="utf-8", exclude_characters="{}"), max_size=20)
+words = st.text(st.characters(codec="utf-8", exclude_characters="{}\x00"), max_size=20)
 
 
 def read(folder: Path, rows: list[dict[str, Any]], form: PromptFormat | None = None, **task: Any) -> Any:
