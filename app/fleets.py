@@ -16,7 +16,7 @@ from app.job_making import make_job
 from app.schemas.common import as_json
 from app.schemas.fleets import FleetPlan, FleetSelector, PlanItem, TransferCost
 from app.schemas.resources import Resources
-from app.schemas.transfer import TransferParams
+from app.schemas.transfer import FleetParams, TransferParams
 from app.settings import Settings
 from app.transfer_costs import cost_of, mean_seconds, total_cost
 from artifacts.errors import FieldError, RankwiseError, RequestInvalid
@@ -32,7 +32,6 @@ from transfer.catalog import parse_parameters
 KIND = "transfer"
 PLANNED = 500
 """Adapters that a plan looks at one by one."""
-_ANY_ADAPTER = "adp_" + "0" * 32
 
 
 def check_fleet(
@@ -54,14 +53,14 @@ def check_fleet(
         raise _invalid("/params/adapter", "is chosen by the selector")
     asked = as_json(parse_part(Resources, resources, "/resources"), exclude_none=True)
     capacity.check_devices(session, settings, kind, asked)
-    request = parse_part(TransferParams, {**params, "adapter": _ANY_ADAPTER}, "/params")
+    request = parse_part(FleetParams, params, "/params")
     with pointers_below("/params"):
         parse_parameters(request.method, request.parameters)
     source = base_model(session, selector.base_model, pointer="/selector/base_model")
     target = base_model(session, request.target_model, pointer="/params/target_model")
     if source.id == target.id:
         raise _invalid("/params/target_model", "is the base model that the adapters are to leave")
-    document = as_json(request.model_copy(update={"target_model": target.id}), exclude={"adapter"})
+    document = as_json(request.model_copy(update={"target_model": target.id}))
     chosen = as_json(selector.model_copy(update={"base_model": source.id}), exclude_none=True)
     return JobTemplate(KIND, document, asked, chosen)
 

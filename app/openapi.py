@@ -11,6 +11,7 @@ from pydantic.json_schema import models_json_schema
 
 from app.job_kinds import JOB_KINDS
 from app.problems import Problem
+from app.schemas.transfer import FleetParams
 from compose.catalog import METHODS as COMPOSE_METHODS
 from merge.catalog import METHODS as MERGE_METHODS
 from train.catalog import METHODS as TRAIN_METHODS
@@ -34,11 +35,13 @@ _ADAPTER_CALLS = (
     "convert_adapter",
     "download_adapter",
     "head_download",
+    "put_waiver",
+    "delete_waiver",
     "delete_adapter",
 )
 _DATASET_CALLS = ("get_dataset", "list_rows", "download_dataset", "head_dataset", "delete_dataset")
 _IMAGE_CALLS = ("get_image", "get_image_file", "head_image_file", "delete_image")
-_MODEL_CALLS = ("get_model", "patch_model", "get_model_file", "head_model_file")
+_MODEL_CALLS = ("get_model", "patch_model", "deprecate_model", "delete_model", "get_model_file", "head_model_file")
 _JOB_CALLS = (
     "get_job",
     "follow_job",
@@ -55,6 +58,7 @@ _SCHEDULE_CALLS = (
     "get_schedule",
     "patch_schedule",
     "trigger_schedule",
+    "dry_run_schedule",
     "list_upcoming",
     "list_firings",
 )
@@ -119,7 +123,10 @@ def complete(document: dict[str, Any], *, api_keys: bool) -> dict[str, Any]:
     _one_of_these(schemas["CompareMethod"]["properties"]["parameters"], compositions)
     merges = [row.options for row in MERGE_METHODS.values()]
     _one_of_these(schemas["MergeCandidate"]["properties"]["parameters"], merges)
-    _one_of_these(schemas["ScheduledJob"]["properties"]["params"], [kind.params for kind in JOB_KINDS.values()])
+    moves = [row.options for row in TRANSFER_METHODS.values()]
+    _one_of_these(schemas["FleetParams"]["properties"]["parameters"], moves)
+    kinds: list[type[BaseModel]] = [*(kind.params for kind in JOB_KINDS.values()), FleetParams]
+    _one_of_these(schemas["ScheduledJob"]["properties"]["params"], kinds)
     operations = dict(_operations(document))
     for operation in operations.values():
         _drop_null_parameters(operation)

@@ -14,7 +14,16 @@ from sqlalchemy import ColumnElement, and_, exists, func, or_, select, text
 from sqlalchemy.orm import Session, aliased
 
 from storage.ids import is_id
-from storage.tables import AdapterRow, AdapterWaiverRow, JobRow, ModelRow, ScheduleRow, TransferableRow, TransferRow
+from storage.tables import (
+    AdapterRow,
+    AdapterWaiverRow,
+    AliasRow,
+    JobRow,
+    ModelRow,
+    ScheduleRow,
+    TransferableRow,
+    TransferRow,
+)
 
 LISTED = 20
 _UNFINISHED = text("jobs.state IN ('queued', 'running', 'cancelling')")
@@ -58,7 +67,11 @@ class Dependents:
 
     def words(self) -> str:
         """The counts in a line: "2 adapters, 1 job"."""
-        return ", ".join(f"{number} {name[:-1] if number == 1 else name}" for name, number in self.counts.items())
+        return ", ".join(f"{number} {_one(name) if number == 1 else name}" for name, number in self.counts.items())
+
+
+def _one(collection: str) -> str:
+    return collection.removesuffix("es") if collection == "aliases" else collection[:-1]
 
 
 def dependents_of(session: Session, model: ModelRow) -> Dependents:
@@ -67,11 +80,12 @@ def dependents_of(session: Session, model: ModelRow) -> Dependents:
     * an enabled schedule whose job loads it, goes to it, or moves one adapter of it. One that moves whatever adapters
       are still on it does not: those adapters are counted themselves;
     * an unfinished job of the same kind;
-    * an adapter of it that has no published transfer to another base model, and no waiver.
+    * an adapter of it that has no published transfer to another base model, and no waiver;
+    * an alias that points to one of its adapters, moved or waived as that may be: it is served.
     """
     found = Dependents()
     names = frozenset({model.id, model.name, model.location})
-    for look in (_schedules, _jobs, _adapters):
+    for look in (_schedules, _jobs, _adapters, _aliases):
         look(session, model, names, found)
     return found
 
@@ -110,6 +124,13 @@ def _adapters(session: Session, model: ModelRow, names: frozenset[str], found: D
     first = select(AdapterRow.id).where(bound).order_by(AdapterRow.created_at, AdapterRow.id).limit(LISTED)
     for adapter_id in session.scalars(first):
         found.list(Dependent("adapters", adapter_id, "has no published transfer to another base model, and no waiver"))
+
+
+def _aliases(session: Session, model: ModelRow, names: frozenset[str], found: Dependents) -> None:
+    del names
+    statement = select(AliasRow.name).join(AdapterRow, AdapterRow.id == AliasRow.adapter_id).where(adapters_of(model))
+    for name in session.scalars(statement.order_by(AliasRow.created_at, AliasRow.name)):
+        found.add(Dependent("aliases", name, "points to an adapter of it"))
 
 
 def _jobs(session: Session, model: ModelRow, names: frozenset[str], found: Dependents) -> None:

@@ -200,7 +200,7 @@ def blocked(row: ModelRow, found: Dependents) -> StateConflict:
     return StateConflict(
         f"the base model {row.name!r} is still needed: {found.words()} depend on it",
         hint="Transfer its adapters, waive them (PUT /adapters/{id}/waiver) or delete them; wait for its jobs, or "
-        "cancel them; disable its schedules.",
+        "cancel them; disable its schedules; switch its aliases.",
         errors=[FieldError(f"/{item.collection}/{item.id}", item.reason) for item in found.first],
     )
 

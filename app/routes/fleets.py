@@ -69,5 +69,5 @@ def plan_transfers(services: ServicesDep, principal: Reader, body: PlanRequest) 
     """As a dry run of a schedule that is not there: which adapters would be moved, which not and why, at what cost."""
     resources = {} if body.resources is None else as_json(body.resources, exclude_none=True)
     with services.database.read() as session:
-        template = check_fleet(services.settings, session, KIND, body.selector, body.params, resources)
+        template = check_fleet(services.settings, session, KIND, body.selector, as_json(body.params), resources)
     return plan_fleet(services.settings, services.database, template)

@@ -10,6 +10,7 @@ from app.dependencies import HEX_ID, PLAIN, FilterText
 from app.schemas.adapters import MAX_TAGS, Tag
 from app.schemas.common import BaseModelName, RequestModel, Timestamp
 from app.schemas.resources import Resources
+from app.schemas.transfer import FleetParams
 from storage.fleets import FleetFigures
 from storage.tables import FiringItemRow, FiringRow, JobRow, TransferRow
 
@@ -112,7 +113,7 @@ class PlanRequest(RequestModel):
     """Which adapters would be moved, and how: the job of a schedule without the schedule."""
 
     selector: FleetSelector
-    params: dict[str, Any] = Field(description="As POST /transfer takes them, without `adapter` and `seeds`.")
+    params: FleetParams = Field(description="As POST /transfer takes them, without `adapter` and `seeds`.")
     resources: Resources | None = None
 
 

@@ -111,8 +111,8 @@ class Removal(BaseModel):
     """What keeps a deprecated model from being removed."""
 
     blocked_by: dict[str, int] = Field(
-        description="adapters (without a published transfer or a waiver), jobs (unfinished), schedules (enabled) → "
-        "number; empty if it can be removed."
+        description="adapters (without a published transfer or a waiver), jobs (unfinished), schedules (enabled), "
+        "aliases → number; empty if it can be removed."
     )
 
 

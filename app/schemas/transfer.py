@@ -35,10 +35,9 @@ class SeedsDigest(RequestModel):
     )
 
 
-class _Transfer(RequestModel):
-    """What is moved where, how, and how it is measured."""
+class FleetParams(RequestModel):
+    """What transfers of several adapters share: where to, how, and how it is measured. Seeds are each adapter's own."""
 
-    adapter: AdapterName = Field(description="The adapter to move.")
     target_model: BaseModelName = Field(description="Id (mdl_…) or name of the registered base model to move it to.")
     method: str = Field("trans-lora", description="See GET /methods.", json_schema_extra={"enum": list(METHODS)})
     parameters: dict[str, Any] = Field(
@@ -65,6 +64,12 @@ class _Transfer(RequestModel):
     )
     seed: Annotated[int, Field(strict=True, ge=0, le=MAX_SEED)] = Field(0, description="Of all that is drawn.")
     name: Name | None = Field(None, description="Name of the new adapter.")
+
+
+class _Transfer(FleetParams):
+    """What is moved where, how, and how it is measured."""
+
+    adapter: AdapterName = Field(description="The adapter to move.")
     alias: Annotated[str, StringConstraints(pattern=ALIAS_PATTERN)] | None = Field(
         None,
         description="An alias of the adapter: if the gate says pass, and only then, it is switched to the new one "

@@ -21,7 +21,7 @@ from storage.dependents import LISTED, dependents_of
 from storage.ids import new_id
 from storage.retirement import Retirement
 from storage.schedules import JobTemplate, Trigger
-from storage.tables import DomainEventRow, ModelRow
+from storage.tables import AliasRow, DomainEventRow, ModelRow
 from storage.transfers import TransferFacts
 
 HOUR = timedelta(hours=1)
@@ -221,6 +221,23 @@ def test_a_waiver_lets_an_adapter_go_with_its_base(database: Database, make_mani
         assert waivers.get_waiver(session, adapter) is None
         with pytest.raises(NotFound):
             waivers.put_waiver(session, adapter, "gone")
+
+
+def test_an_alias_keeps_the_base_that_it_is_served_on(database: Database, make_manifest: Make) -> None:
+    model, target = register(database), register(database, "acme/new")
+    adapter = upload(database, make_manifest, "a", model_id=model)
+    moved = upload(database, make_manifest, "b", model_id=target)
+    moment = now(database)
+    with database.write() as session:
+        waivers.put_waiver(session, adapter, "only its alias matters here")
+        given = {"version": 1, "created_at": moment, "updated_at": moment}
+        session.add(AliasRow(name="orders", adapter_id=adapter, **given))
+    assert counts(database, model) == {"aliases": 1}
+    with pytest.raises(StateConflict, match="1 alias depend"):
+        remove(database, model)
+    with database.write() as session:
+        session.get_one(AliasRow, "orders").adapter_id = moved
+    remove(database, model)
 
 
 def test_jobs_and_schedules_that_need_the_base(database: Database, make_manifest: Make) -> None:
