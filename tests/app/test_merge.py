@@ -23,6 +23,7 @@ def test_a_merge_is_a_queued_job(server: Any, two_adapters: list[str]) -> None:
     assert set(job) == {
         "id", "kind", "state", "attempt", "progress", "params", "result", "error", "created_at", "started_at",
         "finished_at", "position", "waiting", "eta_seconds", "cancel_requested", "resources", "retry_of", "schedule_id",
+        "warnings",
     }  # fmt: skip
     assert (job["kind"], job["state"], job["attempt"], job["position"]) == ("merge", "queued", 0, 1)
     assert job["progress"] == {"fraction": 0.0, "step": None, "total": None, "message": ""}
