@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks.merge_lego import make_adapters
+from benchmarks.merge_adapters import make_adapters, shapes
 
 CANDIDATES: tuple[tuple[str, dict[str, Any]], ...] = (
     ("cat", {}),
@@ -50,7 +50,7 @@ def measure(folder: Path, count: int, rank: int, layers: int) -> dict[str, Any]:
             ),
             path,
         )
-        for path in make_adapters(folder, count, rank, layers)
+        for path in make_adapters(folder, count, rank, list(shapes(layers)))
     ]
     candidates = [
         Candidate(f"{method} {parameters}", method, parse_parameters(method, parameters))
