@@ -15,6 +15,7 @@ from train.catalog import METHODS
 from train.continuation import AdapterId, ContinueFrom
 from train.estimate import Estimate
 from train.settings import EvaluationSettings, TaskName, TaskSettings, TrainingSettings, parse_task
+from transfer.prompts import NO_NUL
 from transfer.seeds import MAX_SEEDS, MIN_SEEDS, parse_seeds
 from transfer.transferable import TransferableSettings
 
@@ -60,7 +61,7 @@ class TransferableRequest(TransferableSettings):
     """What the adapter keeps so that it can be moved to other base models without the dataset. The seeds, confidential
     like the dataset, are shown by no call."""
 
-    seeds: list[str] = Field(
+    seeds: list[Annotated[str, StringConstraints(pattern=NO_NUL)]] = Field(
         description=f"{MIN_SEEDS} to {MAX_SEEDS} different examples of the task's inputs, without answers. By giving "
         "them their owner allows to keep them; none is ever taken from the dataset."
     )
