@@ -28,6 +28,8 @@ class Diffusers:
 
     def place(self, stem: str, role: str) -> Place | None:
         component, dot, rest = stem.partition(".")
-        if not dot or component not in COMPONENTS or rest.startswith(("h.", "encoder.layers.")):
+        if not dot or component not in COMPONENTS:
+            return None
+        if component == "transformer" and rest.startswith(("h.", "encoder.layers.")):
             return None  # "transformer.h.0" is GPT-2, "transformer.encoder.layers.0" is ChatGLM
         return Place(component, rest, kept=stem)

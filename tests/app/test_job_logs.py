@@ -14,6 +14,7 @@ from sqlalchemy import update
 
 from app import job_logs as reading
 from app.cli import run
+from app.cli.client import Client
 from app.cli.output import duration
 from storage import claims, job_logs, log_text
 from storage import database as clock
@@ -314,11 +315,20 @@ def test_the_command_line_prints_logs_and_attempts(
 
 
 def test_the_command_line_follows_a_job_through_its_attempts(
-    server: Any, job: str, pool: Any, cli: Callable[..., str]
+    server: Any, job: str, pool: Any, cli: Callable[..., str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It is started before the job runs, and ends with the job, not with its first attempt."""
+    asked = threading.Event()
+    events = Client.events
+
+    def noted(client: Client, job_id: str) -> Any:
+        asked.set()
+        return events(client, job_id)
+
+    monkeypatch.setattr(Client, "events", noted)
 
     def live() -> None:
+        assert asked.wait(60)
         first = Writer(server, pool.claim())
         first.write("one\n")
         with server.services.database.write() as session:
@@ -330,7 +340,7 @@ def test_the_command_line_follows_a_job_through_its_attempts(
         pool.succeed(second.key)
         second.keep(b"two\nend\n")
 
-    alive = threading.Timer(0.3, live)
+    alive = threading.Thread(target=live)
     alive.start()
     assert cli("jobs", "logs", job, "--follow") == "one\nlost\ntwo\nend\n"
     alive.join()

@@ -73,6 +73,10 @@ def test_a_schedule_is_made_and_shown(server: Any, two_adapters: list[str]) -> N
             "method": "cat",
             "parameters": {},
             "name": None,
+            "output": "adapter",
+            "base_model": None,
+            "dtype": "auto",
+            "force": False,
         },
         "resources": {},
     }
