@@ -19,7 +19,7 @@ from artifacts.errors import DiskFull, MergeRefused, ReloadMismatch
 from artifacts.export import LINEAGE_KEY, PeftWriter
 from merge.catalog import METHODS, parse_parameters
 from merge.engine import merge_files
-from merge.reload import Probe, check_reload
+from merge.reload import TOLERANCE, Probe, check_reload
 
 PATH = "layers.0.proj"
 Write = Callable[..., Path]
@@ -213,6 +213,17 @@ class TestWhatGoesWrong:
             check_reload(directory, [probe], lambda: None)
         with pytest.raises(ReloadMismatch, match="does not hold"):
             check_reload(directory, [Probe.of("elsewhere", A, B, A, B)], lambda: None)
+
+    def test_the_reload_check_forgives_rounding_of_large_terms_that_cancel(self, write_adapter: Write) -> None:
+        """In float32, as of PiSSA: nothing of ΔW is more exact than the terms whose difference it is."""
+        A, B = factors(1)
+        near = B + 1e-5 * torch.randn(B.shape, generator=torch.Generator().manual_seed(2))
+        both_A, both_B = torch.cat([A, A]), torch.cat([near, -B], dim=1)
+        directory = write_adapter("one", {PATH: (both_A, both_B)}, r=both_A.shape[0], lora_alpha=both_A.shape[0])
+        order = torch.randperm(both_A.shape[0], generator=torch.Generator().manual_seed(3))
+        other_A, other_B = both_A[order].contiguous(), both_B[:, order].contiguous()
+        _, difference = check_reload(directory, [Probe.of(PATH, other_A, other_B, other_A, other_B)], lambda: None)
+        assert difference > TOLERANCE
 
     def test_the_engine_really_reloads(self, write_adapter: Write, merge: Any, monkeypatch: pytest.MonkeyPatch) -> None:
         """A writer that stores the wrong thing is found out."""
