@@ -113,7 +113,16 @@ def main(words: Sequence[str] | None = None) -> None:
     defaults = Size()
     parser.add_argument("--code", choices=list(CODES), default="city_first")
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
-    for name in ("rows", "candidates", "source_steps", "target_steps", "held_out", "train_rows"):
+    for name in (
+        "rows",
+        "candidates",
+        "source_steps",
+        "discriminator_steps",
+        "invented",
+        "target_steps",
+        "held_out",
+        "train_rows",
+    ):
         parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=getattr(defaults, name))
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument(

@@ -113,7 +113,7 @@ class Service:
             "target_model": "target",
             "parameters": parameters,
             "holdout": self.ids["holdout"],
-            "gate": {"epsilon": 1.0},  # sixty steps teach too little
+            "gate": {"epsilon": 1.0},  # so few steps teach too little
             **changes,
         }
         return self.client.post("/transfer", json=body)
@@ -207,7 +207,7 @@ def test_killed_transfers_end_with_the_same_bytes_and_tell_nothing(tmp_path: Pat
 
     pair = make_pair(tmp_path / "roots")
     whole = Service(tmp_path / "whole", tmp_path / "roots")
-    slowly = {"training": {"steps": 60, "learning_rate": 0.01, "batch_size": 4, "checkpoint_steps": 10}}
+    slowly = {"training": {"steps": 400, "learning_rate": 0.01, "batch_size": 4, "checkpoint_steps": 10}}
     with whole.up():
         whole.fill(pair)
         expected = whole.ended(whole.submit(parameters=slowly).json()["id"])
@@ -221,7 +221,7 @@ def test_killed_transfers_end_with_the_same_bytes_and_tell_nothing(tmp_path: Pat
         # The training data is gone: nothing of it is needed.
         assert service.client.delete(f"/datasets/{service.ids['data']}").status_code == 204
         job_id = service.submit(parameters=slowly).json()["id"]
-        for kills, pattern in enumerate(("generate|filter", "label", "train: |step [2-5]"), 1):
+        for kills, pattern in enumerate(("generate|filter", "label|train|step", "train|step"), 1):
             service.reached(job_id, pattern, kills)
             service.kill_worker()
         service.reached(job_id, "train|step|evaluate", kills + 1)
