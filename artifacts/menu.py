@@ -12,6 +12,9 @@ from artifacts.errors import FieldError, RequestInvalid
 Row = TypeVar("Row")
 Options = TypeVar("Options", bound=BaseModel)
 
+NO_NUL = r"^[^\x00]*$"
+"""Pattern of texts that every database stores: PostgreSQL has no NUL."""
+
 
 def find_row(menu: Mapping[str, Row], title: str, name: str) -> Row:
     """The row of a method; `title` is its kind in a sentence.

@@ -62,21 +62,26 @@ def _renamed(*pairs: tuple[str, str], start: str = "") -> Rules:
 
 _QKV, _ADDED = "attn.to_q attn.to_k attn.to_v", "attn.add_q_proj attn.add_k_proj attn.add_v_proj"
 
+_DOUBLE_BLOCK = {
+    "img_attn.qkv": _QKV,
+    "txt_attn.qkv": _ADDED,
+    "img_attn.proj": "attn.to_out.0",
+    "txt_attn.proj": "attn.to_add_out",
+    "img_mlp.0": "ff.net.0.proj",
+    "img_mlp.2": "ff.net.2",
+    "txt_mlp.0": "ff_context.net.0.proj",
+    "txt_mlp.2": "ff_context.net.2",
+    "img_mod.lin": "norm1.linear",
+    "txt_mod.lin": "norm1_context.linear",
+}
+"""The double blocks of FLUX, which ComfyUI calls those of HunyuanVideo alike."""
+
 FLUX = _join(
     _blocks(
         "double_blocks.{}.",
         "transformer_blocks.{}.",
         {
-            "img_attn.qkv": _QKV,
-            "txt_attn.qkv": _ADDED,
-            "img_attn.proj": "attn.to_out.0",
-            "txt_attn.proj": "attn.to_add_out",
-            "img_mlp.0": "ff.net.0.proj",
-            "img_mlp.2": "ff.net.2",
-            "txt_mlp.0": "ff_context.net.0.proj",
-            "txt_mlp.2": "ff_context.net.2",
-            "img_mod.lin": "norm1.linear",
-            "txt_mod.lin": "norm1_context.linear",
+            **_DOUBLE_BLOCK,
             "img_attn.norm.query_norm": "attn.norm_q",
             "img_attn.norm.key_norm": "attn.norm_k",
             "txt_attn.norm.query_norm": "attn.norm_added_q",
@@ -169,16 +174,7 @@ HUNYUAN = _join(
             "img_mod.linear": "norm1.linear",
             "txt_mod.linear": "norm1_context.linear",
             # as ComfyUI calls them
-            "img_attn.qkv": _QKV,
-            "txt_attn.qkv": _ADDED,
-            "img_attn.proj": "attn.to_out.0",
-            "txt_attn.proj": "attn.to_add_out",
-            "img_mlp.0": "ff.net.0.proj",
-            "img_mlp.2": "ff.net.2",
-            "txt_mlp.0": "ff_context.net.0.proj",
-            "txt_mlp.2": "ff_context.net.2",
-            "img_mod.lin": "norm1.linear",
-            "txt_mod.lin": "norm1_context.linear",
+            **_DOUBLE_BLOCK,
         },
     ),
     _blocks(

@@ -7,12 +7,12 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, StringConstraints, model_validator
 
+from artifacts.menu import NO_NUL
 from artifacts.pointers import pointers_below
 from train.catalog import METHODS as TRAINING
 from train.catalog import parse_parameters
 from train.options.common import TrainOptions
 from train.settings import TrainingSettings
-from transfer.prompts import NO_NUL
 
 MAX_ROWS = 100_000
 MAX_CANDIDATES = 20 * MAX_ROWS

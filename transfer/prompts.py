@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, StringConstraints, field_validator
 
 from artifacts.errors import FieldError, RequestInvalid
+from artifacts.menu import NO_NUL
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -19,7 +20,6 @@ PLACE = "{x}"
 ANNOUNCED = 10
 Stop = Literal["line", "item"]
 
-NO_NUL = r"^[^\x00]*$"
 TaskName = Annotated[str, StringConstraints(min_length=1, max_length=200, strip_whitespace=True, pattern=NO_NUL)]
 """Short human name of a task: "boolean expressions"."""
 

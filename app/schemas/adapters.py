@@ -11,6 +11,7 @@ from app.schemas.common import BaseModelName, Name, RequestModel, Timestamp
 from app.schemas.models import Reason
 from app.uploads import MAX_FILES
 from artifacts.manifest import KeyUse
+from artifacts.menu import NO_NUL
 from storage.adapters import Lineage
 from storage.tables import AdapterRow, AdapterWaiverRow, TransferableRow
 
@@ -18,7 +19,7 @@ MAX_TAGS = 64
 MAX_DESCRIPTION = 20_000
 
 Tag = Annotated[str, StringConstraints(min_length=1, max_length=100, pattern=r"^[^\x00-\x1f\x7f,]+$")]
-Description = Annotated[str, StringConstraints(max_length=MAX_DESCRIPTION, pattern=r"^[^\x00]*$")]
+Description = Annotated[str, StringConstraints(max_length=MAX_DESCRIPTION, pattern=NO_NUL)]
 
 
 class AdapterForm(RequestModel):

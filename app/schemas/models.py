@@ -20,6 +20,7 @@ from sqlalchemy.orm import Session
 
 from app.dependencies import PLAIN
 from app.schemas.common import BaseModelName, Name, RequestModel, Timestamp
+from artifacts.menu import NO_NUL
 from storage import made_models, retirement
 from storage.dependents import dependents_of
 from storage.retirement import REASON_LIMIT, Retirement
@@ -30,7 +31,7 @@ HubId = Annotated[str, StringConstraints(min_length=1, max_length=200, pattern=f
 Revision = Annotated[str, StringConstraints(min_length=1, max_length=64, pattern=r"^[A-Za-z0-9._-]+$")]
 ServerPath = Annotated[str, StringConstraints(min_length=1, max_length=4096, pattern=PLAIN)]
 
-Reason = Annotated[str, StringConstraints(min_length=1, max_length=REASON_LIMIT, pattern=r"^[^\x00]*$")]
+Reason = Annotated[str, StringConstraints(min_length=1, max_length=REASON_LIMIT, pattern=NO_NUL)]
 
 _NULL = {"type": "null"}
 _HUB_BRANCH: dict[str, Any] = {

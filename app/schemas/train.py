@@ -10,12 +10,12 @@ from app.dependencies import HEX_ID
 from app.schemas.common import BaseModelName, Name, RequestModel, Timestamp, as_json
 from app.schemas.resources import Resources
 from artifacts.errors import RequestInvalid
+from artifacts.menu import NO_NUL
 from storage.job_metrics import Point
 from train.catalog import METHODS
 from train.continuation import AdapterId, ContinueFrom
 from train.estimate import Estimate
 from train.settings import EvaluationSettings, TaskName, TaskSettings, TrainingSettings, parse_task
-from transfer.prompts import NO_NUL
 from transfer.seeds import MAX_SEEDS, MIN_SEEDS, parse_seeds
 from transfer.transferable import TransferableSettings
 

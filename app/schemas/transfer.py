@@ -12,10 +12,11 @@ from app.schemas.common import BaseModelName, Name, RequestModel, Timestamp
 from app.schemas.jobs import JobProgress, State
 from app.schemas.resources import Resources
 from app.schemas.train import MAX_SEED
+from artifacts.menu import NO_NUL
 from storage.tables import JobRow, TransferRow
 from transfer.catalog import METHODS
 from transfer.gate_settings import GateSettings
-from transfer.prompts import NO_NUL, PromptFormat, TaskName
+from transfer.prompts import PromptFormat, TaskName
 
 MAX_CONTROLS = 8
 MAX_REASON = 2000

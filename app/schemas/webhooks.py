@@ -8,6 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
 from app.dependencies import PageQuery
 from app.schemas.common import RequestModel, Timestamp
+from artifacts.menu import NO_NUL
 from storage.tables import WebhookDeliveryRow, WebhookRow
 from storage.webhooks import URL_LIMIT
 
@@ -20,7 +21,7 @@ WebhookUrl = Annotated[
     str, StringConstraints(min_length=9, max_length=URL_LIMIT, pattern=r"^https?://[^\s\x00-\x20\x7f]+$")
 ]
 Events = Annotated[list[WebhookEvent], Field(min_length=1, max_length=4)]
-Description = Annotated[str, StringConstraints(max_length=MAX_DESCRIPTION, pattern=r"^[^\x00]*$")]
+Description = Annotated[str, StringConstraints(max_length=MAX_DESCRIPTION, pattern=NO_NUL)]
 
 _EXAMPLE: dict[str, Any] = {"url": "https://hooks.example.com/rankwise", "events": ["job.succeeded", "job.failed"]}
 

@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, StrictInt, StringConstraints
 
 from artifacts.errors import FieldError
+from artifacts.menu import NO_NUL
 from compose.prompts import ScenePrompts
 from compose.request import CompositionRequest
 
@@ -15,8 +16,6 @@ MAX_CONCEPTS = 8
 MAX_STEPS = 1000
 MAX_STYLE_WEIGHT = 2.0
 
-NO_NUL = r"^[^\x00]*$"
-"""Any text that a database can store."""
 PromptText = Annotated[str, StringConstraints(max_length=2000, pattern=NO_NUL)]
 Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 

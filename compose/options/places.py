@@ -7,7 +7,8 @@ from typing import Annotated
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
 from artifacts.errors import FieldError
-from compose.options.common import NO_NUL, Share
+from artifacts.menu import NO_NUL
+from compose.options.common import Share
 from compose.png_mask import MAX_BYTES, MAX_SIDE, MAX_TEXT, MaskUnreadable, read_mask
 
 MAX_BOXES = 16
