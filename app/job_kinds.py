@@ -15,10 +15,12 @@ from app.compose_inputs import check_compare, check_compose
 from app.conversion_inputs import check_convert
 from app.merge_inputs import check_merge, check_merges
 from app.problems import pointer_of
+from app.quantize_inputs import check_quantize
 from app.schemas.common import as_json
 from app.schemas.compose import CompareParams, ComposeParams
 from app.schemas.conversion import ConvertParams
 from app.schemas.merge import CompareMergesParams, MergeParams
+from app.schemas.quantize import QuantizeParams
 from app.schemas.resources import Resources
 from app.schemas.train import TrainParams
 from app.schemas.transfer import TransferParams
@@ -122,6 +124,7 @@ JOB_KINDS: Mapping[str, JobKind] = MappingProxyType(
         "convert": JobKind(ConvertParams, check_convert),
         "compose": JobKind(ComposeParams, check_compose),
         "compare": JobKind(CompareParams, check_compare),
+        "quantize": JobKind(QuantizeParams, check_quantize),
         "train": JobKind(TrainParams, check_train, lambda it: None if it.transferable is None else "/transferable"),
         "transfer": JobKind(TransferParams, _check_transfer),
     }

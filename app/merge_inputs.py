@@ -75,6 +75,8 @@ def _check_base(row: ModelRow, inputs: Sequence[MergeInput], options: MergeOptio
         problem = "its files lie on a hub; register a folder of the server"
     elif row.pipeline is not None or row.architecture == UNET:
         problem = "it is a diffusers pipeline; only models of transformers can be merged into"
+    elif row.quantisation is not None:
+        problem = "its weights are quantised; take the model that it was made of"
     if problem is not None:
         raise MergeRefused(
             f"Nothing can be merged into {row.name!r}: {problem}.", errors=[FieldError("/base_model", problem)]

@@ -41,7 +41,15 @@ _ADAPTER_CALLS = (
 )
 _DATASET_CALLS = ("get_dataset", "list_rows", "download_dataset", "head_dataset", "delete_dataset")
 _IMAGE_CALLS = ("get_image", "get_image_file", "head_image_file", "delete_image")
-_MODEL_CALLS = ("get_model", "patch_model", "deprecate_model", "delete_model", "get_model_file", "head_model_file")
+_MODEL_CALLS = (
+    "get_model",
+    "patch_model",
+    "deprecate_model",
+    "delete_model",
+    "get_model_file",
+    "head_model_file",
+    "quantize_model",
+)
 _JOB_CALLS = (
     "get_job",
     "follow_job",
@@ -89,6 +97,7 @@ _LINKS = (
     ("merge_adapters", "202", _NEW, "job_id", _JOB_CALLS),
     ("compare_merges", "202", _NEW, "job_id", _JOB_CALLS),
     ("convert_adapter", "202", _NEW, "job_id", _JOB_CALLS),
+    ("quantize_model", "202", _NEW, "job_id", _JOB_CALLS),
     ("compose_image", "202", _NEW, "job_id", _JOB_CALLS),
     ("compare_images", "202", _NEW, "job_id", _JOB_CALLS),
     ("list_images", "200", _FIRST, "image_id", _IMAGE_CALLS),

@@ -19,6 +19,7 @@ from train.continuation import POINTER, ContinueFrom, check_base, continued_opti
 from train.estimate import Estimate, check_fits, estimate
 from train.feasibility import check_base_kind, check_feasible
 from train.options.common import Circumstances
+from train.packed_base import fitted
 from train.settings import TaskSettings, is_packed
 from train.targets import check_method, wanted_targets
 
@@ -96,6 +97,7 @@ def _estimate(
 ) -> Estimate | None:
     options = parse_parameters(request.method, request.parameters)
     find_method(request.method).check_task(request.full_task.type)
+    options = fitted(find_method(request.method), options, row.quantisation)
     start = _start(session, row, request.start)
     if start is not None:
         options = continued_options(find_method(request.method), options, start)

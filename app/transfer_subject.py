@@ -12,6 +12,7 @@ from app.stored_inputs import stored_adapters
 from artifacts.base_model import check_modules
 from artifacts.errors import FieldError, NotMergeable, TransferRefused
 from artifacts.manifest import AdapterManifest
+from artifacts.quantised_base import packed_layers
 from storage import adapters, models, transferables
 from storage.tables import AdapterRow, ModelRow, TransferableRow
 from transfer.catalog import TransferMethod
@@ -69,6 +70,13 @@ def _check_model(pointer: str, model: ModelRow) -> None:
     if model.pipeline is not None or bare or found.endswith(_NO_CAUSAL_LM):
         problem = f"the base model {model.name!r} is a {found}, no causal language model"
         raise TransferRefused(f"T{problem[1:]}.", errors=[FieldError(pointer, problem)])
+    if packed_layers(model.quantisation):
+        problem = f"the weights of the base model {model.name!r} are packed"
+        raise TransferRefused(
+            f"T{problem[1:]}: no adapter is moved from it or to it.",
+            hint="Take the base model that it was made of.",
+            errors=[FieldError(pointer, problem)],
+        )
     if model.weights_digest is None or model.tokenizer_digest is None:
         what = "weights" if model.weights_digest is None else "tokenizer"
         problem = f"the {what} of the base model {model.name!r} are not known to the server, only its name"

@@ -6,7 +6,7 @@ import hashlib
 import json
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -14,6 +14,7 @@ from typing import Any, Literal
 from artifacts.content import combine_digests, file_sha256, tensor_digests
 from artifacts.errors import FileBroken, FormatUnknown, ShapeMismatch
 from artifacts.manifest import LoraModule
+from artifacts.quantised_base import packed_layers, quantisation_of
 from artifacts.safetensors_header import BASE_DTYPE_BYTES, MAX_BASE_HEADER_BYTES, TensorInfo, read_header
 
 Level = Literal["weights", "revision", "architecture", "shape"]
@@ -59,7 +60,9 @@ class BaseModelRef:
         pipeline: class name of a diffusers pipeline, such as "StableDiffusionXLPipeline"; None for any other model.
         weights_digest, tokenizer_digest: SHA-256 (hex) of contents.
         fingerprint: sorted (module path, d_out, d_in) of all weights with two dimensions or more; kernels of
-            convolutions are flattened, and weights stored as (in, out) are turned round.
+            convolutions are flattened, and weights stored as (in, out) are turned round; weights that are packed
+            (`artifacts.quantised_base`) have the sides that they unpack to.
+        quantisation: the field quantization_config of the configuration; None if the weights are not quantised.
     """
 
     name: str
@@ -71,6 +74,7 @@ class BaseModelRef:
     weights_digest: str | None = None
     tokenizer_digest: str | None = None
     fingerprint: Fingerprint | None = None
+    quantisation: Mapping[str, Any] | None = field(default=None, hash=False)
 
     @classmethod
     def named(cls, name: str, revision: str | None = None) -> BaseModelRef:
@@ -116,6 +120,8 @@ def compare(first: BaseModelRef, second: BaseModelRef) -> Comparison:
         if commits[0] == commits[1]:
             return Comparison("revision")
         contradiction = f"{first.name!r} at commits {commits[0]} and {commits[1]}"
+    if (first.quantisation is None) != (second.quantisation is None) and contradiction:
+        return Comparison("shape", contradiction)
     fingerprints = [first.fingerprint_digest, second.fingerprint_digest]
     if all(fingerprints) and fingerprints[0] != fingerprints[1] and not contradiction:
         contradiction = f"{first.name!r} and {second.name!r} have other modules or other dimensions"
@@ -202,6 +208,7 @@ def inspect_base(path: Path) -> BaseModelRef:
         weights_digest=combine_digests(entries),
         tokenizer_digest=_tokenizer_digest(path / "tokenizer" if pipeline else path),
         fingerprint=_fingerprint((info for info, _ in entries_of_layers), config),
+        quantisation=quantisation_of(config),
     )
 
 
@@ -295,6 +302,7 @@ def _fingerprint(infos: Iterable[TensorInfo], config: dict[str, Any]) -> Fingerp
         d_out, d_in = info.shape[0], info.elements // max(info.shape[0], 1)
         turned = conv1d and path.rpartition(".")[2] in _CONV1D_MODULES
         found[path] = (d_in, d_out) if turned else (d_out, d_in)
+    found |= packed_layers(quantisation_of(config))
     _add_tied_head(found, config)
     return tuple(sorted((path, d_out, d_in) for path, (d_out, d_in) in found.items()))
 

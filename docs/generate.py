@@ -194,6 +194,13 @@ def recipe_part(name: str) -> str:
     return _parameters(models[name])
 
 
+def quantisation_part(_: str) -> str:
+    """The parameters of a quantisation, and those of its grid."""
+    from train.options.quantisation import FormatGrid, QuantisationOptions
+
+    return f"{_parameters(QuantisationOptions)}\n\n`grid` is an object of\n\n{_parameters(FormatGrid)}"
+
+
 def transfer_part(_: str) -> str:
     """The menu of transfer methods, and each with its parameters."""
     from transfer.catalog import METHODS
@@ -359,6 +366,7 @@ PARTS: Mapping[str, Callable[[str], str]] = {
     "cli": cli_part,
     "training": training_part,
     "composing": composing_part,
+    "quantisation": quantisation_part,
     "recipe": recipe_part,
     "tasks": tasks_part,
     "transfer": transfer_part,

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
@@ -17,6 +16,7 @@ from torch import Tensor
 
 from artifacts.adapter import TORCH_DTYPES, Adapter
 from artifacts.errors import FieldError, MergeRefused, ShapeMismatch
+from artifacts.model_folder import carried_files, write_json
 from artifacts.safetensors_header import TensorInfo
 from artifacts.safetensors_writer import SafetensorsWriter, TensorEntry
 from merge.model_layout import FLOATS, ModelLayout
@@ -28,11 +28,7 @@ Dtype = Literal["auto", "float32", "float16", "bfloat16"]
 _NAMES: Mapping[str, str] = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 _BLOCK_ELEMENTS = 2**20
 _COPY_BYTES = 2**24
-_CARRIED = (".json", ".txt", ".model", ".jinja", ".tiktoken")
-"""Files beside the weights that a model is loaded with: configuration and tokenizer; no code and no other weights."""
-_PLAIN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}")
 _INDEX = "model.safetensors.index.json"
-_MAX_CARRIED_BYTES = 64 * 2**20
 _NAMED = 20
 
 
@@ -338,10 +334,8 @@ def _check_finite(block: Tensor, entry: TensorEntry) -> None:
 
 def _carry(layout: ModelLayout, plan: _Plan, out: Path, dtype: Dtype) -> None:
     """Configuration, tokenizer and index: copied, and changed where the weights are other ones now."""
-    for path in sorted(layout.folder.iterdir()):
-        other_index = path.name.endswith(".index.json") and path.name != _INDEX
-        wanted = path.suffix in _CARRIED and not other_index and _PLAIN_NAME.fullmatch(path.name)
-        if wanted and path.is_file() and path.stat().st_size <= _MAX_CARRIED_BYTES:
+    for path in carried_files(layout.folder):
+        if not path.name.endswith(".index.json") or path.name == _INDEX:
             shutil.copyfile(path, out / path.name)
     config = json.loads((out / "config.json").read_text(encoding="utf-8"))
     if plan.untied:
@@ -349,7 +343,7 @@ def _carry(layout: ModelLayout, plan: _Plan, out: Path, dtype: Dtype) -> None:
     if dtype != "auto":
         config.pop("torch_dtype", None)
         config["dtype"] = dtype
-    _write_json(out / "config.json", config)
+    write_json(out / "config.json", config)
     if (out / _INDEX).is_file():
         index = json.loads((out / _INDEX).read_text(encoding="utf-8"))
         index["weight_map"] = {name: path.name for path in layout.files for name in plan.names(path)}
@@ -359,8 +353,4 @@ def _carry(layout: ModelLayout, plan: _Plan, out: Path, dtype: Dtype) -> None:
             for name in plan.names(path)
         ]
         index["metadata"] = {**(index.get("metadata") or {}), "total_size": sum(sizes)}
-        _write_json(out / _INDEX, index)
-
-
-def _write_json(path: Path, document: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(document, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
+        write_json(out / _INDEX, index)

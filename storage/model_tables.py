@@ -28,6 +28,7 @@ class ModelRow(Base):
     tokenizer_digest: Mapped[str | None] = mapped_column(String(64))
     fingerprint: Mapped[list[Any] | None]  # [[module path, d_out, d_in], …] sorted
     fingerprint_digest: Mapped[str | None] = mapped_column(String(64))
+    quantisation: Mapped[dict[str, Any] | None]  # quantization_config of its configuration
     parameter_count: Mapped[int | None] = mapped_column(BigInteger)
     created_at: Mapped[datetime]
     deprecated_at: Mapped[datetime | None]  # may lie ahead

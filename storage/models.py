@@ -40,6 +40,7 @@ def add_model(session: Session, ref: BaseModelRef, *, parameter_count: int | Non
         "tokenizer_digest": ref.tokenizer_digest,
         "fingerprint": None if ref.fingerprint is None else [list(entry) for entry in ref.fingerprint],
         "fingerprint_digest": ref.fingerprint_digest,
+        "quantisation": None if ref.quantisation is None else dict(ref.quantisation),
         "parameter_count": parameter_count,
         "created_at": database.now(session),
     }
@@ -112,6 +113,7 @@ def ref_of(row: ModelRow) -> BaseModelRef:
         weights_digest=row.weights_digest,
         tokenizer_digest=row.tokenizer_digest,
         fingerprint=fingerprint,
+        quantisation=row.quantisation,
     )
 
 

@@ -43,6 +43,8 @@ class BaseFiles:
         Raises:
             RequestInvalid: it can not be loaded.
         """
+        import train.quantised.loading  # noqa: F401 (teaches transformers our packed weights)
+
         try:
             model, info = auto_class.from_pretrained(
                 self.location,

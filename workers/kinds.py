@@ -12,6 +12,7 @@ KINDS: Mapping[str, str] = MappingProxyType(
         "compare": "workers.jobs.compare:run",
         "merge_compare": "workers.jobs.merge_compare:run",
         "convert": "workers.jobs.convert:run",
+        "quantize": "workers.jobs.quantize:run",
         "train": "workers.jobs.train:run",
         "transfer": "workers.jobs.transfer:run",
     }

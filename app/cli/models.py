@@ -10,6 +10,7 @@ import typer
 
 from app.cli.options import Cursor, Json, Limit
 from app.cli.output import fields, moment, note_more, print_json, stdout, table
+from app.cli.progress import require_success, watch
 
 app = typer.Typer(help="Base models: register, list, look at, deprecate, remove.", no_args_is_help=True)
 ModelId = Annotated[str, typer.Argument(metavar="MODEL", help="A base model's id (mdl_…).")]
@@ -25,6 +26,7 @@ def summary(model: dict[str, Any]) -> dict[str, Any]:
         "revision": model.get("revision"),
         "architecture": model.get("architecture"),
         "pipeline": model.get("pipeline"),
+        "quantised": (model.get("quantisation") or {}).get("quant_method"),
         "parameters": f"{model['parameter_count']:,}" if model.get("parameter_count") else None,
         "weights digest": model.get("weights_digest"),
         "tokenizer digest": model.get("tokenizer_digest"),
@@ -124,6 +126,34 @@ def deprecate(
             given = {name: value for name, value in document.items() if value is not None}
             found = client.post(f"/models/{model}/deprecate", given)
     print_json(found) if as_json else stdout().print(fields(found["name"], summary(found)))
+
+
+@app.command("quantize")
+def quantize(
+    context: typer.Context,
+    model: ModelId,
+    rank: Annotated[int, typer.Option("--rank", min=1, help="Of the low-rank part beside the few bits.")] = 64,
+    bits: Annotated[
+        float | None, typer.Option("--bits", help="Budget of bits per weight, such as 2.75; else --preset.")
+    ] = None,
+    preset: Annotated[
+        str | None, typer.Option("--preset", help="nf3 or nf4: one format for all; nf4 without --bits.")
+    ] = None,
+    name: Annotated[str | None, typer.Option("--name", help="Name of the quantised model.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Make a base model one in a few bits, on which the method lq-lora trains."""
+    parameters = {"rank": rank, "budget_bits": bits, "preset": preset}
+    body = {"parameters": {key: value for key, value in parameters.items() if value is not None}, "name": name}
+    with context.obj() as client:
+        job = require_success(watch(client, client.post(f"/models/{model}/quantize", body)["id"]))
+    if as_json:
+        print_json(job)
+        return
+    report = job["result"]["report"]
+    shown = ("matrices", "bits_per_weight", "packed_bytes", "dense_bytes", "relative_error")
+    alone = {"without low-rank part": report["relative_error_of_quantising_alone"]}
+    stdout().print(fields(job["result"]["models"][0], {key: report[key] for key in shown} | alone))
 
 
 @app.command("remove")

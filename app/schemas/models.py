@@ -60,6 +60,12 @@ def _in_utc(value: datetime | None) -> datetime | None:
 Moment = Annotated[AwareDatetime | None, BeforeValidator(_text_only), AfterValidator(_in_utc)]
 
 
+def _counted(value: Any) -> Any:
+    """What a configuration says of the quantisation, without a word for each layer."""
+    layers = value.get("layers") if isinstance(value, dict) else None
+    return value if layers is None else {**value, "layers": len(layers)}
+
+
 class ModelRequest(RequestModel):
     """Either `hub_id` (with `revision`), or `path` on the server, under one of its model roots."""
 
@@ -164,6 +170,10 @@ class BaseModelResource(BaseModel):
     weights_digest: str | None
     tokenizer_digest: str | None
     fingerprint_digest: str | None
+    quantisation: Annotated[dict[str, Any] | None, BeforeValidator(_counted)] = Field(
+        description="Of a quantised model: the field quantization_config of its configuration, with the number of the "
+        "layers instead of each. rankwise-lq is what POST /models/{id}/quantize makes."
+    )
     parameter_count: int | None
     created_at: Timestamp
     deprecated_at: Timestamp | None

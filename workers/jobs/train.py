@@ -19,6 +19,7 @@ from train.catalog import find_method, parse_parameters
 from train.continuation import ContinueFrom, Start, check_base, continued_options
 from train.data import DataFile
 from train.engine import BEFORE, LOOP, Inputs, Plan, train_adapter
+from train.packed_base import fitted
 from train.settings import EvaluationSettings, TrainingSettings, parse_task
 from workers.checkpointing import Checkpoints
 from workers.context import JobContext, JobOutcome, NewAdapter, StoredModel
@@ -49,6 +50,7 @@ def run(context: JobContext) -> JobOutcome:
     wanted = ContinueFrom.of(context.params.get("continue_from"))
     dataset, path = context.dataset(context.params["dataset"])
     model, source = context.model_source(context.params["base_model"])
+    plan = replace(plan, options=fitted(find_method(plan.method), plan.options, model.ref.quantisation))
     start = None if wanted is None else fetch_start(context, wanted, model)
     if start is not None:
         plan = replace(plan, options=continued_options(find_method(plan.method), plan.options, start.manifest))
