@@ -18,6 +18,7 @@ class Case:
     Attributes:
         time_goal, memory_goal: largest ratio to stock LoRA of the same rank; None: only reported.
         measured_from: the share of the steps after which they count, for a method that does something else before.
+        measured_to: the share up to which they count.
     """
 
     name: str
@@ -26,6 +27,7 @@ class Case:
     time_goal: float | None = None
     memory_goal: float | None = None
     measured_from: float = 0.0
+    measured_to: float = 1.0
 
 
 def _goals(name: str, method: str, time_goal: float, parameters: Mapping[str, Any], **more: Any) -> Case:
@@ -48,12 +50,31 @@ def _increlora(rank: int) -> list[Case]:
     return [_goals("increlora, after its growth", "increlora", 1.3, parameters, measured_from=0.6)]
 
 
+def _flexora(rank: int) -> list[Case]:
+    """In each step of the first stage one held-out batch of the usual four rows; in the second, half of six layers."""
+    parameters = {
+        "rank": rank,
+        "selection_steps": 10,
+        "selection": "top_k",
+        "top_k": 3,
+        "validation_rows": 8,
+        "validation_batches": 1,
+        "validation_batch_size": 4,
+    }
+    return [
+        _goals("flexora, first stage", "flexora", 2.2, parameters, measured_to=0.5),
+        Case("flexora, first stage, unrolled", "flexora", parameters | {"ud_steps": 1}, measured_to=0.5),
+        _goals("flexora, second stage", "flexora", 1.0, parameters, measured_from=0.6),
+    ]
+
+
 SPECIAL: Mapping[str, Callable[[int], list[Case]]] = {
     "allora": lambda rank: [
         _goals("allora", "allora", 1.15, {"rank": rank}),
         _goals("allora, update", "allora", 1.15, {"rank": rank, "placement": "update"}),
     ],
     "dylora": lambda rank: [_goals("dylora", "dylora", 1.05, {"rank": rank})],
+    "flexora": _flexora,
     "increlora": _increlora,
     "bone": _bone,
     "lora-sb": lambda rank: [_goals("lora-sb", "lora-sb", 1.0, {"rank": rank})],

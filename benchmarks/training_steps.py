@@ -94,6 +94,7 @@ class Steps:
         set_seed(SEED)
         base = load(setting)
         rows = examples(setting, base.config.vocab_size, BATCHES * setting.rows)
+        self._rows = rows
         self._batches = [collate(rows[at : at + setting.rows], 0) for at in range(0, len(rows), setting.rows)]
         self._number = 0
         self._method: TrainMethod[Any] | None = None
@@ -111,7 +112,16 @@ class Steps:
             return iter(self._batches)
 
         targets = [target.path for target in resolve_targets(linear_layers(base), "all-linear")]
-        return MethodContext(targets, setting.steps + WARM_UP, batches, setting.training, SEED)
+        rows = self._rows
+        return MethodContext(
+            targets,
+            setting.steps + WARM_UP,
+            batches,
+            setting.training,
+            SEED,
+            rows=len(rows),
+            batch_of=lambda numbers: collate([rows[number] for number in numbers], 0),
+        )
 
     def _optimization(self, training: TrainingSettings) -> tuple[Any, Any]:
         own = self._method and self._method.optimizer(self._model, training)
@@ -159,10 +169,10 @@ def step_times(setting: Setting, case: Case) -> tuple[list[float], list[float]]:
     for number in range(WARM_UP + setting.steps):
         for place in (0, 1) if number % 2 else (1, 0):
             times[place].append((stock, own)[place].step())
-    first = WARM_UP + int(case.measured_from * setting.steps)
+    counted = slice(*(WARM_UP + int(share * setting.steps) for share in (case.measured_from, case.measured_to)))
     del stock, own
     gc.collect()
-    return times[0][first:], times[1][first:]
+    return times[0][counted], times[1][counted]
 
 
 # Memory.

@@ -24,6 +24,7 @@ from train.options.baselines import (
 from train.options.bone import BoneOptions
 from train.options.common import TrainOptions
 from train.options.dylora import DyloraOptions
+from train.options.flexora import FlexoraOptions
 from train.options.increlora import IncreloraOptions
 from train.options.loftq import LoftqOptions
 from train.options.prompt_tuning import PromptTuningOptions
@@ -270,6 +271,23 @@ _ROWS = (
         implementation="train.methods.dylora:Dylora",
         arxiv="2210.07558",
         reference_url="https://arxiv.org/abs/2210.07558",
+        capabilities=Capabilities(exports="lora", mergeable=True),
+    ),
+    Method(
+        name="flexora",
+        title="Flexora",
+        summary="Learns on held-out rows which transformer layers need an adapter, then trains a new LoRA in those "
+        "alone. Fewer parameters, and less over-fitting on small data.",
+        when="When all layers over-fit, or a smaller and cheaper adapter is wanted and it is not known which layers "
+        "can do without. Needs some hundred rows to hold out, and a quarter of the steps for the choice.",
+        cost="In the first stage a step of LoRA in all layers, and as many passes over held-out rows as "
+        "validation_batches says: twice the time where those are as many rows as a batch. Unrolling costs second "
+        "derivatives besides. In the second stage less than LoRA, by what the left-out layers would take.",
+        output="A plain LoRA that has the chosen layers alone; every loader reads it.",
+        options=FlexoraOptions,
+        implementation="train.methods.flexora:Flexora",
+        arxiv="2408.10774",
+        reference_url="https://arxiv.org/abs/2408.10774",
         capabilities=Capabilities(exports="lora", mergeable=True),
     ),
     Method(

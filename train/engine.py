@@ -238,10 +238,13 @@ def _prepare(
     plan, rows = course.plan, course.examples.train
     size = plan.training.batch_size
 
+    def batch_of(numbers: Sequence[int]) -> Mapping[str, Tensor]:
+        batch = task.collate([rows[number] for number in numbers])
+        return {name: value.to(plan.device) for name, value in batch.items()}
+
     def batches() -> Iterator[Mapping[str, Tensor]]:
         for start in range(0, len(rows), size):
-            batch = task.collate(rows[start : start + size])
-            yield {name: value.to(plan.device) for name, value in batch.items()}
+            yield batch_of(range(start, min(start + size, len(rows))))
 
     task.before_training(model)
     total = course.known.steps
@@ -257,6 +260,8 @@ def _prepare(
         task_type=task.peft_type,
         whole=task.whole(model),
         loss=_batch_loss(task),
+        rows=len(rows),
+        batch_of=batch_of,
         words=task.words,
     )
     return method.prepare(model, context)

@@ -18,7 +18,7 @@ from train.batches import Batches
 from train.checkpoints import load_method
 from train.early_stopping import BestStep
 from train.follower import Follower, LoopResult, Observer, Position
-from train.protocol import TrainMethod
+from train.protocol import TrainMethod, Withheld
 from train.settings import TrainingSettings
 from train.tasks.protocol import Loss, Task
 from train.trainer import IDLE, LoopTrainer
@@ -106,7 +106,7 @@ def _train(
     trainer.remove_callback(PrinterCallback)
     trainer.task, trainer.method = inputs.task, method
     trainer.settings, trainer.carried = inputs.settings, inputs.carried
-    trainer.world, trainer.batches = world, _batches(inputs, world)
+    trainer.world, trainer.batches = world, _batches(inputs, world, method.withheld())
     follower.trainer = trainer
     began = time.monotonic()
     trainer.train(resume_from_checkpoint=None if inputs.resume is None else str(inputs.resume))
@@ -165,9 +165,15 @@ def _split(inputs: LoopInputs, world: World) -> int:
     return math.gcd(max(inputs.settings.batch_size // world.size, 1), inputs.micro_batches)
 
 
-def _batches(inputs: LoopInputs, world: World) -> Batches:
-    size = inputs.settings.batch_size // _split(inputs, world)
-    return Batches(len(inputs.examples), size, inputs.seed, world.rank, world.size)
+def _batches(inputs: LoopInputs, world: World, withheld: Withheld | None) -> Batches:
+    split, rows = _split(inputs, world), len(inputs.examples)
+    size = inputs.settings.batch_size // split
+    given = (rows, size, inputs.seed, world.rank, world.size)
+    if withheld is None:
+        return Batches(*given)
+    per_step = inputs.settings.gradient_accumulation * split
+    epoch, step = divmod(withheld.steps, -(-rows // (size * per_step)))
+    return Batches(*given, withheld=withheld.rows, until=(epoch, step * per_step))
 
 
 def _arguments(inputs: LoopInputs, world: World) -> TrainingArguments:

@@ -28,6 +28,23 @@ def loss_of_model(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
 
 
 @dataclass(frozen=True, slots=True)
+class Withheld:
+    """Training rows on which the first steps do not train.
+
+    Attributes:
+        rows: their numbers.
+        steps: how many of the first optimiser steps leave them out; other rows take their places in the batches.
+    """
+
+    rows: frozenset[int]
+    steps: int
+
+
+def _no_rows(numbers: Sequence[int]) -> Mapping[str, Tensor]:
+    raise IndexError(f"there are no training rows, not the rows {list(numbers)}")
+
+
+@dataclass(frozen=True, slots=True)
 class MethodContext:
     """What a method may look at when it prepares the model.
 
@@ -44,6 +61,8 @@ class MethodContext:
         start: the adapter that the training goes on from, with its layers placed; of a kind that the method's
             `capabilities.continues` names. After `prepare` the model computes what that adapter does.
         loss: the task's mean loss of a model on a batch.
+        rows: how many training rows there are.
+        batch_of: gives a batch of the training rows of these numbers, from 0 on, on the model's device.
         words: gives the token ids of a text, without any that only begin or end one; none where there are no words.
     """
 
@@ -57,6 +76,8 @@ class MethodContext:
     whole: Sequence[str] = ()
     start: Start | None = None
     loss: Callable[[nn.Module, Mapping[str, Tensor]], Tensor] = loss_of_model
+    rows: int = 0
+    batch_of: Callable[[Sequence[int]], Mapping[str, Tensor]] = _no_rows
     words: Callable[[str], Sequence[int]] = lambda text: ()
 
 
@@ -73,6 +94,12 @@ class TrainMethod(ABC, Generic[Options]):
     @abstractmethod
     def prepare(self, model: nn.Module, context: MethodContext) -> nn.Module:
         """The trainable model. Random numbers come from torch's generator, which the loop has seeded."""
+
+    def withheld(self) -> Withheld | None:
+        """Training rows that the first steps leave out, for a method that needs rows the model has not learnt from;
+        the same on every rank and after a resumption.
+        """
+        return None
 
     def optimizer(self, model: nn.Module, settings: TrainingSettings) -> Optimizer | None:
         """The optimiser; None leaves it to the loop: AdamW on all that is trainable."""

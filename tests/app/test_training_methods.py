@@ -26,6 +26,7 @@ TARGETS = ["q_proj", "v_proj"]
 USUAL = {"rank": 4}
 PARAMETERS: dict[str, dict[str, Any]] = {
     "adalora": {"initial_rank": 4, "target_rank": 2},
+    "flexora": {"rank": 4, "selection_steps": 1, "validation_rows": 4, "validation_batches": 4},
     "increlora": {"initial_rank": 1, "target_rank": 2, "increment": 1, "layers_per_round": 60, "interval": 1},
     "inttune": {"rank": 4, "residual": True},  # else the model is another one before the first step
     "prompt-tuning": {"virtual_tokens": 8},

@@ -15,6 +15,7 @@ from train.catalog import METHODS, parse_parameters
 TIME_GOALS = {
     "allora": 1.15,
     "dylora": 1.05,
+    "flexora": 2.2,
     "increlora": 1.3,
     "bone": 1.0,
     "lora-sb": 1.0,

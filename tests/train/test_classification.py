@@ -30,6 +30,7 @@ SERVING = [name for name, row in METHODS.items() if TEXTS["type"] in row.capabil
 SIZES: dict[str, dict[str, Any]] = {
     "adalora": {"initial_rank": 4, "target_rank": 2},
     "eva": {"rank": 2},
+    "flexora": {"rank": 4, "validation_rows": 8, "target_modules": ["query", "value"]},
     "increlora": {"target_rank": 4, "increment": 3, "layers_per_round": 7, "wait": 0},
     "vera": {"rank": 16},
 }

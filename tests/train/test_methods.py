@@ -23,6 +23,8 @@ PARAMETERS: dict[str, dict[str, Any]] = {
     # one round at the first step, so that the shortest training of these tests has it
     "increlora": {"target_rank": 4, "increment": 3, "layers_per_round": 14, "wait": 0, "dropout": 0.1},
     "dylora": {"rank": 4, "dropout": 0.1, "update_scope": "strict"},
+    # of two layers, the one that matters more
+    "flexora": {"rank": 4, "dropout": 0.1, "selection": "top_k", "top_k": 1, "validation_rows": 8},
     "inttune": {"rank": 12, "dropout": 0.1},
     "lora-sb": {"rank": 12, "dropout": 0.1, "samples": 16},
     "lora-xs": {"rank": 12, "dropout": 0.1},

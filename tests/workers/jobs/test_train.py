@@ -49,6 +49,14 @@ def test_a_training_stores_an_adapter_with_its_report_and_its_series(
 PARAMETERS: dict[str, dict[str, Any]] = {
     "adalora": {"initial_rank": 4, "target_rank": 2, "dropout": 0.1},
     "allora": {"rank": 4},
+    "flexora": {
+        "rank": 4,
+        "dropout": 0.1,
+        "selection": "top_k",
+        "top_k": 1,
+        "validation_rows": 8,
+        "validation_batches": 2,
+    },
     "increlora": {"initial_rank": 1, "target_rank": 2, "interval": 10, "dropout": 0.1},
     "loftq": {"rank": 4},
     "prompt-tuning": {"virtual_tokens": 4},
