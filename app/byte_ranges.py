@@ -50,9 +50,9 @@ def etag_matches(header: str | None, etag: str) -> bool:
         return False
     if header.strip() == "*":
         return True
-    return any(item.strip().removeprefix("W/") == etag for item in header.split(","))
+    return any(item.strip().removeprefix("W/") == etag.removeprefix("W/") for item in header.split(","))
 
 
 def range_applies(if_range: str | None, etag: str) -> bool:
     """Whether a Range header counts: no If-Range, or one that names `etag` (strong comparison)."""
-    return if_range is None or if_range.strip() == etag
+    return if_range is None or (if_range.strip() == etag and not etag.startswith("W/"))

@@ -10,19 +10,20 @@ import hashlib
 import io
 import json
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from app.checksums import Crc32Cache
 from app.schemas.adapters import DownloadFormat
-from app.segments import BlobPieces, BlobSlice, Segment, read_segments, total_size
+from app.segments import BlobPieces, BlobSlice, MadeBytes, Segment, read_segments, total_size
 from app.state import Services
 from app.zip_layout import ZipEntry, blob_entry, bytes_entry, lay_out_zip
 from artifacts.errors import BlobMissing, FieldError, RequestInvalid
 from artifacts.layout import CONFIG_NAME, METADATA_KEY, WEIGHTS_NAME
-from artifacts.rank_cut import check_rank, config_text, rank_cut
+from artifacts.rank_cut import config_text, rank_cut
 from artifacts.safetensors_header import MAX_HEADER_BYTES, SafetensorsHeader, parse_header
+from artifacts.served_ranks import check_rank
 from storage import made_models
 from storage.adapters import manifest_of
 from storage.blobs import BlobStore
@@ -36,12 +37,13 @@ SAFETENSORS_TYPE = "application/octet-stream"
 
 @dataclass(frozen=True, slots=True)
 class Download:
-    """A file that can be sent: its parts, strong ETag (quoted), media type, and a name for the client's disk."""
+    """A file that can be sent: its parts, ETag (quoted), media type, a name for the client's disk, and more headers."""
 
     segments: tuple[Segment, ...]
     etag: str
     media_type: str
     file_name: str
+    headers: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def size(self) -> int:
@@ -56,14 +58,8 @@ def peft_download(blobs: BlobStore, crc32: Crc32Cache, row: AdapterRow) -> Downl
         BlobMissing: the store has lost a file.
         RequestInvalid: the adapter consists of several components, which one PEFT directory can not hold.
     """
-    _check_blobs(blobs, row.files)
-    weights = _weights(row)
-    if row.format not in PEFT_FORMATS:
-        raise RequestInvalid(
-            f"{row.id} is stored in the format {row.format}; it is handed out as it is.",
-            hint="Download it with format=safetensors.",
-            errors=[FieldError("/query/format", "must be safetensors for this adapter")],
-        )
+    check_blobs(blobs, row.files)
+    weights = weights_of(row)
     if any(file.path == CONFIG_NAME for file in row.files):
         entries = [blob_entry(file.path, file.sha256, file.size, crc32.get(file.sha256)) for file in row.files]
     else:
@@ -77,7 +73,7 @@ def peft_download(blobs: BlobStore, crc32: Crc32Cache, row: AdapterRow) -> Downl
             bytes_entry(CONFIG_NAME, config_text(row.config)),
             blob_entry(WEIGHTS_NAME, weights.sha256, weights.size, crc32.get(weights.sha256)),
         ]
-    return _zipped(entries, _slug(row))
+    return zipped(entries, file_stem(row))
 
 
 def safetensors_download(blobs: BlobStore, row: AdapterRow) -> Download:
@@ -88,10 +84,10 @@ def safetensors_download(blobs: BlobStore, row: AdapterRow) -> Download:
         BlobMissing: the store has lost the file.
         FileBroken: the stored header can not be read.
     """
-    weights = _weights(row)
-    _check_blobs(blobs, [weights])
-    header, raw = _stored_header(blobs, weights)
-    file_name = f"{_slug(row)}.safetensors"
+    weights = weights_of(row)
+    check_blobs(blobs, [weights])
+    header, raw = stored_header(blobs, weights)
+    file_name = f"{file_stem(row)}.safetensors"
     if METADATA_KEY in header.metadata or row.format not in PEFT_FORMATS:
         whole = BlobSlice(weights.sha256, 0, weights.size)
         return Download((whole,), f'"{weights.sha256}"', SAFETENSORS_TYPE, file_name)
@@ -107,7 +103,7 @@ def safetensors_download(blobs: BlobStore, row: AdapterRow) -> Download:
         len(text).to_bytes(8, "little") + text,
         BlobSlice(weights.sha256, header.data_start, weights.size),
     )
-    return Download(segments, _etag("safetensors", segments), SAFETENSORS_TYPE, file_name)
+    return Download(segments, etag_of("safetensors", segments), SAFETENSORS_TYPE, file_name)
 
 
 def cut_download(blobs: BlobStore, crc32: Crc32Cache, row: AdapterRow, rank: int, layout: DownloadFormat) -> Download:
@@ -120,12 +116,12 @@ def cut_download(blobs: BlobStore, crc32: Crc32Cache, row: AdapterRow, rank: int
     """
     manifest = manifest_of(row)
     nested = check_rank(manifest.report.nested, rank, "/query/rank")
-    weights = _weights(row)
-    _check_blobs(blobs, row.files)
-    header, _ = _stored_header(blobs, weights)
+    weights = weights_of(row)
+    check_blobs(blobs, row.files)
+    header, _ = stored_header(blobs, weights)
     cut = rank_cut(header, row.config, manifest.modules, nested, rank, with_config=layout == "safetensors")
     content = (cut.head, BlobPieces(weights.sha256, cut.pieces))
-    etag, name = _etag("safetensors", content), f"{_slug(row)}-rank-{rank}"
+    etag, name = etag_of("safetensors", content), f"{file_stem(row)}-rank-{rank}"
     if layout == "safetensors":
         return Download(content, etag, SAFETENSORS_TYPE, f"{name}.safetensors")
     size = total_size(content)
@@ -134,15 +130,21 @@ def cut_download(blobs: BlobStore, crc32: Crc32Cache, row: AdapterRow, rank: int
     entries = [blob_entry(file.path, file.sha256, file.size, crc32.get(file.sha256)) for file in others]
     entries.append(bytes_entry(CONFIG_NAME, config_text(cut.config)))
     entries.append(ZipEntry(WEIGHTS_NAME, sum_of_weights, size, content))
-    return _zipped(entries, name)
+    return zipped(entries, name)
 
 
-def _zipped(entries: list[ZipEntry], name: str) -> Download:
+def serves_ranks(row: AdapterRow) -> bool:
+    """Whether the adapter was trained for several ranks."""
+    return manifest_of(row).report.nested is not None
+
+
+def zipped(entries: list[ZipEntry], name: str) -> Download:
+    """The archive of these entries, in the order of their names."""
     segments = lay_out_zip(sorted(entries, key=lambda entry: entry.name))
-    return Download(segments, _etag("zip", segments), ZIP_TYPE, f"{name}.zip")
+    return Download(segments, etag_of("zip", segments), ZIP_TYPE, f"{name}.zip")
 
 
-def _stored_header(blobs: BlobStore, weights: AdapterFileRow) -> tuple[SafetensorsHeader, bytes]:
+def stored_header(blobs: BlobStore, weights: AdapterFileRow) -> tuple[SafetensorsHeader, bytes]:
     """The header of a stored file, and its JSON as it stands there."""
     start = b"".join(blobs.stream(weights.sha256, 0, min(8, weights.size)))
     length = int.from_bytes(start, "little")
@@ -150,14 +152,15 @@ def _stored_header(blobs: BlobStore, weights: AdapterFileRow) -> tuple[Safetenso
     return parse_header(io.BytesIO(start + raw), weights.size, name=weights.path), raw
 
 
-def _weights(row: AdapterRow) -> AdapterFileRow:
+def weights_of(row: AdapterRow) -> AdapterFileRow:
+    """The file with the factors. Raises BlobMissing: there is none on record."""
     for file in row.files:
         if file.path.endswith(".safetensors"):
             return file
     raise BlobMissing(f"{row.id} has no weights on record.")
 
 
-def _check_blobs(blobs: BlobStore, files: Sequence[AdapterFileRow]) -> None:
+def check_blobs(blobs: BlobStore, files: Sequence[AdapterFileRow]) -> None:
     """Find a missing blob before the status line is out."""
     for file in files:
         if not blobs.exists(file.sha256):
@@ -171,22 +174,25 @@ def _is_one_component(config: dict[str, Any]) -> bool:
     return "r" in config or "peft_type" in config
 
 
-def _etag(kind: str, segments: Sequence[Segment]) -> str:
+def etag_of(kind: str, segments: Sequence[Segment]) -> str:
+    """A strong ETag of what the segments say, without reading a blob."""
     digest = hashlib.sha256(kind.encode())
     for segment in segments:
         if isinstance(segment, bytes):
             digest.update(b"\0" + hashlib.sha256(segment).digest())
         elif isinstance(segment, BlobPieces):
             digest.update(f"\2{segment.sha256}:{segment.pieces.runs}".encode())
+        elif isinstance(segment, MadeBytes):
+            digest.update(f"\3{segment.size}".encode())  # what it is made of stands in the bytes before it
         else:
             digest.update(f"\1{segment.sha256}:{segment.start}:{segment.stop}".encode())
     return f'"{digest.hexdigest()}"'
 
 
-def _slug(row: AdapterRow) -> str:
+def file_stem(row: AdapterRow) -> str:
     """A file name that every system takes."""
-    slug = re.sub(r"[^A-Za-z0-9._-]+", "-", row.name).strip("-.")[:80]
-    return slug or row.id
+    stem = re.sub(r"[^A-Za-z0-9._-]+", "-", row.name).strip("-.")[:80]
+    return stem or row.id
 
 
 def model_file(services: Services, model_id: str, name: str) -> Download:

@@ -53,6 +53,7 @@ def answer_file(request: Request, services: Services, found: Download) -> Respon
         "Accept-Ranges": "bytes",
         "Cache-Control": "private, no-cache",
         "Content-Disposition": f'attachment; filename="{found.file_name}"',
+        **found.headers,
     }
     if etag_matches(request.headers.get("if-none-match"), found.etag):
         return Response(status_code=304, headers=headers)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from artifacts.rank_cut import Pieces
 from storage.blobs import BlobStore
+
+_CHUNK_BYTES = 1024 * 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +39,24 @@ class BlobPieces:
         yield from self.pieces.sift(chunks, begin, end)
 
 
-Segment = bytes | BlobSlice | BlobPieces
+@dataclass(frozen=True)
+class MadeBytes:
+    """Bytes that are computed from blobs when they are read: `size` of them."""
+
+    size: int
+    make: Callable[[BlobStore], bytes]
+
+    def __len__(self) -> int:
+        return self.size
+
+    def read(self, blobs: BlobStore, begin: int, end: int) -> Iterator[bytes]:
+        """Bytes `begin` to `end` of what is made."""
+        made = self.make(blobs)
+        for start in range(begin, end, _CHUNK_BYTES):
+            yield made[start : min(start + _CHUNK_BYTES, end)]
+
+
+Segment = bytes | BlobSlice | BlobPieces | MadeBytes
 
 
 def total_size(segments: Sequence[Segment]) -> int:
@@ -55,7 +74,7 @@ def read_segments(blobs: BlobStore, segments: Sequence[Segment], start: int, sto
             continue
         if isinstance(segment, bytes):
             yield segment[begin:end]
-        elif isinstance(segment, BlobPieces):
+        elif isinstance(segment, BlobPieces | MadeBytes):
             yield from segment.read(blobs, begin, end)
         else:
             yield from blobs.stream(segment.sha256, segment.start + begin, segment.start + end)

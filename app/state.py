@@ -9,6 +9,7 @@ from anyio import CapacityLimiter
 
 from app.checksums import Crc32Cache
 from app.key_uses import KeyUses
+from app.measures import Measures
 from app.metrics import Metrics
 from app.settings import Settings
 from storage.blobs import BlobStore
@@ -40,6 +41,7 @@ class Services:
     clockwork: Clockwork | None = None
     intake_limiter: CapacityLimiter = field(default_factory=lambda: CapacityLimiter(INTAKES_AT_ONCE))
     preview_limiter: CapacityLimiter = field(default_factory=lambda: CapacityLimiter(PREVIEWS_AT_ONCE))
+    measures: Measures = field(default_factory=Measures)
     crc32: Crc32Cache = field(init=False)
 
     def __post_init__(self) -> None:

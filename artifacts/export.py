@@ -10,11 +10,10 @@ from typing import Any
 
 from torch import Tensor
 
-from artifacts.layout import CONFIG_NAME, METADATA_KEY, WEIGHTS_NAME
+from artifacts.layout import CONFIG_NAME, LINEAGE_KEY, METADATA_KEY, WEIGHTS_NAME
 from artifacts.manifest import LoraModule
 from artifacts.safetensors_writer import SafetensorsWriter, TensorEntry
 
-LINEAGE_KEY = "rankwise_lineage"
 KEY_PREFIX = "base_model.model."
 
 

@@ -25,6 +25,8 @@ WEIGHTS_NAME = "adapter_model.safetensors"
 CONFIG_NAME = "adapter_config.json"
 METADATA_KEY = "lora_adapter_metadata"
 """The key of a safetensors file's metadata under which diffusers, and Rankwise, put the configuration as JSON."""
+LINEAGE_KEY = "rankwise_lineage"
+"""The key under which Rankwise writes what an adapter was made from, as JSON."""
 
 MAX_CONFIG_BYTES = 4 * 1024 * 1024
 MAX_CONFIG_DEPTH = 32

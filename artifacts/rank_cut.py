@@ -14,11 +14,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from artifacts.errors import FieldError, RequestInvalid
 from artifacts.layout import CONFIG_NAME, METADATA_KEY, WEIGHTS_NAME, AdapterLayout
 from artifacts.manifest import LoraModule, NestedRanks
 from artifacts.nested_ranks import NESTED_KEY, mark_of, nested_ranks
 from artifacts.safetensors_header import SafetensorsHeader
+from artifacts.served_ranks import check_rank
 
 _CHUNK_BYTES = 1024 * 1024
 
@@ -95,24 +95,6 @@ class RankCut:
     config: Mapping[str, Any]
 
 
-def check_rank(nested: NestedRanks | None, rank: int, pointer: str) -> NestedRanks:
-    """Refuse a rank that the adapter was not trained for.
-
-    Raises:
-        RequestInvalid: at `pointer`.
-    """
-    if nested is None:
-        raise RequestInvalid(
-            "The adapter was not trained for smaller ranks: its first components alone are no adapter.",
-            hint="Take it at its own rank, or train one with the method dylora, which serves every rank.",
-            errors=[FieldError(pointer, "only adapters of the method dylora have other ranks than their own")],
-        )
-    if rank not in nested.ranks:
-        problem = f"must be one of the ranks that the adapter was trained for: {_listed(nested.ranks)}"
-        raise RequestInvalid(f"The adapter was not trained for rank {rank}.", errors=[FieldError(pointer, problem)])
-    return nested
-
-
 def rank_cut(
     header: SafetensorsHeader,
     document: Mapping[str, Any],
@@ -179,10 +161,3 @@ def write_cut(layout: AdapterLayout, rank: int, directory: Path) -> None:
         target.write(cut.head)
         chunks = (source.read(min(_CHUNK_BYTES, stop - at)) for at in range(start, stop, _CHUNK_BYTES))
         target.writelines(cut.pieces.sift(chunks, 0, cut.pieces.size))
-
-
-def _listed(ranks: tuple[int, ...]) -> str:
-    """All ranks, or the first of them when there are very many."""
-    if len(ranks) > 2 and ranks == tuple(range(ranks[0], ranks[-1] + 1)):
-        return f"{ranks[0]} to {ranks[-1]}"
-    return ", ".join(map(str, ranks[:40])) + (f" … {ranks[-1]}" if len(ranks) > 40 else "")

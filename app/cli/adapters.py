@@ -24,6 +24,15 @@ CONFIG_FILE = "adapter_config.json"
 class DownloadFormat(StrEnum):
     PEFT = "peft"
     SAFETENSORS = "safetensors"
+    DIFFUSERS = "diffusers"
+    KOHYA = "kohya"
+    COMFY = "comfy"
+
+
+class DownloadDtype(StrEnum):
+    FLOAT32 = "float32"
+    BFLOAT16 = "bfloat16"
+    FLOAT16 = "float16"
 
 
 def files_of(path: Path) -> list[Path]:
@@ -185,18 +194,20 @@ def download(
     adapter: AdapterId,
     output: Annotated[Path, typer.Option("-o", "--output", help="Folder to write into.")] = Path(),
     file_format: Annotated[
-        DownloadFormat, typer.Option("--format", help="peft: a PEFT folder; safetensors: one file.")
+        DownloadFormat,
+        typer.Option("--format", help="peft: a PEFT folder; safetensors: one file; or the names that others use."),
     ] = DownloadFormat.PEFT,
     rank: Annotated[
         int | None,
-        typer.Option("--rank", help="The adapter of this rank inside one trained with dylora; `get` lists its ranks."),
+        typer.Option("--rank", help="A smaller rank: as it was trained with dylora, else the nearest of that rank."),
     ] = None,
+    dtype: Annotated[DownloadDtype | None, typer.Option("--dtype", help="Of the factors; else as stored.")] = None,
     archive: Annotated[bool, typer.Option("--zip", help="Keep the zip instead of unpacking it.")] = False,
     as_json: Json = False,
 ) -> None:
     """Download an adapter; a PEFT folder is unpacked, ready for `PeftModel.from_pretrained`."""
     with context.obj() as client:
-        target = fetch(client, adapter, output, file_format, rank=rank, unpack=not archive)
+        target = fetch(client, adapter, output, file_format, rank=rank, dtype=dtype, unpack=not archive)
     if as_json:
         print_json({"id": adapter, "path": str(target)})
     else:
@@ -210,14 +221,16 @@ def fetch(
     file_format: DownloadFormat,
     *,
     rank: int | None = None,
+    dtype: DownloadDtype | None = None,
     unpack: bool,
 ) -> Path:
     """Download into the folder `output` and return what was written; nothing partial is left at its final name.
 
     Raises:
-        ProblemError: unknown adapter, a rank that it does not have, or the target exists.
+        ProblemError: unknown adapter, a format or rank that it can not have, or the target exists.
     """
     wanted = {"format": file_format.value} | ({} if rank is None else {"rank": rank})
+    wanted |= {} if dtype is None else {"dtype": dtype.value}
     output.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".download-", dir=output) as scratch:
         with transfer(f"download {adapter}", None) as advance:

@@ -9,7 +9,16 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 
 from app.adapter_intake import TEXT_FIELDS, store_upload
 from app.dependencies import AdapterId, IdempotencyKey, Reader, ServicesDep, Writer
-from app.downloads import SAFETENSORS_TYPE, ZIP_TYPE, cut_download, peft_download, safetensors_download
+from app.download_query import DownloadQuery, Wanted
+from app.downloads import (
+    PEFT_FORMATS,
+    SAFETENSORS_TYPE,
+    ZIP_TYPE,
+    cut_download,
+    peft_download,
+    safetensors_download,
+    serves_ranks,
+)
 from app.file_answers import answer_file, file_responses, head_responses
 from app.json_body import JsonRoute
 from app.problems import problem_responses
@@ -20,7 +29,6 @@ from app.schemas.adapters import (
     AdapterLineage,
     AdapterQuery,
     AdapterSummary,
-    DownloadFormat,
     KeyPage,
     KeyQuery,
     KeyVerdict,
@@ -31,7 +39,7 @@ from app.schemas.common import PageOf
 from app.schemas.recipes import AdapterRecipe
 from app.state import Services
 from app.upload_answers import answer_upload
-from artifacts.peft_config import MAX_RANK
+from app.written_downloads import Wish, written_download
 from storage import adapters, transferables, waivers
 from storage.adapter_keys import keys_page
 from storage.adapters import AdapterFilter
@@ -154,19 +162,6 @@ def get_recipe(services: ServicesDep, principal: Reader, adapter_id: AdapterId) 
 
 
 _DOWNLOAD_RESPONSES = file_responses((ZIP_TYPE, SAFETENSORS_TYPE))
-Format = Annotated[
-    DownloadFormat, Query(alias="format", description="peft: a zip of a PEFT directory; safetensors: one file.")
-]
-
-CutRank = Annotated[
-    int | None,
-    Query(
-        alias="rank",
-        ge=1,
-        le=MAX_RANK,
-        description="The adapter of this rank inside one that was trained for several (its `ranks`, method dylora).",
-    ),
-]
 
 
 @router.get(
@@ -176,15 +171,11 @@ CutRank = Annotated[
     responses=_DOWNLOAD_RESPONSES,
 )
 def download_adapter(
-    request: Request,
-    services: ServicesDep,
-    principal: Reader,
-    adapter_id: AdapterId,
-    layout: Format = "peft",
-    rank: CutRank = None,
+    request: Request, services: ServicesDep, principal: Reader, adapter_id: AdapterId, wanted: Wanted
 ) -> Response:
-    """Takes Range, If-Range and If-None-Match. The same adapter always gives the same bytes."""
-    return _download(request, services, adapter_id, layout, rank)
+    """Takes Range, If-Range and If-None-Match. The same adapter always gives the same bytes, but for a rank that has to
+    be computed. `Rankwise-Relative-Error` is ‖ΔW − ΔW′‖/‖ΔW‖ of what is sent, where anything had to be written anew."""
+    return _download(request, services, adapter_id, wanted)
 
 
 @router.head(
@@ -194,26 +185,24 @@ def download_adapter(
     responses=head_responses(_DOWNLOAD_RESPONSES),
 )
 def head_download(
-    request: Request,
-    services: ServicesDep,
-    principal: Reader,
-    adapter_id: AdapterId,
-    layout: Format = "peft",
-    rank: CutRank = None,
+    request: Request, services: ServicesDep, principal: Reader, adapter_id: AdapterId, wanted: Wanted
 ) -> Response:
     """The headers of the download."""
-    return _download(request, services, adapter_id, layout, rank)
+    return _download(request, services, adapter_id, wanted)
 
 
-def _download(
-    request: Request, services: Services, adapter_id: str, layout: DownloadFormat, rank: int | None
-) -> Response:
+def _download(request: Request, services: Services, adapter_id: str, wanted: DownloadQuery) -> Response:
     with services.database.read() as session:
         row = adapters.get_adapter(session, adapter_id)
-    if rank is not None:
-        found = cut_download(services.blobs, services.crc32, row, rank, layout)
-    elif layout == "peft":
-        found = peft_download(services.blobs, services.crc32, row)
+    blobs, crc32 = services.blobs, services.crc32
+    layout, as_stored = wanted.layout, wanted.dtype is None and row.format in PEFT_FORMATS
+    if layout == "safetensors" and wanted.dtype is None and wanted.rank is None:
+        found = safetensors_download(blobs, row)
+    elif layout == "peft" and as_stored and wanted.rank is None:
+        found = peft_download(blobs, crc32, row)
+    elif layout in ("peft", "safetensors") and as_stored and wanted.rank is not None and serves_ranks(row):
+        found = cut_download(blobs, crc32, row, wanted.rank, layout)
     else:
-        found = safetensors_download(services.blobs, row)
+        wish = Wish(layout, wanted.dtype, wanted.rank)
+        found = written_download(blobs, crc32, services.measures, row, wish)
     return answer_file(request, services, found)

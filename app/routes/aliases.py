@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Annotated
-
-from fastapi import APIRouter, Query
+from fastapi import APIRouter
 from starlette.responses import JSONResponse, RedirectResponse, Response
 
 from app.dependencies import Paging, Reader, ServicesDep, Writer
+from app.download_query import Wanted
 from app.json_body import JsonRoute
 from app.preconditions import IfMatch, etag
 from app.problems import problem_responses
-from app.schemas.adapters import DownloadFormat
 from app.schemas.aliases import Alias, AliasDetail, AliasName, AliasRequest
 from app.schemas.common import PageOf, as_json
 from storage import aliases
@@ -86,15 +84,10 @@ def delete_alias(services: ServicesDep, principal: Writer, name: AliasName, if_m
         **problem_responses(404),
     },
 )
-def download_alias(
-    services: ServicesDep,
-    principal: Reader,
-    name: AliasName,
-    layout: Annotated[DownloadFormat, Query(alias="format", description="As of the adapter's download.")] = "peft",
-) -> Response:
+def download_alias(services: ServicesDep, principal: Reader, name: AliasName, wanted: Wanted) -> Response:
     """A redirect that is not to be cached: the next one may go elsewhere."""
     with services.database.read() as session:
         target = aliases.get_alias(session, name).adapter_id
     return RedirectResponse(
-        f"/adapters/{target}/download?format={layout}", status_code=307, headers={"Cache-Control": "no-store"}
+        f"/adapters/{target}/download?{wanted.text}", status_code=307, headers={"Cache-Control": "no-store"}
     )

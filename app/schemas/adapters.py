@@ -275,7 +275,8 @@ class AdapterLineage(BaseModel):
         )
 
 
-DownloadFormat = Literal["peft", "safetensors"]
+DownloadFormat = Literal["peft", "safetensors", "diffusers", "kohya", "comfy"]
+DownloadDtype = Literal["float32", "bfloat16", "float16"]
 
 UPLOAD_FORM_SCHEMA: dict[str, Any] = {
     "type": "object",

@@ -2,22 +2,12 @@
 
 from __future__ import annotations
 
-from artifacts.formats.protocol import Place
+from typing import Any
 
-COMPONENTS = frozenset(
-    {
-        "unet",
-        "transformer",
-        "transformer_2",
-        "prior",
-        "text_encoder",
-        "text_encoder_2",
-        "text_encoder_3",
-        "connectors",
-        "text_conditioner",
-        "controlnet",
-    }
-)
+from artifacts.formats.pairs import Pair
+from artifacts.formats.protocol import COMPONENTS, Place
+from artifacts.formats.writing import Plan, Subject, pair_of, refuse, single
+from artifacts.formats.written_config import config_of_pairs
 
 
 class Diffusers:
@@ -33,3 +23,30 @@ class Diffusers:
         if component == "transformer" and rest.startswith(("h.", "encoder.layers.")):
             return None  # "transformer.h.0" is GPT-2, "transformer.encoder.layers.0" is ChatGLM
         return Place(component, rest, kept=stem)
+
+
+class DiffusersWriter:
+    """`pytorch_lora_weights.safetensors`: PEFT's ends below the component; the scaling is in B.
+
+    Releases that read the configuration in the metadata and those that do not then apply the same ΔW.
+    """
+
+    name = "diffusers"
+
+    def plan(self, subject: Subject) -> Plan:
+        pairs: list[Pair] = []
+        fields: dict[str, Any] = {}
+        for component, items in subject.parts().items():
+            if not component:
+                refuse(self.name, f"its modules belong to no component of a pipeline, as {items[0].path!r} does not")
+            if any(item.module.kind == "embedding" for item in items):
+                refuse(self.name, "it adapts an embedding")
+            made = []
+            for item in items:
+                stem = f"{component}.{item.path}"
+                names = (f"{stem}.lora_A.weight", f"{stem}.lora_B.weight", "")
+                made.append(pair_of(single(item), names, subject, fold=True))
+            document = config_of_pairs([item.path for item in items], made, subject.architecture)
+            fields |= {f"{component}.{field}": value for field, value in document.items()}
+            pairs += made
+        return Plan(tuple(pairs), config=fields)

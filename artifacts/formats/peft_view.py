@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Mapping
 from typing import Any
 
 from artifacts.formats.reading import Reading
+from artifacts.formats.written_config import most_common, short
 from artifacts.manifest import LoraModule, TypedModule
 from artifacts.peft_config import PeftLoraConfig
 from artifacts.peft_keys import KeyMatch
@@ -35,16 +36,16 @@ def document_of(reading: Reading) -> dict[str, Any]:
 
 
 def _fields(component: str, modules: list[LoraModule]) -> dict[str, Any]:
-    rank = _most_common(module.rank for module in modules)
-    alpha = _most_common(module.alpha for module in modules)
+    rank = most_common(module.rank for module in modules)
+    alpha = most_common(module.alpha for module in modules)
     paths = {module.path.removeprefix(f"{component}."): module for module in modules}
     return {
         "peft_type": "LORA",
         "r": rank,
-        "lora_alpha": _short(alpha),
+        "lora_alpha": short(alpha),
         "target_modules": sorted(paths),
         "rank_pattern": {path: module.rank for path, module in paths.items() if module.rank != rank},
-        "alpha_pattern": {path: _short(module.alpha) for path, module in paths.items() if module.alpha != alpha},
+        "alpha_pattern": {path: short(module.alpha) for path, module in paths.items() if module.alpha != alpha},
         "use_dora": any(module.magnitude_key for module in modules),
     }
 
@@ -55,7 +56,7 @@ def config_of(reading: Reading, document: Mapping[str, Any]) -> PeftLoraConfig:
     modules: list[LoraModule | TypedModule] = [*reading.modules, *reading.typed]
     return PeftLoraConfig(
         rank=max((module.rank for module in modules), default=0),
-        alpha=_most_common(module.alpha for module in modules),
+        alpha=most_common(module.alpha for module in modules),
         rank_pattern={},
         alpha_pattern={},
         use_rslora=False,
@@ -74,13 +75,3 @@ def config_of(reading: Reading, document: Mapping[str, Any]) -> PeftLoraConfig:
         method=reading.method,
         opaque=not plain,
     )
-
-
-def _most_common(values: Any) -> Any:
-    """Of equally common ones the largest, so that the order of keys does not matter."""
-    counts = Counter(values)
-    return max(counts, key=lambda value: (counts[value], value), default=0)
-
-
-def _short(value: float) -> float:
-    return int(value) if value == int(value) else value

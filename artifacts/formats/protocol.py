@@ -7,6 +7,22 @@ from typing import NamedTuple, Protocol
 DENOISER = ""
 """The UNet or transformer of a pipeline, when the name does not say which of the two."""
 
+COMPONENTS = frozenset(
+    {
+        "unet",
+        "transformer",
+        "transformer_2",
+        "prior",
+        "text_encoder",
+        "text_encoder_2",
+        "text_encoder_3",
+        "connectors",
+        "text_conditioner",
+        "controlnet",
+    }
+)
+"""What the parts of a pipeline are called in dotted names."""
+
 
 class Place(NamedTuple):
     """Where a name points to.

@@ -120,15 +120,6 @@ def test_a_rank_that_was_not_trained_is_refused(server: Any, url: str) -> None:
         assert server.client.get(url, params={"rank": wrong}).status_code == 422
 
 
-def test_an_adapter_of_one_rank_says_what_to_do(server: Any, adapter_files: Any) -> None:
-    created = server.upload(adapter_files().parts()).json()
-    assert (created["method"], created["ranks"]) == ("lora", [])
-    refused = server.client.get(f"/adapters/{created['id']}/download", params={"rank": 2})
-    assert refused.status_code == 422
-    assert refused.json()["errors"][0]["pointer"] == "/query/rank"
-    assert "method dylora" in refused.json()["hint"]
-
-
 def test_a_mark_that_does_not_fit_is_refused_by_its_name(server: Any, adapter_files: Any) -> None:
     files = adapter_files()
     mark = {"rankwise_dylora": '{"ranks":[1,8],"scale_mode":"constant"}'}

@@ -131,8 +131,10 @@ def test_a_rank_is_downloaded_or_cut_from_the_folder(
     for command in (("download", nested["id"]), ("cut", folder)):
         refused = cli("adapters", *command, "-o", tmp_path / f"no-{command[0]}", "--rank", "2", "--json")
         assert (refused.code, refused.json["code"]) == (1, "invalid_request")
-    plain = cli("adapters", "download", ids[0], "-o", tmp_path / "got", "--rank", "1", "--json")
-    assert "method dylora" in plain.json["hint"]
+    plain = cli("adapters", "download", ids[0], "-o", tmp_path / "got", "--rank", "1", "--dtype", "bfloat16", "--json")
+    assert json.loads((Path(plain.json["path"]) / "adapter_config.json").read_text())["r"] == 1
+    other = cli("adapters", "download", ids[0], "-o", tmp_path / "got", "--format", "kohya", "--json")
+    assert (other.code, other.json["errors"][0]["pointer"]) == (1, "/query/format")
     assert cli("adapters", "cut", tmp_path / "none", "--rank", "1", "-o", tmp_path / "x", "--json").code == 1
 
 

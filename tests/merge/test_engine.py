@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from artifacts.adapter import Adapter
 from artifacts.errors import DiskFull, MergeRefused, ReloadMismatch
-from artifacts.export import LINEAGE_KEY, PeftWriter
+from artifacts.export import PeftWriter
+from artifacts.layout import LINEAGE_KEY
 from merge.catalog import METHODS, parse_parameters
 from merge.engine import merge_files
 from merge.reload import TOLERANCE, Probe, check_reload
