@@ -30,6 +30,10 @@ DECLARED_TYPES: Mapping[str, DeclaredType] = MappingProxyType(
             "whose factors are for a quantised base and not for the original; train.declared.load quantises it again "
             "and puts them on it",
         ),
+        "RANKWISE_SMORA": DeclaredType(
+            "smora",
+            "whose ΔW is another one for every token; train.declared.load puts it on its base",
+        ),
     }
 )
 """`peft_type` → type. `train.declared` has what loads each."""

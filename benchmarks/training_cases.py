@@ -82,6 +82,7 @@ SPECIAL: Mapping[str, Callable[[int], list[Case]]] = {
     "slora": lambda rank: [_goals("slora", "slora", 1.1, {"rank": rank})],
     "inttune": lambda rank: [_goals("inttune", "inttune", 1.1, {"rank": rank})],
     "adalora": lambda rank: [Case("adalora", "adalora", {"target_rank": rank, "initial_rank": rank + (rank + 1) // 2})],
+    "smora": lambda rank: [_goals("smora", "smora", 1.5, {"rank": rank, "active_rank": max(rank // 4, 1)})],
     "prompt-tuning": lambda _rank: [Case("prompt-tuning, 20 vectors", "prompt-tuning")],
     "vera": lambda _rank: [Case("vera, rank 256", "vera", {"rank": 256})],
 }

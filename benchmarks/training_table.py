@@ -52,6 +52,7 @@ VARIANTS: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
     "adalora": {"adalora": {"initial_rank": 12, "target_rank": RANK}},
     "eva": {"eva": {"rank": RANK, "rho": 1.0}},  # a pooler has one input a row, and a batch has to fill the rank
     "vera": {"vera": {"rank": 256}},
+    "smora": {"smora, 2 of 8 ranks": {"rank": RANK, "active_rank": 2}},
     "bone": {
         "bone": {"rank": RANK},
         "bone, bat_col": {"rank": RANK, "variant": "bat_col"},

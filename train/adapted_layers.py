@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -34,7 +35,12 @@ class AdaptedLinear(nn.Module, ABC):
 
     The adapter's own parameters are float32, whatever the precision of W; under autocast its products are not. Buffers
     and parameters of a subclass are what a checkpoint holds.
+
+    Attributes:
+        keeps_base: the base layer stays what it was, so that the adapter can be taken off.
     """
+
+    keeps_base: ClassVar[bool] = True
 
     def __init__(self, base: nn.Module) -> None:
         super().__init__()

@@ -28,6 +28,7 @@ from train.options.flexora import FlexoraOptions
 from train.options.increlora import IncreloraOptions
 from train.options.loftq import LoftqOptions
 from train.options.prompt_tuning import PromptTuningOptions
+from train.options.smora import SmoraOptions
 from train.options.three_factor import InttuneOptions, LoraSbOptions, LoraXsOptions, NloraOptions, SloraOptions
 
 _ROWS = (
@@ -359,6 +360,23 @@ _ROWS = (
         arxiv="2502.14482",
         reference_url="https://arxiv.org/abs/2502.14482",
         capabilities=Capabilities(exports="lora", mergeable=True),
+    ),
+    Method(
+        name="smora",
+        title="SMoRA",
+        summary="One LoRA whose components are switched on and off for every token: tasks that pull in different "
+        "directions get components of their own.",
+        when="For one adapter on a mixture of tasks that a LoRA confuses. On a single task it costs more than a "
+        "LoRA and seldom gains.",
+        cost="r·(d_out + 2·d_in) trained parameters a layer, half as much again as LoRA on square weights; the router "
+        "costs as much as lora_A.",
+        output="An adapter of Rankwise's own type, loaded by train.declared; ΔW depends on the token, so it can not be "
+        "merged.",
+        options=SmoraOptions,
+        implementation="train.methods.smora:Smora",
+        arxiv="2501.15103",
+        reference_url="https://arxiv.org/abs/2501.15103",
+        capabilities=Capabilities(exports="smora", mergeable=False),
     ),
     Method(
         name="prompt-tuning",

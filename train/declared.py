@@ -16,13 +16,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from artifacts.errors import BaseMismatch, FieldError, FileBroken, FormatUnknown
+from artifacts.errors import BaseMismatch, FieldError, FileBroken, FormatUnknown, NotMergeable
 from artifacts.layout import CONFIG_NAME, WEIGHTS_NAME, read_json
 from train.adapted_layers import AdaptedLinear, exchange
 
 LAYERS: Mapping[str, str] = {
     "RANKWISE_BAT_ROW": "train.bat_row:BatRowLinear",
     "RANKWISE_LOFTQ": "train.loftq_layer:LoftqLinear",
+    "RANKWISE_SMORA": "train.smora_layer:SmoraLinear",
 }
 """`peft_type` → the class of its layers, as "module:class", with a classmethod `declared(base, configuration)`."""
 
@@ -75,10 +76,7 @@ def load(model: nn.Module, directory: Path) -> nn.Module:
     """
     config = read_json(directory / CONFIG_NAME)
     peft_type = str(config.get("peft_type"))
-    if peft_type not in LAYERS:
-        raise FormatUnknown(f"{peft_type[:40]!r} is no type of Rankwise's own.", hint=f"Known are {', '.join(LAYERS)}.")
-    module, _, name = LAYERS[peft_type].partition(":")
-    make = getattr(importlib.import_module(module), name).declared
+    make = _layers_of(peft_type).declared
     bases = _bases(model, config)
     places: dict[str, Tensor] = {}
     for path in config.get("modules_to_save") or ():
@@ -97,6 +95,38 @@ def load(model: nn.Module, directory: Path) -> nn.Module:
     return model
 
 
+def is_declared(directory: Path) -> bool:
+    """Whether the adapter in a folder is of a type of ours."""
+    return str(read_json(directory / CONFIG_NAME).get("peft_type")) in LAYERS
+
+
+def load_for_a_while(model: nn.Module, directory: Path) -> nn.Module:
+    """As `load`, for `take_off` later.
+
+    Raises:
+        NotMergeable: the adapter would change the weights of the base model, which no one could take back.
+        As `load`.
+    """
+    peft_type = str(read_json(directory / CONFIG_NAME).get("peft_type"))
+    if not _layers_of(peft_type).keeps_base:
+        raise NotMergeable(f"An adapter of type {peft_type} changes the weights of its base model.")
+    return load(model, directory)
+
+
+def take_off(model: nn.Module) -> dict[str, AdaptedLinear]:
+    """Put the base layers back, bit for bit, and return ours, for `put_back`."""
+    found = {path: layer for path, layer in model.named_modules() if isinstance(layer, AdaptedLinear)}
+    for path, layer in found.items():
+        exchange(model, path, layer.base)
+    return found
+
+
+def put_back(model: nn.Module, layers: Mapping[str, AdaptedLinear]) -> None:
+    """Put layers that `take_off` gave in the places that they had."""
+    for path, layer in layers.items():
+        exchange(model, path, layer)
+
+
 @torch.no_grad()
 def fold(model: nn.Module) -> nn.Module:
     """Add ΔW to the weights of every layer of ours, in float32, and put the base layers back; in place.
@@ -108,6 +138,14 @@ def fold(model: nn.Module) -> nn.Module:
         layer.weight.copy_((layer.weight.to(torch.float32) + delta).to(layer.weight.dtype))
         exchange(model, path, layer.base)
     return model
+
+
+def _layers_of(peft_type: str) -> Any:
+    """The class of the type's layers. Raises FormatUnknown."""
+    if peft_type not in LAYERS:
+        raise FormatUnknown(f"{peft_type[:40]!r} is no type of Rankwise's own.", hint=f"Known are {', '.join(LAYERS)}.")
+    module, _, name = LAYERS[peft_type].partition(":")
+    return getattr(importlib.import_module(module), name)
 
 
 def _bases(model: nn.Module, config: Mapping[str, Any]) -> dict[str, nn.Module]:

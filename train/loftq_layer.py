@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,8 @@ class LoftqLinear(AdaptedLinear):
         lora_B: (d_out, r) float32.
         left_out_A, left_out_B: D and C, as lora_A and lora_B; with one round there is none, for it is 0.
     """
+
+    keeps_base: ClassVar[bool] = False
 
     def __init__(self, base: nn.Module, rank: int, scaling: float, bits: int, iterations: int) -> None:
         super().__init__(base)

@@ -10,6 +10,7 @@ from torch import nn
 
 from train.base_files import BaseFiles
 from train.data import DataFile
+from train.declared import is_declared, load_for_a_while, take_off
 from train.evaluation import Scores, compare
 from train.measurement_settings import MeasurementSettings
 from train.metrics import HIGHER_IS_BETTER
@@ -52,10 +53,19 @@ class Measurement:
         return self._base.to_dict()
 
     def of(self, directory: Path) -> dict[str, Any]:
-        """The figures of the model with the adapter in a PEFT directory, and their difference from those without it.
+        """The figures of the model with an adapter of PEFT's or of our own types, and their difference from those
+        without it.
 
         The adapter stands beside the weights and is taken off afterwards: the model is bit for bit what it was.
         """
+        scores = self._declared_scores(directory) if is_declared(directory) else self._peft_scores(directory)
+        settings = self._settings
+        return {
+            "figures": scores.to_dict(),
+            "difference": compare(self._base, scores, settings.evaluation(), seed=0),
+        }
+
+    def _peft_scores(self, directory: Path) -> Scores:
         from peft import PeftModel
 
         with peft_deprecations_ignored():
@@ -64,11 +74,13 @@ class Measurement:
         self._model = adapted.unload()
         if hasattr(self._model, "peft_config"):
             del self._model.peft_config
-        settings = self._settings
-        return {
-            "figures": scores.to_dict(),
-            "difference": compare(self._base, scores, settings.evaluation(), seed=0),
-        }
+        return scores
+
+    def _declared_scores(self, directory: Path) -> Scores:
+        adapted = load_for_a_while(self._model, directory)
+        scores = self._scores(adapted)
+        take_off(adapted)
+        return scores
 
     def order(self, figures: dict[str, float]) -> float:
         """What sorts candidates by the metric, the best one first."""

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from train.protocol import TrainMethod
 
 ALL_TASKS: tuple[TaskName, ...] = get_args(TaskName)
-Export = Literal["lora", "dora", "vera", "miss", "bat_row", "loftq", "prompt_tuning"]
+Export = Literal["lora", "dora", "vera", "miss", "bat_row", "loftq", "smora", "prompt_tuning"]
 PLAIN = ("lora", "rslora")
 """The types of adapters whose ΔW is scaling·B·A."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
@@ -118,6 +119,17 @@ class TrainMethod(ABC, Generic[Options]):
 
     def before_step(self, model: nn.Module, step: int) -> None:
         """Called before the forward pass of optimiser step `step`, which counts from 0."""
+
+    def forward_pass(self, batch: Mapping[str, Any], *, idle: bool = False) -> AbstractContextManager[None]:
+        """Entered around every forward pass of the training; activations that are computed again with the gradients
+        are outside of it.
+
+        Args:
+            batch: what the model is given.
+            idle: this rank has no rows left, and the pass counts nothing.
+        """
+        del batch, idle
+        return nullcontext()
 
     def before_update(self, model: nn.Module, step: int) -> None:
         """Called when the gradients of the step are complete and clipped, before the optimiser uses them."""

@@ -70,7 +70,9 @@ class LoopTrainer(Trainer):  # type: ignore[misc]
     def compute_loss(self, model: nn.Module, inputs: Any, *args: Any, **options: Any) -> Any:
         given = dict(inputs)
         idle = given.pop(IDLE, False)
-        found = super().compute_loss(model, self.task.step_inputs(given, self.batches.epoch), *args, **options)
+        given = self.task.step_inputs(given, self.batches.epoch)
+        with self.method.forward_pass(given, idle=idle):
+            found = super().compute_loss(model, given, *args, **options)
         if idle:
             found = (found[0] * 0.0, *found[1:]) if isinstance(found, tuple) else found * 0.0
         extra = self.method.extra_loss(self.model)

@@ -15,8 +15,7 @@ from transfer.filters.discriminator import DiscriminatorRecipe
 from transfer.labelling import Labeller
 from transfer.options import DistilOptions
 from transfer.prompts import PromptFormat
-from transfer.soft_prompt import soft_type
-from transfer.source_model import load_adapted, load_base
+from transfer.source_model import load_adapted, load_base, stands_alone
 from transfer.stage_files import StageFiles
 from transfer.weight_transfer import BaseWeights
 
@@ -107,7 +106,7 @@ class Resident:
         if self.inputs.discriminator is not None:
             folders[DISCRIMINATOR] = self.inputs.discriminator.folder
         key: object = "source"
-        if any(soft_type(folder) is not None for folder in folders.values()):
+        if any(stands_alone(folder) for folder in folders.values()):
             folders, key = {adapter: folders[adapter]}, ("source", adapter)
         model = self._get(key, lambda: load_adapted(self.inputs.source.files, folders, device=self.inputs.device))
         model.set_adapter(adapter)

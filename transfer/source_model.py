@@ -6,9 +6,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from artifacts.errors import FieldError, TransferRefused
+from artifacts.errors import FieldError, RankwiseError, TransferRefused
 from train.base_files import BaseFiles
+from train.declared import is_declared, load_for_a_while
 from train.quiet import peft_deprecations_ignored
+from transfer.declared_adapter import DeclaredAdapter
 from transfer.soft_prompt import PROMPT_TUNING, SoftPrompt, soft_type
 
 KIND = "causal language model"
@@ -25,7 +27,7 @@ def load_adapted(base: BaseFiles, adapters: Mapping[str, Path], *, dtype: str = 
     """The base model with these adapters, by name; the first is active.
 
     Args:
-        adapters: folders that PEFT loads; one of prompt tuning stands alone.
+        adapters: folders that PEFT loads; one of prompt tuning, or of a type of our own, stands alone.
 
     Raises:
         RequestInvalid: the base model can not be loaded.
@@ -34,6 +36,8 @@ def load_adapted(base: BaseFiles, adapters: Mapping[str, Path], *, dtype: str = 
     from peft import PeftModel
 
     model = load_base(base, dtype=dtype, device=device)
+    if any(map(is_declared, adapters.values())):
+        return _declared(model, base.name, adapters)
     soft = {name: kind for name, folder in adapters.items() if (kind := soft_type(folder)) is not None}
     for name, kind in soft.items():
         if kind != PROMPT_TUNING or len(adapters) > 1:
@@ -59,3 +63,23 @@ def load_adapted(base: BaseFiles, adapters: Mapping[str, Path], *, dtype: str = 
                 ) from error
     loaded = loaded.requires_grad_(False).eval()
     return SoftPrompt(loaded).eval() if soft else loaded
+
+
+def stands_alone(folder: Path) -> bool:
+    """Whether no other adapter can be on the model beside this one."""
+    return soft_type(folder) is not None or is_declared(folder)
+
+
+def _declared(model: Any, base_name: str, adapters: Mapping[str, Path]) -> DeclaredAdapter:
+    if len(adapters) > 1:
+        raise ValueError("an adapter of a type of our own stands alone")
+    ((name, folder),) = adapters.items()
+    try:
+        load_for_a_while(model, folder)
+    except RankwiseError as error:
+        raise TransferRefused(
+            f"The {name} adapter can not be put onto the base model {base_name!r}: {error.detail}",
+            hint="It has to be an adapter of this base model, of a type that leaves the weights as they are.",
+            errors=[FieldError("/adapter", f"does not fit {base_name!r}"), *error.errors],
+        ) from error
+    return DeclaredAdapter(model.requires_grad_(False)).eval()

@@ -73,6 +73,11 @@ def test_a_base_model_may_be_named_and_a_task_written_out(training: Any) -> None
             "/parameters/interval",
             "would be at step 6, beyond the training of 6 steps",
         ),
+        (
+            {"method": "smora", "parameters": {"rank": 4}},
+            "/parameters/active_rank",
+            "8 are more than the rank, 4",
+        ),
         ({"base_model": "nobody/nothing"}, "/base_model", "there is no base model 'nobody/nothing'"),
         ({"dataset": "dat_" + "0" * 32}, "/dataset", "there is no dataset"),
         ({"dataset": "adp_" + "0" * 32}, "/dataset", "pattern"),

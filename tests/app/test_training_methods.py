@@ -30,6 +30,7 @@ PARAMETERS: dict[str, dict[str, Any]] = {
     "increlora": {"initial_rank": 1, "target_rank": 2, "increment": 1, "layers_per_round": 60, "interval": 1},
     "inttune": {"rank": 4, "residual": True},  # else the model is another one before the first step
     "prompt-tuning": {"virtual_tokens": 8},
+    "smora": {"rank": 8, "active_rank": 4},
     "vera": {"rank": 16},
 }
 
@@ -53,13 +54,14 @@ REFUSED = {
     "dora": "use_dora is set",
     "loftq": "Rankwise's type RANKWISE_LOFTQ",
     "prompt-tuning": "PEFT type PROMPT_TUNING",
+    "smora": "Rankwise's type RANKWISE_SMORA",
     "vera": "PEFT type VERA",
 }
 CASES = {
     name: Case(
         name,
         PARAMETERS.get(name, USUAL),
-        declared=name == "loftq",
+        declared=name in ("loftq", "smora"),
         refused=None if row.capabilities.mergeable else REFUSED[name],
     )
     for name, row in METHODS.items()

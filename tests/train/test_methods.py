@@ -32,6 +32,7 @@ PARAMETERS: dict[str, dict[str, Any]] = {
     "miss": {"rank": 8, "dropout": 0.1},
     "nlora": {"rank": 4, "dropout": 0.1, "residual": True},
     "prompt-tuning": {"virtual_tokens": 6},
+    "smora": {"rank": 8, "active_rank": 4, "dropout": 0.1},
     "vera": {"rank": 32, "dropout": 0.1},
 }
 USUAL = {"rank": 4, "dropout": 0.1}

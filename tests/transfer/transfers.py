@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from tiny_models import order, teach_lists, write_gemma, write_llama
@@ -90,13 +91,19 @@ class Watcher:
         return self.train_steps == 0
 
 
-def learn(base: Path, rows: list[dict[str, str]], folder: Path, steps: int) -> Path:
+def learn(
+    base: Path,
+    rows: list[dict[str, str]],
+    folder: Path,
+    steps: int,
+    method: tuple[str, Mapping[str, Any]] = ("lora", MappingProxyType({"rank": 8})),
+) -> Path:
     """An adapter that was trained on rows."""
     folder.mkdir(parents=True, exist_ok=True)
     data = folder / "rows.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     settings = TrainingSettings(steps=steps, learning_rate=0.02, batch_size=8)
-    how = Distillation("lora", training_parameters("lora", {"rank": 8}), settings, 200, seed=1)
+    how = Distillation(method[0], training_parameters(*method), settings, 200, seed=1)
     (folder / "work").mkdir()
     distil(how, BaseFiles("acme/source", str(base)), data, folder / "work", folder / "adapter", Silent())
     return folder / "adapter"

@@ -71,6 +71,31 @@ def test_the_figures_are_those_of_base_and_adapter_and_the_base_stays_itself(
     assert measured.order({"loss": 2.0}) == 2.0
 
 
+def test_an_adapter_of_our_own_type_is_measured_and_taken_off_again(
+    tiny_base: Path, data: Path, write_adapter: Any, tmp_path: Path
+) -> None:
+    from train import declared
+    from train.methods.smora import TYPE
+    from train.smora_layer import Shape, SmoraLinear
+
+    base = AutoModelForCausalLM.from_pretrained(tiny_base)
+    layers = {path: SmoraLinear(base.get_submodule(path), Shape(4, 2, 4.0)) for path in MODULES}
+    for layer in layers.values():
+        torch.nn.init.normal_(layer.lora_B, generator=torch.Generator().manual_seed(0))
+    config = {"r": 4, "active_rank": 2, "lora_alpha": 4.0, "rank_partition": 1, "bias_in_gate": False}
+    declared.write(tmp_path / "smora", TYPE, layers, {}, config)
+    plain = write_adapter(tmp_path / "plain", 1, d_in=32, d_out=32, modules=MODULES)
+    measured = measurement(tiny_base, data, tmp_path / "work", max_rows=5)
+    before = measured.of(plain)
+    found = measured.of(tmp_path / "smora")
+    assert measured.of(plain) == before
+    model = declared.load(AutoModelForCausalLM.from_pretrained(tiny_base), tmp_path / "smora").eval()
+    task = measured._task
+    scores = task.score(model, measured._rows, measured._settings.evaluation(), lambda _: None)
+    assert found["figures"] == scores.to_dict()
+    assert abs(found["difference"]["loss"]["difference"]) > 1e-3
+
+
 def test_exact_match_is_the_better_the_higher(tiny_base: Path, data: Path, tmp_path: Path) -> None:
     measured = measurement(tiny_base, data, tmp_path / "work", max_rows=2, metric="exact_match", max_new_tokens=2)
     assert 0 <= measured.base["exact_match"] <= 1

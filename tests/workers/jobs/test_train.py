@@ -60,6 +60,7 @@ PARAMETERS: dict[str, dict[str, Any]] = {
     "increlora": {"initial_rank": 1, "target_rank": 2, "interval": 10, "dropout": 0.1},
     "loftq": {"rank": 4},
     "prompt-tuning": {"virtual_tokens": 4},
+    "smora": {"rank": 8, "active_rank": 2, "dropout": 0.1},
 }
 """Of those methods that have no dropout, or no rank of that name."""
 
