@@ -144,6 +144,7 @@ def update_schedule(
     enabled: bool | None = None,
     max_parallel: int | None = None,
     window: Mapping[str, Any] | None = None,
+    unset: Collection[str] = (),
     if_version: Collection[int] | None = None,
     moment: datetime | None = None,
 ) -> ScheduleRow:
@@ -153,6 +154,7 @@ def update_schedule(
     database's clock): what it did not do while it was disabled was not missed.
 
     Args:
+        unset: max_parallel, window: to be what they are if nobody gives them.
         if_version: change it only if its version is one of these.
 
     Raises:
@@ -177,6 +179,8 @@ def update_schedule(
         row.enabled = enabled
     if job is not None and job.selector is None:
         row.max_parallel = row.window = None  # a fleet's
+    for field in unset:
+        setattr(row, field, None)
     _set_pace(row, Pace(max_parallel or row.max_parallel, window or row.window))
     _check_fleet(row)
     after = _definition(row)

@@ -81,16 +81,18 @@ def plan_fleet(context: typer.Context, schedule: ScheduleId, as_json: Json = Fal
         note(f"the first {len(rows)} of {plan['total']} were looked at")
 
 
-def parse_window(text: str) -> dict[str, str]:
-    """`22:00-06:00`, or with a time zone `22:00-06:00@Europe/Berlin`.
+def parse_window(text: str) -> dict[str, str] | None:
+    """`22:00-06:00`, or with a time zone `22:00-06:00@Europe/Berlin`; None for `always`.
 
     Raises:
         typer.BadParameter: no dash in it. The times are the service's to check.
     """
+    if text == "always":
+        return None
     hours, _, zone = text.partition("@")
     start, dash, end = hours.partition("-")
     if not dash:
-        raise typer.BadParameter("must look like 22:00-06:00", param_hint="--window")
+        raise typer.BadParameter("must look like 22:00-06:00, or be always", param_hint="--window")
     return {"from": start.strip(), "to": end.strip(), **({"timezone": zone} if zone else {})}
 
 

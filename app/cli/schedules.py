@@ -69,7 +69,9 @@ ParallelOption = Annotated[
 ]
 WindowOption = Annotated[
     str | None,
-    typer.Option("--window", metavar="FROM-TO", help="Of a fleet: when jobs may start, 22:00-06:00[@Europe/Berlin]."),
+    typer.Option(
+        "--window", metavar="FROM-TO", help="Of a fleet: when jobs may start, 22:00-06:00[@Europe/Berlin] or always."
+    ),
 ]
 VersionOption = Annotated[
     int | None, typer.Option("--if-version", min=1, help="Only if the schedule still has this version.")
@@ -208,10 +210,11 @@ def update(
         "trigger": _trigger(cron, timezone, event, subject),
         "enabled": enabled,
         "max_parallel": max_parallel,
-        "window": None if window is None else parse_window(window),
         **_policies(overlap, misfire),
     }
-    changes = {key: value for key, value in document.items() if value is not None}
+    changes: dict[str, Any] = {key: value for key, value in document.items() if value is not None}
+    if window is not None:
+        changes["window"] = parse_window(window)
     job = {
         field: parse_document(text, f"--{field}")
         for field, text in (("params", params), ("resources", resources), ("selector", selector))

@@ -125,6 +125,7 @@ def patch_schedule(
             enabled=body.enabled,
             max_parallel=body.max_parallel,
             window=None if body.window is None else body.window.document(),
+            unset=body.unset(),
             if_version=if_match,
         )
         return _shown(row)

@@ -116,7 +116,8 @@ class ScheduleRequest(RequestModel):
 
 
 class SchedulePatch(RequestModel):
-    """What is left out, or null, stays; `trigger` and `job` are replaced as a whole."""
+    """What is left out, or null, stays; `trigger` and `job` are replaced as a whole. A null `max_parallel` or `window`
+    is one that is unset: 8, and always."""
 
     name: Name | None = None
     trigger: ScheduleTrigger | None = None
@@ -124,8 +125,12 @@ class SchedulePatch(RequestModel):
     overlap: Overlap | None = None
     misfire: Misfire | None = None
     enabled: StrictBool | None = Field(None, description="false pauses it, and the fleet that it is at.")
-    max_parallel: MaxParallel | None = None
-    window: StartWindow | None = None
+    max_parallel: MaxParallel | None = Field(None, description="null: 8 again.")
+    window: StartWindow | None = Field(None, description="null: always again.")
+
+    def unset(self) -> set[str]:
+        """Which of the fleet's limits are to be as if they had never been given."""
+        return {name for name in {"max_parallel", "window"} & self.model_fields_set if getattr(self, name) is None}
 
 
 class TriggerShown(BaseModel):

@@ -102,6 +102,10 @@ def test_a_schedule_with_a_selector_moves_every_adapter(fleet: Fleet, fake_pool:
     fleet.client.patch(f"/schedules/{made['id']}", json={"window": {"from": "00:00", "to": "00:01"}})
     unplaced = fleet.client.patch(f"/schedules/{made['id']}", json={"overlap": "queue"})
     assert unplaced.status_code == 422
+    stays = fleet.client.patch(f"/schedules/{made['id']}", json={"window": None}).json()
+    assert (stays["max_parallel"], stays["window"]) == (2, None), "null takes the hours away, and nothing else"
+    unset = fleet.client.patch(f"/schedules/{made['id']}", json={"max_parallel": None}).json()
+    assert (unset["max_parallel"], unset["window"], unset["version"]) == (8, None, stays["version"] + 1)
     made = fleet.schedule(max_parallel=2)
     fleet.make_due(made)
     fleet.run_chores()

@@ -180,5 +180,6 @@ def test_windows_are_written_with_a_dash() -> None:
     assert parse_window("22:00-06:00") == {"from": "22:00", "to": "06:00"}
     zoned = {"from": "22:00", "to": "06:00", "timezone": "America/Port-au-Prince"}
     assert parse_window("22:00-06:00@America/Port-au-Prince") == zoned
+    assert parse_window("always") is None
     with pytest.raises(typer.BadParameter):
         parse_window("22:00")
