@@ -7,10 +7,12 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 from sqlalchemy import select
 
@@ -28,12 +30,12 @@ DAY = timedelta(days=1)
 class Site:
     """Two servers, the first of which is asked, and the clock of the database that they share."""
 
-    def __init__(self, serve: Any, under: Any, folder: Path, roots: Path) -> None:
+    def __init__(self, serve: Any, under: Any, folder: Path, roots: Path, **settings: Any) -> None:
         import chaos_clock
 
         self.under = under
         shared = {"database_url": under.url, "blob_url": (folder / "blobs").as_uri(), "model_roots": (roots,)}
-        self.servers = [serve(pool="local", devices="cpu:1", **shared) for _ in range(2)]
+        self.servers = [serve(**{"pool": "local", "devices": "cpu:1", **shared, **settings}) for _ in range(2)]
         self.client = self.servers[0].client
         self.database = self.servers[0].services.database
         if under.clock_file is not None:
@@ -178,3 +180,36 @@ def test_a_base_model_is_retired(site: Site, tmp_path: Path) -> None:
     assert moved == items == Counter([*adapters, late]), "one job for each adapter and firing"
     assert events == {"base_model.registered": 2, "base_model.deprecated": 1, "base_model.removed": 1}
     assert site.now().astimezone(UTC) > ahead
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("key", ["same", None])
+def test_a_transfer_asked_of_two_servers_at_once_is_one_job(
+    under: Any, serve: Any, tmp_path: Path, key: str | None
+) -> None:
+    """With an idempotency key all get the first one's answer; without, the job's own key tells that it is the same."""
+    from tiny_models import write_adapter, write_llama
+
+    roots = tmp_path / "roots"
+    roots.mkdir()
+    site = Site(serve, under, tmp_path, roots, pool="off")
+    for seed, name in enumerate(("old", "new")):
+        site.post("/models", {"path": str(write_llama(roots / name, seed=seed)), "name": name})
+    adapter = site.upload(write_adapter(roots / "old", tmp_path / "adapter"), "orders")
+    body = {"adapter": adapter, "target_model": "new", "method": "copy"}
+    headers = {} if key is None else {"Idempotency-Key": key}
+    together = threading.Barrier(8)
+
+    def ask(number: int) -> Any:
+        with httpx.Client(base_url=site.servers[number % 2].url, timeout=120, trust_env=False) as client:
+            together.wait()
+            return client.post("/transfer", json=body, headers=headers)
+
+    with ThreadPoolExecutor(together.parties) as threads:
+        answers = list(threads.map(ask, range(together.parties)))
+    assert Counter(answer.status_code for answer in answers) == ({202: 8} if key else {202: 1, 200: 7})
+    assert sum("idempotency-replayed" in answer.headers for answer in answers) == (7 if key else 0)
+    [job] = {answer.json()["id"] for answer in answers}
+    with site.database.read() as session:
+        assert list(session.scalars(select(JobRow.id))) == [job]
