@@ -1,13 +1,13 @@
-"""Training methods against stock PEFT LoRA of the same rank: time of a step and peak memory; and what our loop adds.
+"""Training methods against stock PEFT of the same rank: time of a step and peak memory; and what our loop adds.
 
     python -m benchmarks.training                       every method of the menu, the first 6 layers of SmolLM2-135M
     python -m benchmarks.training allora bone --steps 5
     python -m benchmarks.training --layers 30           the whole model
 
-For each line of the table a stock LoRA and the method take steps on the same batches in turns, in one process; the
-ratio is that of the medians. Memory is the peak of a process of its own without the libraries: base model, preparation
-and three steps. The loop is compared as a whole training of LoRA: ours with its hooks against a script of a dozen lines
-around transformers' Trainer.
+For each line of the table the stock method (LoRA; beside a form of DoRA, DoRA) and the method take steps on the same
+batches in turns, in one process; the ratio is that of the medians. Memory is the peak of a process of its own without
+the libraries: base model, preparation and three steps. The loop is compared as a whole training of LoRA: ours with its
+hooks against a script of a dozen lines around transformers' Trainer.
 
 Prints the table with its goals and writes benchmarks/results/training.json. Other work on the machine makes every
 figure of time worthless.
@@ -78,19 +78,22 @@ def _step_figure(setting: object, case: Case) -> Figure:
 
     stock, own = step_times(setting, case)
     detail = {"stock_seconds": stock, "seconds": own, "parameters": dict(case.parameters)}
-    return _told(Figure(f"{case.name}: step time", ratio(stock, own), "× LoRA", case.time_goal, detail=detail))
+    return _told(Figure(f"{case.name}: step time", ratio(stock, own), f"× {case.stock}", case.time_goal, detail=detail))
 
 
 def _memory_figures(setting: object, lines: Sequence[Case], runs: int) -> Iterator[Figure]:
     from benchmarks.training_steps import peak_memory
 
-    stock = [peak_memory(setting, None) for _ in range(runs)]
-    yield _told(Figure("stock LoRA: peak memory", statistics.median(stock) / MIB, "MiB", detail={"bytes": stock}))
+    stock: dict[str, list[int]] = {}
+    for name in sorted({case.stock for case in lines}, reverse=True):
+        stock[name] = [peak_memory(setting, name) for _ in range(runs)]
+        value = statistics.median(stock[name]) / MIB
+        yield _told(Figure(f"stock {name}: peak memory", value, "MiB", detail={"bytes": stock[name]}))
     for case in lines:
         own = [peak_memory(setting, case) for _ in range(runs)]
-        value = statistics.median(own) / statistics.median(stock)
+        value = statistics.median(own) / statistics.median(stock[case.stock])
         detail = {"bytes": own, "parameters": dict(case.parameters)}
-        yield _told(Figure(f"{case.name}: peak memory", value, "× LoRA", case.memory_goal, detail=detail))
+        yield _told(Figure(f"{case.name}: peak memory", value, f"× {case.stock}", case.memory_goal, detail=detail))
 
 
 def _loop_figure(setting: object) -> Figure:

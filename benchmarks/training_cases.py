@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from train.catalog import METHODS
 
@@ -16,7 +16,8 @@ class Case:
     """One line of the table: a method with some parameters.
 
     Attributes:
-        time_goal, memory_goal: largest ratio to stock LoRA of the same rank; None: only reported.
+        time_goal, memory_goal: largest ratio to the stock method of the same rank; None: only reported.
+        stock: that method, of PEFT.
         measured_from: the share of the steps after which they count, for a method that does something else before.
         measured_to: the share up to which they count.
     """
@@ -28,6 +29,7 @@ class Case:
     memory_goal: float | None = None
     measured_from: float = 0.0
     measured_to: float = 1.0
+    stock: Literal["LoRA", "DoRA"] = "LoRA"
 
 
 def _goals(name: str, method: str, time_goal: float, parameters: Mapping[str, Any], **more: Any) -> Case:
@@ -68,6 +70,15 @@ def _flexora(rank: int) -> list[Case]:
     ]
 
 
+def _gradnormlorp(rank: int) -> list[Case]:
+    """The second line's moments have the 4096 numbers from which 8 bits are taken."""
+    eight = {"rank": rank, "optim_bits": 8}
+    return [
+        _goals("gradnormlorp", "gradnormlorp", 1.15, {"rank": rank}, stock="DoRA"),
+        _goals("gradnormlorp, 8 bits", "gradnormlorp", 1.15, eight, stock="DoRA"),
+    ]
+
+
 SPECIAL: Mapping[str, Callable[[int], list[Case]]] = {
     "allora": lambda rank: [
         _goals("allora", "allora", 1.15, {"rank": rank}),
@@ -75,6 +86,7 @@ SPECIAL: Mapping[str, Callable[[int], list[Case]]] = {
     ],
     "dylora": lambda rank: [_goals("dylora", "dylora", 1.05, {"rank": rank})],
     "flexora": _flexora,
+    "gradnormlorp": _gradnormlorp,
     "increlora": _increlora,
     "bone": _bone,
     "lora-sb": lambda rank: [_goals("lora-sb", "lora-sb", 1.0, {"rank": rank})],

@@ -77,10 +77,16 @@ def examples(setting: Setting, vocabulary: int, count: int) -> list[Example]:
     return [Example(row, row, 0) for row in rows]
 
 
-def stock_lora(setting: Setting, model: nn.Module) -> nn.Module:
-    """PEFT's LoRA of the same rank on the same layers, as any script would make it."""
+def stock_adapter(setting: Setting, model: nn.Module, name: str = "LoRA") -> nn.Module:
+    """PEFT's LoRA, or DoRA, of the same rank on the same layers, as any script would make it."""
     targets = [target.path for target in resolve_targets(linear_layers(model), "all-linear")]
-    config = LoraConfig(task_type="CAUSAL_LM", r=setting.rank, lora_alpha=2 * setting.rank, target_modules=targets)
+    config = LoraConfig(
+        task_type="CAUSAL_LM",
+        r=setting.rank,
+        lora_alpha=2 * setting.rank,
+        target_modules=targets,
+        use_dora=name == "DoRA",
+    )
     with peft_deprecations_ignored():
         wrapped: nn.Module = get_peft_model(model, config)
     return wrapped
@@ -89,8 +95,8 @@ def stock_lora(setting: Setting, model: nn.Module) -> nn.Module:
 class Steps:
     """A bare loop that takes one step at a time; with a method, its hooks are in it."""
 
-    def __init__(self, setting: Setting, case: Case | None) -> None:
-        """Load the base model and prepare it; without a case, for stock LoRA."""
+    def __init__(self, setting: Setting, case: Case | str) -> None:
+        """Load the base model and prepare it, for a case or for a stock method of that name."""
         set_seed(SEED)
         base = load(setting)
         rows = examples(setting, base.config.vocab_size, BATCHES * setting.rows)
@@ -98,8 +104,8 @@ class Steps:
         self._batches = [collate(rows[at : at + setting.rows], 0) for at in range(0, len(rows), setting.rows)]
         self._number = 0
         self._method: TrainMethod[Any] | None = None
-        if case is None:
-            self._model = stock_lora(setting, base)
+        if isinstance(case, str):
+            self._model = stock_adapter(setting, base, case)
         else:
             self._method = make_method(setting, case, base)
             self._model = self._method.prepare(base, self._context(setting, base))
@@ -162,9 +168,9 @@ def make_method(setting: Setting, case: Case, base: nn.Module) -> TrainMethod[An
 
 
 def step_times(setting: Setting, case: Case) -> tuple[list[float], list[float]]:
-    """Seconds of the steps of stock LoRA and of the method, taken in turns; which one begins alternates."""
+    """Seconds of the steps of the stock method and of ours, taken in turns; which one begins alternates."""
     torch.set_num_threads(setting.threads)
-    stock, own = Steps(setting, None), Steps(setting, case)
+    stock, own = Steps(setting, case.stock), Steps(setting, case)
     times: tuple[list[float], list[float]] = ([], [])
     for number in range(WARM_UP + setting.steps):
         for place in (0, 1) if number % 2 else (1, 0):
@@ -178,7 +184,7 @@ def step_times(setting: Setting, case: Case) -> tuple[list[float], list[float]]:
 # Memory.
 
 
-def peak_memory(setting: Setting, case: Case | None) -> int:
+def peak_memory(setting: Setting, case: Case | str) -> int:
     """Bytes at the peak of preparing and of a few steps, in a process of its own; what it had before the base model was
     loaded (the libraries) is not in it. Linux only."""
     context = multiprocessing.get_context("spawn")
@@ -195,7 +201,7 @@ def peak_memory(setting: Setting, case: Case | None) -> int:
     return found
 
 
-def _measure_memory(setting: Setting, case: Case | None, sender: Any) -> None:
+def _measure_memory(setting: Setting, case: Case | str, sender: Any) -> None:
     torch.set_num_threads(setting.threads)
     # Whatever is loaded on first use shall be loaded, so that it counts for no method.
     warm = nn.Linear(8, 8)
@@ -237,7 +243,7 @@ def loop_times(setting: Setting, rounds: int, folder: Path) -> tuple[list[float]
     """Seconds of whole trainings of LoRA by a bare Trainer script and by our loop, in turns."""
     torch.set_num_threads(setting.threads)
     set_seed(SEED)
-    bare, base = stock_lora(setting, load(setting)), load(setting)
+    bare, base = stock_adapter(setting, load(setting)), load(setting)
     case = Case("lora", "lora", {"rank": setting.rank, "alpha": 2.0 * setting.rank})
     method = make_method(setting, case, base)
     targets = [target.path for target in resolve_targets(linear_layers(base), "all-linear")]

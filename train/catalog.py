@@ -25,6 +25,7 @@ from train.options.bone import BoneOptions
 from train.options.common import TrainOptions
 from train.options.dylora import DyloraOptions
 from train.options.flexora import FlexoraOptions
+from train.options.gradnormlorp import GradnormlorpOptions
 from train.options.increlora import IncreloraOptions
 from train.options.loftq import LoftqOptions
 from train.options.prompt_tuning import PromptTuningOptions
@@ -290,6 +291,23 @@ _ROWS = (
         arxiv="2408.10774",
         reference_url="https://arxiv.org/abs/2408.10774",
         capabilities=Capabilities(exports="lora", mergeable=True),
+    ),
+    Method(
+        name="gradnormlorp",
+        title="GradNormLoRP",
+        summary="DoRA whose factors are trained by AdamW on projected gradients, with moments of a smaller rank than "
+        "the adapter's, in 32 or 8 bits. mode full trains whole weights so.",
+        when="When DoRA's quality is wanted and the optimiser's memory is short. It learns as DoRA does, not better: "
+        "with memory to spare take dora.",
+        cost="Parameters as DoRA. The optimiser keeps about proj_rank/rank of AdamW's bytes for A and B; with a "
+        "proj_rank that is not below rank it saves nothing. The norms of the rows are found without forming a weight, "
+        "so a step takes less time than DoRA's. mode full: a gradient and a copy of every adapted weight.",
+        output="A DoRA adapter for PEFT, in both modes. It can not be merged with others.",
+        options=GradnormlorpOptions,
+        implementation="train.methods.gradnormlorp:make",
+        arxiv="2412.19616",
+        reference_url="https://arxiv.org/abs/2412.19616",
+        capabilities=Capabilities(exports="dora", mergeable=False, continues=("dora",)),
     ),
     Method(
         name="lora-sb",

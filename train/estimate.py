@@ -6,11 +6,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 
 from artifacts.errors import FieldError, RequestInvalid
-from train.options.common import Target, TrainOptions
+from train.options.common import ADAM_STATE_BYTES, Target, TrainOptions
 from train.settings import TaskSettings, TrainingSettings
 
 FLOAT32_BYTES = 4
-ADAM_STATE_BYTES = 8  # two moments in float32, per trainable parameter
 WEIGHT_BYTES: Mapping[str, int] = {"float32": 4, "bfloat16": 2, "float16": 2}
 EMBEDDINGS = frozenset({"embed_tokens", "word_embeddings", "wte"})
 _KEPT_PER_LAYER = 2.0  # activations that the backward pass needs, in multiples of the layers' inputs and outputs
@@ -57,8 +56,9 @@ def estimate(
         devices: that share the rows of a batch.
         whole: parameters of modules that are trained as they are; what a new head has is known when the rows are read.
     """
-    trainable = whole + sum(options.parameters_of(target.d_out, target.d_in) for target in targets)
-    trainable += options.parameters_beside(_width(linear))
+    beside = whole + options.parameters_beside(_width(linear))
+    trainable = beside + sum(options.parameters_of(target.d_out, target.d_in) for target in targets)
+    kept_of_layers = sum(options.optimizer_bytes_of(target.d_out, target.d_in) for target in targets)
     parameters = parameter_count or sum(
         d_out * d_in for path, (d_out, d_in) in linear.items() if not _tied(path, linear)
     )
@@ -70,7 +70,7 @@ def estimate(
         trainable_parameters=trainable,
         base_bytes=parameters * width,
         adapter_bytes=trainable * FLOAT32_BYTES,
-        optimizer_bytes=trainable * ADAM_STATE_BYTES,
+        optimizer_bytes=kept_of_layers + beside * ADAM_STATE_BYTES,
         activation_bytes=int(kept / 4 if training.gradient_checkpointing else kept),
     )
 

@@ -45,6 +45,7 @@ def test_a_base_model_may_be_named_and_a_task_written_out(training: Any) -> None
     ("changes", "pointer", "words"),
     [
         ({"method": "lara"}, "/method", "must be one of"),
+        ({"method": "gradnormlorp", "parameters": {"mode": "full"}}, "/parameters/proj_rank", "mode full needs it"),
         ({"parameters": {"rank": 0}}, "/parameters/rank", "greater than or equal to 1"),
         ({"parameters": {"rank": 9}}, "/parameters/rank", "rank 9 is above 8, the smaller side of model.layers.0"),
         ({"parameters": {"ranks": 4}}, "/parameters/ranks", "ranks"),

@@ -52,6 +52,7 @@ class Case:
 
 REFUSED = {
     "dora": "use_dora is set",
+    "gradnormlorp": "use_dora is set",
     "loftq": "Rankwise's type RANKWISE_LOFTQ",
     "prompt-tuning": "PEFT type PROMPT_TUNING",
     "smora": "Rankwise's type RANKWISE_SMORA",
@@ -66,6 +67,7 @@ CASES = {
     )
     for name, row in METHODS.items()
 } | {
+    "gradnormlorp-full": Case("gradnormlorp", {"mode": "full", "proj_rank": 4}, refused="use_dora is set"),
     "bone-mini": Case("bone", {"variant": "mini", "rank": 4, "mini_r": 2}),
     "bone-bat-col": Case("bone", {"variant": "bat_col", "rank": 4}, refused="the form bat of MiSS"),
     "bone-bat-row": Case(

@@ -16,6 +16,7 @@ TIME_GOALS = {
     "allora": 1.15,
     "dylora": 1.05,
     "flexora": 2.2,
+    "gradnormlorp": 1.15,
     "increlora": 1.3,
     "bone": 1.0,
     "lora-sb": 1.0,

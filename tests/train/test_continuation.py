@@ -41,6 +41,7 @@ PAIRS = [
     ("rslora", "allora"),
     ("pissa", "lora"),
     ("dora", "dora"),
+    ("dora", "gradnormlorp"),
     ("vera", "vera"),
     ("miss", "miss"),
     ("miss", "bone"),

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 MAX_RANK = 16384
 """No weight matrix of a current model has a smaller side above this, so no useful rank does either."""
 MAX_TARGETS = 1000
+ADAM_STATE_BYTES = 8
+"""Two moments in float32, per trainable parameter."""
 
 ModuleName = Annotated[str, StringConstraints(min_length=1, max_length=300, pattern=r"^[A-Za-z0-9_.\-]+$")]
 Rank = Annotated[StrictInt, Field(ge=1, le=MAX_RANK)]
@@ -78,6 +80,10 @@ class TrainOptions(BaseModel):
     def parameters_of(self, d_out: int, d_in: int) -> int:
         """How many are trained for a weight of d_out×d_in."""
         raise TypeError(f"{type(self).__name__} is no method's options")
+
+    def optimizer_bytes_of(self, d_out: int, d_in: int) -> int:
+        """What the optimiser keeps for them."""
+        return ADAM_STATE_BYTES * self.parameters_of(d_out, d_in)
 
     def parameters_beside(self, width: int) -> int:
         """How many are trained beside the layers of a base model whose hidden states are `width` long."""
