@@ -1,0 +1,104 @@
+"""What Flexora is for: it finds the layers that matter, by what held-out rows say and not by what is trained on."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from towers import Tower, drive, prepared, squared_error
+
+from train.layer_weights import Choice
+from train.methods.flexora import Flexora
+
+LAYERS, WIDTH, ROWS = 6, 16, 160
+FIRST, STEPS = 100, 220
+SEEDS = range(5)
+
+
+class Fan(Tower):
+    """Its layers stand side by side and read inputs of their own, so that none can do what another one lacks."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(n, layers, width) → (n, width)."""
+        parts = [layer(x[:, number]) for number, layer in enumerate(self.layers)]
+        made: Tensor = self.head(torch.stack(parts).sum(dim=0))
+        return made
+
+
+def planted(seed: int) -> tuple[Fan, int, Tensor, Tensor]:
+    """A model, and rows of one of which a layer has a change of rank 2."""
+    place = seed % LAYERS
+    generator = torch.Generator().manual_seed(seed)
+    teacher = Fan(LAYERS, WIDTH, seed)
+    left, right = (torch.randn(WIDTH, 2, generator=generator) for _ in range(2))
+    teacher.layers[place].proj.weight.data += 2.0 * left @ right.T / WIDTH  # type: ignore[union-attr, operator]
+    x = torch.randn(ROWS, LAYERS, WIDTH, generator=generator)
+    return Fan(LAYERS, WIDTH, seed), place, x, teacher(x).detach()
+
+
+def made(model: Tower, x: Tensor, y: Tensor, seed: int, **options: Any) -> Flexora:
+    return prepared(
+        model,
+        x,
+        y,
+        steps=STEPS,
+        seed=seed,
+        settings={"batch_size": 16},
+        selection_steps=FIRST,
+        selection="top_k",
+        top_k=1,
+        validation_rows=40,
+        validation_batches=4,
+        validation_batch_size=4,
+        **options,
+    )
+
+
+def error_of(model: nn.Module, x: Tensor, y: Tensor) -> float:
+    with torch.no_grad():
+        return float(squared_error(model, {"x": x, "y": y}))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ud_steps", [0, 1])
+def test_the_layer_in_which_something_is_to_be_learnt_gets_the_largest_weight(ud_steps: int) -> None:
+    found, better = [], []
+    for seed in SEEDS:
+        model, place, x, y = planted(seed)
+        method = made(model, x, y, seed, ud_steps=ud_steps)
+        drive(method, model, STEPS)
+        assert method.choice is not None
+        found.append(method.choice.layers == (place,))
+        control, _, _, _ = planted(seed)
+        chance = made(control, x, y, seed)
+        chance.learnt.choose = lambda rule, count, place=place: Choice(((place + 3) % LAYERS,), "chance")  # type: ignore[method-assign, misc, assignment]
+        drive(chance, control, STEPS)
+        better.append(error_of(control, x, y) / error_of(model, x, y))
+    assert sum(found) >= 4, found
+    assert sorted(better)[1] > 3, better
+
+
+@pytest.mark.slow
+def test_a_layer_that_spoils_what_is_held_out_loses_weight_however_useful_it_is_in_training() -> None:
+    """The training loss does not see the harm: weights that were learnt on it would grow."""
+    weights: dict[bool, list[float]] = {False: [], True: []}
+    for seed in SEEDS:
+        for spoilt in (False, True):
+            model, place, x, y = planted(seed)
+            method = made(model, x, y, seed)
+            layer = method.layers[f"layers.{place}.proj"]
+            noise = torch.randn(WIDTH, generator=torch.Generator().manual_seed(seed + 50))
+
+            def harm(module: nn.Module, _: Any, output: Tensor, method: Flexora = method, place: int = place) -> Tensor:
+                used = method._dial.weights
+                assert used is not None
+                return output if module.training else output + 2.0 * used[place] * noise  # noqa: B023
+
+            if spoilt:
+                layer.register_forward_hook(harm)
+            drive(method, model, FIRST)
+            weights[spoilt].append(float(method.learnt.weights[place].detach()))
+    assert all(weight < 1 for weight in weights[True]), weights
+    assert all(weight > 1 for weight in weights[False]), weights
