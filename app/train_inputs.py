@@ -19,7 +19,7 @@ from train.continuation import POINTER, ContinueFrom, check_base, continued_opti
 from train.estimate import Estimate, check_fits, estimate
 from train.feasibility import check_base_kind, check_feasible
 from train.options.common import Circumstances
-from train.packed_base import fitted
+from train.packed_base import fitted, packed_bytes
 from train.settings import TaskSettings, is_packed
 from train.targets import check_method, wanted_targets
 
@@ -104,14 +104,17 @@ def _estimate(
     if row.fingerprint is None:
         return None
     linear = {str(path): (int(d_out), int(d_in)) for path, d_out, d_in in row.fingerprint}
-    targets = wanted_targets(linear, options, request.full_task)
+    packed = packed_bytes(row.quantisation)
+    adaptable = {path: linear[path] for path in packed} if packed else linear
+    targets = wanted_targets(adaptable, options, request.full_task)
     if start is not None:
         # What a task trains whole, such as a new classifier, only the worker knows.
         place(start, targets, () if request.full_task.type in _WITHOUT_HEAD else None)
     steps = request.training.steps if rows is None else request.training.steps_for(rows)
     known = Circumstances(targets, request.training, steps, rows, is_packed(request.full_task))
     check_method(options, known)
-    return estimate(options, targets, linear, request.training, request.full_task, row.parameter_count, devices)
+    sizes = (row.parameter_count, devices)
+    return estimate(options, targets, linear, request.training, request.full_task, *sizes, packed=packed)
 
 
 def _start(session: Session, base: ModelRow, wanted: ContinueFrom | None) -> AdapterManifest | None:

@@ -22,6 +22,7 @@ from storage.transfers import TransferFacts
 from train.catalog import find_method as find_training
 from train.estimate import check_fits, estimate
 from train.options.common import Circumstances
+from train.packed_base import fitted
 from train.settings import CausalLmTask
 from train.targets import check_method, wanted_targets
 from transfer.catalog import TransferMethod, find_method, parse_parameters
@@ -146,6 +147,8 @@ def _check_target(settings: Settings, session: Session, subject: Subject, option
         kind.check_task(task.type)
     settled = "target_modules" in options.target_parameters or not kind.options.adapts_layers
     chosen = options.train_options(() if settled else tuple(query_and_value(linear)))
+    with pointers_below("/parameters/target_method", "/base_model"):
+        fitted(kind, chosen, target.quantisation)
     with pointers_below("/parameters/target_parameters", "/parameters"):
         targets = wanted_targets(linear, chosen, task)
         check_method(chosen, Circumstances(targets, options.training, options.training.steps, None))

@@ -34,6 +34,10 @@ DECLARED_TYPES: Mapping[str, DeclaredType] = MappingProxyType(
             "smora",
             "whose ΔW is another one for every token; train.declared.load puts it on its base",
         ),
+        "RANKWISE_LQ_LORA": DeclaredType(
+            "lq_lora",
+            "whose factors are for a quantised base and not for the original; train.declared.load puts them on it",
+        ),
     }
 )
 """`peft_type` → type. `train.declared` has what loads each."""

@@ -9,6 +9,8 @@ METHOD = "rankwise-lq"
 """`quant_method` of base models that the method lq-lora trains on (`train.quantised`)."""
 START_NAME = "start_factors.safetensors"
 """The factors L1 and L2 that belong to the quantised weights, beside them in the folder."""
+NOTES_NAME = "quantisation.json"
+"""How the quantised model was made, and with what error."""
 
 
 def quantisation_of(config: Mapping[str, Any]) -> dict[str, Any] | None:

@@ -18,6 +18,7 @@ class Case:
     Attributes:
         time_goal, memory_goal: largest ratio to the stock method of the same rank; None: only reported.
         stock: that method, of PEFT.
+        packed: on the base model in four bits a weight.
         measured_from: the share of the steps after which they count, for a method that does something else before.
         measured_to: the share up to which they count.
     """
@@ -30,6 +31,7 @@ class Case:
     measured_from: float = 0.0
     measured_to: float = 1.0
     stock: Literal["LoRA", "DoRA"] = "LoRA"
+    packed: bool = False
 
 
 def _goals(name: str, method: str, time_goal: float, parameters: Mapping[str, Any], **more: Any) -> Case:
@@ -90,6 +92,7 @@ SPECIAL: Mapping[str, Callable[[int], list[Case]]] = {
     "increlora": _increlora,
     "bone": _bone,
     "lora-sb": lambda rank: [_goals("lora-sb", "lora-sb", 1.0, {"rank": rank})],
+    "lq-lora": lambda rank: [Case("lq-lora, 4 bits", "lq-lora", {"rank": rank}, 1.6, packed=True)],
     "nlora": lambda rank: [_goals("nlora", "nlora", 1.1, {"rank": rank})],
     "slora": lambda rank: [_goals("slora", "slora", 1.1, {"rank": rank})],
     "inttune": lambda rank: [_goals("inttune", "inttune", 1.1, {"rank": rank})],

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PrinterCallback, Trainer, TrainingArguments, set_seed
 from transformers.utils import logging
 
+import train.quantised.loading  # noqa: F401 (teaches transformers packed weights)
 from benchmarks.training_cases import Case
 from train.base_files import BaseFiles
 from train.catalog import find_method, parse_parameters
@@ -41,7 +42,8 @@ MAX_GRAD_NORM = 1.0
 
 @dataclass(frozen=True)
 class Setting:
-    """What every line of the table has in common: the base model's folder, the batch, the rank, the threads."""
+    """What every line of the table has in common: the base model's folder, the batch, the rank, the threads; and the
+    folder of the same base model in a few bits, if a line needs it."""
 
     base: Path
     rank: int
@@ -49,6 +51,7 @@ class Setting:
     length: int
     steps: int
     threads: int
+    packed: Path | None = None
 
     @property
     def training(self) -> TrainingSettings:
@@ -62,10 +65,11 @@ class Setting:
         )
 
 
-def load(setting: Setting) -> Any:
+def load(setting: Setting, *, packed: bool = False) -> Any:
     """The base model, frozen."""
     logging.disable_progress_bar()
-    model = AutoModelForCausalLM.from_pretrained(setting.base, dtype=torch.float32).requires_grad_(False)
+    folder = setting.packed if packed else setting.base
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).requires_grad_(False)
     model.config.use_cache = False
     return model
 
@@ -98,7 +102,7 @@ class Steps:
     def __init__(self, setting: Setting, case: Case | str) -> None:
         """Load the base model and prepare it, for a case or for a stock method of that name."""
         set_seed(SEED)
-        base = load(setting)
+        base = load(setting, packed=case is not None and case.packed)
         rows = examples(setting, base.config.vocab_size, BATCHES * setting.rows)
         self._rows = rows
         self._batches = [collate(rows[at : at + setting.rows], 0) for at in range(0, len(rows), setting.rows)]
@@ -127,6 +131,7 @@ class Steps:
             SEED,
             rows=len(rows),
             batch_of=lambda numbers: collate([rows[number] for number in numbers], 0),
+            base_location=str(setting.packed or setting.base),
         )
 
     def _optimization(self, training: TrainingSettings) -> tuple[Any, Any]:

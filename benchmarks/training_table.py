@@ -170,10 +170,10 @@ def train_all(runs: Sequence[Run], workers: int) -> list[dict[str, Any]]:
 
 
 def lines_of(names: Sequence[str]) -> list[tuple[str, str, Mapping[str, Any]]]:
-    """(line of the table, method, parameters) of every method that serves the task."""
+    """(line of the table, method, parameters) of every method that serves the task on the unquantised base model."""
     found = []
     for name, row in METHODS.items():
-        if (not names or name in names) and "sequence-classification" in row.capabilities.tasks:
+        if name != "lq-lora" and (not names or name in names) and "sequence-classification" in row.capabilities.tasks:
             variants = VARIANTS.get(name, {name: {"rank": RANK}})
             found += [(line, name, parameters) for line, parameters in variants.items()]
     return found

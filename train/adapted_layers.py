@@ -10,6 +10,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from train.quantised.packed_linear import PackedLinear
+
 
 @dataclass(frozen=True, slots=True)
 class LowRank:
@@ -46,7 +48,7 @@ class AdaptedLinear(nn.Module, ABC):
         super().__init__()
         self.base = base.requires_grad_(False)
         # transformers' Conv1D keeps W as (d_in, d_out)
-        self.fan_in_fan_out = not isinstance(base, nn.Linear)
+        self.fan_in_fan_out = not isinstance(base, nn.Linear | PackedLinear)
         self.d_out, self.d_in = (int(size) for size in self.weight.shape)
 
     @property
@@ -74,6 +76,13 @@ class AdaptedLinear(nn.Module, ABC):
     def base_norm(self) -> float:
         """‖W‖_F, by which a stored adapter knows its base again."""
         return float(self.weight.detach().double().norm())
+
+    @torch.no_grad()
+    def with_delta(self, dtype: torch.dtype) -> nn.Module:
+        """The base layer with ΔW in its weight. `dtype`: of the model, for a layer that makes a new weight."""
+        del dtype
+        self.weight.copy_((self.weight.to(torch.float32) + self.delta()).to(self.weight.dtype))
+        return self.base
 
     def filled(self) -> None:
         """Called when a loader has put stored tensors into the layer."""

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from artifacts.menu import find_row, parse_options
-from train.menu_row import PLAIN, Capabilities, Form, Method
+from train.menu_row import PLAIN, TEXT_TASKS, Capabilities, Form, Method
 from train.options.allora import AlloraOptions
 from train.options.baselines import (
     AdaloraOptions,
@@ -28,6 +28,7 @@ from train.options.flexora import FlexoraOptions
 from train.options.gradnormlorp import GradnormlorpOptions
 from train.options.increlora import IncreloraOptions
 from train.options.loftq import LoftqOptions
+from train.options.lq_lora import LqLoraOptions
 from train.options.prompt_tuning import PromptTuningOptions
 from train.options.smora import SmoraOptions
 from train.options.three_factor import InttuneOptions, LoraSbOptions, LoraXsOptions, NloraOptions, SloraOptions
@@ -117,6 +118,21 @@ _ROWS = (
         arxiv="2310.08659",
         reference_url="https://arxiv.org/abs/2310.08659",
         capabilities=Capabilities(exports="loftq", mergeable=False),
+    ),
+    Method(
+        name="lq-lora",
+        title="LQ-LoRA",
+        summary="Trains the factors beside a base model in 2 to 8 bits a weight; POST /models/{id}/quantize makes it.",
+        when="When the base model is too large to train on in its own precision, or shall run in a few bits.",
+        cost="As LoRA, and the unpacking of every weight twice in a step; the base model takes its few bits only. "
+        "Quantising it comes before, once.",
+        output="An adapter of Rankwise's own type for the quantised base model, loaded by train.declared, which can "
+        "also fold it into a dense model.",
+        options=LqLoraOptions,
+        implementation="train.methods.lq_lora:LqLora",
+        arxiv="2311.12023",
+        reference_url="https://arxiv.org/abs/2311.12023",
+        capabilities=Capabilities(exports="lq_lora", mergeable=False, tasks=TEXT_TASKS),
     ),
     Method(
         name="eva",

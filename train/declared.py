@@ -24,6 +24,7 @@ LAYERS: Mapping[str, str] = {
     "RANKWISE_BAT_ROW": "train.bat_row:BatRowLinear",
     "RANKWISE_LOFTQ": "train.loftq_layer:LoftqLinear",
     "RANKWISE_SMORA": "train.smora_layer:SmoraLinear",
+    "RANKWISE_LQ_LORA": "train.lq_layer:LqLinear",
 }
 """`peft_type` → the class of its layers, as "module:class", with a classmethod `declared(base, configuration)`."""
 
@@ -131,12 +132,15 @@ def put_back(model: nn.Module, layers: Mapping[str, AdaptedLinear]) -> None:
 def fold(model: nn.Module) -> nn.Module:
     """Add ΔW to the weights of every layer of ours, in float32, and put the base layers back; in place.
 
-    There is no way back from the folded weights: with a block D_c = −I the original is lost. Load the base again.
+    Packed weights become ordinary ones. There is no way back from the folded weights: with a block D_c = −I the
+    original is lost. Load the base again.
     """
+    dtype = next(value.dtype for value in model.parameters() if value.is_floating_point())
     for path, layer in [item for item in model.named_modules() if isinstance(item[1], AdaptedLinear)]:
-        delta = layer.delta()
-        layer.weight.copy_((layer.weight.to(torch.float32) + delta).to(layer.weight.dtype))
-        exchange(model, path, layer.base)
+        exchange(model, path, layer.with_delta(dtype))
+    quantizer = getattr(model, "hf_quantizer", None)
+    if quantizer is not None:
+        quantizer.remove_quantization_config(model)
     return model
 
 

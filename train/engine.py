@@ -27,6 +27,7 @@ from train.feasibility import check_feasible
 from train.loop import LoopInputs, LoopResult, Observer, run_loop
 from train.options.common import Circumstances, TrainOptions
 from train.protocol import MethodContext, TrainMethod, loss_of_model
+from train.quantised.packed_linear import PackedLinear
 from train.reload import Reload, check_reload
 from train.report import MemoryMeter, TrainReport
 from train.settings import EvaluationSettings, TaskSettings, TrainingSettings, is_packed
@@ -124,12 +125,12 @@ def train_adapter(
         course.start = inputs.start.placed(known.targets, task.whole(model))
     if carried is not None:
         course.before = _scores(task, carried)
-    elif course.start is None and world.first:
+    elif course.start is None and not method.begins_prepared and world.first:
         course.before = bench.scores(model, "before", (PREPARING, BEFORE))
     world.wait()
     set_seed(plan.seed)
     trainable = _prepare(course, method, model, task, inputs.resume)
-    if carried is None and course.start is not None:
+    if carried is None and (course.start is not None or method.begins_prepared):
         if world.first:
             course.before = bench.scores(trainable.eval(), "before", (PREPARING, BEFORE))
         world.wait()
@@ -210,11 +211,20 @@ def linear_layers(model: nn.Module) -> dict[str, tuple[int, int]]:
 
     found: dict[str, tuple[int, int]] = {}
     for path, module in model.named_modules():
-        if isinstance(module, nn.Linear):
+        if isinstance(module, nn.Linear | PackedLinear):
             found[path] = (module.out_features, module.in_features)
         elif isinstance(module, Conv1D):
             found[path] = (module.weight.shape[1], module.weight.shape[0])
     return found
+
+
+def packed_sizes(model: nn.Module) -> dict[str, int]:
+    """Path → bytes of the layers whose weights are packed."""
+    return {
+        path: sum(buffer.numel() * buffer.element_size() for buffer in module.buffers())
+        for path, module in model.named_modules()
+        if isinstance(module, PackedLinear)
+    }
 
 
 def _check(
@@ -222,12 +232,15 @@ def _check(
 ) -> tuple[Circumstances, Estimate]:
     """Raises RequestInvalid when the method, its layers or the memory do not allow the training."""
     linear = {path: sides for path, sides in linear_layers(model).items() if not _is_whole(path, whole)}
-    targets = wanted_targets(linear, plan.options, plan.task)
+    packed = packed_sizes(model)
+    adaptable = {path: linear[path] for path in packed} if packed else linear
+    targets = wanted_targets(adaptable, plan.options, plan.task)
     rows = len(examples.train)
     known = Circumstances(targets, plan.training, plan.training.steps_for(rows), rows, is_packed(plan.task))
     check_method(plan.options, known)
     heads = sum(_parameters(model.get_submodule(path)) for path in whole)
-    needed = estimate(plan.options, targets, linear, plan.training, plan.task, _parameters(model), devices, heads)
+    sizes = (_parameters(model), devices, heads, packed)
+    needed = estimate(plan.options, targets, linear, plan.training, plan.task, *sizes)
     check_fits(needed, free_memory(plan.device) + needed.base_bytes, plan.device)  # the base is in it already
     return known, needed
 
@@ -263,6 +276,7 @@ def _prepare(
         rows=len(rows),
         batch_of=batch_of,
         words=task.words,
+        base_location=task.base.location,
     )
     return method.prepare(model, context)
 

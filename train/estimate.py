@@ -47,6 +47,7 @@ def estimate(
     parameter_count: int | None = None,
     devices: int = 1,
     whole: int = 0,
+    packed: Mapping[str, int] | None = None,
 ) -> Estimate:
     """What the training takes on a base model with these layers, on each of its devices.
 
@@ -54,13 +55,15 @@ def estimate(
         linear: path → (d_out, d_in) of all weights of the base model.
         parameter_count: of the base model; unknown, it is counted from `linear`.
         devices: that share the rows of a batch.
+        packed: path → bytes of the layers whose weights are packed; `parameter_count` is without them.
         whole: parameters of modules that are trained as they are; what a new head has is known when the rows are read.
     """
     beside = whole + options.parameters_beside(_width(linear))
     trainable = beside + sum(options.parameters_of(target.d_out, target.d_in) for target in targets)
     kept_of_layers = sum(options.optimizer_bytes_of(target.d_out, target.d_in) for target in targets)
+    packed = packed or {}
     parameters = parameter_count or sum(
-        d_out * d_in for path, (d_out, d_in) in linear.items() if not _tied(path, linear)
+        d_out * d_in for path, (d_out, d_in) in linear.items() if path not in packed and not _tied(path, linear)
     )
     width = WEIGHT_BYTES[training.precision]
     tokens = training.batch_size * task.positions // devices
@@ -68,7 +71,7 @@ def estimate(
     kept = _KEPT_PER_LAYER * tokens * per_token * width
     return Estimate(
         trainable_parameters=trainable,
-        base_bytes=parameters * width,
+        base_bytes=parameters * width + sum(packed.values()),
         adapter_bytes=trainable * FLOAT32_BYTES,
         optimizer_bytes=kept_of_layers + beside * ADAM_STATE_BYTES,
         activation_bytes=int(kept / 4 if training.gradient_checkpointing else kept),

@@ -15,7 +15,8 @@ if TYPE_CHECKING:
     from train.protocol import TrainMethod
 
 ALL_TASKS: tuple[TaskName, ...] = get_args(TaskName)
-Export = Literal["lora", "dora", "vera", "miss", "bat_row", "loftq", "smora", "prompt_tuning"]
+TEXT_TASKS: tuple[TaskName, ...] = ("causal-lm", "sequence-classification", "token-classification")
+Export = Literal["lora", "dora", "vera", "miss", "bat_row", "loftq", "lq_lora", "smora", "prompt_tuning"]
 PLAIN = ("lora", "rslora")
 """The types of adapters whose ΔW is scaling·B·A."""
 

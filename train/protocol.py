@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
 from train.options.common import TrainOptions
 
@@ -64,6 +64,7 @@ class MethodContext:
         loss: the task's mean loss of a model on a batch.
         rows: how many training rows there are.
         batch_of: gives a batch of the training rows of these numbers, from 0 on, on the model's device.
+        base_location: the folder of the base model, or its repository on the hub.
         words: gives the token ids of a text, without any that only begin or end one; none where there are no words.
     """
 
@@ -80,6 +81,7 @@ class MethodContext:
     rows: int = 0
     batch_of: Callable[[Sequence[int]], Mapping[str, Tensor]] = _no_rows
     words: Callable[[str], Sequence[int]] = lambda text: ()
+    base_location: str = ""
 
 
 class TrainMethod(ABC, Generic[Options]):
@@ -88,6 +90,10 @@ class TrainMethod(ABC, Generic[Options]):
     A checkpoint holds what `save` writes, the optimiser, the schedule, the generators of random numbers and `state`;
     after `prepare` with the same seed, `load` and `load_state`, training goes on as if it had not stopped.
     """
+
+    begins_prepared: ClassVar[bool] = False
+    """Whether the training begins at the prepared model and not at the base model as it is loaded: then that is what
+    is measured before it."""
 
     def __init__(self, options: Options) -> None:
         self.options = options

@@ -63,13 +63,16 @@ def train_local(recipe: Recipe, output: Path, *, device: str, progress: Callable
             hint="Train on the service, or leave `transferable` out.",
             errors=[FieldError("/transferable", "needs the service")],
         )
+    from artifacts.base_model import inspect_base
     from artifacts.intake import inspect as inspect_adapter
     from train.catalog import find_method, parse_parameters
     from train.continuation import Start, continued_options
+    from train.packed_base import fitted
     from train.rows import find_format, inspect
 
     request = recipe.request
     options = parse_parameters(request.method, request.parameters)
+    options = fitted(find_method(request.method), options, inspect_base(recipe.model_folder).quantisation)
     start = None
     if recipe.adapter_folder is not None:
         start = Start(str(recipe.adapter_folder), inspect_adapter(recipe.adapter_folder), recipe.adapter_folder)

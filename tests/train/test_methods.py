@@ -29,6 +29,7 @@ PARAMETERS: dict[str, dict[str, Any]] = {
     "lora-sb": {"rank": 12, "dropout": 0.1, "samples": 16},
     "lora-xs": {"rank": 12, "dropout": 0.1},
     "loftq": {"rank": 4, "bits": 4, "iterations": 2},
+    "lq-lora": {},
     "miss": {"rank": 8, "dropout": 0.1},
     "nlora": {"rank": 4, "dropout": 0.1, "residual": True},
     "prompt-tuning": {"virtual_tokens": 6},

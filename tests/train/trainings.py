@@ -5,20 +5,27 @@ from __future__ import annotations
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from tiny_base import sums, write_rows
 from transformers import AutoModelForCausalLM
 
+from artifacts.base_model import inspect_base
 from train.base_files import BaseFiles
 from train.catalog import find_method, parse_parameters
 from train.continuation import Start, continued_options
 from train.data import DataFile
 from train.engine import Inputs, Plan, train_adapter
+from train.options.quantisation import QuantisationOptions
+from train.packed_base import fitted
+from train.quantised.engine import quantise_base
 from train.report import TrainReport
 from train.settings import EvaluationSettings, TrainingSettings, parse_task
 
+PACKED = frozenset({"lq-lora"})
+"""Methods that train on a quantised base model."""
 TRAINING = {"steps": 20, "learning_rate": 0.01, "batch_size": 8, "gradient_accumulation": 2}
 
 
@@ -62,6 +69,13 @@ class Trainings:
         """The untouched base model."""
         return self.base_files.load(AutoModelForCausalLM, "causal language model", dtype="float32", device="cpu")
 
+    @cached_property
+    def packed_files(self) -> BaseFiles:
+        """The base model in a few bits, with factors of rank 4."""
+        options = QuantisationOptions(rank=4, budget_bits=3, grid={"blocks": [16], "scales": [16], "scale_bits": [4]})
+        quantise_base(self.base, self.folder / "packed", options, progress=lambda fraction, message: None)
+        return BaseFiles("acme/tiny", str(self.folder / "packed"))
+
     def run(
         self,
         method: str = "lora",
@@ -81,6 +95,8 @@ class Trainings:
         folder = self.folder / f"run-{self.count}"
         folder.mkdir()
         options = parse_parameters(method, parameters or {})
+        base = self.packed_files if method in PACKED else self.base_files
+        options = fitted(find_method(method), options, inspect_base(Path(base.location)).quantisation)
         if start is not None:
             options = continued_options(find_method(method), options, start.manifest)
         data = self.data if rows is None else DataFile(write_rows(folder / "rows.jsonl", rows), "jsonl")
@@ -93,7 +109,7 @@ class Trainings:
             seed=seed,
             device="cpu",
         )
-        inputs = Inputs(self.base_files, data, folder, resume, start)
+        inputs = Inputs(base, data, folder, resume, start)
         watcher = Watcher(folder, stop_at)
         report = train_adapter(plan, find_method(method).load(options), inputs, folder / "adapter", watcher)
         return report, folder / "adapter", watcher

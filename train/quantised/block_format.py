@@ -74,10 +74,11 @@ class BlockFormat:
         return cls(*found)
 
 
-PRESETS: Mapping[str, BlockFormat] = {
-    "nf3": BlockFormat(3, 8, "float32", 64, 256),
-    "nf4": BlockFormat(4, 8, "float32", 64, 256),
+PRESETS: Mapping[str, tuple[BlockFormat, ...]] = {
+    name: tuple(BlockFormat(bits, 8, "float32", 64, scales) for scales in reversed(SCALE_BLOCKS))
+    for name, bits in (("nf3", 3), ("nf4", 4))
 }
+"""Each matrix gets the first whose blocks are whole in it; in large ones that is always the first."""
 
 
 def grid(
@@ -91,6 +92,11 @@ def grid(
     of the second scale hardly changes the error: by default 144 of the 432 of arXiv:2311.12023."""
     every = [BlockFormat(*found) for found in product(bits, scale_bits, scale_dtypes, blocks, scales)]
     return sorted(every, key=lambda item: (item.bits_per_weight, item))
+
+
+def first_that_fits(numel: int, forms: Iterable[BlockFormat]) -> BlockFormat:
+    """For a matrix of so many entries, which one of them fits."""
+    return next(form for form in forms if form.fits(numel))
 
 
 def numel_of(shape: Iterable[int]) -> int:

@@ -13,20 +13,19 @@ from torch import Tensor
 
 from artifacts.errors import FieldError, RequestInvalid
 from artifacts.model_folder import carried_files, write_json
-from artifacts.quantised_base import METHOD, START_NAME, quantisation_of
+from artifacts.quantised_base import METHOD, NOTES_NAME, START_NAME, quantisation_of
 from artifacts.safetensors_writer import SafetensorsWriter, TensorEntry
 from train.options.quantisation import QuantisationOptions
-from train.quantised.block_format import CODEBOOK, DTYPE_BITS, BlockFormat, numel_of
+from train.quantised.block_format import CODEBOOK, DTYPE_BITS, BlockFormat, first_that_fits, numel_of
 from train.quantised.decomposition import Decomposition, decompose
 from train.quantised.double_quantisation import packed, rounded, tensor_shapes
 from train.quantised.fisher_weights import Fisher
-from train.quantised.report import MatrixReport, QuantisationReport
+from train.quantised.report import MatrixReport, QuantisationReport, relative_error
 from train.quantised.search import Subject, check_formats, choose_formats, low_rank_factors
 from train.quantised.source_weights import SourceWeights
 from train.targets import resolve_targets
 
 WEIGHTS_NAME = "model.safetensors"
-NOTES_NAME = "quantisation.json"
 SEARCHED = 0.75
 """Where the trials of formats end on the progress bar, with a budget."""
 _NAMES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
@@ -82,7 +81,7 @@ def quantise_base(
         choice = choose_formats(sides, options, read, lambda part, text: progress(SEARCHED * part, text))
         forms, first = choice.formats, SEARCHED
     else:
-        forms = dict.fromkeys(sides, options.formats[0])
+        forms = {path: first_that_fits(numel_of(shape), options.formats) for path, shape in sides.items()}
     out.mkdir(parents=True)
     matrices = []
     entries = [*_packed_entries(sides, forms), *_kept_entries(weights, sides)]
@@ -213,6 +212,7 @@ def _write_rest(
             **notes,
             "parameters": options.model_dump(mode="json"),
             "torch": torch.__version__,
+            "relative_error": relative_error(matrices),
             "modules": [item.to_dict() for item in matrices],
         },
     )

@@ -54,7 +54,7 @@ class PackedQuantizer(HfQuantizer):  # type: ignore[misc]
                 raise ValueError(f"{path} is quantised as {d_out}×{d_in}, and the model's layer is {sides}")
             bias = getattr(layer, "bias", None)
             with torch.device("meta"):
-                packed = PackedLinear(d_out, d_in, BlockFormat.of(told["format"]), bias=bias)
+                packed = PackedLinear(d_out, d_in, BlockFormat.of(told["format"]), bias=bias, stored_path=path)
             exchange(model, found, packed)
 
     @property

@@ -18,6 +18,7 @@ class PackedLinear(nn.Module):
     Attributes:
         codes, scale_q, scale2, offset: see `train.quantised.double_quantisation.PackedMatrix`.
         bias: (d_out,), frozen; or None.
+        stored_path: what the files call the layer; classes with a head put a component before it.
     """
 
     codes: Tensor
@@ -25,8 +26,11 @@ class PackedLinear(nn.Module):
     scale2: Tensor
     offset: Tensor
 
-    def __init__(self, d_out: int, d_in: int, form: BlockFormat, *, bias: Tensor | None = None) -> None:
+    def __init__(
+        self, d_out: int, d_in: int, form: BlockFormat, *, bias: Tensor | None = None, stored_path: str = ""
+    ) -> None:
         super().__init__()
+        self.stored_path = stored_path
         self.out_features, self.in_features, self.form = d_out, d_in, form
         shapes = tensor_shapes(d_out * d_in, form)
         dtypes = {"scale2": DTYPES[form.scale_dtype], "offset": torch.float32}

@@ -89,7 +89,7 @@ class QuantisationReport:
             "offset_bytes": OFFSET_BYTES * len(self.matrices),
             "dense_bytes": self.dense_bytes,
             "model_bytes": self.folder_bytes,
-            "relative_error": _ratio(math.fsum(item.error for item in self.matrices), energy),
+            "relative_error": relative_error(self.matrices),
             "relative_error_of_quantising_alone": _ratio(math.fsum(item.plain for item in self.matrices), energy),
             "fisher": None if self.fisher is None else dict(self.fisher),
         }
@@ -101,6 +101,11 @@ class QuantisationReport:
                 "gap": self.choice.gap,
             }
         return found | {"modules": [item.to_dict() for item in self.matrices]}
+
+
+def relative_error(matrices: Sequence[MatrixReport]) -> float:
+    """‖W − Q − L1·L2‖ / ‖W‖ over all of them."""
+    return _ratio(math.fsum(item.error for item in matrices), math.fsum(item.energy for item in matrices))
 
 
 def _ratio(above: float, below: float) -> float:

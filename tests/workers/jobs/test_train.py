@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from train_jobs import STEPS, TRAINING, checkpoint_of, params_of, start
+from train_jobs import STEPS, TRAINING, base_for, checkpoint_of, params_of, start
 
 from artifacts.errors import AttemptStale
 from storage import adapters, checkpoints, job_metrics
@@ -59,6 +59,7 @@ PARAMETERS: dict[str, dict[str, Any]] = {
     },
     "increlora": {"initial_rank": 1, "target_rank": 2, "interval": 10, "dropout": 0.1},
     "loftq": {"rank": 4},
+    "lq-lora": {},
     "prompt-tuning": {"virtual_tokens": 4},
     "smora": {"rank": 8, "active_rank": 2, "dropout": 0.1},
 }
@@ -68,6 +69,7 @@ PARAMETERS: dict[str, dict[str, Any]] = {
 def kill_and_compare(pool: Any, tiny_base: Path, base_id: str, dataset_id: str, method: str, wait_until: Any) -> Any:
     """Run the same training twice, once killed after its first checkpoint; returns the killed job."""
     changes = {"method": method, "parameters": PARAMETERS.get(method, {"rank": 4, "dropout": 0.1})}
+    base_id = base_for(pool, tiny_base, base_id, method)
     whole = pool.submit("train", **params_of(base_id, dataset_id, training=TRAINING, **changes))
     start(pool, tiny_base)
     assert pool.ended(whole).error is None

@@ -11,7 +11,7 @@ import psutil
 import pytest
 import train_kinds
 from test_methods import PARAMETERS, USUAL
-from train_jobs import TRAINING, checkpoint_of, params_of, series_of, start, weights_of
+from train_jobs import TRAINING, base_for, checkpoint_of, params_of, series_of, start, weights_of
 
 from train.catalog import METHODS
 from workers.kinds import KINDS
@@ -41,6 +41,7 @@ def test_two_ranks_train_what_one_trains_with_the_same_batches(
     """51 rows are 6 batches of 8 and one of 3, which the ranks share as 1 and 2; completions differ in length."""
     # Without dropout, whose masks are others on every rank.
     sizes = {name: value for name, value in PARAMETERS.get(method, USUAL).items() if name != "dropout"}
+    base_id = base_for(train_pool, tiny_base, base_id, method)
     params = params_of(base_id, add_dataset(), method=method, training=FEW, parameters=sizes)
     check_ranks(train_pool, tiny_base, params)
 

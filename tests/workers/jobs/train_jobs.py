@@ -8,10 +8,13 @@ from typing import Any
 from safetensors.torch import load_file
 from torch import Tensor
 
-from storage import adapters
+from artifacts.base_model import inspect_base
+from storage import adapters, models
 from storage.blobs import BlobStore
 from storage.checkpoints import newest_checkpoint
 from storage.job_metrics import metrics_after
+from train.options.quantisation import QuantisationOptions
+from train.quantised.engine import quantise_base
 from workers.kinds import KINDS
 
 STEPS = 60
@@ -31,6 +34,18 @@ def params_of(base_id: str, dataset_id: str, **changes: Any) -> dict[str, Any]:
         "name": None,
     }
     return values | changes
+
+
+def base_for(pool: Any, tiny_base: Path, base_id: str, method: str) -> str:
+    """The base model, or for a method that needs it the same in a few bits."""
+    if method != "lq-lora":
+        return base_id
+    folder = tiny_base.parent / "packed"
+    if not folder.exists():
+        options = QuantisationOptions(rank=4, budget_bits=3, grid={"blocks": [16], "scales": [16], "scale_bits": [4]})
+        quantise_base(tiny_base, folder, options, progress=lambda fraction, message: None)
+    with pool.database.write() as session:
+        return models.add_model(session, inspect_base(folder))[0].id
 
 
 def start(pool: Any, tiny_base: Path, **changes: Any) -> Any:
