@@ -18,11 +18,13 @@ from train.catalog import find_method, parse_parameters
 from train.continuation import POINTER, ContinueFrom, check_base, continued_options, place
 from train.estimate import Estimate, check_fits, estimate
 from train.feasibility import check_base_kind, check_feasible
+from train.groups import POINTER as GROUPS
 from train.options.common import Circumstances
 from train.packed_base import fitted, packed_bytes
-from train.settings import TaskSettings, is_packed
+from train.settings import EvaluationSettings, TaskSettings, is_packed
 from train.targets import check_method, wanted_targets
 
+_SHOWN = 20
 _WITHOUT_HEAD: frozenset[str] = frozenset({"causal-lm", "text-to-image"})
 """Tasks that train no module whole."""
 
@@ -45,6 +47,7 @@ def check_train(settings: Settings, session: Session, request: TrainParams, devi
     row = _base_model(session, request, lock=True)
     dataset = stored_dataset(session, request.dataset)
     check_suitable(dataset, request.full_task)
+    check_groups(dataset, request.evaluation)
     if request.transferable is not None:
         check_transferable(session, request, request.transferable, row, dataset, devices)
     needed = _estimate(session, row, request, devices, dataset.rows)
@@ -53,6 +56,28 @@ def check_train(settings: Settings, session: Session, request: TrainParams, devi
         where = "this machine" if devices == 1 else f"each of {devices} devices of this machine"
         check_fits(needed, memory // devices, where)
     return row.id
+
+
+def check_groups(dataset: DatasetRow, evaluation: EvaluationSettings) -> None:
+    """Refuse to group by a column that the dataset has not in every row, or that is no name of a group."""
+    wanted = evaluation.group_column
+    if wanted is None:
+        return
+    columns = {str(column["name"]): column for column in dataset.columns}
+    found = columns.get(wanted)
+    if found is None:
+        problem = f"the dataset {dataset.name!r} has no column {wanted!r}; it has {', '.join(list(columns)[:_SHOWN])}"
+    elif found["nulls"]:
+        problem = f"the column {wanted!r} of the dataset {dataset.name!r} is missing or null in {found['nulls']} rows"
+    elif found["type"] not in ("string", "integer"):
+        problem = f"the column {wanted!r} of the dataset {dataset.name!r} has values of type {found['type']}"
+    else:
+        return
+    raise RequestInvalid(
+        f"T{problem[1:]}.",
+        hint="Take a column with a text or a whole number in every row, such as the name of its task.",
+        errors=[FieldError(GROUPS, problem)],
+    )
 
 
 def check_suitable(dataset: DatasetRow, task: TaskSettings) -> None:

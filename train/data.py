@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from artifacts.errors import FieldError, RequestInvalid
+from train.groups import NO_GROUPS, GroupColumn, Groups
 from train.rows import Format, iter_rows
 from train.settings import EvaluationSettings
 from train.splits import split_of
@@ -28,13 +29,15 @@ class Examples:
     train: tuple[Any, ...]
     validation: tuple[Any, ...]
     report: dict[str, Any]
+    groups: Groups = NO_GROUPS
 
 
 class SplitRows:
     """The rows of a file with their numbers from 1; which are held out is known once they went by."""
 
-    def __init__(self, file: DataFile, fraction: float) -> None:
+    def __init__(self, file: DataFile, fraction: float, group_column: str | None = None) -> None:
         self._file, self._fraction = file, fraction
+        self._groups = None if group_column is None else GroupColumn(group_column)
         self.held_out: set[int] = set()
 
     def __iter__(self) -> Iterator[tuple[int, Mapping[str, Any]]]:
@@ -42,6 +45,8 @@ class SplitRows:
         for number, row in enumerate(iter_rows(self._file.path, self._file.format), 1):
             if split_of(row, self._fraction) == "validation":
                 self.held_out.add(number)
+            if self._groups is not None:
+                self._groups.see(number, row)
             yield number, row
 
     def parted(self, numbers: Sequence[int], examples: Sequence[Any]) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
@@ -57,6 +62,21 @@ class SplitRows:
         if self._fraction:
             check_enough(validation, "validation")
         return train, validation
+
+    def groups(self, numbers: Sequence[int], measured: int, *, packed: bool = False) -> Groups:
+        """The groups of these rows, in the order in which `parted` has them.
+
+        Args:
+            measured: how many of the rows that are held out are measured at most.
+
+        Raises:
+            FileBroken, RequestInvalid: see `train.groups.GroupColumn.of`.
+        """
+        if self._groups is None:
+            return NO_GROUPS
+        pairs = list(zip(numbers, self._groups.of(numbers), strict=True))
+        train = () if packed else tuple(group for number, group in pairs if number not in self.held_out)
+        return Groups(train, tuple(group for number, group in pairs if number in self.held_out)[:measured])
 
 
 def check_enough(examples: Sequence[Any], what: str) -> None:

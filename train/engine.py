@@ -22,7 +22,7 @@ from train.checkpoints import CARRIED
 from train.continuation import Start
 from train.data import DataFile, Examples
 from train.estimate import Estimate, check_fits, estimate
-from train.evaluation import Scores, compare
+from train.evaluation import Scores, by_group, compare
 from train.feasibility import check_feasible
 from train.loop import LoopInputs, LoopResult, Observer, run_loop
 from train.options.common import Circumstances, TrainOptions
@@ -183,6 +183,8 @@ class _Course:
                 "after": self.after.to_dict(),
                 "difference": compare(self.before, self.after, plan.evaluation, plan.seed),
             }
+            if self.examples.groups.validation:
+                measured["groups"] = by_group(self.before, self.after, self.examples.groups.validation)
         return TrainReport(
             method=plan.method,
             steps=result.steps,
@@ -277,6 +279,7 @@ def _prepare(
         batch_of=batch_of,
         words=task.words,
         base_location=task.base.location,
+        groups=course.examples.groups.train,
     )
     return method.prepare(model, context)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -73,4 +74,25 @@ def compare(before: Scores, after: Scores, settings: EvaluationSettings, seed: i
     for name, values in drawn.items():
         low, high = np.quantile(np.concatenate(values), [0.025, 0.975])
         found[name] = Difference(other[name] - one[name], float(low), float(high)).to_dict()
+    return found
+
+
+def by_group(before: Scores, after: Scores, groups: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """The figures of each group alone: {rows, before, after, difference}.
+
+    Args:
+        groups: of every row.
+    """
+    found = {}
+    for name in sorted(set(groups)):
+        weights = np.array([[float(group == name) for group in groups]])
+        first, second = (
+            {figure: float(value[0]) for figure, value in scores.figures(weights).items()} for scores in (before, after)
+        )
+        found[name] = {
+            "rows": int(weights.sum()),
+            "before": first,
+            "after": second,
+            "difference": {figure: second[figure] - value for figure, value in first.items()},
+        }
     return found

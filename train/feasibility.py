@@ -24,7 +24,7 @@ def check_feasible(
         devices: among which every batch is shared out.
 
     Raises:
-        RequestInvalid: at /training/batch_size, /training/early_stopping, its metric, or /evaluation/exact_match.
+        RequestInvalid: at /training/batch_size, /training/early_stopping, its metric, or below /evaluation.
     """
     problems = [*_of_devices(training, devices), *_of_measuring(task, training, evaluation)]
     if problems:
@@ -80,6 +80,8 @@ def _of_measuring(task: TaskSettings, training: TrainingSettings, evaluation: Ev
     offered = f"{task.type} measures {', '.join(task.metrics)}"
     if evaluation.exact_match and "exact_match" not in task.metrics:
         yield ("/evaluation/exact_match", offered, "Leave it out: only a model that writes answers can match them.")
+    if evaluation.group_column is not None and task.type == "text-to-image":
+        yield ("/evaluation/group_column", "images have no columns", "Leave it out.")
     stopping = training.early_stopping
     if stopping is None:
         return

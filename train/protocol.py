@@ -65,6 +65,7 @@ class MethodContext:
         rows: how many training rows there are.
         batch_of: gives a batch of the training rows of these numbers, from 0 on, on the model's device.
         base_location: the folder of the base model, or its repository on the hub.
+        groups: of every training row, as `evaluation.group_column` tells them; empty without it, or if rows are packed.
         words: gives the token ids of a text, without any that only begin or end one; none where there are no words.
     """
 
@@ -82,6 +83,7 @@ class MethodContext:
     batch_of: Callable[[Sequence[int]], Mapping[str, Tensor]] = _no_rows
     words: Callable[[str], Sequence[int]] = lambda text: ()
     base_location: str = ""
+    groups: Sequence[str] = ()
 
 
 class TrainMethod(ABC, Generic[Options]):

@@ -283,6 +283,11 @@ class EvaluationSettings(_Settings):
     bootstrap: Annotated[StrictInt, Field(ge=100, le=100_000)] = Field(
         2000, description="Resamples of the paired bootstrap that gives the 95 % intervals."
     )
+    group_column: Column | None = Field(
+        None,
+        description="Column that tells the parts of the data apart, such as the tasks of a mixture, with text or whole "
+        "numbers: the figures are told for each part too. Nobody trains on it. Not for text-to-image.",
+    )
 
 
 def parse_task(value: Any) -> TaskSettings:

@@ -41,6 +41,16 @@ def test_a_base_model_may_be_named_and_a_task_written_out(training: Any) -> None
     assert response.status_code == 202, response.text
 
 
+def test_rows_are_grouped_by_a_column_that_every_row_has(training: Any) -> None:
+    server, body = training
+    response = server.client.post("/train", json={**body, "evaluation": {"group_column": "prompt"}})
+    assert response.status_code == 202, response.text
+    holes = upload(server, [{"prompt": "a", "completion": "b", "task": task} for task in ("x", None, 1.5)])
+    refused = server.client.post("/train", json={**body, "dataset": holes, "evaluation": {"group_column": "task"}})
+    assert refused.status_code == 422
+    assert "missing or null in 1 rows" in refused.json()["errors"][0]["message"]
+
+
 @pytest.mark.parametrize(
     ("changes", "pointer", "words"),
     [
@@ -114,6 +124,16 @@ def test_a_base_model_may_be_named_and_a_task_written_out(training: Any) -> None
             {"task": "sequence-classification", "evaluation": {"exact_match": True}},
             "/evaluation/exact_match",
             "sequence-classification measures loss, accuracy, macro_f1, mcc",
+        ),
+        (
+            {"evaluation": {"group_column": "topic"}},
+            "/evaluation/group_column",
+            "has no column 'topic'; it has prompt, completion",
+        ),
+        (
+            {"task": "text-to-image", "evaluation": {"group_column": "prompt"}},
+            "/evaluation/group_column",
+            "images have no columns",
         ),
         ({"training": {"early_stopping": {"patience": 0}}}, "/training/early_stopping/patience", "greater than or"),
     ],

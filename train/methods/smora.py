@@ -16,9 +16,12 @@ from train.adapted_layers import AdaptedLinear, LowRank
 from train.methods.own_adapter import OwnMethod
 from train.options.smora import SmoraOptions
 from train.protocol import MethodContext
+from train.rank_usage import TaskUsage, told, usage_of
 from train.smora_layer import Shape, SmoraLinear, Tally
 
 TYPE = "RANKWISE_SMORA"
+ROWS = 64
+"""Training rows of each task that tell how the ranks are used."""
 
 
 class Smora(OwnMethod[SmoraOptions]):
@@ -65,14 +68,25 @@ class Smora(OwnMethod[SmoraOptions]):
     def metrics(self) -> dict[str, float]:
         return dict(self._load)
 
+    def usage(self, model: nn.Module) -> dict[str, TaskUsage]:
+        """What the routers do with the first training rows of each group, or of all of them as one."""
+        context, found = self.context, {}
+        groups = context.groups or ["all rows"] * context.rows
+        size = context.settings.batch_size
+        with torch.random.fork_rng():  # a task may draw when it makes a batch
+            for name in sorted(set(groups)):
+                rows = [number for number, group in enumerate(groups) if group == name][:ROWS]
+                batches = (context.batch_of(rows[start : start + size]) for start in range(0, len(rows), size))
+                found[name] = usage_of(model, self.routed, self.tally, batches, context.loss)
+        return found
+
     def factors(self, path: str, layer: AdaptedLinear) -> LowRank:
         """Raises NotMergeable: there are none."""
         raise NotMergeable(f"{path} is of type {TYPE}: no LoRA does what it does.")
 
     def report(self, model: nn.Module) -> dict[str, Any]:
-        del model
         options = self.options
-        return {
+        return told(self.usage(model)) | {
             "export": {
                 "form": "smora",
                 "exact": True,

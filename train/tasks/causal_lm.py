@@ -43,7 +43,7 @@ class CausalLm(Task[CausalLmTask]):
 
     def read(self, file: DataFile, evaluation: EvaluationSettings) -> Examples:
         limit = row_limit(self.settings.max_length, self.base.config())
-        rows = SplitRows(file, evaluation.validation_fraction)
+        rows = SplitRows(file, evaluation.validation_fraction, evaluation.group_column)
         encoded = encode_rows(rows, self.encode, self.settings.overlong, limit)
         train, validation = rows.parted(encoded.numbers, encoded.examples)
         packs = pack(train, limit) if self.settings.packing else None
@@ -59,7 +59,8 @@ class CausalLm(Task[CausalLmTask]):
             cut_rows=listed(encoded.cut),
             **({} if packs is None else {"packs": len(packs)}),
         )
-        return Examples(train if packs is None else packs, validation[: evaluation.max_rows], report)
+        groups = rows.groups(encoded.numbers, evaluation.max_rows, packed=packs is not None)
+        return Examples(train if packs is None else packs, validation[: evaluation.max_rows], report, groups)
 
     def encode(self, row: Mapping[str, Any], cut: int | None) -> Example:
         """A row as tokens, at most `cut` of them. Raises RowProblemError."""

@@ -91,7 +91,7 @@ class Classification(Task[S], Generic[S]):
         self.labels = self._find_labels(SplitRows(file, fraction))
         self.labels.check(self.settings.label_name)
         limit = row_limit(self.settings.max_length, self.base.config())
-        rows = SplitRows(file, fraction)
+        rows = SplitRows(file, fraction, evaluation.group_column)
         encoded = encode_rows(rows, self.encode, self.settings.overlong, limit)
         train, validation = rows.parted(encoded.numbers, encoded.examples)
         report = counts(
@@ -106,7 +106,8 @@ class Classification(Task[S], Generic[S]):
             dropped_rows=listed(encoded.dropped),
             cut_rows=listed(encoded.cut),
         )
-        return Examples(train, validation[: evaluation.max_rows], report)
+        groups = rows.groups(encoded.numbers, evaluation.max_rows)
+        return Examples(train, validation[: evaluation.max_rows], report, groups)
 
     def _find_labels(self, rows: SplitRows) -> Labels:
         """Of the training rows; every row is looked at."""
