@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import ipaddress
 import os
 import random
@@ -43,6 +44,14 @@ def _is_local(host: object) -> bool:
 def _check(host: object) -> None:
     if not _is_local(host):
         raise NetworkBlockedError(f"tests may not reach {host!r}; only this machine's loopback is open")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def imported_once() -> None:
+    """Hide what lives on, modules above all, from the garbage collector, as the processes of the service do. Each full
+    collection, which trainings and transfers ask for, would else go through a million objects of the libraries."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session", autouse=True)
