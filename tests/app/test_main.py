@@ -13,25 +13,21 @@ from app.settings import Settings
 from artifacts.errors import DatabaseUnavailable
 
 HEAVY = ("torch", "transformers", "peft", "sklearn", "scipy", "numpy", "pandas", "accelerate", "pyarrow")
-IMPORT_SECONDS = 1.5
+MODULES = 1_300
 _PROGRAM = f"""
-import sys, time
-started = time.process_time()
+import sys
+before = len(sys.modules)
 import app.main
-spent = time.process_time() - started
-print(spent, *sorted(set({HEAVY!r}) & set(sys.modules)))
+print(len(sys.modules) - before, *sorted(set({HEAVY!r}) & set(sys.modules)))
 """
 
 
-def test_importing_the_application_is_quick_and_loads_nothing_heavy() -> None:
-    seconds = [float("inf")]
-    while min(seconds) >= IMPORT_SECONDS and len(seconds) <= 3:
-        run = subprocess.run([sys.executable, "-c", _PROGRAM], capture_output=True, text=True, timeout=60, check=True)
-        spent, *loaded = run.stdout.split()
-        assert loaded == []
-        seconds.append(float(spent))
-    # Processor time: what other processes of the machine do is not this import's doing.
-    assert min(seconds) < IMPORT_SECONDS
+def test_importing_the_application_loads_little_and_nothing_heavy() -> None:
+    run = subprocess.run([sys.executable, "-c", _PROGRAM], capture_output=True, text=True, timeout=60, check=True)
+    count, *loaded = run.stdout.split()
+    assert loaded == []
+    # Each costs about a millisecond at every start of a server, a worker and a command.
+    assert int(count) < MODULES
 
 
 def test_starting_brings_the_tables_up_and_stopping_is_clean(tmp_path: Path) -> None:
