@@ -1,11 +1,10 @@
-"""The program as a whole: words, speed, exit codes, what an error looks like."""
+"""The program as a whole: words, what it loads, exit codes, what an error looks like."""
 
 from __future__ import annotations
 
 import json
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 WORDS = ("serve", "worker", "demo", "adapters", "merge", "jobs", "models", "methods", "keys", "db", "config")
-HELP_SECONDS = 1.0
+HELP_MODULES = 500
 UNREACHABLE = "http://127.0.0.1:9"
 
 
@@ -43,21 +42,20 @@ def test_help_of_a_group_names_its_commands(cli: Callable[..., Any], group: str,
         assert f" {word} " in result.out
 
 
-def test_help_is_fast_and_loads_no_torch() -> None:
+def test_help_loads_little_and_nothing_heavy() -> None:
     script = (
         "import sys\n"
+        "before = len(sys.modules)\n"
         "from app.cli import run\n"
         "code = run(['--help'])\n"
         "heavy = {'torch', 'numpy', 'transformers', 'peft', 'fastapi', 'sqlalchemy', 'httpx'} & set(sys.modules)\n"
+        "print(len(sys.modules) - before, file=sys.stderr)\n"
         "sys.exit(f'loaded {heavy}' if heavy else code)\n"
     )
-    durations = []
-    for _ in range(3):  # the best of three: another test may have the cores
-        started = time.perf_counter()
-        done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=False)
-        durations.append(time.perf_counter() - started)
-        assert done.returncode == 0, done.stderr
-    assert min(durations) < HELP_SECONDS
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    # Each costs about a millisecond of every command.
+    assert int(done.stderr.splitlines()[-1]) < HELP_MODULES
 
 
 def test_version(cli: Callable[..., Any]) -> None:
