@@ -21,6 +21,7 @@ from app.state import Services
 from app.zip_layout import ZipEntry, blob_entry, bytes_entry, lay_out_zip
 from artifacts.errors import BlobMissing, FieldError, RequestInvalid
 from artifacts.layout import CONFIG_NAME, METADATA_KEY, WEIGHTS_NAME
+from artifacts.manifest import PEFT_FORMATS
 from artifacts.rank_cut import config_text, rank_cut
 from artifacts.safetensors_header import MAX_HEADER_BYTES, SafetensorsHeader, parse_header
 from artifacts.served_ranks import check_rank
@@ -30,8 +31,6 @@ from storage.blobs import BlobStore
 from storage.tables import AdapterFileRow, AdapterRow
 
 ZIP_TYPE = "application/zip"
-PEFT_FORMATS = ("peft", "safetensors-metadata")
-"""Formats whose tensors carry PEFT's names."""
 SAFETENSORS_TYPE = "application/octet-stream"
 
 

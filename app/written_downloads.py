@@ -16,7 +16,6 @@ from typing import Any, NoReturn
 
 from app.checksums import Crc32Cache
 from app.downloads import (
-    PEFT_FORMATS,
     SAFETENSORS_TYPE,
     Download,
     check_blobs,
@@ -36,6 +35,7 @@ from artifacts.formats.pairs import Pair
 from artifacts.formats.writers import WRITERS
 from artifacts.formats.writing import Plan, check_cost, refuse, subject_of
 from artifacts.layout import CONFIG_NAME, LINEAGE_KEY, METADATA_KEY, WEIGHTS_NAME
+from artifacts.manifest import PEFT_FORMATS
 from artifacts.rank_cut import config_text
 from artifacts.safetensors_header import DTYPE_BYTES, TensorInfo
 from storage.adapters import manifest_of

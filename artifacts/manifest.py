@@ -10,6 +10,8 @@ from artifacts.errors import ShapeMismatch
 
 ModuleKind = Literal["linear", "conv", "embedding"]
 ScaleMode = Literal["alpha_over_b", "constant"]
+PEFT_FORMATS = ("peft", "safetensors-metadata")
+"""Formats whose tensors carry PEFT's names."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,12 +12,14 @@ import typer
 from rich.tree import Tree
 
 from app.cli.client import Client, ProblemError
+from app.cli.compatibility import compatibility
 from app.cli.options import AdapterId, Cursor, Json, Limit, stem
 from app.cli.output import fields, moment, note_more, print_json, size, stdout, table
 from app.cli.progress import require_success, transfer, watch
 from artifacts.errors import FormatUnknown, RequestInvalid
 
 app = typer.Typer(help="Adapters: upload, list, look at, download, delete, trace.", no_args_is_help=True)
+app.command("compatibility")(compatibility)
 CONFIG_FILE = "adapter_config.json"
 
 

@@ -11,7 +11,6 @@ from app.adapter_intake import TEXT_FIELDS, store_upload
 from app.dependencies import AdapterId, IdempotencyKey, Reader, ServicesDep, Writer
 from app.download_query import DownloadQuery, Wanted
 from app.downloads import (
-    PEFT_FORMATS,
     SAFETENSORS_TYPE,
     ZIP_TYPE,
     cut_download,
@@ -29,6 +28,8 @@ from app.schemas.adapters import (
     AdapterLineage,
     AdapterQuery,
     AdapterSummary,
+    Compatibility,
+    CompatibilityFinding,
     KeyPage,
     KeyQuery,
     KeyVerdict,
@@ -40,6 +41,8 @@ from app.schemas.recipes import AdapterRecipe
 from app.state import Services
 from app.upload_answers import answer_upload
 from app.written_downloads import Wish, written_download
+from artifacts.compatibility import Engine, findings, loads
+from artifacts.manifest import PEFT_FORMATS
 from storage import adapters, transferables, waivers
 from storage.adapter_keys import keys_page
 from storage.adapters import AdapterFilter
@@ -112,6 +115,25 @@ def list_keys(
         page = keys_page(session, adapter_id, manifest, use=query.use, cursor=query.cursor, limit=query.limit)
     items = [KeyVerdict.model_validate(item, from_attributes=True) for item in page.items]
     return KeyPage(items=items, next=page.next)
+
+
+@router.get(
+    "/adapters/{adapter_id}/compatibility",
+    summary="Ask whether an engine loads it",
+    responses=problem_responses(404),
+)
+def get_compatibility(
+    services: ServicesDep,
+    principal: Reader,
+    adapter_id: AdapterId,
+    engine: Annotated[Engine, Query(description="The program that is to apply the adapter.")],
+) -> Compatibility:
+    """What the engine would refuse, apply otherwise or need, each with where the rule is from. Told from the adapter's
+    description; nothing is loaded."""
+    with services.database.read() as session:
+        found = findings(adapters.manifest_of(adapters.get_adapter(session, adapter_id)), engine)
+    items = [CompatibilityFinding.model_validate(item, from_attributes=True) for item in found]
+    return Compatibility(engine=engine, loads=loads(found), findings=items)
 
 
 @router.delete(

@@ -10,6 +10,7 @@ from app.dependencies import PLAIN, FilterText, PageQuery
 from app.schemas.common import BaseModelName, Name, RequestModel, Timestamp
 from app.schemas.models import Reason
 from app.uploads import MAX_FILES
+from artifacts.compatibility import Engine
 from artifacts.manifest import KeyUse
 from artifacts.menu import NO_NUL
 from storage.adapters import Lineage
@@ -273,6 +274,27 @@ class AdapterLineage(BaseModel):
             ],
             truncated=lineage.truncated,
         )
+
+
+class CompatibilityFinding(BaseModel):
+    """What one rule of an engine says of an adapter."""
+
+    rule: str
+    level: Literal["refuses", "changes", "needs"] = Field(
+        description="refuses: it is not loaded. changes: it is, as another ΔW. needs: it is, if that is seen to."
+    )
+    pointer: str = Field(description="Where in the adapter the cause stands.")
+    message: str
+    remedy: str
+    source: str = Field(description="Where the rule is from.")
+
+
+class Compatibility(BaseModel):
+    """Whether an engine loads an adapter."""
+
+    engine: Engine
+    loads: bool = Field(description="Whether nothing is refused and nothing applied otherwise.")
+    findings: list[CompatibilityFinding]
 
 
 DownloadFormat = Literal["peft", "safetensors", "diffusers", "kohya", "comfy"]

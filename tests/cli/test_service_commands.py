@@ -138,6 +138,13 @@ def test_a_rank_is_downloaded_or_cut_from_the_folder(
     assert cli("adapters", "cut", tmp_path / "none", "--rank", "1", "-o", tmp_path / "x", "--json").code == 1
 
 
+def test_whether_an_engine_loads_it(cli: Callable[..., Any], ids: tuple[str, str]) -> None:
+    found = cli("adapters", "compatibility", ids[0], "--engine", "vllm")
+    assert (found.code, "vllm loads it" in found.out) == (0, True)
+    refused = cli("adapters", "compatibility", ids[0], "--engine", "kohya", "--json")
+    assert (refused.code, refused.json["findings"][0]["rule"]) == (1, "kohya-names")
+
+
 def test_merge_by_id_is_followed_and_downloaded(cli: Callable[..., Any], ids: tuple[str, str], tmp_path: Path) -> None:
     result = cli(
         "merge", *ids, "--method", "cat", "--name", "both", "--weight", f"{ids[1]}=0.5", "-o", tmp_path / "out"
