@@ -39,7 +39,7 @@ def _architecture_of(modules: Sequence[LoraModule]) -> str | None:
         known = dot and component in ("unet", "transformer")
         if not component.startswith("text_encoder"):
             names.append(Named(rest if known else module.path, False, module.d_out, module.d_in))
-    found = architectures.choose(names[:64], architectures.DENOISERS)
+    found = architectures.choose(names, architectures.DENOISERS)
     if found is None or any(found.find(item.name, flat=False) is None for item in names):
         return None
     return found.name
