@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import structlog
 
+from app.federations import settle_federations
 from app.model_retirement import retire_models
 from app.scheduling import Scheduler
 from app.settings import Settings
@@ -21,6 +22,7 @@ from workers.courier import Courier
 SCHEDULE_SECONDS = 1.0
 RETIREMENT_SECONDS = 5.0
 WEBHOOK_SECONDS = 1.0
+FEDERATION_SECONDS = 1.0
 HOUR_SECONDS = 3600.0
 AFTER_START_SECONDS = 60.0
 """Cleaning up waits until a server that has just started is done with more urgent things."""
@@ -47,6 +49,7 @@ def chores(
     return [
         Chore("schedules", SCHEDULE_SECONDS, scheduler.run, interrupt=scheduler.interrupt),
         Chore("retirement", RETIREMENT_SECONDS, lambda: retire_models(database)),
+        Chore("federations", FEDERATION_SECONDS, lambda: settle_federations(database)),
         Chore("webhooks", WEBHOOK_SECONDS, courier.run, interrupt=courier.close),
         Chore("sweep", HOUR_SECONDS, lambda: _sweep(database, blobs), AFTER_START_SECONDS),
         Chore("logs", HOUR_SECONDS, lambda: _rescue_logs(database, blobs), AFTER_START_SECONDS),

@@ -8,10 +8,10 @@ from contextlib import contextmanager
 from sqlalchemy.orm import Session
 
 from app.base_models import base_model
+from app.dataset_choice import check_suitable
 from app.schemas.merge import CompareMergesParams, MergeAdapter, MergeParams
 from app.settings import Settings
 from app.stored_inputs import stored_adapters, stored_dataset
-from app.train_inputs import check_suitable
 from artifacts.base_model import UNET, BaseModelRef, check_modules, compare
 from artifacts.errors import BaseMismatch, FieldError, MergeRefused, RequestInvalid
 from artifacts.pointers import pointers_below

@@ -32,11 +32,14 @@ def stored_adapters(session: Session, named: Sequence[tuple[str, str]]) -> dict[
     return found
 
 
-def stored_dataset(session: Session, dataset_id: str) -> DatasetRow:
+def stored_dataset(session: Session, dataset_id: str, pointer: str = "/dataset") -> DatasetRow:
     """The dataset, which is not deleted before the transaction has ended.
 
+    Args:
+        pointer: where in the request it stands.
+
     Raises:
-        RequestInvalid: there is none, or it was deleted; at /dataset.
+        RequestInvalid: there is none, or it was deleted.
         StateConflict: an unfinished job is going to drop it.
     """
     try:
@@ -44,7 +47,7 @@ def stored_dataset(session: Session, dataset_id: str) -> DatasetRow:
     except NotFound as error:
         problem = f"there is no dataset {dataset_id}"
         raise RequestInvalid(
-            f"T{problem[1:]}.", hint="Upload one with POST /datasets.", errors=[FieldError("/dataset", problem)]
+            f"T{problem[1:]}.", hint="Upload one with POST /datasets.", errors=[FieldError(pointer, problem)]
         ) from error
     dropping = datasets.dropping_job(session, dataset_id)
     if dropping is not None:
@@ -52,6 +55,6 @@ def stored_dataset(session: Session, dataset_id: str) -> DatasetRow:
         raise StateConflict(
             f"T{problem[1:]}.",
             hint="Cancel that job, or upload the file again later.",
-            errors=[FieldError("/dataset", problem)],
+            errors=[FieldError(pointer, problem)],
         )
     return row

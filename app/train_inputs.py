@@ -5,6 +5,8 @@ from __future__ import annotations
 from sqlalchemy.orm import Session
 
 from app.base_models import base_model
+from app.dataset_choice import check_suitable
+from app.federations import check_federation
 from app.main_memory import memory_of_all
 from app.schemas.train import Training, TrainParams, TrainRequest
 from app.settings import Settings
@@ -21,7 +23,7 @@ from train.feasibility import check_base_kind, check_feasible
 from train.groups import POINTER as GROUPS
 from train.options.common import Circumstances
 from train.packed_base import fitted, packed_bytes
-from train.settings import EvaluationSettings, TaskSettings, is_packed
+from train.settings import EvaluationSettings, is_packed
 from train.targets import check_method, wanted_targets
 
 _SHOWN = 20
@@ -48,6 +50,7 @@ def check_train(settings: Settings, session: Session, request: TrainParams, devi
     dataset = stored_dataset(session, request.dataset)
     check_suitable(dataset, request.full_task)
     check_groups(dataset, request.evaluation)
+    check_federation(session, request, devices)
     if request.transferable is not None:
         check_transferable(session, request, request.transferable, row, dataset, devices)
     needed = _estimate(session, row, request, devices, dataset.rows)
@@ -77,25 +80,6 @@ def check_groups(dataset: DatasetRow, evaluation: EvaluationSettings) -> None:
         f"T{problem[1:]}.",
         hint="Take a column with a text or a whole number in every row, such as the name of its task.",
         errors=[FieldError(GROUPS, problem)],
-    )
-
-
-def check_suitable(dataset: DatasetRow, task: TaskSettings) -> None:
-    """Refuse a dataset that was found unfit when it was uploaded, unless the task names columns of its own."""
-    if (dataset.format == "images") != (task.type == "text-to-image"):
-        what = "a zip of images" if dataset.format == "images" else "no zip of images"
-        problem = f"the dataset {dataset.name!r} is {what}: it can not serve {task.type}"
-        raise RequestInvalid(f"T{problem[1:]}.", errors=[FieldError("/dataset", problem)])
-    forms = [item for item in dataset.tasks if item["task"] == task.type]
-    own_columns = any(name.endswith("_column") for name in task.model_fields_set)
-    if own_columns or not forms or any(item["usable"] for item in forms):
-        return
-    reasons = "; ".join(f"as {item['form']}: {item['reason']}" for item in forms)
-    problem = f"the dataset {dataset.name!r} can not serve {task.type}: {reasons}"
-    raise RequestInvalid(
-        f"T{problem[1:]}.",
-        hint="GET /datasets/{id} tells what a dataset can serve; task.…_column names other columns.",
-        errors=[FieldError("/dataset", problem)],
     )
 
 

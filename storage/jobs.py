@@ -28,6 +28,8 @@ from storage.transitions import append_event, change_state, lock_job
 
 MAX_QUEUED = 1000
 RETRY_SECONDS = 10
+CLIENT_UPDATE = "client_update"
+"""The kind of jobs that are parts of a federated training (`storage.federations`)."""
 _LARGEST_SEQUENCE = 2**31 - 1
 
 
@@ -51,7 +53,7 @@ def create_job(
     request_id: str | None = None,
     retry_of: str | None = None,
     schedule_id: str | None = None,
-    max_queued: int = MAX_QUEUED,
+    max_queued: int | None = MAX_QUEUED,
 ) -> JobRow:
     """A new queued job and its first event.
 
@@ -60,7 +62,7 @@ def create_job(
         priority: of the jobs of one owner, the highest is served first.
         affinity: id of the base model that the job will load.
         created_by: the API key that asked for it, which owns it.
-        max_queued: jobs of all owners that may wait.
+        max_queued: jobs of all owners that may wait; None: no limit holds, for the job is a part of one that runs.
 
     Raises:
         QueueFull: `max_queued` jobs wait already.
@@ -97,7 +99,8 @@ def create_job(
     append_event(session, job, "state", {"state": "queued", "attempt": 0}, moment)
     count_change(session, job, None, "queued")  # locks the owner's counter: what is read now stays true
     session.flush()
-    _check_limits(session, job, max_queued)
+    if max_queued is not None:
+        _check_limits(session, job, max_queued)
     return job
 
 
@@ -230,6 +233,10 @@ def retryable(session: Session, job_id: str) -> JobRow:
         StateConflict: it has not failed and was not cancelled.
     """
     job = get_job(session, job_id)
+    if job.kind == CLIENT_UPDATE:
+        raise StateConflict(
+            f"{job_id} is a client's part of the training {job.params.get('run')}", hint="Retry that training."
+        )
     if job.state not in ("failed", "cancelled"):
         raise StateConflict(
             f"{job_id} is {job.state}; only a failed or cancelled job can be retried",

@@ -16,7 +16,7 @@ from sqlalchemy.orm import Session
 
 from storage import database, queues
 from storage.columns import UtcDateTime
-from storage.conditions import IS_QUEUED, IS_WAITED_FOR, PARKED
+from storage.conditions import AWAITING, IS_QUEUED, IS_WAITED_FOR, PARKED
 from storage.history import run_times, seconds_left
 from storage.servers import list_servers
 from storage.tables import ApiKeyRow, JobAttemptRow, JobQueueRow, JobRow
@@ -24,7 +24,9 @@ from storage.tables import ApiKeyRow, JobAttemptRow, JobQueueRow, JobRow
 LOOK_AHEAD = 10_000
 SAMPLE = 200
 
-WaitReason = Literal["back_off", "no_server", "quota", "held", "devices", "slots_busy", "starting", "next", "window"]
+WaitReason = Literal[
+    "back_off", "no_server", "quota", "held", "devices", "slots_busy", "starting", "next", "window", "clients"
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,6 +160,8 @@ def _pool(session: Session, alive_within: float) -> _Pool:
 
 def _waiting(session: Session, job: JobRow, position: int | None, pool: _Pool, free: int) -> Waiting:
     moment = database.now(session)
+    if job.available_at >= AWAITING:
+        return Waiting("clients", "Its clients are at work: GET /jobs/{id}/rounds tells which.")
     if job.available_at >= PARKED:
         return Waiting("window", f"The window of its schedule {job.schedule_id} is closed.")
     if job.available_at > moment:

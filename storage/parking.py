@@ -51,4 +51,4 @@ def _to_park(closed: list[str]) -> ColumnElement[bool]:
 
 
 def _to_release(closed: list[str]) -> ColumnElement[bool]:
-    return and_(JobRow.available_at >= PARKED, JobRow.schedule_id.not_in(closed))
+    return and_(JobRow.available_at == PARKED, JobRow.schedule_id.not_in(closed))

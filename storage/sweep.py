@@ -21,6 +21,7 @@ from storage.tables import (
     AdapterKeysRow,
     AdapterRow,
     BlobRow,
+    ClientUpdateRow,
     DatasetRow,
     HeldFileRow,
     ImageFileRow,
@@ -160,6 +161,8 @@ def _live_digests(
     pictures = session.execute(select(ImageFileRow.image_id, ImageFileRow.sha256))
     live.update(sha256 for image_id, sha256 in pictures if image_id not in gone_images)
     live.update(session.scalars(select(JobCheckpointRow.sha256)))
+    given = session.scalars(select(ClientUpdateRow.sha256).where(ClientUpdateRow.sha256.is_not(None)))
+    live.update(digest for digest in given if digest is not None)
     live.update(session.scalars(select(TransferableFileRow.sha256)))
     live.update(session.scalars(select(HeldFileRow.sha256)))
     live.update(session.scalars(select(ModelFileRow.sha256)))
@@ -239,6 +242,7 @@ def _is_used() -> ColumnElement[bool]:
         | exists().where(ImageFileRow.sha256 == BlobRow.sha256)
         | exists().where(JobAttemptRow.log_sha256 == BlobRow.sha256)
         | exists().where(JobCheckpointRow.sha256 == BlobRow.sha256)
+        | exists().where(ClientUpdateRow.sha256 == BlobRow.sha256)
         | exists().where(TransferableFileRow.sha256 == BlobRow.sha256)
         | exists().where(HeldFileRow.sha256 == BlobRow.sha256)
         | exists().where(ModelFileRow.sha256 == BlobRow.sha256)

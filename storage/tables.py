@@ -33,7 +33,7 @@ from storage.columns import Base, partial_index
 from storage.image_tables import ImageFileRow, ImageRow, JobPreviewRow
 from storage.key_tables import AdapterKeysRow
 from storage.model_tables import AdapterWaiverRow, MadeModelRow, ModelFileRow, ModelRow
-from storage.training_tables import JobCheckpointRow, JobMetricRow
+from storage.training_tables import ClientUpdateRow, JobCheckpointRow, JobMetricRow
 from storage.transfer_tables import HeldFileRow, SealedInputRow, TransferableFileRow, TransferableRow, TransferRow
 
 __all__ = [
@@ -50,6 +50,7 @@ __all__ = [
     "ApiKeyRow",
     "Base",
     "BlobRow",
+    "ClientUpdateRow",
     "DatasetRow",
     "DomainEventRow",
     "FiringItemRow",
@@ -334,7 +335,7 @@ class JobAttemptRow(Base):
     pid: Mapped[int | None] = mapped_column(Integer)
     started_at: Mapped[datetime]
     finished_at: Mapped[datetime | None]
-    outcome: Mapped[str | None] = mapped_column(String(24))  # "succeeded" | "failed" | "cancelled" | "lost"
+    outcome: Mapped[str | None] = mapped_column(String(24))  # … "failed" | "cancelled" | "lost" | "paused"
     exit: Mapped[dict[str, Any] | None]  # {code, signal, peak_memory}
     log_sha256: Mapped[str | None] = mapped_column(String(64))
 

@@ -1,14 +1,14 @@
-"""The tables of jobs that train: the newest checkpoint of each, and what it measured on the way."""
+"""The tables of jobs that train: the newest checkpoint of each, what it measured, and what clients gave it."""
 
 from __future__ import annotations
 
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import BigInteger, ForeignKey, Integer
+from sqlalchemy import BigInteger, ForeignKey, Integer, String, Text
 from sqlalchemy.orm import Mapped, mapped_column
 
-from storage.columns import Base
+from storage.columns import Base, partial_index
 
 
 class JobCheckpointRow(Base):
@@ -34,3 +34,23 @@ class JobMetricRow(Base):
     attempt: Mapped[int] = mapped_column(Integer)
     numbers: Mapped[dict[str, Any]]  # name → number
     created_at: Mapped[datetime]
+
+
+class ClientUpdateRow(Base):
+    """A client in a round of a federated training: what it is asked for, and what it gave."""
+
+    __tablename__ = "client_updates"
+
+    job_id: Mapped[str] = mapped_column(ForeignKey("jobs.id"), primary_key=True)
+    round: Mapped[int] = mapped_column(Integer, primary_key=True)  # from 0
+    client: Mapped[int] = mapped_column(Integer, primary_key=True)  # its place in the parameters, from 0
+    state: Mapped[str] = mapped_column(String(12))  # "pending" | "answered" | "lost" | "late" | "refused"
+    child_id: Mapped[str] = mapped_column(ForeignKey("jobs.id"), index=True)  # the job that does the client's steps
+    sha256: Mapped[str | None] = mapped_column(ForeignKey("blobs.sha256"), index=True)  # of its tensors, until averaged
+    details: Mapped[dict[str, Any]]
+    reason: Mapped[str | None] = mapped_column(Text)  # why there is nothing usable
+    deadline: Mapped[datetime]
+    created_at: Mapped[datetime]
+    finished_at: Mapped[datetime | None]
+
+    __table_args__ = (partial_index("ix_client_updates_pending", "job_id", "round", where="state = 'pending'"),)

@@ -24,6 +24,7 @@ from train.options.baselines import (
 from train.options.bone import BoneOptions
 from train.options.common import TrainOptions
 from train.options.dylora import DyloraOptions
+from train.options.ffa_lora import FfaLoraOptions
 from train.options.flexora import FlexoraOptions
 from train.options.gradnormlorp import GradnormlorpOptions
 from train.options.increlora import IncreloraOptions
@@ -324,6 +325,22 @@ _ROWS = (
         arxiv="2412.19616",
         reference_url="https://arxiv.org/abs/2412.19616",
         capabilities=Capabilities(exports="dora", mergeable=False, continues=("dora",)),
+    ),
+    Method(
+        name="ffa-lora",
+        title="FFA-LoRA",
+        summary="Federated training of lora_B on several datasets, each by itself, with rounds of averaging; with "
+        "differential privacy if asked for. lora_A stays as it was drawn, so the average is exact.",
+        when="When rows of several owners shall not meet, or when no row may be found in the adapter (privacy). Take "
+        "5 to 10 times the learning rate of LoRA. On one dataset without privacy there is no reason for it.",
+        cost="r·d_out trained parameters a layer, of which each client gives back its own once a round. With privacy a "
+        "step keeps the gradient of every row.",
+        output="A plain LoRA.",
+        options=FfaLoraOptions,
+        implementation="train.methods.ffa_lora:FfaLora",
+        arxiv="2403.12313",
+        reference_url="https://arxiv.org/abs/2403.12313",
+        capabilities=Capabilities(exports="lora", mergeable=True, tasks=("causal-lm",)),
     ),
     Method(
         name="lora-sb",

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import set_seed
 
-from artifacts.errors import AttemptCancelled
+from artifacts.errors import AttemptCancelled, FieldError, RequestInvalid
 from artifacts.free_memory import free_memory
 from train.base_files import BaseFiles
 from train.catalog import find_method
@@ -105,6 +105,12 @@ def train_adapter(
         ReloadMismatch: the written adapter, loaded again, does not predict what the trained model does.
         Whatever the observer raises.
     """
+    if plan.options.federated:
+        raise RequestInvalid(
+            "A training with clients is done by the pool of a service.",
+            hint="Send it to POST /train; here leave parameters.clients out.",
+            errors=[FieldError("/parameters/clients", "needs a service")],
+        )
     world = World()
     check_feasible(plan.task, plan.training, plan.evaluation, world.size)
     find_method(plan.method).check_task(plan.task.type)
@@ -114,7 +120,7 @@ def train_adapter(
     examples = task.read(inputs.data, plan.evaluation)
     observer.progress(PREPARING / 2, "loading the base model")
     model = task.load()
-    known, needed = _check(plan, model, examples, task.whole(model), world.size)
+    known, needed = check_plan(plan, model, examples, task.whole(model), world.size)
     task.check(model, examples)
 
     bench = _Bench(plan, task, examples, observer)
@@ -229,7 +235,7 @@ def packed_sizes(model: nn.Module) -> dict[str, int]:
     }
 
 
-def _check(
+def check_plan(
     plan: Plan, model: nn.Module, examples: Examples, whole: Sequence[str], devices: int
 ) -> tuple[Circumstances, Estimate]:
     """Raises RequestInvalid when the method, its layers or the memory do not allow the training."""

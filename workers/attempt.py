@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-State = Literal["succeeded", "failed", "cancelled", "stale"]
+State = Literal["succeeded", "failed", "cancelled", "stale", "paused"]
 Retry = Literal["never", "infrastructure", "out_of_memory"]
 
 
@@ -52,7 +52,8 @@ class Outcome:
     """How an attempt ended, as its worker process tells it.
 
     Attributes:
-        state: "succeeded" is published already; "stale" means that a newer attempt owns the job.
+        state: "succeeded" is published already; "paused" is written too: the job waits for jobs of its own; "stale"
+            means that a newer attempt owns the job.
         error: {code, detail, hint, errors} of a failure.
         retry: whether trying again can help, by the cause of the failure.
         peak_memory: largest resident set of the process during the attempt, bytes.

@@ -14,8 +14,9 @@ KINDS: Mapping[str, str] = MappingProxyType(
         "convert": "workers.jobs.convert:run",
         "quantize": "workers.jobs.quantize:run",
         "train": "workers.jobs.train:run",
+        "client_update": "workers.jobs.client_update:run",
         "transfer": "workers.jobs.transfer:run",
     }
 )
-SINGLE_USE = frozenset({"train", "transfer"})
+SINGLE_USE = frozenset({"train", "transfer", "client_update"})
 """Kinds whose worker process serves no other attempt afterwards: only its end surely returns a device's memory."""

@@ -85,12 +85,21 @@ class Ledger:
         answers: dict[str, Renewal] = {"running": "ok", "cancelling": "cancel", "succeeded": "ok"}
         return {key: answers.get(found.get(key, "gone"), "lost") for key in keys}
 
-    def settle(self, running: Running, settlement: Settlement, ended: dict[str, Any], delay_seconds: float) -> str:
+    def settle(
+        self,
+        running: Running,
+        settlement: Settlement,
+        ended: dict[str, Any],
+        delay_seconds: float,
+        *,
+        paused: bool = False,
+    ) -> str:
         """Write how an attempt ended, as `settlement` says. Returns what became of its job.
 
         Args:
             ended: {code, signal, peak_memory} of its process.
             delay_seconds: until it runs again, if it does.
+            paused: the attempt itself wrote that its job waits for others.
         """
         key, error = running.key, settlement.error or {}
         match settlement.write:
@@ -106,7 +115,7 @@ class Ledger:
             case "release":
                 return "released"  # with all others, when the drain is over
             case "nothing":
-                return "succeeded" if running.stop is not Stop.LOST else "lost"
+                return "lost" if running.stop is Stop.LOST else "paused" if paused else "succeeded"
 
     def fail(self, key: Key, error: dict[str, Any], ended: dict[str, Any]) -> str:
         with self._database.write() as session:

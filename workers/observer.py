@@ -15,7 +15,7 @@ class PoolObserver(Protocol):
         """A claim, of any number of jobs, took the database this long."""
 
     def ended(self, kind: str, outcome: str, run_seconds: float) -> None:
-        """An attempt has ended and that is written: succeeded, failed, cancelled, queued (again), released or lost."""
+        """An attempt has ended, and that is written: succeeded, failed, cancelled, queued, paused, released or lost."""
 
     def retried(self, kind: str, cause: str) -> None:
         """A job was queued again because of `cause`, the code of the error."""

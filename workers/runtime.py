@@ -32,6 +32,7 @@ from workers.forkserver import RSS_UNIT
 from workers.kinds import SINGLE_USE
 from workers.log_shipping import LogShipper
 from workers.logs import captured_output
+from workers.pauses import JobPause, pause
 from workers.publishing import publish
 from workers.ranks import RankFailedError, Ranks, is_follow_up, process_group, rank_spec
 from workers.warm_models import WarmModels
@@ -146,6 +147,9 @@ def _run(spec: AttemptSpec, interruption: Interruption, ranks: Ranks | None, ran
         if rank == 0:
             if ranks is not None:
                 ranks.join()
+            if isinstance(result, JobPause):
+                pause(context, result)
+                return Outcome("paused")
             publish(context, result)
     except RankFailedError as error:
         return error.outcome
@@ -168,10 +172,10 @@ def warm_models() -> WarmModels:
     return WarmModels()
 
 
-def load_function(name: str) -> Callable[[JobContext], JobOutcome]:
+def load_function(name: str) -> Callable[[JobContext], JobOutcome | JobPause]:
     """Import "module:function"."""
     module, _, function = name.partition(":")
-    loaded: Callable[[JobContext], JobOutcome] = getattr(importlib.import_module(module), function)
+    loaded: Callable[[JobContext], JobOutcome | JobPause] = getattr(importlib.import_module(module), function)
     return loaded
 
 

@@ -55,7 +55,7 @@ def settle(
         resources: the job's, with the hints of earlier attempts.
         start_problem: why there was no process for it, if that is so.
     """
-    if stop is Stop.LOST or (outcome is not None and outcome.state in ("succeeded", "stale")):
+    if stop is Stop.LOST or (outcome is not None and outcome.state in ("succeeded", "stale", "paused")):
         return Settlement("nothing")
     if stop is Stop.CANCEL:
         return Settlement("cancel")

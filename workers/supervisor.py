@@ -359,7 +359,8 @@ class Supervisor:
         known = log.bind(job_id=claim.job_id, attempt=claim.attempt, slot=lane.slot.name)
         try:
             delay = back_off(claim.attempt, self._settings.retry_seconds)
-            state = self._ledger.settle(running, replace(settlement, error=error), ended, delay)
+            paused = outcome is not None and outcome.state == "paused"
+            state = self._ledger.settle(running, replace(settlement, error=error), ended, delay, paused=paused)
         except AttemptStale as stale:
             known.warning("attempt_was_stale", detail=stale.detail)
             state = "lost"

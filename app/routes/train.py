@@ -12,11 +12,13 @@ from app.dependencies import IdempotencyKey, JobId, JobRunner, Reader, ServicesD
 from app.job_answers import JOB_RESPONSES, answer_or_wait
 from app.json_body import JsonRoute
 from app.problems import problem_responses
+from app.schemas.federations import RoundList
 from app.schemas.jobs import Job
 from app.schemas.train import MetricSeries, TrainEstimate, TrainRequest
 from app.submission import submit
 from app.train_inputs import estimate_training
 from artifacts.svg import MEDIA_TYPE
+from storage import federations
 from storage.job_metrics import LARGEST_STEP, metrics_after, thinned
 from train.loss_curve import draw
 
@@ -96,3 +98,18 @@ def get_loss_curve(services: ServicesDep, principal: Reader, job_id: JobId) -> R
         points = thinned(session, job_id, CURVE_POINTS)
     series = [(point.step, point.numbers) for point in points]
     return Response(draw(series, job_id), media_type=MEDIA_TYPE)
+
+
+@router.get(
+    "/jobs/{job_id}/rounds", summary="List the rounds of a federated training", responses=problem_responses(404)
+)
+def list_rounds(
+    services: ServicesDep,
+    principal: Reader,
+    job_id: JobId,
+    after: Annotated[int, Query(ge=0, le=LARGEST_STEP, description="Only rounds behind this one.")] = 0,
+    limit: Annotated[int, Query(ge=1, le=100, description="Most rounds of one answer.")] = 20,
+) -> RoundList:
+    """Which clients were asked in each round, what became of them, and the ε that each has spent."""
+    with services.database.read() as session:
+        return RoundList.of(federations.rounds_after(session, job_id, after, limit), limit)

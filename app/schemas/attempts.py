@@ -36,8 +36,9 @@ class Attempt(BaseModel):
     pid: int | None
     started_at: Timestamp
     finished_at: Timestamp | None
-    outcome: Literal["succeeded", "failed", "cancelled", "lost"] | None = Field(
-        description="Null while it runs; lost: its process or server ended, and the job was queued again or failed."
+    outcome: Literal["succeeded", "failed", "cancelled", "lost", "paused"] | None = Field(
+        description="Null while it runs; lost: its process or server ended, and the job was queued again or failed; "
+        "paused: it waits for jobs of its own."
     )
     exit: AttemptExit | None
     has_log: bool = Field(description="Whether its log is kept for good; one that printed nothing has none.")

@@ -64,7 +64,7 @@ class JobWaiting(BaseModel):
         description="back_off: an attempt failed, the next one comes later; no_server: none is alive; quota: its API "
         "key's jobs hold all slots that they may; held: slots are kept free for it; devices: too few idle ones on one "
         "host; slots_busy: all are; starting: workers are; next: it is about to be taken; window: its schedule's hours "
-        "have ended."
+        "have ended; clients: its federated clients are at work."
     )
     detail: str
 

@@ -73,6 +73,11 @@ class TrainOptions(BaseModel):
     )
 
     @property
+    def federated(self) -> bool:
+        """Whether the training is one of several clients (`train.federation`)."""
+        return False
+
+    @property
     def largest_rank(self) -> int | None:
         """A rank that must not be above the smaller side of any adapted weight; None if there is no such limit."""
         return None

@@ -5,28 +5,27 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from dataclasses import replace
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import structlog
 
-from artifacts.errors import DatabaseUnavailable, FieldError, RequestInvalid
+from artifacts.errors import DatabaseUnavailable
 from storage.adapters import Parent
 from storage.job_metrics import Point, record_metrics
 from train.base_files import BaseFiles
-from train.catalog import find_method, parse_parameters
+from train.catalog import find_method
 from train.continuation import ContinueFrom, Start, check_base, continued_options
 from train.data import DataFile
 from train.engine import BEFORE, LOOP, Inputs, Plan, train_adapter
 from train.packed_base import fitted
-from train.settings import EvaluationSettings, TrainingSettings, parse_task
 from workers.checkpointing import Checkpoints
-from workers.context import JobContext, JobOutcome, NewAdapter, StoredModel
+from workers.context import JobContext, JobOutcome, StoredModel
+from workers.jobs import federated
+from workers.jobs.train_plans import described, plan_of, trained_adapter
+from workers.pauses import JobPause
 from workers.stage_zero import ADAPTER_SHARE, TransferableTraining
 
-LIBRARIES = ("rankwise", "torch", "transformers", "peft", "accelerate", "diffusers")
-NAME_LIMIT = 200
 SECONDS_BETWEEN = 1.0
 LONGEST_BETWEEN = 30.0
 POINTS_AT_ONCE = 500
@@ -34,7 +33,7 @@ POINTS_AT_ONCE = 500
 log = structlog.get_logger(__name__)
 
 
-def run(context: JobContext) -> JobOutcome:
+def run(context: JobContext) -> JobOutcome | JobPause:
     """Train the adapter that the job's parameters describe.
 
     `params`: {method, base_model, dataset, task, parameters, training, evaluation, seed, name, continue_from,
@@ -47,6 +46,8 @@ def run(context: JobContext) -> JobOutcome:
         AttemptCancelled, AttemptStale
     """
     plan = plan_of(context)
+    if plan.options.federated:
+        return federated.run(context, plan)
     wanted = ContinueFrom.of(context.params.get("continue_from"))
     dataset, path = context.dataset(context.params["dataset"])
     model, source = context.model_source(context.params["base_model"])
@@ -73,18 +74,9 @@ def run(context: JobContext) -> JobOutcome:
             output = zero.keep(output, report)
     else:
         output, report = trained_before
-    report |= {
-        "parameters": plan.options.model_dump(mode="json"),
-        "training": plan.training.model_dump(mode="json"),
-        "seed": plan.seed,
-        "versions": {library: version(library) for library in LIBRARIES},
-    }
-    trained = NewAdapter(
-        directory=output,
-        name=context.params.get("name") or default_name(dataset.name, plan.method),
-        description=f"Trained on {dataset.name} with {plan.method}, {report['steps']} steps.",
-        base_model=model.name,
-        model_id=model.id,
+    report |= described(plan)
+    trained = replace(
+        trained_adapter(context, plan, output, dataset.name, model, report["steps"]),
         parents=() if wanted is None else (Parent(wanted.adapter, recipe_of(plan, context)),),
     )
     if zero is None:
@@ -110,45 +102,10 @@ def recipe_of(plan: Plan, context: JobContext) -> dict[str, Any]:
     """All that is needed to train from the earlier adapter to this one again."""
     return {
         "method": plan.method,
-        "parameters": plan.options.model_dump(mode="json"),
-        "training": plan.training.model_dump(mode="json"),
-        "seed": plan.seed,
+        **described(plan),
         "dataset": context.params["dataset"],
         "base_model": context.params["base_model"],
-        "versions": {library: version(library) for library in LIBRARIES},
     }
-
-
-def plan_of(context: JobContext) -> Plan:
-    """The job's parameters, checked again: they were stored as JSON.
-
-    Raises:
-        RequestInvalid: a precision that the device does not have.
-    """
-    params: Mapping[str, Any] = context.params
-    training = TrainingSettings.model_validate(params.get("training") or {})
-    if training.precision == "float16" and not context.device.startswith("cuda"):
-        problem = f"float16 needs a GPU; this job runs on {context.device}"
-        raise RequestInvalid(
-            f"{problem}.", hint="Take bfloat16 or float32.", errors=[FieldError("/training/precision", problem)]
-        )
-    return Plan(
-        method=params["method"],
-        options=parse_parameters(params["method"], params.get("parameters") or {}),
-        task=parse_task(params.get("task") or "causal-lm"),
-        training=training,
-        evaluation=EvaluationSettings.model_validate(params.get("evaluation") or {}),
-        seed=params.get("seed") or 0,
-        device=context.device,
-        # After the device's memory ran out once, half of a batch at a time: the same sums, in another order.
-        micro_batches=2 if context.reduce_memory else 1,
-    )
-
-
-def default_name(dataset: str, method: str) -> str:
-    """ "my data (lora)", shortened to what a name may have."""
-    tail = f" ({method})"
-    return dataset[: NAME_LIMIT - len(tail)] + tail
 
 
 class JobObserver:
