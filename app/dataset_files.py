@@ -22,6 +22,7 @@ MEDIA_TYPES = {
     "csv": "text/csv",
     "parquet": "application/vnd.apache.parquet",
     "images": "application/zip",
+    "fasta": "text/x-fasta",
 }
 _ENDINGS = {"images": "zip"}
 

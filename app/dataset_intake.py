@@ -23,7 +23,7 @@ from train.text_lines import GZIP_MAGIC
 
 TEXT_FIELDS = frozenset({"name", "format"})
 SMALL_BYTES = 1024**2
-_SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".parquet", ".zip")
+_SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".parquet", ".zip", ".fasta", ".fna", ".fa")
 
 
 @dataclass(frozen=True, slots=True)

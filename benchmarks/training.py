@@ -25,8 +25,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from benchmarks.pool_figures import RESULTS, Figure, show, write
-from benchmarks.training_cases import Case, cases
-from train.catalog import METHODS
+from benchmarks.training_cases import Case, cases, of_words
 
 LOOP_GOAL_PERCENT = 3.0
 LOOP_ROUNDS = 5
@@ -139,9 +138,9 @@ def parse(words: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder for the JSON file")
     arguments = parser.parse_args(words)
-    unknown = sorted(set(arguments.methods) - METHODS.keys())
+    unknown = sorted(set(arguments.methods) - set(of_words()))
     if unknown:
-        parser.error(f"there is no training method {', '.join(unknown)}; there are {', '.join(METHODS)}")
+        parser.error(f"there is no training method {', '.join(unknown)}; there are {', '.join(of_words())}")
     return arguments
 
 

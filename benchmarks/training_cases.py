@@ -104,10 +104,15 @@ SPECIAL: Mapping[str, Callable[[int], list[Case]]] = {
 """Methods with goals, with several lines, or whose parameters have other names; any other has one line, with `rank`."""
 
 
+def of_words() -> list[str]:
+    """The methods of the menu that train a language model, which is what is timed here."""
+    return [name for name, row in METHODS.items() if "causal-lm" in row.capabilities.tasks]
+
+
 def cases(rank: int, wanted: Sequence[str] = ()) -> list[Case]:
     """The lines for the methods of the menu (or those `wanted`), in the menu's order."""
     found: list[Case] = []
-    for name in METHODS:
+    for name in of_words():
         if not wanted or name in wanted:
             found += SPECIAL[name](rank) if name in SPECIAL else [Case(name, name, {"rank": rank})]
     return found

@@ -29,6 +29,7 @@ from train.options.flexora import FlexoraOptions
 from train.options.gradnormlorp import GradnormlorpOptions
 from train.options.increlora import IncreloraOptions
 from train.options.loftq import LoftqOptions
+from train.options.lora_bert import LoraBertOptions
 from train.options.lq_lora import LqLoraOptions
 from train.options.prompt_tuning import PromptTuningOptions
 from train.options.smora import SmoraOptions
@@ -428,6 +429,29 @@ _ROWS = (
         arxiv="2501.15103",
         reference_url="https://arxiv.org/abs/2501.15103",
         capabilities=Capabilities(exports="smora", mergeable=False),
+    ),
+    Method(
+        name="lora-bert",
+        title="LoRA-BERT",
+        summary="Tells long non-coding RNA from protein-coding mRNA by a BERT of k-mers. The LoRA of its name is no "
+        "low-rank adapter: mode full trains every weight, as published; mode lora, which is Rankwise's own, trains "
+        "an adapter.",
+        when="To classify transcripts. First mode full on much data, from a base model of `rankwise models kmers`; "
+        "then mode lora, or full again, on the species or the kind of transcript that matters.",
+        cost="mode full: every weight, with gradient and optimiser, 16 bytes each. mode lora: as LoRA, and the "
+        "classifier and the pooler.",
+        output="mode lora: a plain LoRA with the trained classifier and pooler in it, for PEFT; it can not be merged. "
+        "mode full: a model, registered as a base model of its own.",
+        options=LoraBertOptions,
+        implementation="train.methods.lora_bert:make",
+        arxiv="2411.08073",
+        reference_url="https://arxiv.org/abs/2411.08073",
+        capabilities=Capabilities(
+            exports="lora",
+            mergeable=False,
+            tasks=("transcript-classification",),
+            variants={"full": Form(exports="model", mergeable=False)},
+        ),
     ),
     Method(
         name="prompt-tuning",

@@ -161,6 +161,7 @@ def train_adapter(
     observer.progress(LOOP, "loading the adapter onto a fresh base model")
     fresh, course.reload = check_reload(task, partial(task.reload, method.reload), output, bench.probe_rows, expected)
     course.after = bench.scores(fresh, "after", (RELOADED, AFTER))
+    course.remarks = task.remarks(course.after)
     return world.from_first(course.report(meter.peak()))
 
 
@@ -179,6 +180,7 @@ class _Course:
     parameters: int = 0
     own: Mapping[str, Any] = field(default_factory=dict)
     start: Start | None = None
+    remarks: Sequence[str] = ()
 
     def report(self, peak_memory: Mapping[str, int | None]) -> TrainReport:
         plan, result = self.plan, self.result
@@ -209,7 +211,11 @@ class _Course:
             early_stopping=result.early_stopping,
             devices=result.devices,
             continued_from=None if self.start is None else self.start.to_dict(),
-            warnings=[*plan.options.warnings(self.known), *(() if self.start is None else self.start.warnings)],
+            warnings=[
+                *plan.options.warnings(self.known),
+                *(() if self.start is None else self.start.warnings),
+                *self.remarks,
+            ],
         )
 
 

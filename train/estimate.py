@@ -66,12 +66,13 @@ def estimate(
         d_out * d_in for path, (d_out, d_in) in linear.items() if path not in packed and not _tied(path, linear)
     )
     width = WEIGHT_BYTES[training.precision]
+    frozen = max(parameters - trainable, 0) if options.trains_base else parameters
     tokens = training.batch_size * task.positions // devices
     per_token = sum(d_out + d_in for d_out, d_in in linear.values())
     kept = _KEPT_PER_LAYER * tokens * per_token * width
     return Estimate(
         trainable_parameters=trainable,
-        base_bytes=parameters * width + sum(packed.values()),
+        base_bytes=frozen * width + sum(packed.values()),
         adapter_bytes=trainable * FLOAT32_BYTES,
         optimizer_bytes=kept_of_layers + beside * ADAM_STATE_BYTES,
         activation_bytes=int(kept / 4 if training.gradient_checkpointing else kept),

@@ -82,6 +82,8 @@ def _of_measuring(task: TaskSettings, training: TrainingSettings, evaluation: Ev
         yield ("/evaluation/exact_match", offered, "Leave it out: only a model that writes answers can match them.")
     if evaluation.group_column is not None and task.type == "text-to-image":
         yield ("/evaluation/group_column", "images have no columns", "Leave it out.")
+    if evaluation.group_column is not None and task.type == "transcript-classification":
+        yield ("/evaluation/group_column", "transcripts are told apart by their views alone", "Leave it out.")
     stopping = training.early_stopping
     if stopping is None:
         return

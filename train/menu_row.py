@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 ALL_TASKS: tuple[TaskName, ...] = get_args(TaskName)
 TEXT_TASKS: tuple[TaskName, ...] = ("causal-lm", "sequence-classification", "token-classification")
-Export = Literal["lora", "dora", "vera", "miss", "bat_row", "loftq", "lq_lora", "smora", "prompt_tuning"]
+Export = Literal["lora", "dora", "vera", "miss", "bat_row", "loftq", "lq_lora", "smora", "prompt_tuning", "model"]
 PLAIN = ("lora", "rslora")
 """The types of adapters whose ΔW is scaling·B·A."""
 
@@ -26,8 +26,8 @@ class Form:
     """What comes out of a training.
 
     Attributes:
-        exports: what the adapter is: "lora" is a plain LoRA, bat_row is a type of Rankwise's own, any other is PEFT's
-            type of that name.
+        exports: what the adapter is: "lora" is a plain LoRA, bat_row is a type of Rankwise's own, "model" is a base
+            model and no adapter, any other is PEFT's type of that name.
         mergeable: the adapter can go into `POST /merge`.
     """
 
@@ -42,7 +42,7 @@ class Capabilities(Form):
     Attributes:
         exports, mergeable: with the parameters' defaults.
         tasks: what it can be trained on.
-        variants: what comes out instead with that value of the parameter `variant`.
+        variants: what comes out instead with that value of the parameter `variant`, or `mode`.
         continues: the types of stored adapters that it can go on from (`continue_from`).
     """
 

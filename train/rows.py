@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import BinaryIO, Literal
 
 from artifacts.errors import FieldError, FileBroken, RequestInvalid
-from train import csv_records, image_archive, json_lines, parquet_records
+from train import csv_records, fasta_records, image_archive, json_lines, parquet_records
 from train.census import Census, problems_of
 from train.records import Column, DatasetInfo, Faults, FirstFault, Limits, Row, Suitability
 from train.splits import Split, canonical, split_of
@@ -33,11 +33,20 @@ __all__ = [
     "split_of",
 ]
 
-Format = Literal["jsonl", "csv", "parquet", "images"]
-FORMATS: tuple[Format, ...] = ("jsonl", "csv", "parquet", "images")
-NAMES = {"jsonl": "JSON Lines", "csv": "CSV", "parquet": "Parquet", "images": "a zip of images"}
+Format = Literal["jsonl", "csv", "parquet", "images", "fasta"]
+FORMATS: tuple[Format, ...] = ("jsonl", "csv", "parquet", "images", "fasta")
+NAMES = {"jsonl": "JSON Lines", "csv": "CSV", "parquet": "Parquet", "images": "a zip of images", "fasta": "FASTA"}
 
-_SUFFIXES: dict[str, Format] = {".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "jsonl", ".csv": "csv"}
+_SUFFIXES: dict[str, Format] = {
+    ".jsonl": "jsonl",
+    ".ndjson": "jsonl",
+    ".json": "jsonl",
+    ".csv": "csv",
+    ".fa": "fasta",
+    ".fasta": "fasta",
+    ".fna": "fasta",
+}
+_TEXT = {"jsonl": json_lines.read, "csv": csv_records.read, "fasta": fasta_records.read}
 _STORED = Limits(max_bytes=2**62)  # what was let in under a higher limit can still be read
 _PARQUET_MAGIC = b"PAR1"
 _SPACE = b" \t\r\n"
@@ -66,6 +75,8 @@ def find_format(path: Path, file_name: str, given: str | None = None) -> Format:
         return _SUFFIXES[suffixes]
     if head.lstrip(_SPACE).startswith(b"{"):
         return "jsonl"
+    if head.lstrip(_SPACE).startswith(b">"):
+        return "fasta"
     raise RequestInvalid(
         f"The format of {file_name[:80]!r} can not be told from its name, nor from its content.",
         hint=f"Say it: format={' or '.join(FORMATS)}.",
@@ -156,8 +167,7 @@ def read_rows(
         return parquet_records.read(file, limits, faults, skip)
     if format == "images":
         return image_archive.read(file, limits, faults, skip)
-    reader = json_lines.read if format == "jsonl" else csv_records.read
-    rows = reader(file, limits, faults)
+    rows = _TEXT[format](file, limits, faults)
     return dropwhile(lambda row: row[0] <= skip, rows) if skip else rows
 
 
@@ -167,4 +177,6 @@ def _declared(file: BinaryIO, format: Format, limits: Limits) -> tuple[str, ...]
         return tuple(parquet_records.read_header(file, limits))
     if format == "images":
         return image_archive.COLUMNS
+    if format == "fasta":
+        return fasta_records.COLUMNS
     return tuple(csv_records.read_header(file, limits)) if format == "csv" else ()

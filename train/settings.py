@@ -133,6 +133,72 @@ class TokenClassificationTask(ClassificationSettings):
         return self.tags_column
 
 
+class TranscriptClassificationTask(ClassificationSettings):
+    """Tell long non-coding RNA from protein-coding mRNA by nucleotides alone (the task of arXiv:2411.08073). A row has
+    `sequence` and `label`, its biotype, and may have `id` and `gene`; FASTA gives all four.
+
+    The base model reads overlapping k-mers: `rankwise models kmers` makes one. Views of a gene, of a transcript and
+    of equal sequences are held out together. U is read as T, and lower case as upper case.
+    """
+
+    metrics: ClassVar[tuple[Metric, ...]] = (
+        "loss",
+        "accuracy",
+        "sensitivity",
+        "specificity",
+        "precision",
+        "f1",
+        "macro_f1",
+        "mcc",
+        "auroc",
+    )
+
+    type: Literal["transcript-classification"] = "transcript-classification"
+    max_length: Annotated[StrictInt, Field(ge=16, le=1_048_576)] = Field(
+        1536, description="Longest input, tokens with [CLS] and [SEP]; never above what the base model was made for."
+    )
+    overlong: Literal["error", "drop", "truncate"] = Field(
+        "truncate", description="What becomes of longer inputs: cut their 3' end off, leave them out, or refuse them."
+    )
+    k: Annotated[StrictInt, Field(ge=1, le=6)] = Field(3, description="Nucleotides of a token.")
+    stride: Annotated[StrictInt, Field(ge=1, le=6)] = Field(1, description="Nucleotides from a token to the next.")
+    views: Literal["full", "partial", "both"] = Field(
+        "both",
+        description="What is read of a transcript: all of it, its longest open reading frame, or either as an input of "
+        "its own.",
+    )
+    minimum_length: Annotated[StrictInt, Field(ge=16, le=1_000_000)] = Field(
+        100, description="Shortest transcript and shortest reading frame, nucleotides; shorter ones are left out."
+    )
+    six_frames: StrictBool = Field(
+        False,
+        description="Look for reading frames in the reverse complement too, as the published code does; wrong for "
+        "transcripts whose strand is known.",
+    )
+    positive_labels: Annotated[list[Column], Field(min_length=1, max_length=100)] = Field(
+        ["lncRNA", "lincRNA", "1"], description="Labels of non-coding transcripts, class 1."
+    )
+    negative_labels: Annotated[list[Column], Field(min_length=1, max_length=100)] = Field(
+        ["mRNA", "protein_coding", "0"],
+        description="Labels of coding transcripts, class 0. Rows with any other label are left out and counted.",
+    )
+    sequence_column: Column = Field("sequence", description="Column with the nucleotides.")
+    label_column: Column = Field("label", description="Column with the biotype: text or a whole number.")
+    id_column: Column = Field("id", description="Column with the transcript's name, where there is one.")
+    gene_column: Column = Field("gene", description="Column with the gene's name, where there is one.")
+
+    @property
+    def label_name(self) -> str:
+        return self.label_column
+
+    @model_validator(mode="after")
+    def _two_classes(self) -> TranscriptClassificationTask:
+        both = set(self.positive_labels) & set(self.negative_labels)
+        if both:
+            raise ValueError(f"{sorted(both)[0]!r} is in positive_labels and in negative_labels")
+        return self
+
+
 class TextToImageTask(_TaskSettings):
     """Predict the noise in images from their captions. The dataset is a zip of images, the base model a folder of a
     StableDiffusionPipeline, of which the UNet is adapted.
@@ -176,13 +242,18 @@ class TextToImageTask(_TaskSettings):
         return ["to_q", "to_k", "to_v", "to_out.0"]
 
 
-AnyTask = CausalLmTask | SequenceClassificationTask | TokenClassificationTask | TextToImageTask
+AnyTask = (
+    CausalLmTask | SequenceClassificationTask | TokenClassificationTask | TranscriptClassificationTask | TextToImageTask
+)
 TaskSettings = Annotated[AnyTask, Field(discriminator="type")]
-TaskName = Literal["causal-lm", "sequence-classification", "token-classification", "text-to-image"]
+TaskName = Literal[
+    "causal-lm", "sequence-classification", "token-classification", "transcript-classification", "text-to-image"
+]
 TASKS: Mapping[str, type[AnyTask]] = {
     "causal-lm": CausalLmTask,
     "sequence-classification": SequenceClassificationTask,
     "token-classification": TokenClassificationTask,
+    "transcript-classification": TranscriptClassificationTask,
     "text-to-image": TextToImageTask,
 }
 """Every task by its name."""
@@ -194,7 +265,8 @@ class EarlyStopping(_Settings):
     metric: Metric = Field(
         "loss",
         description="Figure of the evaluation that is gone by, one that the task has. causal-lm: loss, perplexity, "
-        "exact_match (writes answers: slow); classification: loss, accuracy, macro_f1, mcc; text-to-image: loss.",
+        "exact_match (writes answers: slow); classification: loss, accuracy, macro_f1, mcc, of transcripts also "
+        "sensitivity, specificity, precision, f1, auroc; text-to-image: loss.",
     )
     every_steps: Count = Field(50, description="Steps between two measurements; the last step is measured too.")
     patience: Annotated[StrictInt, Field(ge=1, le=10_000)] = Field(

@@ -71,6 +71,27 @@ class _Labels:
         return None if len(self._labels) > 1 else "all rows have the same `label`: there is nothing to tell apart"
 
 
+class _Transcripts:
+    """Rows of one sequence and the biotype of its transcript."""
+
+    def __init__(self) -> None:
+        self._labels: set[str | int] = set()
+
+    def check(self, row: Row) -> str | None:
+        fault = _text("sequence")(row)
+        if fault is not None:
+            return fault
+        label = row.get("label")
+        if not isinstance(label, str | int) or isinstance(label, bool) or label == "":
+            return f"`label` is {_described(label)}, not the biotype of a transcript"
+        if len(self._labels) < 2:
+            self._labels.add(label)
+        return None
+
+    def conclude(self) -> str | None:
+        return None if len(self._labels) > 1 else "all rows have the same `label`: there is nothing to tell apart"
+
+
 class _Tags:
     """Rows of tokens with one tag each; the tags are all text or all whole numbers."""
 
@@ -152,13 +173,20 @@ class Candidates:
     """All tasks, while the rows of a dataset go by."""
 
     def __init__(self) -> None:
-        labels, tags = _Labels(), _Tags()
+        labels, tags, transcripts = _Labels(), _Tags(), _Transcripts()
         self._all = (
             _Candidate("causal-lm", "chat", ("messages",), _chat),
             _Candidate("causal-lm", "prompt-completion", ("prompt", "completion"), _prompt_and_completion),
             _Candidate("causal-lm", "text", ("text",), _text("text")),
             _Candidate("sequence-classification", "text-label", ("text", "label"), labels.check, labels.conclude),
             _Candidate("token-classification", "tokens-tags", ("tokens", "tags"), tags.check, tags.conclude),
+            _Candidate(
+                "transcript-classification",
+                "sequence-label",
+                ("sequence", "label"),
+                transcripts.check,
+                transcripts.conclude,
+            ),
         )
 
     def add(self, number: int, row: Row) -> None:

@@ -24,7 +24,7 @@ EMBEDDINGS = frozenset(
         "wte",
     }
 )
-HEADS = frozenset({"embed_out", "lm_head"})
+HEADS = frozenset({"classifier", "embed_out", "lm_head", "score"})
 _SHOWN = 20
 
 

@@ -25,6 +25,7 @@ class DatasetFormat(StrEnum):
     CSV = "csv"
     PARQUET = "parquet"
     IMAGES = "images"
+    FASTA = "fasta"
 
 
 Format = Annotated[DatasetFormat | None, typer.Option("--format", help="Unless given, by the name or the content.")]
@@ -69,7 +70,8 @@ def show(title: str, dataset: dict[str, Any]) -> None:
 def add(
     context: typer.Context,
     paths: Annotated[
-        list[Path], typer.Argument(metavar="FILE...", help="JSON Lines, CSV (both also as .gz) or Parquet.")
+        list[Path],
+        typer.Argument(metavar="FILE...", help="JSON Lines, CSV, FASTA (all also .gz), Parquet or a zip of images."),
     ],
     name: Annotated[str | None, typer.Option("--name", help="Name; the file's own unless given.")] = None,
     file_format: Format = None,

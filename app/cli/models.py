@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from app.cli.options import Cursor, Json, Limit
-from app.cli.output import fields, moment, note_more, print_json, stdout, table
+from app.cli.output import fields, moment, note, note_more, print_json, stdout, table
 from app.cli.progress import require_success, watch
 
 app = typer.Typer(help="Base models: register, list, look at, deprecate, remove.", no_args_is_help=True)
@@ -178,3 +178,27 @@ def remove(
 
 def _utc(moment_: datetime) -> str:
     return (moment_ if moment_.tzinfo else moment_.replace(tzinfo=UTC)).isoformat()
+
+
+@app.command("kmers")
+def kmer_bert(
+    output: Annotated[Path, typer.Argument(metavar="FOLDER", help="A new folder.")],
+    k: Annotated[int, typer.Option("--k", min=1, max=6, help="Nucleotides of a token.")] = 3,
+    layers: Annotated[int, typer.Option("--layers", min=1, max=96, help="Of the encoder.")] = 12,
+    width: Annotated[int, typer.Option("--width", min=8, max=8192, help="Of the hidden states.")] = 768,
+    heads: Annotated[int, typer.Option("--heads", min=1, max=256, help="Of attention; they divide the width.")] = 12,
+    inner: Annotated[int, typer.Option("--inner", min=8, max=32768, help="Of the layers between.")] = 3072,
+    positions: Annotated[int, typer.Option("--positions", min=16, max=65536, help="Longest input, tokens.")] = 1536,
+    dropout: Annotated[
+        float, typer.Option("--dropout", min=0.0, max=0.9, help="Of hidden states and attention.")
+    ] = 0.1,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Of the first values.")] = 0,
+) -> None:
+    """Make a BERT that reads k-mers and has learned nothing: the base model of the task transcript-classification.
+
+    The sizes are those of the published code. Nothing is registered: `rankwise models add FOLDER` does that.
+    """
+    from train.kmer_bert import KmerBertShape, write_kmer_bert
+
+    count = write_kmer_bert(output, KmerBertShape(k, layers, width, heads, inner, positions, dropout), seed)
+    note(f"{count:,} parameters written to {output}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from rich.console import Console
+from rich.text import Text
 
 from app.cli.output import duration, fields, size, table
 
@@ -31,6 +32,9 @@ def print_train_report(console: Console, report: dict[str, Any]) -> None:
         )
     )
     _print_evaluation(console, report.get("evaluation") or {})
+    _print_controls(console, data.get("controls") or {})
+    for warning in report.get("warnings") or ():
+        console.print(Text.assemble(("warning  ", "bold yellow"), str(warning)))
     kept = report.get("transferable")
     if kept:
         console.print(
@@ -56,6 +60,13 @@ def _print_evaluation(console: Console, evaluation: dict[str, Any]) -> None:
         (name.replace("_", " "), before[name], after.get(name), _interval(differences.get(name))) for name in before
     ]
     console.print(table("on the rows held out", ("", "#before", "#after", "#change (95 %)"), rows))
+
+
+def _print_controls(console: Console, controls: dict[str, Any]) -> None:
+    """What simpler models reach on the same rows."""
+    if controls:
+        rows = [(name.replace("_", " "), found["accuracy"], found["auroc"]) for name, found in controls.items()]
+        console.print(table("logistic regression on", ("", "#accuracy", "#auroc"), rows))
 
 
 def _interval(found: dict[str, float] | None) -> str | None:

@@ -16,6 +16,7 @@ from app.cli.output import note, print_json, stdout
 from app.cli.progress import require_success, steps, watch
 from app.cli.train_report import print_train_report
 from artifacts.heat_map import write_pictures
+from artifacts.layout import WEIGHTS_NAME
 
 if TYPE_CHECKING:
     from app.cli.recipe import Recipe
@@ -79,6 +80,9 @@ def _train_remotely(client: Client, recipe: Recipe, output: Path | None, wait: b
     print_json(job) if as_json else show(job)
     if not wait:
         note(f"follow it: rankwise jobs watch {job['id']}")
+    elif output is not None and job["result"].get("models"):
+        (model,) = job["result"]["models"]
+        note(f"the model {model} is a base model of the service; GET /models/{model}/files/… gives its files")
     elif output is not None:
         adapter_id = job["result"]["adapters"][0]
         # An adapter of images is one file, as diffusers has it.
@@ -98,4 +102,6 @@ def _train_here(recipe: Recipe, output: Path, device: str, as_json: bool) -> Non
         print_json({"path": str(output), "report": report})
         return
     print_train_report(stdout(), report)
-    note(f"written to {output}; load it with PeftModel.from_pretrained(base, {str(output)!r})")
+    whole = not (output / WEIGHTS_NAME).is_file()
+    load = "a model's from_pretrained(" if whole else "PeftModel.from_pretrained(base, "
+    note(f"written to {output}; load it with {load}{str(output)!r})")

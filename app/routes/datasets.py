@@ -51,7 +51,7 @@ _LOCATION = {"Location": {"description": "Path of the dataset.", "schema": {"typ
 async def upload_dataset(
     request: Request, services: ServicesDep, principal: Writer, idempotency_key: IdempotencyKey = None
 ) -> JSONResponse:
-    """One file of JSON Lines, CSV or Parquet, or a zip of images; each row is validated, and the bad ones are named.
+    """One file of JSON Lines, CSV, Parquet or FASTA, or a zip of images; each row is validated, bad ones are named.
 
     The body is streamed to disk and hashed on the way; the same file again gives the dataset that is there.
     """

@@ -52,8 +52,11 @@ class DatasetColumn(BaseModel):
 class DatasetTask(BaseModel):
     """Whether the dataset can serve one task, in one form of data."""
 
-    task: str = Field(description="causal-lm, sequence-classification, token-classification or text-to-image.")
-    form: str = Field(description="chat, prompt-completion, text, text-label, tokens-tags or images.")
+    task: str = Field(
+        description="causal-lm, sequence-classification, token-classification, transcript-classification or "
+        "text-to-image."
+    )
+    form: str = Field(description="chat, prompt-completion, text, text-label, tokens-tags, sequence-label or images.")
     columns: list[str] = Field(description="Those that the task reads.")
     usable: bool
     reason: str | None = Field(description="Why it can not serve it.")
@@ -117,7 +120,7 @@ UPLOAD_FORM_SCHEMA: dict[str, Any] = {
     "required": ["file"],
     "properties": {
         "file": {
-            "description": "JSON Lines, CSV (both also as .gz), Parquet, or a zip of images.",
+            "description": "JSON Lines, CSV, FASTA (all also as .gz), Parquet, or a zip of images.",
             "type": "string",
             "format": "binary",
         },

@@ -50,6 +50,7 @@ def test_an_upload_is_validated_and_described(server: Any) -> None:
         ("causal-lm", "text"): None,
         ("sequence-classification", "text-label"): None,
         ("token-classification", "tokens-tags"): "there is no column `tokens` and no column `tags`",
+        ("transcript-classification", "sequence-label"): "there is no column `sequence`",
     }
     assert server.client.get(response.headers["location"]).json() == body
     assert server.staged() == []

@@ -67,6 +67,7 @@ CASES = {
     )
     for name, row in METHODS.items()
     if name != "lq-lora"  # which needs a base model of its own: test_lq_lora_http.py
+    and "causal-lm" in row.capabilities.tasks
 } | {
     "gradnormlorp-full": Case("gradnormlorp", {"mode": "full", "proj_rank": 4}, refused="use_dora is set"),
     "bone-mini": Case("bone", {"variant": "mini", "rank": 4, "mini_r": 2}),

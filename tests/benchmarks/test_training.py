@@ -27,7 +27,7 @@ TIME_GOALS = {
 
 def test_every_method_of_the_menu_has_lines_with_parameters_that_it_takes() -> None:
     found = cases(16)
-    assert {case.method for case in found} == METHODS.keys()
+    assert {case.method for case in found} == {*METHODS} - {"lora-bert"}
     assert len({case.name for case in found}) == len(found)
     for case in found:
         parse_parameters(case.method, case.parameters)
@@ -37,7 +37,7 @@ def test_every_method_of_the_menu_has_lines_with_parameters_that_it_takes() -> N
 def test_a_method_that_is_not_on_the_menu_has_no_line_and_the_goals_are_the_promised_ones(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(training_cases, "METHODS", dict.fromkeys(TIME_GOALS))
+    monkeypatch.setattr(training_cases, "METHODS", {name: METHODS[name] for name in TIME_GOALS})
     goals: dict[str, Case] = {}
     for case in cases(16):
         goals.setdefault(case.method, case)

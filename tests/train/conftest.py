@@ -54,3 +54,23 @@ def smollm2() -> object:
     model.name_or_path = "acme/smollm2"
     rows = [f"Code of item {number}: <{number * 7 % 97:02d}-ok>" for number in range(10, 18)]
     return model, tokenizer(rows, return_tensors="pt", padding=True).input_ids
+
+
+@pytest.fixture(scope="session")
+def tiny_kmer_bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from transcript_rows import write_tiny_kmer_bert
+
+    return write_tiny_kmer_bert(tmp_path_factory.mktemp("tiny-kmer-bert") / "base")
+
+
+@pytest.fixture
+def transcript_trainings(tiny_kmer_bert: Path, tmp_path: Path) -> object:
+    """Makes small trainings of a BERT of k-mers, on 60 transcripts."""
+    from trainings import Trainings
+    from transcript_rows import transcripts, write_fasta
+
+    from train.data import DataFile
+
+    made = Trainings(tmp_path, tiny_kmer_bert)
+    made.data = DataFile(write_fasta(tmp_path / "transcripts.fa", transcripts()), "fasta")
+    return made

@@ -78,6 +78,11 @@ class TrainOptions(BaseModel):
         return False
 
     @property
+    def trains_base(self) -> bool:
+        """Whether the base model's own weights are trained, so that a model comes out and no adapter."""
+        return False
+
+    @property
     def largest_rank(self) -> int | None:
         """A rank that must not be above the smaller side of any adapted weight; None if there is no such limit."""
         return None

@@ -14,6 +14,7 @@ IMPLEMENTATIONS: Mapping[str, str] = {
     "sequence-classification": "train.tasks.sequence_classification:SequenceClassification",
     "text-to-image": "train.tasks.text_to_image:TextToImage",
     "token-classification": "train.tasks.token_classification:TokenClassification",
+    "transcript-classification": "train.tasks.transcript_classification:TranscriptClassification",
 }
 
 

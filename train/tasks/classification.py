@@ -29,7 +29,7 @@ from train.tasks.text_batches import device_of, moved, padding_of, ready_transfo
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
-    from transformers import PreTrainedModel
+    from transformers import PretrainedConfig, PreTrainedModel
 
 LABELS_KEY = "labels"
 """Where the metadata of an adapter's weights have its labels, as a JSON list: place in the list = class."""
@@ -75,59 +75,21 @@ class Classification(Task[S], Generic[S]):
         self._whole: tuple[str, ...] = ()
 
     @abstractmethod
-    def labels_in(self, row: Mapping[str, Any]) -> Sequence[Label]:
-        """The labels of a row. Raises RowProblemError."""
-
-    @abstractmethod
-    def encode(self, row: Mapping[str, Any], limit: int | None) -> ClassExample:
-        """An example of a row, cut at the limit. Raises RowProblemError."""
-
-    @abstractmethod
     def auto_class(self) -> Any:
         """The class of transformers that puts the head onto the base."""
 
-    def read(self, file: DataFile, evaluation: EvaluationSettings) -> Examples:
-        fraction = evaluation.validation_fraction
-        self.labels = self._find_labels(SplitRows(file, fraction))
-        self.labels.check(self.settings.label_name)
-        limit = row_limit(self.settings.max_length, self.base.config())
-        rows = SplitRows(file, fraction, evaluation.group_column)
-        encoded = encode_rows(rows, self.encode, self.settings.overlong, limit)
-        train, validation = rows.parted(encoded.numbers, encoded.examples)
-        report = counts(
-            train,
-            validation,
-            evaluation,
-            labels=list(self.labels.names),
-            training_tokens=sum(example.length for example in train),
-            counted_labels=sum(example.counted for example in train),
-            longest_row=max(example.length for example in train),
-            row_limit=limit,
-            dropped_rows=listed(encoded.dropped),
-            cut_rows=listed(encoded.cut),
-        )
-        groups = rows.groups(encoded.numbers, evaluation.max_rows)
-        return Examples(train, validation[: evaluation.max_rows], report, groups)
+    def keeps_head(self, config: PretrainedConfig) -> bool:
+        """Whether the base model with this configuration keeps its head, if it has one."""
+        del config
+        return False
 
-    def _find_labels(self, rows: SplitRows) -> Labels:
-        """Of the training rows; every row is looked at."""
-        faults = RowFaults()
-        found: set[Label] = set()
-        first: Label | None = None
-        for number, row in rows:
-            try:
-                labels = self.labels_in(row)
-                if labels:
-                    first = labels[0] if first is None else first
-                    of_one_kind(labels, first, self.settings.label_name)
-            except RowProblemError as error:
-                faults.add(number, str(error))
-            else:
-                found.update(() if number in rows.held_out else labels)
-        faults.check("Correct these rows, or name another column in the task.")
-        return Labels(found)
+    def trained_whole(self, model: nn.Module) -> Sequence[str]:
+        """Paths of modules besides the head that are trained as they are."""
+        del model
+        return ()
 
     def load(self) -> nn.Module:
+        kept = self.keeps_head(self.base.config())
         names = {place: str(label) for place, label in enumerate(self.labels.names)}
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed)  # for weights that the base lacks
@@ -143,9 +105,12 @@ class Classification(Task[S], Generic[S]):
                 ignore_mismatched_sizes=True,
             )
             heads = _heads(model)
+            lacking = {key.rpartition(".")[0] for key in info["missing_keys"]}
             for path in heads:
+                if kept and not any(_inside(other, path) for other in lacking):
+                    continue
                 _renew(model.get_submodule(path), getattr(model.config, "initializer_range", _STANDARD_DEVIATION))
-        lacking = {key.rpartition(".")[0] for key in info["missing_keys"]}
+        heads = (*heads, *self.trained_whole(model))
         others = {path for path in lacking if not any(_inside(path, head) for head in heads)}
         self._whole = (*heads, *sorted(others))
         for path in self._whole:
@@ -195,6 +160,84 @@ class Classification(Task[S], Generic[S]):
         return example.length
 
     @torch.no_grad()
+    def predict(self, model: nn.Module, examples: Sequence[ClassExample]) -> list[Tensor]:
+        """The logits: (labels,) of each text, or (length, labels) of its tokens."""
+        found = []
+        for example in examples:
+            batch = moved(self.collate([example]), device_of(model))
+            del batch["labels"]
+            found.append(model(**batch).logits[0].float().cpu())
+        return found
+
+    def finish(self, directory: Path) -> None:
+        """The labels go with the weights."""
+        self.tell(directory, {})
+
+    def tell(self, directory: Path, more: Mapping[str, str]) -> None:
+        """Write the labels, and more, into the metadata of the adapter's weights."""
+        path = directory / _WEIGHTS
+        header, tensors = read_header(path), dict(sorted(load_file(path).items()))
+        metadata = {**header.metadata, LABELS_KEY: json.dumps(list(self.labels.names), ensure_ascii=False), **more}
+        entries = [TensorEntry(name, header.tensors[name].dtype, tuple(value.shape)) for name, value in tensors.items()]
+        # safetensors itself writes several entries of metadata in an order that changes from file to file.
+        with SafetensorsWriter(path, entries, metadata) as writer:
+            for name, value in tensors.items():
+                writer.write(name, value)
+
+
+class RowClassification(Classification[S], Generic[S]):
+    """The rows say what the labels are, and each becomes an example."""
+
+    @abstractmethod
+    def labels_in(self, row: Mapping[str, Any]) -> Sequence[Label]:
+        """The labels of a row. Raises RowProblemError."""
+
+    @abstractmethod
+    def encode(self, row: Mapping[str, Any], limit: int | None) -> ClassExample:
+        """An example of a row, cut at the limit. Raises RowProblemError."""
+
+    def read(self, file: DataFile, evaluation: EvaluationSettings) -> Examples:
+        fraction = evaluation.validation_fraction
+        self.labels = self._find_labels(SplitRows(file, fraction))
+        self.labels.check(self.settings.label_name)
+        limit = row_limit(self.settings.max_length, self.base.config())
+        rows = SplitRows(file, fraction, evaluation.group_column)
+        encoded = encode_rows(rows, self.encode, self.settings.overlong, limit)
+        train, validation = rows.parted(encoded.numbers, encoded.examples)
+        report = counts(
+            train,
+            validation,
+            evaluation,
+            labels=list(self.labels.names),
+            training_tokens=sum(example.length for example in train),
+            counted_labels=sum(example.counted for example in train),
+            longest_row=max(example.length for example in train),
+            row_limit=limit,
+            dropped_rows=listed(encoded.dropped),
+            cut_rows=listed(encoded.cut),
+        )
+        groups = rows.groups(encoded.numbers, evaluation.max_rows)
+        return Examples(train, validation[: evaluation.max_rows], report, groups)
+
+    def _find_labels(self, rows: SplitRows) -> Labels:
+        """Of the training rows; every row is looked at."""
+        faults = RowFaults()
+        found: set[Label] = set()
+        first: Label | None = None
+        for number, row in rows:
+            try:
+                labels = self.labels_in(row)
+                if labels:
+                    first = labels[0] if first is None else first
+                    of_one_kind(labels, first, self.settings.label_name)
+            except RowProblemError as error:
+                faults.add(number, str(error))
+            else:
+                found.update(() if number in rows.held_out else labels)
+        faults.check("Correct these rows, or name another column in the task.")
+        return Labels(found)
+
+    @torch.no_grad()
     def score(
         self,
         model: nn.Module,
@@ -221,27 +264,6 @@ class Classification(Task[S], Generic[S]):
 
     def scores_of(self, columns: Mapping[str, Any]) -> ClassScores:
         return ClassScores.of(columns)
-
-    @torch.no_grad()
-    def predict(self, model: nn.Module, examples: Sequence[ClassExample]) -> list[Tensor]:
-        """The logits: (labels,) of each text, or (length, labels) of its tokens."""
-        found = []
-        for example in examples:
-            batch = moved(self.collate([example]), device_of(model))
-            del batch["labels"]
-            found.append(model(**batch).logits[0].float().cpu())
-        return found
-
-    def finish(self, directory: Path) -> None:
-        """The labels go with the weights."""
-        path = directory / _WEIGHTS
-        header, tensors = read_header(path), dict(sorted(load_file(path).items()))
-        metadata = {**header.metadata, LABELS_KEY: json.dumps(list(self.labels.names), ensure_ascii=False)}
-        entries = [TensorEntry(name, header.tensors[name].dtype, tuple(value.shape)) for name, value in tensors.items()]
-        # safetensors itself writes several entries of metadata in an order that changes from file to file.
-        with SafetensorsWriter(path, entries, metadata) as writer:
-            for name, value in tensors.items():
-                writer.write(name, value)
 
 
 def _loss(outputs: Any, labels: Tensor, items: Tensor) -> Tensor:

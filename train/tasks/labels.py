@@ -19,6 +19,13 @@ class Labels:
         self.names: tuple[Label, ...] = tuple(sorted(set(found), key=lambda label: (isinstance(label, str), label)))
         self._places: Mapping[Label, int] = {name: place for place, name in enumerate(self.names)}
 
+    @classmethod
+    def ordered(cls, names: Sequence[Label]) -> Labels:
+        """Labels in the order in which they are given."""
+        found = cls(names)
+        found.names, found._places = tuple(names), {name: place for place, name in enumerate(names)}
+        return found
+
     def __len__(self) -> int:
         return len(self.names)
 

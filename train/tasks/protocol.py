@@ -120,6 +120,11 @@ class Task(ABC, Generic[Settings]):
             tick: called with the number of rows measured so far, before each batch.
         """
 
+    def remarks(self, after: Scores | None) -> Sequence[str]:
+        """What the user should know of the trained model's figures: whole sentences."""
+        del after
+        return ()
+
     @abstractmethod
     def scores_of(self, columns: Mapping[str, Any]) -> Scores:
         """What `Scores.to_lists` was made of."""

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from train.settings import SequenceClassificationTask
-from train.tasks.classification import ClassExample, Classification
+from train.tasks.classification import ClassExample, RowClassification
 from train.tasks.labels import Label, label_of
 from train.tasks.rows import RowProblemError
 
@@ -18,7 +18,7 @@ PAIR_COLUMN = "text_pair"
 """The second text of the rows that have one, if the task names no column."""
 
 
-class SequenceClassification(Classification[SequenceClassificationTask]):
+class SequenceClassification(RowClassification[SequenceClassificationTask]):
     """AutoModelForSequenceClassification. A causal model gives the text's last token to the head."""
 
     peft_type: ClassVar[str | None] = "SEQ_CLS"

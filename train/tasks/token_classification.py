@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from train.settings import TokenClassificationTask
-from train.tasks.classification import ClassExample, Classification
+from train.tasks.classification import ClassExample, RowClassification
 from train.tasks.labels import Label, label_of
 from train.tasks.rows import IGNORED, RowProblemError
 
 
-class TokenClassification(Classification[TokenClassificationTask]):
+class TokenClassification(RowClassification[TokenClassificationTask]):
     """AutoModelForTokenClassification. A token's tag counts at the first of the pieces that it is cut into."""
 
     peft_type: ClassVar[str | None] = "TOKEN_CLS"

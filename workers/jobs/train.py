@@ -20,9 +20,9 @@ from train.data import DataFile
 from train.engine import BEFORE, LOOP, Inputs, Plan, train_adapter
 from train.packed_base import fitted
 from workers.checkpointing import Checkpoints
-from workers.context import JobContext, JobOutcome, StoredModel
+from workers.context import JobContext, JobOutcome, NewModel, StoredModel
 from workers.jobs import federated
-from workers.jobs.train_plans import described, plan_of, trained_adapter
+from workers.jobs.train_plans import default_name, described, plan_of, trained_adapter
 from workers.pauses import JobPause
 from workers.stage_zero import ADAPTER_SHARE, TransferableTraining
 
@@ -75,6 +75,9 @@ def run(context: JobContext) -> JobOutcome | JobPause:
     else:
         output, report = trained_before
     report |= described(plan)
+    if plan.options.trains_base:
+        name = context.params.get("name") or default_name(dataset.name, plan.method)
+        return JobOutcome(report=report, models=(NewModel(output, name, recipe_of(plan, context)),))
     trained = replace(
         trained_adapter(context, plan, output, dataset.name, model, report["steps"]),
         parents=() if wanted is None else (Parent(wanted.adapter, recipe_of(plan, context)),),

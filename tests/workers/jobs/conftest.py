@@ -50,6 +50,32 @@ def pipeline_id(train_pool: Any, tiny_pipeline: Path) -> str:
         return models.add_model(session, inspect_base(tiny_pipeline))[0].id
 
 
+@pytest.fixture(scope="session")
+def tiny_kmer_bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from transcript_rows import write_tiny_kmer_bert
+
+    return write_tiny_kmer_bert(tmp_path_factory.mktemp("tiny-kmer-bert") / "base")
+
+
+@pytest.fixture
+def kmer_bert_id(train_pool: Any, tiny_kmer_bert: Path) -> str:
+    """The tiny BERT of k-mers, registered."""
+    with train_pool.database.write() as session:
+        return models.add_model(session, inspect_base(tiny_kmer_bert))[0].id
+
+
+@pytest.fixture
+def add_fasta(train_pool: Any) -> Callable[[], str]:
+    """Stores 60 transcripts; returns the dataset's id."""
+
+    from transcript_rows import transcripts, write_fasta
+
+    def add() -> str:
+        return _store(train_pool, write_fasta(train_pool.folder / "transcripts.fa", transcripts()), "fasta", 60)
+
+    return add
+
+
 @pytest.fixture
 def add_dataset(train_pool: Any) -> Callable[..., str]:
     """Stores rows as JSON Lines; returns the dataset's id."""

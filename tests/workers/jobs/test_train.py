@@ -9,14 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from test_methods import OF_WORDS
 from train_jobs import STEPS, TRAINING, base_for, checkpoint_of, params_of, start
+from transcript_rows import TASK
 
 from artifacts.errors import AttemptStale
 from storage import adapters, checkpoints, job_metrics
 from storage.blobs import BlobStore
 from storage.checkpoints import record_checkpoint
 from storage.job_metrics import metrics_after
-from train.catalog import METHODS
 from workers.jobs.train import LIBRARIES
 
 
@@ -66,9 +67,11 @@ PARAMETERS: dict[str, dict[str, Any]] = {
 """Of those methods that have no dropout, or no rank of that name."""
 
 
-def kill_and_compare(pool: Any, tiny_base: Path, base_id: str, dataset_id: str, method: str, wait_until: Any) -> Any:
+def kill_and_compare(
+    pool: Any, tiny_base: Path, base_id: str, dataset_id: str, method: str, wait_until: Any, **more: Any
+) -> Any:
     """Run the same training twice, once killed after its first checkpoint; returns the killed job."""
-    changes = {"method": method, "parameters": PARAMETERS.get(method, {"rank": 4, "dropout": 0.1})}
+    changes = {"method": method, "parameters": PARAMETERS.get(method, {"rank": 4, "dropout": 0.1}), **more}
     base_id = base_for(pool, tiny_base, base_id, method)
     whole = pool.submit("train", **params_of(base_id, dataset_id, training=TRAINING, **changes))
     start(pool, tiny_base)
@@ -84,8 +87,9 @@ def kill_and_compare(pool: Any, tiny_base: Path, base_id: str, dataset_id: str, 
     assert job.attempt == 2
     assert [attempt.outcome for attempt in pool.attempts(killed)] == ["lost", "succeeded"]
     assert job.result["report"]["resumed_at"] >= row.step
-    # Equal content is one adapter: the same bytes.
-    assert job.result["adapters"] == pool.job(whole).result["adapters"]
+    # Equal content is one adapter, or one model: the same bytes.
+    made = [{kind: found.result.get(kind) for kind in ("adapters", "models")} for found in (job, pool.job(whole))]
+    assert made[0] == made[1]
     with pool.database.read() as session:
         first = [point.numbers for point, _ in metrics_after(session, whole, 0, 1000)]
         second = [point.numbers for point, _ in metrics_after(session, killed, 0, 1000)]
@@ -107,11 +111,21 @@ def test_a_killed_training_goes_on_and_ends_with_the_same_bytes(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", sorted(set(METHODS) - {"lora"}))
+@pytest.mark.parametrize("method", sorted(set(OF_WORDS) - {"lora"}))
 def test_every_method_survives_a_kill(
     train_pool: Any, tiny_base: Path, base_id: str, add_dataset: Any, wait_until: Any, method: str
 ) -> None:
     kill_and_compare(train_pool, tiny_base, base_id, add_dataset(), method, wait_until)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("parameters", [{"rank": 4, "dropout": 0.1}, {"mode": "full"}], ids=["lora", "full"])
+def test_a_killed_training_on_transcripts_ends_with_the_same_bytes(
+    train_pool: Any, tiny_kmer_bert: Path, kmer_bert_id: str, add_fasta: Any, wait_until: Any, parameters: Any
+) -> None:
+    task = TASK | {"views": "full", "max_length": 64}
+    more = {"task": task, "parameters": parameters, "evaluation": {"validation_fraction": 0.3}}
+    kill_and_compare(train_pool, tiny_kmer_bert, kmer_bert_id, add_fasta(), "lora-bert", wait_until, **more)
 
 
 def test_the_worker_of_a_training_is_replaced(

@@ -10,10 +10,9 @@ from typing import Any
 import psutil
 import pytest
 import train_kinds
-from test_methods import PARAMETERS, USUAL
+from test_methods import OF_WORDS, PARAMETERS, USUAL
 from train_jobs import TRAINING, base_for, checkpoint_of, params_of, series_of, start, weights_of
 
-from train.catalog import METHODS
 from workers.kinds import KINDS
 
 pytestmark = pytest.mark.timeout(400)
@@ -33,7 +32,7 @@ def ranks_of(supervisor: Any, job_id: str) -> tuple[int, int]:
 
 
 @pytest.mark.parametrize(
-    "method", ["lora", *(pytest.param(name, marks=pytest.mark.slow) for name in METHODS if name != "lora")]
+    "method", ["lora", *(pytest.param(name, marks=pytest.mark.slow) for name in OF_WORDS if name != "lora")]
 )
 def test_two_ranks_train_what_one_trains_with_the_same_batches(
     train_pool: Any, tiny_base: Path, base_id: str, add_dataset: Any, method: str

@@ -1,0 +1,1 @@
+"""Transcripts as a classifier reads them: nucleotides, k-mers, reading frames, groups, and controls."""
