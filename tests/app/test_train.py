@@ -80,6 +80,11 @@ def test_rows_are_grouped_by_a_column_that_every_row_has(training: Any) -> None:
             "21 samples were asked for, of at most 20 training rows",
         ),
         (
+            {"method": "flexora", "parameters": {"rank": 4, "validation_rows": 20}},
+            "/parameters/validation_rows",
+            "20 rows can not be held out of 20",
+        ),
+        (
             {"method": "increlora", "parameters": {"target_rank": 2, "interval": 2}, "training": {"epochs": 2}},
             "/parameters/interval",
             "would be at step 6, beyond the training of 6 steps",

@@ -16,6 +16,7 @@ from towers import Tower, drive, prepared, squared_error
 
 from artifacts.errors import RequestInvalid
 from train.adapted_layers import LowRankLinear, exchange
+from train.batches import Batches
 from train.catalog import METHODS, parse_parameters
 from train.methods.flexora import METADATA, Flexora
 from train.options.common import Circumstances, Target
@@ -229,6 +230,35 @@ def test_each_stage_has_the_whole_schedule_and_the_second_one_the_warm_up() -> N
     rates: list[float] = []
     drive(method, model, 10, watch=lambda step: rates.append(method._optimizer.param_groups[0]["lr"]))  # type: ignore[union-attr]
     assert rates == pytest.approx([0.1, 0.075, 0.05, 0.025, 0.0, 0.05, 0.1, 0.075, 0.05, 0.025])
+
+
+def test_the_loop_leaves_the_held_out_rows_to_the_second_stage(trainings: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """51 rows are 7 batches an epoch, two of them a step, but one in every fourth."""
+    seen: list[tuple[int, list[list[int]]]] = []
+    held: set[int] = set()
+    order, take = Batches.__iter__, Flexora.withheld
+
+    def watched(self: Batches) -> Any:
+        seen.append((self.epoch, batches := []))
+        for batch in order(self):
+            batches.append(batch)
+            yield batch
+
+    def told(self: Flexora) -> Any:
+        held.update(take(self).rows)
+        return take(self)
+
+    monkeypatch.setattr(Batches, "__iter__", watched)
+    monkeypatch.setattr(Flexora, "withheld", told)
+    trainings.run("flexora", SELECTING | {"selection_steps": 6}, steps=8)
+    assert len(held) == 8
+    (first, before), (second, after) = seen
+    assert (first, second) == (0, 1)
+    batches = [set(batch) for batch in before + after]
+    assert [len(before), len(after)] == [7, 7]
+    for number, batch in enumerate(batches):
+        assert (not held & batch) or number >= 7 + 4, number
+    assert held & set().union(*batches[11:])
 
 
 SELECTING = {"rank": 4, "dropout": 0.1, "selection_steps": 5, "validation_rows": 8, "validation_batches": 4}

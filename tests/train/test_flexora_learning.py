@@ -102,3 +102,52 @@ def test_a_layer_that_spoils_what_is_held_out_loses_weight_however_useful_it_is_
             weights[spoilt].append(float(method.learnt.weights[place].detach()))
     assert all(weight < 1 for weight in weights[True]), weights
     assert all(weight > 1 for weight in weights[False]), weights
+
+
+def trained(seed: int, layers: tuple[int, ...] | None) -> tuple[Flexora, float, int]:
+    """On 64 noisy rows, in these layers or those that it chooses; the error on new rows, and how many layers."""
+    model, x, y, new_x, new_y = noisy(seed)
+    method = prepared(
+        model,
+        x,
+        y,
+        steps=STEPS,
+        seed=seed,
+        settings={"batch_size": 16},
+        selection="above_mean",
+        selection_steps=FIRST if layers is None else 1,
+        validation_rows=24,
+        validation_batches=3,
+        validation_batch_size=8,
+    )
+    if layers is not None:
+        method.learnt.choose = lambda rule, count: Choice(layers, "given")  # type: ignore[method-assign]
+    drive(method, model, STEPS if layers is None else 1 + STEPS - FIRST)  # the second stage is as long in both
+    assert method.choice is not None
+    return method, error_of(model.eval(), new_x, new_y), len(method.choice.layers)
+
+
+def noisy(seed: int) -> tuple[Fan, Tensor, Tensor, Tensor, Tensor]:
+    """Two layers of six have something to learn, and the targets of the training rows are noisy."""
+    generator = torch.Generator().manual_seed(seed)
+    teacher = Fan(LAYERS, WIDTH, seed)
+    for place in (seed % LAYERS, (seed + 3) % LAYERS):
+        left, right = (torch.randn(WIDTH, 2, generator=generator) for _ in range(2))
+        teacher.layers[place].proj.weight.data += 2.0 * left @ right.T / WIDTH  # type: ignore[union-attr, operator]
+    x, new_x = (torch.randn(count, LAYERS, WIDTH, generator=generator) for count in (64, 400))
+    with torch.no_grad():
+        noise = torch.randn(64, WIDTH, generator=generator)
+        return Fan(LAYERS, WIDTH, seed), x, teacher(x) + 0.25 * noise, new_x, teacher(new_x)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_on_little_data_the_chosen_layers_generalise_better_than_all_and_than_chance(seed: int) -> None:
+    method, chosen, count = trained(seed, None)
+    _, everywhere, _ = trained(seed, tuple(range(LAYERS)))
+    generator = torch.Generator().manual_seed(seed)
+    sets = [tuple(sorted(torch.randperm(LAYERS, generator=generator)[:count].tolist())) for _ in range(3)]
+    chance = [trained(seed, layers)[1] for layers in sets]
+    assert count <= 0.7 * LAYERS
+    assert chosen <= 1.01 * everywhere, (method.learnt.weights, everywhere)
+    assert chosen <= sum(chance) / 3, chance
