@@ -27,7 +27,9 @@ class PeftWriter:
             ends = ("lora_embedding_A", "lora_embedding_B")
             if item.module.kind != "embedding":
                 ends = ("lora_A.weight", "lora_B.weight")
-            pairs.append(pair_of(single(item), (f"{stem}.{ends[0]}", f"{stem}.{ends[1]}", ""), subject))
+            names = (f"{stem}.{ends[0]}", f"{stem}.{ends[1]}", "")
+            # PEFT's alpha is a positive number
+            pairs.append(pair_of(single(item), names, subject, fold=item.module.scaling <= 0))
         manifest = subject.manifest
         config = config_of_pairs([item.path for item in items], pairs, subject.architecture)
         stored = manifest.config if manifest.format in ("peft", "safetensors-metadata") else {}

@@ -237,6 +237,10 @@ def _grouped(name: str, native: str, target: Target, paths: Mapping[str, Placed]
     for part in target.paths:
         rows = there[part].d_out if part in there else known.modules[part][0] * module.d_out // unit
         blocks.append(Block(rows, there.get(part)))
+    whole, shares = sum(block.rows for block in blocks), [known.modules[part][0] for part in target.paths]
+    if any(block.rows * sum(shares) != whole * share for block, share in zip(blocks, shares, strict=True)):
+        sides = " + ".join(str(block.rows) for block in blocks)
+        refuse(name, f"the rows of {native}, {sides}, are not in the proportion of {known.title}")
     return Grouped(native, tuple(blocks), target.swap)
 
 

@@ -293,6 +293,28 @@ def test_numbers_that_a_dtype_can_not_hold_are_refused(server: Any) -> None:
     assert server.client.get(url, params={"format": "kohya", "dtype": "bfloat16"}).status_code == 200
 
 
+@pytest.mark.parametrize("alpha", [-2.0, 1e-30])
+def test_an_alpha_that_peft_does_not_take_goes_into_the_factors(server: Any, tmp_path: Path, alpha: float) -> None:
+    content = file_of({f"{UNET}_attn1_to_q": (4, 32, 32)}, alpha)
+    url, _ = upload(server, content)
+    expected = {path.removeprefix("unet."): delta for path, delta in deltas(content, tmp_path / "a").items()}
+    same(expected, deltas(server.client.get(url).content, tmp_path / "b"), 1e-6)
+
+
+def test_a_fused_projection_in_other_proportions_is_refused(server: Any) -> None:
+    random = np.random.default_rng(1)
+    start = "transformer.single_transformer_blocks.0"
+    tensors = {
+        f"{start}.{layer}.lora_{side}.weight": random.standard_normal(shape).astype(np.float32)
+        for layer, rows in (("attn.to_q", 32), ("proj_mlp", 100))
+        for side, shape in (("A", (2, 32)), ("B", (rows, 2)))
+    }
+    url, _ = upload(server, save(tensors))
+    refused = server.client.get(url, params={"format": "kohya"})
+    assert refused.status_code == 422
+    assert "not in the proportion" in refused.json()["detail"]
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_diffusers_and_peft_load_what_is_written(server: Any, tmp_path: Path) -> None:
