@@ -1,4 +1,4 @@
-"""Adapters of other forms as B·A, exactly: what AdaLoRA, VeRA, LoHa and LoKr add to a layer, without a dense matrix.
+"""Adapters of other forms as B·A, exactly: what AdaLoRA, VeRA, LoHa, LoKr and LQ-LoRA add, without a dense matrix.
 
 Every function gives A: (k, d_in) and B: (d_out, k) with B·A = ΔW, the adapter's scaling included.
 """
@@ -53,6 +53,16 @@ def lokr(w1: Pair, w2: Pair, scaling: float) -> Pair:
     """
     (R1, L1), (R2, L2) = w1, w2
     return torch.kron(R1.contiguous(), R2.contiguous()), torch.kron(L1.contiguous(), L2.contiguous()) * scaling
+
+
+def difference(trained: Pair, start: Pair, scaling: float) -> Pair:
+    """ΔW = scaling·(B·A − B₀·A₀): what a training added to factors that did not begin at 0.
+
+    Args:
+        trained: A (r, d_in) and B (d_out, r); start: A₀ and B₀ of the same sizes.
+    """
+    (A, B), (A0, B0) = trained, start
+    return torch.cat([A, A0]), torch.cat([B, -B0], dim=1) * scaling
 
 
 def factored(whole: Tensor | None, left: Tensor | None, right: Tensor | None) -> Pair:

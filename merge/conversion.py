@@ -175,6 +175,10 @@ class _Source:
             return self._adalora(path, tensors)
         if kind == "VERA":
             return self._vera(path, tensors)
+        if kind == "RANKWISE_LQ_LORA":
+            scaling = float(raw["lora_alpha"]) / float(raw["r"])
+            trained, start = ((tensors[f"{name}_A"], tensors[f"{name}_B"]) for name in ("lora", "start"))
+            return low_rank_forms.difference(trained, start, scaling)
         scaling = _pattern(raw, "alpha", path) / _pattern(raw, "r", path)
         if kind == "LOHA":
             w1_a, w1_b, w2_a, w2_b = (tensors[f"hada_{name}"] for name in ("w1_a", "w1_b", "w2_a", "w2_b"))
@@ -302,7 +306,7 @@ def _write(
     config = lora_config(
         rank=rank,
         target_modules=pairs,
-        base_model=layout.config.base_model,
+        base_model=_original(layout.config.raw) or layout.config.base_model,
         revision=layout.config.revision,
         task_type=layout.config.task_type,
         fan_in_fan_out=layout.config.fan_in_fan_out or bool(layout.config.raw.get("fan_in_fan_out")),
@@ -313,6 +317,13 @@ def _write(
             A = torch.cat([A, A.new_zeros(missing, A.shape[1])])
             B = torch.cat([B, B.new_zeros(B.shape[0], missing)], dim=1)
             writer.write(path, A.contiguous(), B.contiguous())
+
+
+def _original(raw: Mapping[str, Any]) -> str | None:
+    """The base model that was quantised, of an adapter whose difference is for that one."""
+    found = raw.get("quantised_from")
+    name = found.get("name") if isinstance(found, dict) else None
+    return name if isinstance(name, str) else None
 
 
 def _described(path: str, A: Tensor, B: Tensor) -> LoraModule:

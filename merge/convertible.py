@@ -14,6 +14,13 @@ MAX_FORM_RANK = 4096
 Need = Literal["nothing", "sides", "weights"]
 
 CONVERTIBLE: Mapping[str, Need] = MappingProxyType(
-    {"adalora": "nothing", "loha": "nothing", "lokr": "nothing", "vera": "sides", "dora": "weights"}
+    {
+        "adalora": "nothing",
+        "loha": "nothing",
+        "lokr": "nothing",
+        "lq_lora": "nothing",
+        "vera": "sides",
+        "dora": "weights",
+    }
 )
 """Type of the adapter → what of its base model has to be known."""

@@ -340,7 +340,7 @@ def convert(
     name: Annotated[str | None, typer.Option("--name", help="Name of the converted adapter.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Convert an AdaLoRA, DoRA, LoHa, LoKr or VeRA adapter to a plain LoRA."""
+    """Convert an AdaLoRA, DoRA, LoHa, LoKr, LQ-LoRA or VeRA adapter to a plain LoRA."""
     wanted = {"to": "lora", "rank": rank, "base_model": base_model, "name": name}
     body = {key: value for key, value in wanted.items() if value is not None}
     with context.obj() as client:

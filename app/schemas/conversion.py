@@ -19,7 +19,7 @@ class Conversion(RequestModel):
     rank: Annotated[int, Field(strict=True, ge=1, le=MAX_RANK)] | None = Field(
         None,
         description="Of the result, at most; the nearest of that rank is made. Unset, the exact form of AdaLoRA, LoHa, "
-        "LoKr and VeRA, and twice the rank of a DoRA, whose change has full rank.",
+        "LoKr, LQ-LoRA and VeRA, and twice the rank of a DoRA, whose change has full rank.",
     )
     base_model: BaseModelName | None = Field(
         None,

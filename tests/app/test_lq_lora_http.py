@@ -116,5 +116,12 @@ def test_from_a_base_model_to_an_adapter_of_its_quantised_form(module_servers: A
 
     merge = {"adapters": [{"id": adapter}], "method": "cat"}
     problem = client.post("/merge", json=merge).json()
-    assert problem["code"] == "not_mergeable"
+    assert (problem["code"], "/convert" in problem["hint"]) == ("not_mergeable", True)
     assert "RANKWISE_LQ_LORA" in problem["errors"][0]["message"]
+
+    changed = ended(client, client.post(f"/adapters/{adapter}/convert", json={"to": "lora"}))["result"]
+    plain = client.get(f"/adapters/{changed['adapters'][0]}").json()
+    assert (plain["model_id"], plain["rank"], plain["mergeable"]) == (original, 16, True)
+    assert changed["report"]["quantisation_error"] == pytest.approx(report["relative_error"])
+    merged = ended(client, client.post("/merge", json={"adapters": [{"id": plain["id"]}], "method": "cat"}))
+    assert merged["result"]["report"]["total"]["relative_error"] < 1e-6

@@ -10,9 +10,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from artifacts.adapter import Adapter
 from artifacts.base_model import inspect_base
 from artifacts.errors import BaseMismatch, RequestInvalid
 from artifacts.intake import inspect
+from merge.conversion import convert_to_lora
 from train import declared
 from train.catalog import find_method, parse_parameters
 from train.lq_layer import LqLinear
@@ -120,6 +122,30 @@ def test_folded_it_is_the_same_model_without_us(trained: Any, tmp_path: Path) ->
 
         again = AutoModelForCausalLM.from_pretrained(tmp_path)
         torch.testing.assert_close(again(IDS).logits, expected, rtol=0, atol=1e-4)
+
+
+def test_converted_it_is_what_the_training_changed_on_the_original_weights(
+    trained: Any, tiny_base: Path, tmp_path: Path
+) -> None:
+    """s'·B'·A' = s·(B·A − B₀·A₀), so that (W − E) + ΔW is the trained weight, with E what quantising had lost."""
+    trainings, _, adapter, _ = trained
+    report = convert_to_lora(adapter, tmp_path / "lora")
+    assert (report.exact, report.rank) == (True, 8)
+    plain = Adapter.open(tmp_path / "lora")
+    assert json.loads((tmp_path / "lora" / "adapter_config.json").read_text())["peft_type"] == "LORA"
+    stored = load_file(adapter / "adapter_model.safetensors")
+    begun = load_file(Path(trainings.packed_files.location) / "start_factors.safetensors")
+    ours = declared.load(load(trainings.packed_files.location), adapter)
+    for path, factors in plain.items():
+        A, B, A0, B0 = (
+            stored[f"base_model.model.{path}.{name}"].double() for name in ("lora_A", "lora_B", "start_A", "start_B")
+        )
+        expected = 0.5 * (B @ A - B0 @ A0)
+        delta = factors.scaling * factors.B.double() @ factors.A.double()
+        torch.testing.assert_close(delta, expected, rtol=0, atol=1e-6)
+        layer = ours.get_submodule(path)
+        kept = layer.weight.double() + begun[f"{path}.L1"].double() @ begun[f"{path}.L2"].double()
+        torch.testing.assert_close(kept + delta, layer.weight.double() + layer.delta().double(), rtol=0, atol=1e-5)
 
 
 def test_only_the_factors_are_trained(trained: Any) -> None:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 from merge.conversion import convert_to_lora
 from merge.convertible import CONVERTIBLE
+from storage import made_models, models
 from storage.adapters import Parent
 from workers.adapter_names import NAME_LIMIT
-from workers.context import JobContext, JobOutcome, NewAdapter
+from workers.context import JobContext, JobOutcome, NewAdapter, StoredAdapter
 
+QUANTISED = "lq_lora"
 LIBRARIES = ("rankwise", "torch")
 
 
@@ -52,13 +55,43 @@ def run(context: JobContext) -> JobOutcome:
         lineage={"from": stored.id, **recipe},
         progress=lambda fraction, message: context.progress(0.05 + 0.9 * fraction, message),
     )
+    told = report.to_dict()
+    base_model, model_id = stored.base_model, stored.model_id
+    if stored.manifest.method == QUANTISED:
+        base_model, model_id = _original(context, stored)
+        told |= _quantisation_told(stored)
     context.progress(0.95, "storing the adapter")
     converted = NewAdapter(
         directory=output,
         name=params.get("name") or f"{stored.name} (lora)"[-NAME_LIMIT:],
         description=f"{stored.name}, a {stored.manifest.method}, as a plain LoRA.",
-        base_model=stored.base_model,
-        model_id=stored.model_id,
+        base_model=base_model,
+        model_id=model_id,
         parents=(Parent(stored.id, recipe),),
     )
-    return JobOutcome((converted,), report.to_dict())
+    return JobOutcome((converted,), told)
+
+
+def _original(context: JobContext, stored: StoredAdapter) -> tuple[str | None, str | None]:
+    """Name and id of the base model that the adapter's quantised one was made of; the id is None where it is not known.
+
+    What was trained beside quantised weights is written as a change of the original ones.
+    """
+    with context.database.read() as session:
+        made = None if stored.model_id is None else made_models.made_model(session, stored.model_id)
+        base = {} if made is None else dict(made.recipe.get("base_model") or {})
+        known = base.get("id") and models.find_model(session, str(base["id"]))
+        if known:
+            return known.name, known.id
+    noted = stored.manifest.config.get("quantised_from")
+    return (str(noted["name"]) if isinstance(noted, dict) and noted.get("name") else None), None
+
+
+def _quantisation_told(stored: StoredAdapter) -> dict[str, Any]:
+    """How far the adapter on the original weights is from what was trained: by what quantising had lost."""
+    lost = stored.manifest.config.get("quantisation_error")
+    warning = (
+        "The LoRA is the change that the training made, on the original weights: they differ from the quantised ones "
+        "with their first factors by quantisation_error, so the model is not quite the one that was trained."
+    )
+    return {"quantisation_error": lost, "warnings": [warning]}
