@@ -18,7 +18,7 @@ from storage import adapters, checkpoints, job_metrics
 from storage.blobs import BlobStore
 from storage.checkpoints import record_checkpoint
 from storage.job_metrics import metrics_after
-from workers.jobs.train import LIBRARIES
+from workers.jobs.train_plans import LIBRARIES
 
 
 def test_a_training_stores_an_adapter_with_its_report_and_its_series(
