@@ -63,7 +63,11 @@ def test_a_rank_above_the_smallest_side_is_refused(method: str, parameters: dict
 
 @pytest.mark.parametrize("name", [name for name, row in METHODS.items() if row.options.adapts_layers])
 def test_an_embedding_is_refused_by_its_name_and_a_head_is_not(name: str) -> None:
-    small = {"adalora": {"initial_rank": 3, "target_rank": 2}, "increlora": {"target_rank": 2}}
+    small = {
+        "adalora": {"initial_rank": 3, "target_rank": 2},
+        "increlora": {"target_rank": 2},
+        "smora": {"rank": 4, "active_rank": 2},
+    }
     options = parse_parameters(name, small.get(name, {"rank": 4}))
     with pytest.raises(RequestInvalid, match=r"Model.embed_tokens is an embedding and no linear layer") as caught:
         check_method(options, Circumstances(resolve_targets(LINEAR, ["embed_tokens", "q_proj"]), TrainingSettings()))
