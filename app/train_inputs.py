@@ -120,7 +120,9 @@ def _estimate(
         # What a task trains whole, such as a new classifier, only the worker knows.
         place(start, targets, () if request.full_task.type in _WITHOUT_HEAD else None)
     steps = request.training.steps if rows is None else request.training.steps_for(rows)
-    known = Circumstances(targets, request.training, steps, rows, is_packed(request.full_task))
+    known = Circumstances(
+        targets, request.training, steps, rows, is_packed(request.full_task), request.evaluation.grouped
+    )
     check_method(options, known)
     sizes = (row.parameter_count, devices)
     return estimate(options, targets, linear, request.training, request.full_task, *sizes, packed=packed)

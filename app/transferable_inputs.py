@@ -37,6 +37,8 @@ def check_transferable(
         raise _invalid(POINTER, f"adapters for {task.type} can not be transferred: only those for causal-lm")
     if devices > 1:
         raise _invalid("/resources/devices", f"a transferable adapter is trained on one device, not {devices}")
+    if parse_parameters(request.method, request.parameters).gives_beside:
+        raise _invalid(POINTER, "a transferable adapter comes out of its training alone: leave parameters.fold out")
     own_columns = any(name.endswith("_column") for name in task.model_fields_set)
     forms = {item["form"] for item in dataset.tasks if item["task"] == task.type and item["usable"]}
     if forms == {"text"} and not own_columns:

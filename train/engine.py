@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -155,6 +155,9 @@ def train_adapter(
     course.own = _own_report(method, trainable, bench)
     method.export(trainable, output)
     task.finish(output)
+    beside = method.export_beside(trainable, inputs.folder / "beside")
+    for found in beside:
+        task.finish(found.directory)
     del model, trainable
     _free()
 
@@ -162,7 +165,7 @@ def train_adapter(
     fresh, course.reload = check_reload(task, partial(task.reload, method.reload), output, bench.probe_rows, expected)
     course.after = bench.scores(fresh, "after", (RELOADED, AFTER))
     course.remarks = task.remarks(course.after)
-    return world.from_first(course.report(meter.peak()))
+    return world.from_first(replace(course.report(meter.peak()), beside=tuple(beside)))
 
 
 @dataclass(slots=True)
@@ -250,7 +253,9 @@ def check_plan(
     adaptable = {path: linear[path] for path in packed} if packed else linear
     targets = wanted_targets(adaptable, plan.options, plan.task)
     rows = len(examples.train)
-    known = Circumstances(targets, plan.training, plan.training.steps_for(rows), rows, is_packed(plan.task))
+    known = Circumstances(
+        targets, plan.training, plan.training.steps_for(rows), rows, is_packed(plan.task), plan.evaluation.grouped
+    )
     check_method(plan.options, known)
     heads = sum(_parameters(model.get_submodule(path)) for path in whole)
     sizes = (_parameters(model), devices, heads, packed)
@@ -346,9 +351,13 @@ class _Bench:
         """Rows on which the predictions of the trained and of the reloaded model are compared."""
         return (self.examples.validation or self.examples.train)[:4]
 
-    def scores(self, model: nn.Module, when: str, share: tuple[float, float]) -> Scores | None:
-        """None when there are no validation rows."""
-        rows = self.examples.validation
+    def scores(
+        self, model: nn.Module, when: str, share: tuple[float, float], group: str | None = None
+    ) -> Scores | None:
+        """None when there are no validation rows, or none of the group."""
+        rows: Sequence[Any] = self.examples.validation
+        if group is not None:
+            rows = [row for row, own in zip(rows, self.examples.groups.validation, strict=True) if own == group]
         if not rows:
             return None
         first, last = share
@@ -369,8 +378,8 @@ class _Bench:
 
 
 def _own_report(method: TrainMethod[Any], model: nn.Module, bench: _Bench) -> dict[str, Any]:
-    def measure(measured: nn.Module) -> dict[str, float]:
-        scores = bench.scores(measured, "what the method adds to", (LOOP, LOOP))
+    def measure(model: nn.Module, group: str | None = None) -> dict[str, float]:
+        scores = bench.scores(model, "what the method adds to", (LOOP, LOOP), group)
         return {} if scores is None else scores.to_dict()
 
     found = method.report(model)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, Protocol, TypeVar
 
 from train.options.common import TrainOptions
 
@@ -84,6 +84,23 @@ class MethodContext:
     words: Callable[[str], Sequence[int]] = lambda text: ()
     base_location: str = ""
     groups: Sequence[str] = ()
+
+
+class Measure(Protocol):
+    """Gives the figures of the evaluation (loss, perplexity, accuracy …) on the validation rows; slow."""
+
+    def __call__(self, model: nn.Module, group: str | None = None) -> dict[str, float]:
+        """On the rows of one group alone, if it is named; empty when it has none."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Beside:
+    """An adapter that a training gives beside its own; `name` tells it from that one."""
+
+    name: str
+    directory: Path
+    description: str
 
 
 class TrainMethod(ABC, Generic[Options]):
@@ -174,12 +191,8 @@ class TrainMethod(ABC, Generic[Options]):
         """How many numbers the training has changed, for the report."""
         return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
 
-    def evaluate(self, model: nn.Module, measure: Callable[[nn.Module], dict[str, float]]) -> dict[str, Any]:
-        """What only this method can measure on the trained model, for the report; `model` is left as it was.
-
-        Args:
-            measure: gives the figures of the evaluation (loss, perplexity, accuracy …) on the validation rows; slow.
-        """
+    def evaluate(self, model: nn.Module, measure: Measure) -> dict[str, Any]:
+        """What only this method can measure on the trained model, for the report; `model` is left as it was."""
         del model, measure
         return {}
 
@@ -192,6 +205,14 @@ class TrainMethod(ABC, Generic[Options]):
     @abstractmethod
     def export(self, model: nn.Module, directory: Path) -> None:
         """Write the adapter that a user gets: a folder that `reload` loads onto the untouched base model."""
+
+    def export_beside(self, model: nn.Module, folder: Path) -> Sequence[Beside]:
+        """Write what else a user gets, each adapter into a folder of its own below `folder`; after `evaluate`.
+
+        For methods whose options say so (`TrainOptions.gives_beside`).
+        """
+        del model, folder
+        return ()
 
     def reload(self, base: nn.Module, directory: Path) -> nn.Module:
         """The untouched base model with the adapter that `export` wrote, loaded as its users load it: by PEFT.

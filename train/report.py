@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from train.protocol import Beside
+
 _RSS_UNIT = 1 if sys.platform == "darwin" else 1024
 
 
@@ -29,6 +31,7 @@ class TrainReport:
         continued_from: the adapter that the training went on from: {adapter, method, compatibility}; its figures before
             the training are those of that adapter.
         warnings: whole sentences.
+        beside: other adapters that came out.
     """
 
     method: str
@@ -49,9 +52,13 @@ class TrainReport:
     devices: int = 1
     continued_from: Mapping[str, str] | None = None
     warnings: Sequence[str] = ()
+    beside: Sequence[Beside] = ()
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        """JSON values: all but where the other adapters lie."""
+        found = asdict(self)
+        del found["beside"]
+        return found
 
 
 class MemoryMeter:

@@ -361,6 +361,11 @@ class EvaluationSettings(_Settings):
         "numbers: the figures are told for each part too. Nobody trains on it. Not for text-to-image.",
     )
 
+    @property
+    def grouped(self) -> bool:
+        """Whether rows of each group are measured."""
+        return self.group_column is not None and self.validation_fraction > 0
+
 
 def parse_task(value: Any) -> TaskSettings:
     """The settings of a task from JSON; its name alone stands for its defaults.

@@ -12,6 +12,7 @@ from app.cli.recipe import Recipe
 from artifacts.errors import FieldError, RequestInvalid
 
 REPORT_FILE, CURVE_FILE = "train_report.json", "loss_curve.svg"
+BESIDE = "beside"
 
 
 class _Watcher:
@@ -106,10 +107,14 @@ def train_local(recipe: Recipe, output: Path, *, device: str, progress: Callable
             folder=Path(scratch),
             start=start,
         )
-        report = train_adapter(plan, find_method(request.method).load(options), inputs, result, watcher).to_dict()
+        trained = train_adapter(plan, find_method(request.method).load(options), inputs, result, watcher)
+        report = trained.to_dict()
         (result / REPORT_FILE).write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         (result / CURVE_FILE).write_text(draw(watcher.series, request.name or recipe.dataset_file.stem), "utf-8")
         write_pictures(report["own"], result)
+        for other in trained.beside:
+            (result / BESIDE).mkdir(exist_ok=True)
+            other.directory.rename(result / BESIDE / other.directory.name)
         if output.exists():
             output.rmdir()
         result.rename(output)

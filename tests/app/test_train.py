@@ -94,6 +94,11 @@ def test_rows_are_grouped_by_a_column_that_every_row_has(training: Any) -> None:
             "/parameters/active_rank",
             "8 are more than the rank, 4",
         ),
+        (
+            {"method": "smora", "parameters": {"rank": 8, "fold": "per_task"}},
+            "/parameters/fold",
+            "evaluation.group_column has to name the tasks",
+        ),
         ({"base_model": "nobody/nothing"}, "/base_model", "there is no base model 'nobody/nothing'"),
         ({"dataset": "dat_" + "0" * 32}, "/dataset", "there is no dataset"),
         ({"dataset": "adp_" + "0" * 32}, "/dataset", "pattern"),

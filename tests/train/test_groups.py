@@ -2,14 +2,27 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
+from tiny_base import write_rows
+from torch import nn
 
 from artifacts.errors import FileBroken, RequestInvalid
+from artifacts.intake import inspect
+from train.base_files import BaseFiles
+from train.data import DataFile
 from train.groups import GroupColumn
+from train.measurement import Measurement
+from train.measurement_settings import MeasurementSettings
+from train.methods.smora import FOLD_KEY
 from train.rank_usage import TaskUsage, Usage, distance, distances, told
+from train.smora_layer import Shape, SmoraLinear
+from train.splits import split_of
 
 ROWS = [
     {"prompt": f"{kind} {number} is ", "completion": str(number + (1 if kind == "after" else -1)), "task": kind}
@@ -41,7 +54,48 @@ def grouped(tiny_base: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
 
     trainings = Trainings(tmp_path_factory.mktemp("groups"), tiny_base)
     evaluation = {"validation_fraction": 0.3, "group_column": "task"}
-    return trainings.run("smora", {"rank": 6, "active_rank": 2}, steps=3, rows=ROWS, evaluation=evaluation)[0]
+    parameters = {"rank": 6, "active_rank": 2, "fold": "per_task"}
+    return trainings.run("smora", parameters, steps=6, rows=ROWS, evaluation=evaluation)[0]
+
+
+@pytest.fixture(scope="module")
+def base(tiny_base: Any) -> BaseFiles:
+    return BaseFiles("acme/tiny", str(tiny_base))
+
+
+def test_every_task_gets_a_plain_lora_that_loses_what_it_says(grouped: Any, base: BaseFiles, tmp_path: Path) -> None:
+    found = grouped.own["evaluation"]
+    assert [fold["task"] for fold in found["folds"]] == ["after", "before"]
+    assert found["without_validation_rows"] == []
+    for fold, beside in zip(found["folds"], grouped.beside, strict=True):
+        own = grouped.evaluation["groups"][fold["task"]]["after"]["loss"]
+        assert fold["smora_figures"]["loss"] == pytest.approx(own, rel=1e-4)
+        assert fold["loss_gap"] == pytest.approx(fold["figures"]["loss"] - fold["smora_figures"]["loss"])
+        assert 0 < abs(fold["loss_gap"]) < 1
+        manifest = inspect(beside.directory)
+        assert (manifest.method, manifest.mergeable) == ("lora", True)
+        held_out = [row for row in ROWS if row["task"] == fold["task"] and split_of(row, 0.3) == "validation"]
+        rows = write_rows(tmp_path / f"{fold['task']}.jsonl", held_out)
+        measured = Measurement(
+            base, DataFile(rows, "jsonl"), MeasurementSettings(), "cpu", tmp_path, lambda _done, _all: None
+        )
+        assert measured.of(beside.directory)["figures"]["loss"] == pytest.approx(fold["figures"]["loss"], rel=1e-4)
+        with safe_open(beside.directory / "adapter_model.safetensors", "pt") as file:
+            assert json.loads(file.metadata()[FOLD_KEY]) == fold
+
+
+def test_with_all_ranks_and_a_constant_router_folding_loses_nothing() -> None:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        layer = SmoraLinear(nn.Linear(7, 5), Shape(4, 4, 6.0))
+        layer.lora_B.data.normal_()
+        layer.lora_router.data.zero_()
+        x = torch.randn(9, 7)
+    folded = layer.folded(torch.ones(4))
+    torch.testing.assert_close(layer.adapter(x), folded.scaling * x @ folded.A.T @ folded.B.T, rtol=0, atol=1e-5)
+    less = layer.folded(torch.tensor([0.0, 2.0, 0.0, 2.0]))
+    assert torch.equal(less.A, layer.lora_A[[1, 3]])
+    assert torch.equal(less.B, 3.0 * layer.lora_B[:, [1, 3]])
 
 
 def test_the_figures_of_the_groups_make_up_those_of_all_rows(grouped: Any) -> None:

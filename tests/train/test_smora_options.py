@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -43,6 +44,17 @@ def test_what_can_not_be_done_is_refused_where_it_was_asked_for(
     (error,) = caught.value.errors
     assert error.pointer == pointer
     assert words in error.message
+
+
+def test_folding_needs_tasks_that_are_measured_and_not_packed() -> None:
+    grouped = replace(KNOWN, grouped=True)
+    check_method(parsed(fold="per_task"), grouped)
+    for known, words in ((KNOWN, "evaluation.group_column"), (replace(grouped, packed=True), "task.packing")):
+        with pytest.raises(RequestInvalid) as caught:
+            check_method(parsed(fold="per_task"), known)
+        (error,) = caught.value.errors
+        assert error.pointer == "/parameters/fold"
+        assert words in error.message
 
 
 @pytest.mark.parametrize(

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,16 +15,40 @@ from torch import Tensor, distributed, nn
 
 from artifacts.errors import NotMergeable
 from train import declared
-from train.adapted_layers import AdaptedLinear, LowRank
-from train.methods.own_adapter import OwnMethod
+from train.adapted_layers import AdaptedLinear, LowRank, LowRankLinear, exchange
+from train.methods.own_adapter import OwnMethod, write_plain_lora
 from train.options.smora import SmoraOptions
-from train.protocol import MethodContext
+from train.protocol import Beside, Measure, MethodContext
 from train.rank_usage import TaskUsage, told, usage_of
 from train.smora_layer import Shape, SmoraLinear, Tally
 
 TYPE = "RANKWISE_SMORA"
 ROWS = 64
 """Training rows of each task that tell how the ranks are used."""
+
+
+FOLD_KEY = "rankwise_smora_fold"
+_NO_NAME = re.compile(r"[^A-Za-z0-9_.]+")
+
+
+@dataclass(frozen=True, slots=True)
+class Fold:
+    """The plain LoRA of one task, and what it loses against SMoRA on that task's validation rows."""
+
+    task: str
+    figures: Mapping[str, float]
+    own_figures: Mapping[str, float]
+    factors: Mapping[str, LowRank]
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON values."""
+        return {
+            "task": self.task,
+            "loss_gap": self.figures["loss"] - self.own_figures["loss"],
+            "figures": dict(self.figures),
+            "smora_figures": dict(self.own_figures),
+            "largest_rank": max(found.rank for found in self.factors.values()),
+        }
 
 
 class Smora(OwnMethod[SmoraOptions]):
@@ -32,6 +59,8 @@ class Smora(OwnMethod[SmoraOptions]):
         self.tally = Tally()
         self.routed: dict[str, SmoraLinear] = {}
         self._load: dict[str, float] = {}
+        self._usage: dict[str, TaskUsage] = {}
+        self._folds: list[Fold] = []
 
     def prepare(self, model: nn.Module, context: MethodContext) -> nn.Module:
         self.routed = {}
@@ -86,7 +115,8 @@ class Smora(OwnMethod[SmoraOptions]):
 
     def report(self, model: nn.Module) -> dict[str, Any]:
         options = self.options
-        return told(self.usage(model)) | {
+        self._usage = self.usage(model)
+        return told(self._usage) | {
             "export": {
                 "form": "smora",
                 "exact": True,
@@ -99,6 +129,42 @@ class Smora(OwnMethod[SmoraOptions]):
                 "update_rate": options.bias_update_rate,
             },
         }
+
+    def evaluate(self, model: nn.Module, measure: Measure) -> dict[str, Any]:
+        """What the plain LoRA of each task loses; a task without validation rows gets none."""
+        self._folds = []
+        if self.options.fold == "none":
+            return {}
+        left_out = []
+        for task, usage in self._usage.items():
+            own = measure(model, task)
+            if not own:
+                left_out.append(task)
+                continue
+            factors = {path: layer.folded(usage.layers[path].gates) for path, layer in self.routed.items()}
+            for path, found in factors.items():
+                exchange(model, path, LowRankLinear(self.routed[path].base, found))
+            try:
+                figures = measure(model, task)
+            finally:
+                for path, layer in self.routed.items():
+                    exchange(model, path, layer)
+            self._folds.append(Fold(task, figures, own, factors))
+        return {"folds": [fold.to_dict() for fold in self._folds], "without_validation_rows": left_out}
+
+    def export_beside(self, model: nn.Module, folder: Path) -> Sequence[Beside]:
+        found = []
+        for number, fold in enumerate(self._folds, 1):
+            directory = folder / f"{number:02d}-{_NO_NAME.sub('-', fold.task)}"
+            metadata = {FOLD_KEY: json.dumps(fold.to_dict(), sort_keys=True)}
+            config = self.plain_config(fold.factors)
+            write_plain_lora(directory, fold.factors, self.whole_tensors(model), config, metadata)
+            words = (
+                f"SMoRA folded to a plain LoRA for {fold.task}: loss {fold.figures['loss']:.4g} on its validation "
+                f"rows, {fold.own_figures['loss']:.4g} before."
+            )
+            found.append(Beside(fold.task, directory, words))
+        return found
 
     def export(self, model: nn.Module, directory: Path) -> None:
         options = self.options

@@ -42,6 +42,7 @@ class Circumstances:
         targets: the layers that will be adapted.
         steps: optimiser steps of the whole training; None while the number of rows is not known.
         packed: several rows are joined to one.
+        grouped: the rows are told apart by a column, and some of them are held out.
         rows: those that are trained on, with which `steps` goes. Before the dataset is read both are the most that it
             can come to: rows may be held out, dropped or packed.
     """
@@ -51,6 +52,7 @@ class Circumstances:
     steps: int | None = None
     rows: int | None = None
     packed: bool = False
+    grouped: bool = False
 
 
 class TrainOptions(BaseModel):
@@ -86,6 +88,11 @@ class TrainOptions(BaseModel):
     def largest_rank(self) -> int | None:
         """A rank that must not be above the smaller side of any adapted weight; None if there is no such limit."""
         return None
+
+    @property
+    def gives_beside(self) -> bool:
+        """Whether other adapters come out of the training beside its own."""
+        return False
 
     def parameters_of(self, d_out: int, d_in: int) -> int:
         """How many are trained for a weight of d_out×d_in."""

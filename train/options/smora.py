@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field, StrictBool
 
@@ -39,7 +39,17 @@ class SmoraOptions(TrainOptions):
         False,
         description="Let the balance bias change the gates too, as the authors' code does, and not the choice alone.",
     )
+    fold: Literal["none", "per_task"] = Field(
+        "none",
+        description="per_task: beside its own, the training gives one plain LoRA for each value of "
+        "evaluation.group_column, in which every component has the mean gate of that task's tokens: lossy, with the "
+        "loss measured.",
+    )
     dropout: Dropout = Field(0.0, description="Share of the inputs that router and lora_A do not see in a step.")
+
+    @property
+    def gives_beside(self) -> bool:
+        return self.fold == "per_task"
 
     def parameters_of(self, d_out: int, d_in: int) -> int:
         return self.rank * (d_out + d_in) + self.rank // self.rank_partition * d_in
@@ -64,6 +74,14 @@ class SmoraOptions(TrainOptions):
                         "would be split",
                     )
                 )
+        if self.fold == "per_task" and (known.packed or not known.grouped):
+            needed = (
+                "task.packing mixes the tasks of a pack"
+                if known.packed
+                else "evaluation.group_column has to name the tasks, and evaluation.validation_fraction has to hold "
+                "rows out, on which the loss is measured"
+            )
+            found.append(FieldError("/parameters/fold", f"per_task can not be done: {needed}"))
         if known.targets:
             smallest = min(known.targets, key=lambda target: min(target.d_out, target.d_in))
             limit = min(smallest.d_out, smallest.d_in)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from train.continuation import ContinueFrom, Start, check_base, continued_option
 from train.data import DataFile
 from train.engine import BEFORE, LOOP, Inputs, Plan, train_adapter
 from train.packed_base import fitted
+from train.protocol import Beside
 from workers.checkpointing import Checkpoints
 from workers.context import JobContext, JobOutcome, NewModel, StoredModel
 from workers.jobs import federated
@@ -62,13 +63,15 @@ def run(context: JobContext) -> JobOutcome | JobPause:
     if context.params.get("transferable") is not None:
         zero = TransferableTraining(context, checkpoints, plan, base, model.ref, data)
     resumed = checkpoints.fetch()
+    beside: Sequence[Beside] = ()
     trained_before = None if zero is None else zero.trained(resumed)
     if trained_before is None:
         observer = JobObserver(context, checkpoints, (0.0, 1.0 if zero is None else ADAPTER_SHARE))
         inputs = Inputs(base, data, context.scratch, None if resumed is None else resumed[0], start)
         output = context.scratch / "trained"
         method = find_method(plan.method).load(plan.options)
-        report = train_adapter(plan, method, inputs, output, observer).to_dict()
+        found = train_adapter(plan, method, inputs, output, observer)
+        report, beside = found.to_dict(), found.beside
         observer.flush()
         if zero is not None:
             output = zero.keep(output, report)
@@ -83,7 +86,16 @@ def run(context: JobContext) -> JobOutcome | JobPause:
         parents=() if wanted is None else (Parent(wanted.adapter, recipe_of(plan, context)),),
     )
     if zero is None:
-        return JobOutcome((trained,), report)
+        others = tuple(
+            replace(
+                trained,
+                directory=other.directory,
+                name=default_name(trained.name, other.name),
+                description=other.description,
+            )
+            for other in beside
+        )
+        return JobOutcome((trained, *others), report)
     kept = zero.run(report)
     return JobOutcome((trained,), report, files=kept.files, also=kept.publish)
 
