@@ -318,8 +318,9 @@ _ROWS = (
         when="When DoRA's quality is wanted and the optimiser's memory is short. It learns as DoRA does, not better: "
         "with memory to spare take dora.",
         cost="Parameters as DoRA. The optimiser keeps about proj_rank/rank of AdamW's bytes for A and B; with a "
-        "proj_rank that is not below rank it saves nothing. The norms of the rows are found without forming a weight, "
-        "so a step takes less time than DoRA's. mode full: a gradient and a copy of every adapted weight.",
+        "proj_rank that is not below rank it saves nothing. A step takes about the time of DoRA's, in less memory: "
+        "the norms of the rows are found without forming a weight. mode full: a gradient and a copy of every adapted "
+        "weight.",
         output="A DoRA adapter for PEFT, in both modes. It can not be merged with others.",
         options=GradnormlorpOptions,
         implementation="train.methods.gradnormlorp:make",
