@@ -54,13 +54,15 @@ def measure(pair: Pair, arms: Sequence[str], results: Results) -> None:
         _filtered(pair, results, arms)
     if "teacher-swap" in arms:
         code = OTHER[pair.code]
-        found = pair.run("swap", code=code, measured=False, prompts_of="filtered")
+        few = pair.settings(pair.size.control_steps)
+        found = pair.run("swap", code=code, measured=False, prompts_of="filtered", training=few)
         answered = pair.written(found.adapter)
         own, old = pair.share(answered, code), pair.share(answered, pair.code)
         results.add(f"teacher in {code}", own, f"answers in {pair.code}: {old:.1%}", old_code=old)
     if "random-text" in arms:
         text = unrelated(pair.size.rows)
-        found = pair.run("random", "refresh", inputs=text, training=pair.settings(pair.size.target_steps // 2))
+        few = pair.settings(pair.size.control_steps)
+        found = pair.run("random", "refresh", inputs=text, training=few)
         results.add("random text, labelled", _score(found.report, "transferred"), _labels(found.report))
     if "shuffled" in arms:
         _, blind = pair.discriminate(shuffled(pair.inputs), "shuffled")
@@ -120,6 +122,7 @@ def main(words: Sequence[str] | None = None) -> None:
         "discriminator_steps",
         "invented",
         "target_steps",
+        "control_steps",
         "held_out",
         "train_rows",
     ):

@@ -47,17 +47,19 @@ class Size:
     """How much is done: steps, rows and candidates.
 
     Attributes:
+        control_steps: of the new adapters from another teacher and from random text.
         layers: of the source and of the target; the upper half gets adapters, which halves the backward pass.
     """
 
     train_rows: int = 96
     held_out: int = 20
     source_steps: int = 24
-    discriminator_steps: int = 20
-    invented: int = 64
-    target_steps: int = 20
-    rows: int = 32
-    candidates: int = 64
+    discriminator_steps: int = 40
+    invented: int = 96
+    target_steps: int = 36
+    control_steps: int = 20
+    rows: int = 48
+    candidates: int = 192
     layers: tuple[int, int] = (30, 18)
 
 
