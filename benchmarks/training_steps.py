@@ -102,7 +102,7 @@ class Steps:
     def __init__(self, setting: Setting, case: Case | str) -> None:
         """Load the base model and prepare it, for a case or for a stock method of that name."""
         set_seed(SEED)
-        base = load(setting, packed=case is not None and case.packed)
+        base = load(setting, packed=isinstance(case, Case) and case.packed)
         rows = examples(setting, base.config.vocab_size, BATCHES * setting.rows)
         self._rows = rows
         self._batches = [collate(rows[at : at + setting.rows], 0) for at in range(0, len(rows), setting.rows)]
