@@ -5,11 +5,16 @@ from __future__ import annotations
 from sqlalchemy.orm import Session
 
 from app.base_models import base_model
+from app.dataset_choice import check_suitable
 from app.schemas.quantize import QuantizeParams
 from app.settings import Settings
+from app.stored_inputs import stored_dataset
 from artifacts.base_model import UNET
 from artifacts.errors import FieldError, RequestInvalid
+from artifacts.pointers import pointers_below
+from storage import models
 from storage.tables import ModelRow
+from train.feasibility import check_base_kind
 from train.targets import resolve_targets
 
 
@@ -27,6 +32,12 @@ def check_quantize(_: Settings, session: Session, request: QuantizeParams, devic
     row = base_model(session, request.model, lock=True, pointer="/model")
     _check_kind(row)
     _check_layers(row, request)
+    if request.fisher is not None:
+        with pointers_below("/fisher"):
+            dataset = stored_dataset(session, request.fisher.dataset)
+            check_suitable(dataset, request.fisher.task)
+        with pointers_below("/model", "/base_model"):
+            check_base_kind(models.ref_of(row), request.fisher.task)
     request.model = row.id
     return row.id
 

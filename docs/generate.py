@@ -196,9 +196,12 @@ def recipe_part(name: str) -> str:
 
 def quantisation_part(_: str) -> str:
     """The parameters of a quantisation, and those of its grid."""
+    from train.options.fisher import FisherSettings
     from train.options.quantisation import FormatGrid, QuantisationOptions
 
-    return f"{_parameters(QuantisationOptions)}\n\n`grid` is an object of\n\n{_parameters(FormatGrid)}"
+    parts = {"`grid` is an object of": FormatGrid, "`fisher` takes, beside `dataset`,": FisherSettings}
+    tables = [f"{head}\n\n{_parameters(model)}" for head, model in parts.items()]
+    return "\n\n".join([_parameters(QuantisationOptions), *tables])
 
 
 def transfer_part(_: str) -> str:

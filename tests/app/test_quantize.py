@@ -68,6 +68,15 @@ def test_what_can_not_be_quantised_is_refused_at_once(server: Any, name: str) ->
     assert server.rows()["jobs"] == 0
 
 
+def test_a_fisher_needs_a_dataset_that_is_there(server: Any) -> None:
+    model = register(server)
+    fisher = {"dataset": "dat_" + "0" * 32}
+    unknown = server.client.post(f"/models/{model}/quantize", json={"fisher": fisher})
+    assert (unknown.status_code, unknown.json()["errors"][0]["pointer"]) == (422, "/fisher/dataset")
+    odd = server.client.post(f"/models/{model}/quantize", json={"fisher": fisher | {"heuristic": "none"}})
+    assert (odd.status_code, odd.json()["errors"][0]["pointer"]) == (422, "/fisher/heuristic")
+
+
 def test_a_model_that_is_not_there_is_404(server: Any) -> None:
     assert server.client.post(f"/models/mdl_{'0' * 32}/quantize", json={}).status_code == 404
 

@@ -360,3 +360,33 @@ def test_a_codebook_of_another_version_is_refused(quantised: Any, tmp_path: Path
     (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(RequestInvalid, match="codebook 'nf-v2' is not known"):
         load(folder)
+
+
+def test_the_fisher_is_the_sum_of_squared_gradients_of_single_rows(tiny_base: Path, tmp_path: Path) -> None:
+    from tiny_base import sums, write_rows
+
+    from train.data import DataFile
+    from train.quantised.fisher_estimate import estimate_fisher, placed
+    from train.settings import EvaluationSettings, TrainingSettings, parse_task
+    from train.tasks.catalog import make_task
+    from train.tasks.protocol import TaskContext
+
+    context = TaskContext(BaseFiles("acme/tiny", str(tiny_base)), TrainingSettings(steps=1), "cpu", 0, tmp_path)
+    task = make_task(parse_task("causal-lm"), context)
+    data = DataFile(write_rows(tmp_path / "rows.jsonl", sums()), "jsonl")
+    rows = task.read(data, EvaluationSettings(validation_fraction=0.0)).train[:5]
+    path = "model.layers.1.mlp.up_proj"
+    told: list[float] = []
+    model = task.load()
+    task.before_training(model)
+    found = estimate_fisher(task, model, rows, placed(model, [path]), told.append)[path]
+    expected = torch.zeros_like(found)
+    whole: Any = task.load()
+    weight = whole.get_submodule(path).weight.requires_grad_(True)
+    for row in rows:
+        batch = task.collate([row])
+        (gradient,) = torch.autograd.grad(whole(**batch).loss, weight)
+        expected += gradient.square()
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-12)
+    assert told == [0, 0.2, 0.4, 0.6, 0.8]
+    assert not any(parameter.requires_grad for parameter in model.parameters())

@@ -13,8 +13,12 @@ GRID = {"bits": [2, 3, 4], "scale_bits": [4], "blocks": [16], "scales": [16]}
 PARAMETERS = {"rank": 4, "budget_bits": 3.0, "grid": GRID}
 
 
-def test_the_quantised_model_is_registered_with_its_files(train_pool: Any, base_id: str, tiny_base: Path) -> None:
+def test_the_quantised_model_is_registered_with_its_files(
+    train_pool: Any, base_id: str, tiny_base: Path, add_dataset: Any
+) -> None:
     pool = train_pool
+    fisher = {"dataset": add_dataset(), "samples": 20}
+    weighted = pool.submit("quantize", model=base_id, parameters=PARAMETERS, fisher=fisher)
     wanted = {"model": base_id, "method": "lq-lora", "parameters": PARAMETERS}
     job_id = pool.submit("quantize", **wanted, name="tiny in three bits")
     again = pool.submit("quantize", **wanted)
@@ -25,7 +29,13 @@ def test_the_quantised_model_is_registered_with_its_files(train_pool: Any, base_
     report = job.result["report"]
     assert report["bits_per_weight"] <= 3.0
     assert report["model"]["id"] == base_id
+    felt = pool.ended(weighted, seconds=SECONDS)
+    assert felt.error is None
+    assert felt.result["report"]["fisher"] == {"heuristic": "two-sided", "samples": 20, "dataset": fisher["dataset"]}
+    assert all(item["weighted_error"] > 0 for item in felt.result["report"]["modules"])
+    assert felt.result["report"]["relative_error"] > report["relative_error"]  # it is not what was made small
     (model_id,) = job.result["models"]
+    assert felt.result["models"] != [model_id]
     assert pool.ended(again, seconds=SECONDS).result["models"] == [model_id]  # the same bytes are the same model
     failed = pool.ended(small, seconds=SECONDS)
     assert failed.state == "failed"
