@@ -63,7 +63,13 @@ def deviation(pair: Pair, read: ReadTensor, dtype: str) -> tuple[float, float, b
     overflow = finite and not (np.isfinite(near_a).all() and np.isfinite(near_b).all())
     if overflow:
         return math.inf, math.inf, True
-    # through triangles: the difference of two nearly equal products must not drown in their squares
+    if not pair.truncated:
+        # s·B·A − s'·B'·A' = X·A + Y·Z with X = s·B − s'·B', Y = s'·B', Z = A − A': X and Z are small themselves, so
+        # nothing cancels in their products
+        X, Y, Z = pair.common * B - pair.scaling * near_b, pair.scaling * near_b, A - near_a
+        gone = _inner(X, X, A, A) + 2 * _inner(X, Y, A, Z) + _inner(Y, Y, Z, Z)
+        return max(gone, 0.0), pair.common**2 * _inner(B, B, A, A), False
+    # through triangles: the difference of two products must not drown in their squares
     left: Array = np.linalg.qr(np.concatenate([pair.common * B, -pair.scaling * near_b], axis=1)).R
     right: Array = np.linalg.qr(np.concatenate([A, near_a]).T).R
     r = pair.full_rank
@@ -72,6 +78,11 @@ def deviation(pair: Pair, read: ReadTensor, dtype: str) -> tuple[float, float, b
         float(np.linalg.norm(left[:, :r] @ right[:, :r].T) ** 2),
         False,
     )
+
+
+def _inner(B: Array, D: Array, A: Array, C: Array) -> float:
+    """⟨B·A, D·C⟩, by the small matrices BᵀD and ACᵀ."""
+    return float(((B.T @ D) * (A @ C.T)).sum())
 
 
 def cut(A: Array, B: Array, scaling: float, rank: int) -> tuple[Array, Array]:
