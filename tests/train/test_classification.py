@@ -31,6 +31,7 @@ SIZES: dict[str, dict[str, Any]] = {
     "adalora": {"initial_rank": 4, "target_rank": 2},
     "eva": {"rank": 2},
     "flexora": {"rank": 4, "validation_rows": 8, "target_modules": ["query", "value"]},
+    "smora": {"rank": 4, "active_rank": 2},
     "increlora": {"target_rank": 4, "increment": 3, "layers_per_round": 7, "wait": 0},
     "vera": {"rank": 16},
 }
@@ -95,7 +96,9 @@ def test_every_method_trains_a_head_of_texts(encoder_trainings: Any, method: str
 @pytest.mark.slow
 @pytest.mark.parametrize("method", SERVING)
 def test_every_method_trains_a_head_of_tokens_on_a_causal_model(trainings: Any, method: str) -> None:
-    sizes = SIZES.get(method, {"rank": 4}) | ({"target_modules": ["q_proj", "v_proj"]} if method == "eva" else {})
+    sizes = SIZES.get(method, {"rank": 4})
+    if method in ("eva", "flexora"):
+        sizes = sizes | {"target_modules": ["q_proj", "v_proj"]}
     report, _, _ = trainings.run(method, sizes, task=TOKENS, rows=tagged(), steps=10)
     assert report.evaluation["after"]["loss"] < report.evaluation["before"]["loss"] - 0.05
     assert report.reload["largest_difference"] <= 1e-4
