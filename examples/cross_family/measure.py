@@ -22,7 +22,7 @@ import torch
 from examples.cross_family.orders import CODES, parse
 from examples.cross_family.pair import Pair, Size, shuffled, unrelated
 
-ARMS = ("filtered", "unfiltered", "seeds-only", "random-text", "teacher-swap", "shuffled")
+ARMS = ("filtered", "unfiltered", "seeds-only", "two-seeds", "random-text", "teacher-swap", "shuffled")
 TRAINING_FREE = ("copy", "cross-lora", "lora-x", "prolora")
 OTHER = {"city_first": "quantity_first", "quantity_first": "city_first", "hard": "city_first"}
 
@@ -52,6 +52,10 @@ def measure(pair: Pair, arms: Sequence[str], results: Results) -> None:
     results.add("discriminator", None, told, report=report.to_dict())
     if "filtered" in arms:
         _filtered(pair, results, arms)
+    if "two-seeds" in arms:
+        found = pair.run("two-seeds", shown=2, controls=["seeds-only"])
+        results.add("transferred from two seeds", _score(found.report, "transferred"), _labels(found.report))
+        results.add("two seeds only", _score(found.report, "seeds-only"))
     if "teacher-swap" in arms:
         code = OTHER[pair.code]
         few = pair.settings(pair.size.control_steps)

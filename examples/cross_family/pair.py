@@ -207,6 +207,7 @@ class Pair:
         controls: Sequence[str] = (),
         measured: bool = True,
         inputs: Sequence[str] = (),
+        shown: int = 5,
         prompts_of: str | None = None,
         **parameters: Any,
     ) -> TransferResult:
@@ -216,6 +217,7 @@ class Pair:
             code: of the teacher, if another than the pair's.
             measured: on the held-out messages.
             inputs: for refresh.
+            shown: number of seeds.
             prompts_of: another run, whose generated inputs and verdicts are taken over.
         """
         row, folder = find_method(method), self.folder / name
@@ -235,7 +237,7 @@ class Pair:
             seed=0,
             folder=folder,
             cache=self.folder / "cache",
-            seeds=seeds(),
+            seeds=seeds(shown),
             inputs=tuple(inputs),
             discriminator=self.discriminator[0],
             holdout=self.items(code or self.code) if measured else (),

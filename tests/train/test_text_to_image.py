@@ -27,6 +27,7 @@ TASK = {"type": "text-to-image", "resolution": 32}
 SIZES: dict[str, dict[str, Any]] = {
     "adalora": {"initial_rank": 4, "target_rank": 2},
     "eva": {"rank": 2},
+    "smora": {"rank": 4, "active_rank": 2},
     "flexora": {"rank": 4, "validation_rows": 6, "validation_batches": 2},
     "increlora": {"target_rank": 4, "increment": 3, "layers_per_round": 8, "wait": 0},
     "vera": {"rank": 16},

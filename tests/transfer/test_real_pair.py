@@ -1,8 +1,8 @@
 """A transfer between two real families, SmolLM2-135M and Gemma 3 270M: who learns from whom, and what each arm knows.
 
-All arms are made once, in one folder (`examples.cross_family`). About 13 CPU minutes, and one more for the conversion
-of Gemma on the first run of a machine. Five seeds teach this easy task as well as invented inputs do, so that
-seeds-only is no lower bound here and is not asserted to be one (docs/explanation/transfer.md has the figures).
+All arms are made once, in one folder (`examples.cross_family`). About 15 CPU minutes, and one more for the conversion
+of Gemma on the first run of a machine. Five seeds teach this easy task as well as invented inputs do; what these add is
+seen with two seeds, which do not tell the rule (docs/explanation/transfer.md has the figures).
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def arms(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
 
     results = Results()
     pair = Pair(tmp_path_factory.mktemp("pair"), smollm2(), gemma())
-    measure(pair, [arm for arm in ARMS if arm != "unfiltered"], results)
+    measure(pair, [arm for arm in ARMS if arm not in ("unfiltered", "seeds-only")], results)
     return {row["arm"]: row for row in results.rows}
 
 
@@ -47,13 +47,18 @@ class TestRealPair:
         assert swapped["old_code"] == 0
 
     def test_inputs_of_the_task_teach_it_and_other_text_does_not(self, arms: dict[str, dict[str, Any]]) -> None:
-        base, random, few = (score(arms, name) for name in ("target_base", "random text, labelled", "seeds-only"))
+        base, random = score(arms, "target_base"), score(arms, "random text, labelled")
         source, transferred = score(arms, "source"), score(arms, "transferred")
         assert source >= 0.9
         assert base <= random <= 0.1
-        assert few >= random + 0.5
         assert transferred >= 0.8 * source
         assert transferred >= base + 0.5
+
+    def test_invented_inputs_teach_more_than_their_seeds(self, arms: dict[str, dict[str, Any]]) -> None:
+        alone, transferred = score(arms, "two seeds only"), score(arms, "transferred from two seeds")
+        assert score(arms, "random text, labelled") + 0.1 <= alone
+        assert alone + 0.15 <= transferred
+        assert transferred >= score(arms, "target_base") + 0.5
 
     def test_what_the_filter_keeps_is_nearer_to_real_inputs(self, arms: dict[str, dict[str, Any]]) -> None:
         likeness = arms["transferred"]["report"]["likeness"]
