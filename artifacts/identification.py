@@ -6,7 +6,7 @@ import re
 from collections import Counter
 from dataclasses import dataclass
 
-from artifacts.formats.roles import WEAK, A, B, part_of
+from artifacts.formats.roles import A_T, B_T, WEAK, A, B, part_of
 from artifacts.formats.table import READERS
 from artifacts.safetensors_header import SafetensorsHeader
 
@@ -95,7 +95,7 @@ def _family(stem: str, role: str, key: str) -> str | None:
     stem = stem.removeprefix("module.")
     for reader in READERS:
         if reader.place(stem, role) is not None:
-            lowercase = role in (A, B) and (".lora_a" in key or ".lora_b" in key)
+            lowercase = role in (A, B, A_T, B_T) and (".lora_a" in key or ".lora_b" in key)
             return "lora-lowercase" if reader.name == "bare" and lowercase else reader.name
     return None
 

@@ -11,8 +11,9 @@ from typing import Any
 from artifacts.errors import ConfigRefused, FileBroken, FormatUnknown, PickleRefused
 from artifacts.formats.facts import facts_of, verdicts_of
 from artifacts.formats.peft_view import config_of, document_of, match_of
+from artifacts.formats.protocol import NOTHING_TOLD, Settings
 from artifacts.formats.reading import Reading, read_keys
-from artifacts.formats.table import is_reader
+from artifacts.formats.table import configured_reader, is_reader
 from artifacts.formats.values import FileValues, Values
 from artifacts.identification import identify
 from artifacts.manifest import FormatFacts, IgnoredKey, KeyVerdict, LoraModule
@@ -103,6 +104,15 @@ def understand(
 ) -> AdapterLayout:
     """As `read_layout`, of what was read: the header, and adapter_config.json if there is one."""
     _check_names(header)
+    named = configured_reader(header.tensors)
+    if named is not None:
+        if document is None:
+            raise ConfigRefused(
+                f"{named.settings_name} is missing: it looks like {named.description}, "
+                "whose tensors do not tell its scaling.",
+                hint=f"Send {named.settings_name} along, as it stands beside the weights.",
+            )
+        return _foreign(weights, header, values, {}, named.settings(document))
     if document is not None:
         return _layout("peft", weights, config_path, header, {"": parse_config(document)}, document)
     text = header.metadata.get(METADATA_KEY)
@@ -122,10 +132,16 @@ def _has_old_names(header: SafetensorsHeader) -> bool:
     return any(key.endswith(ends) for key in header.tensors)
 
 
-def _foreign(weights: Path, header: SafetensorsHeader, values: Values, alphas: Mapping[str, float]) -> AdapterLayout:
+def _foreign(
+    weights: Path,
+    header: SafetensorsHeader,
+    values: Values,
+    alphas: Mapping[str, float],
+    told: Settings = NOTHING_TOLD,
+) -> AdapterLayout:
     """A file without PEFT's configuration, or with one of which only the alpha of each component is of use."""
     try:
-        reading = read_keys(header, values, alphas=alphas)
+        reading = read_keys(header, values, alphas=alphas, told=told)
     except FormatUnknown as error:
         raise _unknown(header, error) from error
     document = document_of(reading)

@@ -7,8 +7,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from artifacts.errors import FileBroken
+from artifacts.formats.protocol import NOTHING_TOLD, Settings
 from artifacts.formats.resolution import Resolved
-from artifacts.formats.roles import ALPHA, MAGNITUDE, A, B
+from artifacts.formats.roles import A_T, ALPHA, B_T, MAGNITUDE, A, B
 from artifacts.formats.values import Values
 from artifacts.manifest import LoraModule, TypedModule
 from artifacts.peft_keys import FLOATS, pair
@@ -65,6 +66,9 @@ def sides_of(parts: Parts) -> tuple[int, int]:
     if a is not None and b is not None and len(a.shape) >= 2 and len(b.shape) >= 2:
         kernel = math.prod(mid.shape[2:]) if mid is not None and len(mid.shape) == 4 else 1
         return b.shape[0], math.prod(a.shape[1:]) * kernel
+    a, b = parts.get(A_T), parts.get(B_T)
+    if a is not None and b is not None and len(a.shape) == len(b.shape) == 2:
+        return b.shape[1], a.shape[0]
     for role in ("diff", "set_weight"):
         info = parts.get(role)
         if info is not None and len(info.shape) >= 2:
@@ -94,11 +98,12 @@ def _lokr_sides(parts: Parts) -> tuple[int, int]:
     return sides[0], sides[1]
 
 
+_FACTORS = frozenset({A, B, A_T, B_T, "lora_embedding_A", "lora_embedding_B"})
+
+
 def is_lora(parts: Parts) -> bool:
     """Whether the tensors are a low-rank pair, or one half of it."""
-    return (A in parts or B in parts or "lora_embedding_A" in parts or "lora_embedding_B" in parts) and (
-        "lora_E" not in parts
-    )
+    return not parts.keys().isdisjoint(_FACTORS) and "lora_E" not in parts
 
 
 def type_of(parts: Parts) -> str | None:
@@ -135,33 +140,37 @@ class Scale:
 
 
 def lora_modules(
-    stem: str, parts: Parts, resolved: Resolved, values: Values, *, alpha: float | None = None
+    stem: str, parts: Parts, resolved: Resolved, values: Values, *, told: Settings = NOTHING_TOLD
 ) -> tuple[LoraModule, ...]:
     """The modules of a low-rank pair: one, or one for each part of a fused projection.
 
     Args:
-        alpha: what holds where the tensors tell none; None: the rank, so that ΔW is B·A.
+        told: what holds where the tensors tell no alpha; with nothing told it is the rank, so that ΔW is B·A.
 
     Raises:
         FileBroken: a half is missing, the shapes are no pair, or the rows can not be split.
     """
     embedding = "lora_embedding_A" in parts or "lora_embedding_B" in parts
-    roles = ("lora_embedding_A", "lora_embedding_B") if embedding else (A, B)
+    transposed = A_T in parts or B_T in parts
+    roles = ("lora_embedding_A", "lora_embedding_B") if embedding else (A_T, B_T) if transposed else (A, B)
     for role, name in zip(roles, ("down (A)", "up (B)"), strict=True):
         if role not in parts:
             raise FileBroken(f"{stem}: the {name} matrix is missing.")
     a, b = parts[roles[0]], parts[roles[1]]
+    if transposed:
+        a, b = (_turned(stem, info) for info in (a, b))
     if len(a.shape) == 4 and len(b.shape) == 2:
         b = replace(b, shape=(*b.shape, 1, 1))  # LyCORIS' DyLoRA stores the up matrix of a convolution flat
     module = _with_core(stem, pair(stem, a, b, embedding=embedding), parts.get("lora_mid"))
     stored = Scale.of(stem, parts, values).alpha
-    total = stored if stored is not None else alpha if alpha is not None else float(module.rank)
+    total = stored if stored is not None else _alpha(stem, module.rank, told)
     magnitude, bias = parts.get(MAGNITUDE), parts.get("lora_B.bias") or parts.get("diff_b")
     module = replace(
         module,
         path=resolved.paths[0],
         alpha=total,
         scaling=total / module.rank,
+        transposed=transposed,
         magnitude_key=None if magnitude is None else magnitude.name,
         bias_key=bias.name if bias is not None and len(resolved.paths) == 1 else None,
     )
@@ -171,6 +180,23 @@ def lora_modules(
     if len(resolved.paths) == 1:
         return (module,)
     return _split(stem, module, b, resolved, values)
+
+
+def _turned(stem: str, info: TensorInfo) -> TensorInfo:
+    if len(info.shape) != 2:
+        raise FileBroken(
+            f"{stem}: {info.name!r} has shape {info.shape}, where a factor is a matrix.",
+            hint="Adapters of several experts in one tensor are not read.",
+        )
+    return replace(info, shape=info.shape[::-1])
+
+
+def _alpha(stem: str, rank: int, told: Settings) -> float:
+    if told.rank not in (None, rank):
+        raise FileBroken(f"{stem}: its factors are of rank {rank}, the file beside them tells {told.rank}.")
+    if told.scaling is not None:
+        return told.scaling * rank
+    return float(rank) if told.alpha is None else told.alpha
 
 
 def _with_core(stem: str, module: LoraModule, core: TensorInfo | None) -> LoraModule:

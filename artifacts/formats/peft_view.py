@@ -6,6 +6,7 @@ from collections import defaultdict
 from collections.abc import Mapping
 from typing import Any
 
+from artifacts.formats.protocol import COMPONENTS
 from artifacts.formats.reading import Reading
 from artifacts.formats.written_config import most_common, short
 from artifacts.manifest import LoraModule, TypedModule
@@ -19,7 +20,8 @@ def match_of(reading: Reading) -> KeyMatch:
 
 
 def document_of(reading: Reading) -> dict[str, Any]:
-    """The configuration of each component as diffusers writes it into metadata: `component.field`.
+    """The configuration of each component as diffusers writes it into metadata: `component.field`;
+    of a model that is no part of a pipeline, `field`.
 
     Empty where modules are no low-rank pairs, which PEFT's fields can not describe.
     """
@@ -27,18 +29,19 @@ def document_of(reading: Reading) -> dict[str, Any]:
         return {}
     groups: dict[str, list[LoraModule]] = defaultdict(list)
     for module in reading.modules:
-        groups[module.path.partition(".")[0]].append(module)
+        component, dot, _ = module.path.partition(".")
+        groups[component + dot if component in COMPONENTS else ""].append(module)
     document: dict[str, Any] = {}
-    for component, modules in sorted(groups.items()):
-        for field, value in _fields(component, modules).items():
-            document[f"{component}.{field}"] = value
+    for prefix, modules in sorted(groups.items()):
+        for field, value in _fields(prefix, modules).items():
+            document[f"{prefix}{field}"] = value
     return document
 
 
-def _fields(component: str, modules: list[LoraModule]) -> dict[str, Any]:
+def _fields(prefix: str, modules: list[LoraModule]) -> dict[str, Any]:
     rank = most_common(module.rank for module in modules)
     alpha = most_common(module.alpha for module in modules)
-    paths = {module.path.removeprefix(f"{component}."): module for module in modules}
+    paths = {module.path.removeprefix(prefix): module for module in modules}
     return {
         "peft_type": "LORA",
         "r": rank,

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple, Protocol
+from collections.abc import Mapping
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 DENOISER = ""
 """The UNet or transformer of a pipeline, when the name does not say which of the two."""
+
+LANGUAGE_MODEL = "language_model"
+"""A model that is no part of a pipeline, of which no list is stored: its names are transformers' own."""
 
 COMPONENTS = frozenset(
     {
@@ -50,4 +54,33 @@ class Reader(Protocol):
 
     def place(self, stem: str, role: str) -> Place | None:
         """What the stem of a key means; None if it is not of this naming."""
+        ...
+
+
+class Settings(NamedTuple):
+    """What a file beside the weights tells of every module.
+
+    Attributes:
+        alpha: divided by a module's rank; None where `scaling` is told.
+        scaling: what B·A is multiplied by, whatever the rank.
+        rank: of every module; None where it is not told.
+    """
+
+    alpha: float | None = None
+    scaling: float | None = None
+    rank: int | None = None
+
+
+NOTHING_TOLD = Settings()
+
+
+@runtime_checkable
+class ConfiguredReader(Reader, Protocol):
+    """A naming of modules in which the tensors never tell the scaling: a file beside them does."""
+
+    settings_name: str
+    """What that file is called."""
+
+    def settings(self, document: Mapping[str, Any]) -> Settings:
+        """Raises ConfigRefused: a value is missing or means nothing here."""
         ...

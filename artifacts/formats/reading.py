@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from artifacts.errors import FieldError, FileBroken, FormatUnknown
 from artifacts.formats.modules import WHY_NO_LORA, is_lora, lora_modules, sides_of, type_of, typed_module
+from artifacts.formats.protocol import NOTHING_TOLD, Settings
 from artifacts.formats.resolution import Resolution, Resolved, Stem, resolve
 from artifacts.formats.roles import ALPHA, MAGNITUDE, WEAK, part_of
 from artifacts.formats.table import READERS
@@ -61,21 +62,29 @@ class Reading:
         return kinds.most_common(1)[0][0]
 
 
-def read_keys(header: SafetensorsHeader, values: Values, *, alphas: Mapping[str, float] | None = None) -> Reading:
+def read_keys(
+    header: SafetensorsHeader,
+    values: Values,
+    *,
+    alphas: Mapping[str, float] | None = None,
+    told: Settings = NOTHING_TOLD,
+) -> Reading:
     """Understand a file from its header, and from the few numbers that `values` gives.
 
     Args:
         alphas: component ("unet" …) → alpha, for pairs that have none beside them.
+        told: what a file beside the weights tells, of pairs that have no alpha beside them either.
 
     Raises:
         FormatUnknown: no key belongs to an adapter, or no name of a module can be told.
         FileBroken: a half of a pair is missing, shapes do not fit, two tensors mean one thing.
     """
-    return _Reader(header, values, alphas or {}).run()
+    return _Reader(header, values, alphas or {}, told).run()
 
 
 class _Reader:
-    def __init__(self, header: SafetensorsHeader, values: Values, alphas: Mapping[str, float]) -> None:
+    def __init__(self, header: SafetensorsHeader, values: Values, alphas: Mapping[str, float], told: Settings) -> None:
+        self._told = told
         self._header = header
         self._values = values
         self._alphas = alphas
@@ -166,9 +175,7 @@ class _Reader:
                 continue
             try:
                 if is_lora(stem.parts):
-                    found = lora_modules(
-                        stem.name, stem.parts, resolved, self._values, alpha=self._alpha_of(resolved, stem)
-                    )
+                    found = lora_modules(stem.name, stem.parts, resolved, self._values, told=self._told_of(resolved))
                     for module in found:
                         self._claim(module.path, stem, owners)
                     modules += found
@@ -186,8 +193,9 @@ class _Reader:
             )
         return modules, typed
 
-    def _alpha_of(self, resolved: Resolved, stem: Stem) -> float | None:
-        return self._alphas.get(resolved.paths[0].partition(".")[0])
+    def _told_of(self, resolved: Resolved) -> Settings:
+        alpha = self._alphas.get(resolved.paths[0].partition(".")[0])
+        return self._told if alpha is None else self._told._replace(alpha=alpha)
 
     def _redundant(self, members: Iterable[Stem], resolution: Resolution) -> set[str]:
         """Fused projections that stand beside the same projections one by one: some trainers write both."""
@@ -246,9 +254,10 @@ class _Reader:
             )
         with_alpha = sum(ALPHA in stem.parts for stem in self._stems.values() if is_lora(stem.parts))
         pairs = sum(is_lora(stem.parts) for stem in self._stems.values())
-        if pairs and not with_alpha and not self._alphas:
+        told = self._alphas or self._told != NOTHING_TOLD
+        if pairs and not with_alpha and not told:
             self._warnings.append("The file tells no alpha: the scaling of every module is 1, as diffusers takes it.")
-        elif with_alpha and with_alpha < pairs and not self._alphas:
+        elif with_alpha and with_alpha < pairs and not told:
             self._warnings.append(f"{pairs - with_alpha} of {pairs} modules have no alpha: their scaling is 1.")
         for wrapper in sorted(self._wrappers):
             self._warnings.append(f"The keys carry {wrapper!r}, left by {WRAPPERS[wrapper]}; it was removed.")

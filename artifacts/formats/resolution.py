@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from artifacts.formats import architectures
 from artifacts.formats.architectures import Architecture, Named, Target
-from artifacts.formats.protocol import DENOISER, Place, Reader
+from artifacts.formats.protocol import DENOISER, LANGUAGE_MODEL, Place, Reader
 from artifacts.safetensors_header import TensorInfo
 
 _FLUX = ("flux", "chroma")
@@ -81,6 +81,8 @@ def resolve(stems: Sequence[Stem], metadata: Mapping[str, str]) -> Resolution:
 
 
 def _candidates(component: str) -> Sequence[str]:
+    if component == LANGUAGE_MODEL:
+        return ()
     if component == "unet":
         return architectures.UNETS
     return architectures.TEXT_ENCODERS if component.startswith("text_encoder") else architectures.DENOISERS

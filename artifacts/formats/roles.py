@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 A, B = "lora_A", "lora_B"
+A_T, B_T = "lora_A.T", "lora_B.T"
+"""Factors that are stored transposed, (d_in, r) and (r, d_out), as MLX stores them."""
 ALPHA = "alpha"
 MAGNITUDE = "magnitude"
 
@@ -22,8 +24,9 @@ _ENDS: Mapping[str, str] = {
     "lora_b.weight": B,
     "lora_A": A,
     "lora_B": B,
-    "lora_a": A,
-    "lora_b": B,
+    "lora_a": A_T,
+    "lora_b": B_T,
+    "m": MAGNITUDE,
     "lora_A.bias": "lora_A.bias",
     "lora_B.bias": "lora_B.bias",
     "lora_down.bias": "lora_A.bias",
