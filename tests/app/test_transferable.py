@@ -211,22 +211,34 @@ def test_a_transferable_adapter_over_http(serve: Any, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
-def test_an_adapter_moves_by_its_discriminator_when_the_data_is_gone(serve: Any, tmp_path: Path) -> None:
-    from tiny_models import order, teach_lists, write_gemma, write_llama
+@pytest.mark.timeout(900)
+def test_an_adapter_moves_by_its_discriminator_and_the_data_makes_no_difference(serve: Any, tmp_path: Path) -> None:
+    """Trained twice alike, on servers of their own. One has dropped the data when the adapter moves; the other still
+    has them."""
+    from tiny_models import teach_lists, write_gemma, write_llama
 
     (tmp_path / "roots").mkdir()
-    source = teach_lists(write_llama(tmp_path / "roots" / "source"), steps=60)
-    target = teach_lists(write_gemma(tmp_path / "roots" / "target"))
-    server = serve(pool="local", devices="cpu:1", max_wait_seconds=300, model_roots=(source.parent,))
-    for folder in (source, target):
-        made = server.client.post("/models", json={"path": str(folder), "name": folder.name}, timeout=120)
-        assert made.status_code == 201, made.text
-    rows = [{"prompt": order(n)[0], "completion": order(n)[1]} for n in range(30)]
-    asked = {"seeds": [order(n)[0] for n in (1, 10, 20)], "task": "orders", "drop_dataset": True}
+    bases = [teach_lists(write_llama(tmp_path / "roots" / "source"), steps=60)]
+    bases.append(teach_lists(write_gemma(tmp_path / "roots" / "target")))
+    made = {}
+    for dropped in (True, False):
+        server = serve(pool="local", devices="cpu:1", max_wait_seconds=300, model_roots=(bases[0].parent,))
+        made[dropped] = train_and_move(server, bases, dropped)
+    assert made[True] == made[False]
+
+
+def train_and_move(server: Any, bases: list[Path], drop: bool) -> dict[str, str]:
+    """The digests of a transferable adapter's weights and of what it becomes on the other base model."""
+    from tiny_models import order
+
+    for folder in bases:
+        registered = server.client.post("/models", json={"path": str(folder), "name": folder.name}, timeout=120)
+        assert registered.status_code == 201, registered.text
+    dataset = upload(server, [{"prompt": order(n)[0], "completion": order(n)[1]} for n in range(30)])
+    asked = {"seeds": [order(n)[0] for n in (1, 10, 20)], "task": "orders", "drop_dataset": drop}
     body = {
         "base_model": "source",
-        "dataset": upload(server, rows),
+        "dataset": dataset,
         "training": {"steps": 20, "learning_rate": 0.01},
         "transferable": {**asked, "discriminator": {"input_tokens": 24}},
     }
@@ -234,6 +246,7 @@ def test_an_adapter_moves_by_its_discriminator_when_the_data_is_gone(serve: Any,
     trained = server.client.post("/train", json=body, headers=wait, timeout=320).json()
     assert trained["state"] == "succeeded", trained["error"]
     adapter = trained["result"]["adapters"][0]
+    assert server.client.get(f"/datasets/{dataset}").status_code == (404 if drop else 200)
     moved = {
         "adapter": adapter,
         "target_model": "target",
@@ -248,11 +261,22 @@ def test_an_adapter_moves_by_its_discriminator_when_the_data_is_gone(serve: Any,
     }
     job = server.client.post("/transfer", json=moved, headers=wait, timeout=320).json()
     assert job["state"] == "succeeded", job["error"]
+    report = job["result"]["report"]
     with server.services.database.read() as session:
         kept = transferables.get(session, adapter)
-        assert kept is not None
-        assert job["result"]["report"]["discriminator_digest"] == kept.discriminator_digest
+    assert kept is not None
+    assert report["discriminator_digest"] == kept.discriminator_digest
     assert job["params"]["seeds"]["count"] == 3
+    decided = server.client.post(f"/transfers/{job['id']}/decision", json={"decision": "publish"})
+    assert decided.status_code == 200, decided.text
+    new = decided.json()["new_adapter"]
+    [edge] = server.client.get(f"/adapters/{new}/lineage").json()["edges"]
+    recipe = edge["recipe"]
+    assert recipe["discriminator_digest"] == report["discriminator_digest"]
+    assert recipe["bases"] == report["bases"]
+    assert recipe["data"] == report["data"]
+    shown = {name: server.client.get(f"/adapters/{key}").json() for name, key in (("old", adapter), ("new", new))}
+    return {name: found["weights_digest"] for name, found in shown.items()}
 
 
 @pytest.mark.slow
