@@ -127,6 +127,8 @@ class Adapter(Mapping[str, LoraFactors]):
         """The part of stored tensors that is this module's (`LoraModule`)."""
         if module.transposed:
             A, B = A.T, B.T
+        if module.head_rows:
+            B = B.reshape(-1, module.head_rows // 2, 2, B.shape[1]).transpose(1, 2).reshape(B.shape)
         if module.b_rows:
             spans = [B[start:stop] for start, stop in module.b_rows]
             B = spans[0] if len(spans) == 1 else torch.cat(spans)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from io import FileIO
@@ -104,7 +104,7 @@ def combine_digests(entries: Iterable[tuple[TensorInfo, str]]) -> str:
 def identity_digest(
     weights: str,
     configs: Mapping[str, PeftLoraConfig],
-    modules: Iterable[LoraModule],
+    modules: Collection[LoraModule],
     nested: NestedRanks | None = None,
 ) -> str:
     """SHA-256 over the weights digest and whatever else of the configuration changes ΔW.
@@ -117,6 +117,9 @@ def identity_digest(
         "scaling": sorted((module.path, module.scaling) for module in modules),
         "configs": {component: config.delta_fields for component, config in configs.items()},
     }
+    reordered = sorted((module.path, module.head_rows) for module in modules if module.head_rows)
+    if reordered:
+        document["head_rows"] = reordered
     if nested is not None:
         document["nested"] = asdict(nested)
     text = json.dumps(document, sort_keys=True, separators=(",", ":"), ensure_ascii=True)

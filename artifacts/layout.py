@@ -94,7 +94,8 @@ def read_layout(path: Path) -> AdapterLayout:
     """
     weights = _weights_path(path)
     header = read_header(weights)
-    config_path = path / CONFIG_NAME
+    named = configured_reader(header.tensors)
+    config_path = path / (CONFIG_NAME if named is None else named.settings_name)
     document = read_json(config_path) if path.is_dir() and config_path.is_file() else None
     return understand(header, FileValues(weights), document, weights, config_path)
 
@@ -102,7 +103,8 @@ def read_layout(path: Path) -> AdapterLayout:
 def understand(
     header: SafetensorsHeader, values: Values, document: Mapping[str, Any] | None, weights: Path, config_path: Path
 ) -> AdapterLayout:
-    """As `read_layout`, of what was read: the header, and adapter_config.json if there is one."""
+    """As `read_layout`, of what was read: the header, and adapter_config.json if there is one; of a
+    format whose scaling stands in another file, that file."""
     _check_names(header)
     named = configured_reader(header.tensors)
     if named is not None:

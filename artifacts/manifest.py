@@ -39,7 +39,8 @@ class LoraModule:
     A module can be a view of tensors that mean more than it: `b_rows` are the spans of rows of the stored B, in order,
     that are this module's (of a fused projection); `rank_span` is the span of components of A and B that are, where the
     stored B is block-diagonal; `mid_key` is the core of a Tucker decomposition, (r, r, kh, kw), between B and A;
-    `transposed` says that A is stored as (d_in, r) and B as (r, d_out). The shapes are those of the view.
+    `transposed` says that A is stored as (d_in, r) and B as (r, d_out); `head_rows` is the size of the groups of
+    rows of B that the view has in the order 0, 2, 4, … 1, 3, 5, …, or 0. The shapes are those of the view.
     """
 
     path: str
@@ -62,11 +63,12 @@ class LoraModule:
     rank_span: tuple[int, int] | None = None
     mid_key: str | None = None
     transposed: bool = False
+    head_rows: int = 0
 
     @property
     def plain(self) -> bool:
         """Whether A and B are the stored tensors themselves."""
-        viewed = self.b_rows or self.rank_span or self.mid_key or self.transposed
+        viewed = self.b_rows or self.rank_span or self.mid_key or self.transposed or self.head_rows
         return self.block_key is None and not viewed
 
     @property

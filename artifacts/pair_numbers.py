@@ -106,6 +106,8 @@ def factors(module: LoraModule, read: ReadTensor) -> tuple[Array, Array]:
     A, B = (_tensor(read(key)) for key in (module.a_key, module.b_key))
     if module.transposed:
         A, B = A.T, B.T
+    if module.head_rows:
+        B = B.reshape(-1, module.head_rows // 2, 2, B.shape[1]).swapaxes(1, 2).reshape(B.shape)
     if module.b_rows:
         B = np.concatenate([B[start:stop] for start, stop in module.b_rows])
     if module.rank_span is not None:

@@ -34,6 +34,7 @@ COMPANIONS = frozenset(
         "spiece.model",
         "chat_template.jinja",
         "new_embeddings.safetensors",
+        "params.json",
     }
 )
 """Files that may accompany an adapter and are kept with it under these names."""

@@ -6,14 +6,15 @@ transformers' own wherever they begin with `model.layers.`; others are not read.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
 from artifacts.errors import ConfigRefused
 from artifacts.formats.protocol import LANGUAGE_MODEL, Place, Settings
 from artifacts.formats.roles import A_T, B_T, MAGNITUDE
+from artifacts.formats.settings import number, whole
 
+_WHERE = "adapter_config.json: lora_parameters."
 _HINT = "mlx-lm writes adapter_config.json beside adapters.safetensors; send both."
 
 
@@ -45,9 +46,6 @@ class MLX:
                 "scale·alpha/rank, later ones by scale alone.",
                 hint="Remove alpha, and set scale to what the product is to be multiplied by.",
             )
-        scale, rank = parameters.get("scale"), parameters.get("rank")
-        if isinstance(scale, bool) or not isinstance(scale, int | float) or not math.isfinite(scale):
-            raise ConfigRefused(f"adapter_config.json: lora_parameters.scale is {scale!r}, no number.", hint=_HINT)
-        if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
-            raise ConfigRefused(f"adapter_config.json: lora_parameters.rank is {rank!r}, no positive whole number.")
-        return Settings(scaling=float(scale), rank=rank)
+        return Settings(
+            scaling=number(parameters, "scale", _WHERE, hint=_HINT), rank=whole(parameters, "rank", _WHERE, hint=_HINT)
+        )

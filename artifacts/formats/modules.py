@@ -163,6 +163,8 @@ def lora_modules(
         b = replace(b, shape=(*b.shape, 1, 1))  # LyCORIS' DyLoRA stores the up matrix of a convolution flat
     module = _with_core(stem, pair(stem, a, b, embedding=embedding), parts.get("lora_mid"))
     stored = Scale.of(stem, parts, values).alpha
+    if told.head_rows and module.d_out % told.head_rows:
+        raise FileBroken(f"{stem}: {module.d_out} rows are not heads of {told.head_rows} rows.")
     total = stored if stored is not None else _alpha(stem, module.rank, told)
     magnitude, bias = parts.get(MAGNITUDE), parts.get("lora_B.bias") or parts.get("diff_b")
     module = replace(
@@ -171,6 +173,7 @@ def lora_modules(
         alpha=total,
         scaling=total / module.rank,
         transposed=transposed,
+        head_rows=told.head_rows,
         magnitude_key=None if magnitude is None else magnitude.name,
         bias_key=bias.name if bias is not None and len(resolved.paths) == 1 else None,
     )

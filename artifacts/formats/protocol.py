@@ -35,6 +35,8 @@ class Place(NamedTuple):
         component: "unet", "transformer", "text_encoder_2" …, or `DENOISER`.
         name: the module's name inside the component, as the file writes it.
         flat: the dots of the path were replaced by underscores, so that only a list of modules can tell the path.
+        interleaved: the rows of a head are pairs that are rotated together, side by side as Meta's first implementation
+            has them; transformers has the first of all pairs and then the second.
         kept: what a module that no stored architecture has is called; "" if it can not be told from its name.
     """
 
@@ -42,6 +44,7 @@ class Place(NamedTuple):
     name: str
     flat: bool = False
     kept: str = ""
+    interleaved: bool = False
 
 
 class Reader(Protocol):
@@ -64,11 +67,14 @@ class Settings(NamedTuple):
         alpha: divided by a module's rank; None where `scaling` is told.
         scaling: what B·A is multiplied by, whatever the rank.
         rank: of every module; None where it is not told.
+        head_rows: of one head of attention, whose rows change places where a name says that they are interleaved; 0
+            where they do not.
     """
 
     alpha: float | None = None
     scaling: float | None = None
     rank: int | None = None
+    head_rows: int = 0
 
 
 NOTHING_TOLD = Settings()

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from artifacts.errors import FieldError, FileBroken, FormatUnknown
 from artifacts.formats.modules import WHY_NO_LORA, is_lora, lora_modules, sides_of, type_of, typed_module
-from artifacts.formats.protocol import NOTHING_TOLD, Settings
+from artifacts.formats.protocol import NOTHING_TOLD, ConfiguredReader, Settings
 from artifacts.formats.resolution import Resolution, Resolved, Stem, resolve
 from artifacts.formats.roles import ALPHA, MAGNITUDE, WEAK, part_of
 from artifacts.formats.table import READERS
@@ -111,6 +111,7 @@ class _Reader:
                 f"None of the {len(members)} names of modules can be told: {name!r}: {reason}.",
                 hint="Flattened names are only understood where the list of the model's modules is stored here.",
             )
+        self._check_told(members, resolution)
         modules, typed = self._modules(members, resolution)
         self._describe(modules, typed, resolution)
         verdicts = self._verdicts(modules, typed, resolution)
@@ -175,7 +176,9 @@ class _Reader:
                 continue
             try:
                 if is_lora(stem.parts):
-                    found = lora_modules(stem.name, stem.parts, resolved, self._values, told=self._told_of(resolved))
+                    found = lora_modules(
+                        stem.name, stem.parts, resolved, self._values, told=self._told_of(resolved, stem)
+                    )
                     for module in found:
                         self._claim(module.path, stem, owners)
                     modules += found
@@ -193,9 +196,21 @@ class _Reader:
             )
         return modules, typed
 
-    def _told_of(self, resolved: Resolved) -> Settings:
+    def _told_of(self, resolved: Resolved, stem: Stem) -> Settings:
         alpha = self._alphas.get(resolved.paths[0].partition(".")[0])
-        return self._told if alpha is None else self._told._replace(alpha=alpha)
+        told = self._told if stem.place.interleaved else self._told._replace(head_rows=0)
+        return told if alpha is None else told._replace(alpha=alpha)
+
+    def _check_told(self, members: Iterable[Stem], resolution: Resolution) -> None:
+        """Raises FormatUnknown: a scaling would have to be guessed, or one format's be used for another's modules."""
+        readers = {stem.reader for stem in members if stem.name in resolution.found}
+        needing = [reader for reader in readers if isinstance(reader, ConfiguredReader)]
+        if needing and (len(readers) > 1 or self._told == NOTHING_TOLD):
+            raise FormatUnknown(
+                f"Some names are those of {needing[0].description}, whose scaling stands in a file beside it; "
+                "others, or their prefix, are not.",
+                hint="Save the adapter again in one layout.",
+            )
 
     def _redundant(self, members: Iterable[Stem], resolution: Resolution) -> set[str]:
         """Fused projections that stand beside the same projections one by one: some trainers write both."""

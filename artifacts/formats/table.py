@@ -11,10 +11,12 @@ from artifacts.formats.bfl import BlackForestLabs
 from artifacts.formats.comfy import Comfy
 from artifacts.formats.diffusers import Diffusers
 from artifacts.formats.kohya import Kohya
+from artifacts.formats.mistral import Mistral
 from artifacts.formats.mlx import MLX
 from artifacts.formats.onetrainer import OneTrainer
 from artifacts.formats.protocol import ConfiguredReader, Reader
 from artifacts.formats.roles import WEAK, part_of
+from artifacts.formats.torchtune import TorchTune
 from artifacts.formats.xlabs import XLabs
 
 READERS: tuple[Reader, ...] = (
@@ -27,6 +29,8 @@ READERS: tuple[Reader, ...] = (
     Diffusers(),
     BlackForestLabs(),
     MLX(),
+    TorchTune(),
+    Mistral(),
     Bare(),
 )
 """Specific names before general ones: `Bare` takes every dotted name."""

@@ -28,7 +28,7 @@ REFUSED = {
     "gguf/gguf-mixtral-experts-embd": (ConfigRefused, ""),
     "legacy/litgpt-lora": (PickleRefused, "pickle"),
     "legacy/torchtune-native-adapter": (PickleRefused, "pickle"),
-    "legacy/mistral-finetune-native": (ConfigRefused, "adapter_config.json is missing"),
+    "legacy/mistral-finetune-native": (ConfigRefused, "params.json is missing: it looks like a LoRA with Mistral"),
     "peft/peft-keys-without-config": (ConfigRefused, "adapter_config.json is missing"),
     "malformed/mal-missing-up": (FileBroken, "attn1_to_k: the up (B) matrix is missing"),
     "malformed/mal-mixed-peft-and-kohya": (FormatUnknown, "a diffusers LoRA and a kohya sd-scripts LoRA in one file"),
