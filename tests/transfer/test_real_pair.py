@@ -1,6 +1,6 @@
 """A transfer between two real families, SmolLM2-135M and Gemma 3 270M: who learns from whom, and what each arm knows.
 
-All arms are made once, in one folder (`examples.cross_family`). About 15 CPU minutes, and one more for the conversion
+All arms are made once, in one folder (`examples.cross_family`). About 17 CPU minutes, and one more for the conversion
 of Gemma on the first run of a machine. Five seeds teach this easy task as well as invented inputs do; what these add is
 seen with two seeds, which do not tell the rule (docs/explanation/transfer.md has the figures).
 """
