@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from sqlalchemy.orm import Session
 
+from artifacts.base_model import UNET
 from artifacts.errors import FieldError, RequestInvalid
 from storage import models
 from storage.tables import ModelRow
@@ -30,3 +31,16 @@ def base_model(session: Session, name: str, *, lock: bool = False, pointer: str 
         problem = f"the base model {row.name!r} was removed on {row.removed_at:%Y-%m-%d}"
         raise RequestInvalid(f"T{problem[1:]}.", errors=[FieldError(pointer, problem)])
     return row
+
+
+def weights_problem(row: ModelRow, *, pipeline: str, quantised: str) -> str | None:
+    """Why the weights of a base model can not be read and changed as those of a transformers model; None if they can.
+
+    Args:
+        pipeline, quantised: the end of the sentence for a diffusers pipeline, and what is said of packed weights.
+    """
+    if row.source == "hub":
+        return "its files lie on a hub; register a folder of the server"
+    if row.pipeline is not None or row.architecture == UNET:
+        return f"it is a diffusers pipeline; only models of transformers {pipeline}"
+    return None if row.quantisation is None else quantised

@@ -7,12 +7,12 @@ from contextlib import contextmanager
 
 from sqlalchemy.orm import Session
 
-from app.base_models import base_model
+from app.base_models import base_model, weights_problem
 from app.dataset_choice import check_suitable
 from app.schemas.merge import CompareMergesParams, MergeAdapter, MergeParams
 from app.settings import Settings
 from app.stored_inputs import stored_adapters, stored_dataset
-from artifacts.base_model import UNET, BaseModelRef, check_modules, compare
+from artifacts.base_model import BaseModelRef, check_modules, compare
 from artifacts.errors import BaseMismatch, FieldError, MergeRefused, RequestInvalid
 from artifacts.pointers import pointers_below
 from merge.catalog import parse_parameters
@@ -70,13 +70,11 @@ def _check_base(row: ModelRow, inputs: Sequence[MergeInput], options: MergeOptio
     Raises:
         MergeRefused and its kin: its files are not here, or it is a pipeline; see `_check_fits`.
     """
-    problem = None
-    if row.source == "hub":
-        problem = "its files lie on a hub; register a folder of the server"
-    elif row.pipeline is not None or row.architecture == UNET:
-        problem = "it is a diffusers pipeline; only models of transformers can be merged into"
-    elif row.quantisation is not None:
-        problem = "its weights are quantised; take the model that it was made of"
+    problem = weights_problem(
+        row,
+        pipeline="can be merged into",
+        quantised="its weights are quantised; take the model that it was made of",
+    )
     if problem is not None:
         raise MergeRefused(
             f"Nothing can be merged into {row.name!r}: {problem}.", errors=[FieldError("/base_model", problem)]

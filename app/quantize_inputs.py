@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from sqlalchemy.orm import Session
 
-from app.base_models import base_model
+from app.base_models import base_model, weights_problem
 from app.dataset_choice import check_suitable
 from app.schemas.quantize import QuantizeParams
 from app.settings import Settings
 from app.stored_inputs import stored_dataset
-from artifacts.base_model import UNET
 from artifacts.errors import FieldError, RequestInvalid
 from artifacts.pointers import pointers_below
 from storage import models
@@ -43,13 +42,7 @@ def check_quantize(_: Settings, session: Session, request: QuantizeParams, devic
 
 
 def _check_kind(row: ModelRow) -> None:
-    problem = None
-    if row.source == "hub":
-        problem = "its files lie on a hub; register a folder of the server"
-    elif row.pipeline is not None or row.architecture == UNET:
-        problem = "it is a diffusers pipeline; only models of transformers are quantised"
-    elif row.quantisation is not None:
-        problem = "it is quantised already"
+    problem = weights_problem(row, pipeline="are quantised", quantised="it is quantised already")
     if problem is not None:
         raise RequestInvalid(f"{row.name!r} can not be quantised: {problem}.", errors=[FieldError("/model", problem)])
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -27,17 +28,22 @@ def submit(
     *,
     idempotency_key: str | None,
     request_id: str,
+    subject: Callable[[Session], object] | None = None,
     sealed: dict[str, Any] | None = None,
 ) -> Answer:
     """Check a job of `kind` and create it, together with its first event and its idempotency key.
 
     Args:
+        subject: reads what the path of the call names: if it is not there, the answer is 404, whatever the body says.
         sealed: confidential inputs, which only the job's worker reads (`storage.sealed_inputs`).
 
     Raises:
         RequestInvalid and its kin: see app.job_kinds.check_submission; their pointers are those of the body.
         QueueFull, QuotaExceeded
     """
+    if subject is not None:
+        with services.database.read() as session:
+            subject(session)
     wishes: dict[str, Any] = {} if resources is None else as_json(resources, exclude_none=True)
 
     def act(session: Session) -> Answer:

@@ -6,9 +6,7 @@ from fastapi import APIRouter, Request
 from starlette.concurrency import run_in_threadpool
 from starlette.responses import JSONResponse
 
-from app.auth import Principal
 from app.dependencies import AdapterId, IdempotencyKey, JobRunner, ServicesDep, WaitSeconds
-from app.idempotency import Answer
 from app.job_answers import JOB_RESPONSES, answer_or_wait
 from app.json_body import JsonRoute
 from app.problems import problem_responses
@@ -16,7 +14,6 @@ from app.schemas.common import as_json
 from app.schemas.conversion import ConvertRequest
 from app.schemas.jobs import Job
 from app.schemas.merge import CompareMergesRequest, MergeRequest
-from app.state import Services
 from app.submission import submit
 from storage import adapters
 
@@ -106,28 +103,14 @@ async def convert_adapter(
 ) -> JSONResponse:
     """AdaLoRA, LoHa, LoKr and VeRA exactly; DoRA, and any of them at a smaller rank, with the error in the report."""
     answer = await run_in_threadpool(
-        _convert, services, principal, adapter_id, body, idempotency_key, request.state.request_id
-    )
-    return await answer_or_wait(request, services, answer, wait)
-
-
-def _convert(
-    services: Services,
-    principal: Principal,
-    adapter_id: str,
-    body: ConvertRequest,
-    idempotency_key: str | None,
-    request_id: str,
-) -> Answer:
-    with services.database.read() as session:
-        adapters.get_adapter(session, adapter_id)  # a path that leads nowhere is 404
-    params = {"adapter": adapter_id, **as_json(body, exclude={"resources"})}
-    return submit(
+        submit,
         services,
         principal,
         "convert",
-        params,
+        {"adapter": adapter_id, **as_json(body, exclude={"resources"})},
         body.resources,
         idempotency_key=idempotency_key,
-        request_id=request_id,
+        request_id=request.state.request_id,
+        subject=lambda session: adapters.get_adapter(session, adapter_id),
     )
+    return await answer_or_wait(request, services, answer, wait)

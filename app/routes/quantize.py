@@ -6,16 +6,13 @@ from fastapi import APIRouter, Request
 from starlette.concurrency import run_in_threadpool
 from starlette.responses import JSONResponse
 
-from app.auth import Principal
 from app.dependencies import IdempotencyKey, JobRunner, ModelId, ServicesDep, WaitSeconds
-from app.idempotency import Answer
 from app.job_answers import JOB_RESPONSES, answer_or_wait
 from app.json_body import JsonRoute
 from app.problems import problem_responses
 from app.schemas.common import as_json
 from app.schemas.jobs import Job
 from app.schemas.quantize import QuantizeRequest
-from app.state import Services
 from app.submission import submit
 from storage import models
 
@@ -44,28 +41,14 @@ async def quantize_model(
     has the sizes and the error of each matrix.
     """
     answer = await run_in_threadpool(
-        _quantize, services, principal, model_id, body, idempotency_key, request.state.request_id
-    )
-    return await answer_or_wait(request, services, answer, wait)
-
-
-def _quantize(
-    services: Services,
-    principal: Principal,
-    model_id: str,
-    body: QuantizeRequest,
-    idempotency_key: str | None,
-    request_id: str,
-) -> Answer:
-    with services.database.read() as session:
-        models.get_model(session, model_id)  # a path that leads nowhere is 404
-    params = {"model": model_id, **as_json(body, exclude={"resources"})}
-    return submit(
+        submit,
         services,
         principal,
         "quantize",
-        params,
+        {"model": model_id, **as_json(body, exclude={"resources"})},
         body.resources,
         idempotency_key=idempotency_key,
-        request_id=request_id,
+        request_id=request.state.request_id,
+        subject=lambda session: models.get_model(session, model_id),
     )
+    return await answer_or_wait(request, services, answer, wait)
