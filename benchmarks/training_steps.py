@@ -25,6 +25,7 @@ from benchmarks.training_cases import Case
 from train.base_files import BaseFiles
 from train.catalog import find_method, parse_parameters
 from train.engine import linear_layers
+from train.follower import Silent
 from train.loop import LoopInputs, run_loop
 from train.options.common import Circumstances
 from train.protocol import MethodContext, TrainMethod
@@ -231,19 +232,6 @@ def _high_water() -> int:
 # The loop.
 
 
-class _Silent:
-    """Follows our loop and does nothing."""
-
-    def stop_wanted(self) -> bool:
-        return False
-
-    def step(self, step: int, total: int, values: Mapping[str, float]) -> None:
-        pass
-
-    def checkpoint(self, folder: Path, step: int) -> bool:
-        return False
-
-
 def loop_times(setting: Setting, rounds: int, folder: Path) -> tuple[list[float], list[float]]:
     """Seconds of whole trainings of LoRA by a bare Trainer script and by our loop, in turns."""
     torch.set_num_threads(setting.threads)
@@ -264,7 +252,7 @@ def loop_times(setting: Setting, rounds: int, folder: Path) -> tuple[list[float]
                 _bare_training(setting, bare, rows, folder / "bare")
             else:
                 inputs = LoopInputs(task, rows, setting.training, SEED, "cpu", folder / "own")
-                run_loop(own, method, inputs, _Silent(), World())
+                run_loop(own, method, inputs, Silent(), World())
             times[place].append(time.perf_counter() - began)
     return times[0][1:], times[1][1:]  # the first of each warms up
 

@@ -24,6 +24,7 @@ from train.base_files import BaseFiles
 from train.catalog import parse_parameters
 from train.data import DataFile
 from train.engine import Inputs, Plan, train_adapter
+from train.follower import Silent
 from train.kmer_bert import KmerBertShape, write_kmer_bert
 from train.methods.lora_bert import LoraBertAdapter, make
 from train.options.lora_bert import LoraBertOptions
@@ -43,22 +44,6 @@ class HeadAlone(LoraBertAdapter):
             if ".lora_" in name:
                 parameter.requires_grad_(False)
         return prepared
-
-
-class _Quiet:
-    """Follows a training and keeps nothing."""
-
-    def stop_wanted(self) -> bool:
-        return False
-
-    def step(self, step: int, total: int, values: Mapping[str, float]) -> None:
-        pass
-
-    def checkpoint(self, folder: Path, step: int) -> bool:
-        return False
-
-    def progress(self, fraction: float, message: str) -> None:
-        pass
 
 
 @dataclass
@@ -94,7 +79,7 @@ def run(method: TrainMethod[LoraBertOptions], base: Path, data: Path, folder: Pa
         device="cpu",
     )
     inputs = Inputs(BaseFiles("kmers", str(base)), DataFile(data, "fasta"), folder)
-    return train_adapter(plan, method, inputs, folder / "out", _Quiet())
+    return train_adapter(plan, method, inputs, folder / "out", Silent())
 
 
 def measure(seeds: Sequence[int], folder: Path) -> list[Line]:

@@ -40,6 +40,23 @@ class Observer(Protocol):
         """A complete checkpoint lies in `folder`, which is removed afterwards; whether it is kept. First rank only."""
 
 
+class Silent:
+    """An observer, also of a whole training (`train.engine`), that stops nothing and keeps nothing."""
+
+    def stop_wanted(self) -> bool:
+        return False
+
+    def step(self, step: int, total: int, values: Mapping[str, float]) -> None:
+        del step, total, values
+
+    def checkpoint(self, folder: Path, step: int) -> bool:
+        del folder, step
+        return False
+
+    def progress(self, fraction: float, message: str) -> None:
+        del fraction, message
+
+
 @dataclass(slots=True)
 class LoopResult:
     """What the loop did: `first_step` is where it began in this process, 0 if it was not resumed.

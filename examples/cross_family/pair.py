@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -17,6 +17,7 @@ from typing import Any
 from examples.cross_family.orders import CODES, FORM, Message, make_messages, seeds
 from train.base_files import BaseFiles
 from train.catalog import parse_parameters as training_parameters
+from train.follower import Silent
 from train.settings import TrainingSettings
 from transfer.bench import StoredDiscriminator, TransferInputs
 from transfer.candidates import screen
@@ -63,7 +64,7 @@ class Size:
     layers: tuple[int, int] = (30, 18)
 
 
-class Clock:
+class Clock(Silent):
     """Follows a training and a transfer, says nothing, and counts the CPU seconds of the stages of transfers."""
 
     def __init__(self) -> None:
@@ -81,21 +82,8 @@ class Clock:
             self.cpu[self._stage] = self.cpu.get(self._stage, 0.0) + now - self._began
         self._stage, self._began = stage, now
 
-    def stop_wanted(self) -> bool:
-        return False
-
-    def step(self, step: int, total: int, values: Mapping[str, float]) -> None:
-        del step, total, values
-
     def kept(self) -> None:
         """A checkpoint lies in the folder."""
-
-    def checkpoint(self, folder: Path, step: int) -> bool:
-        del folder, step
-        return False
-
-    def progress(self, fraction: float, message: str) -> None:
-        del fraction, message
 
 
 def upper_half(layers: int) -> list[str]:

@@ -8,11 +8,12 @@ from typing import Any
 
 import pytest
 from tiny_models import order
-from transfers import Pair, Silent
+from transfers import Pair
 
 from artifacts.errors import TransferRefused
 from train.base_files import BaseFiles
 from train.catalog import parse_parameters
+from train.follower import Silent
 from train.settings import CausalLmTask, TrainingSettings
 from train.tasks.protocol import TaskContext
 from train.tasks.rows import IGNORED

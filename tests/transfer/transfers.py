@@ -13,6 +13,7 @@ from tiny_models import order, teach_lists, write_gemma, write_llama
 
 from train.base_files import BaseFiles
 from train.catalog import parse_parameters as training_parameters
+from train.follower import Silent
 from train.settings import TrainingSettings
 from transfer.bench import StoredDiscriminator, TransferInputs
 from transfer.catalog import find_method, parse_parameters
@@ -37,22 +38,6 @@ PARAMETERS: dict[str, Any] = {
     "training": {"steps": 6, "learning_rate": 0.01, "batch_size": 4},
     "target_parameters": {"rank": 4},
 }
-
-
-class Silent:
-    """Follows a training."""
-
-    def stop_wanted(self) -> bool:
-        return False
-
-    def step(self, step: int, total: int, values: Mapping[str, float]) -> None:
-        pass
-
-    def checkpoint(self, folder: Path, step: int) -> bool:
-        return False
-
-    def progress(self, fraction: float, message: str) -> None:
-        pass
 
 
 class Stopped(Exception):
