@@ -17,7 +17,7 @@ from artifacts.errors import DatabaseUnavailable
 from storage import database as clock
 from storage.tables import ScheduleRow
 
-DEADLINE = 20.0
+DEADLINE = 90.0
 DAILY = {"cron": "30 2 * * *", "timezone": "Europe/Berlin"}
 EVENT = {"event": "base_model.deprecated"}
 UNKNOWN = "adp_" + "f" * 32

@@ -12,7 +12,7 @@ from standardwebhooks import Webhook
 from storage import keys
 
 URL = "https://hooks.example.com/rankwise"
-DEADLINE = 30.0
+DEADLINE = 90.0
 
 
 @pytest.fixture

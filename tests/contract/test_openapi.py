@@ -36,7 +36,7 @@ def run_schemathesis(
     return result, int(generated.group(1)) if generated else 0
 
 
-@pytest.mark.parametrize("contract_server", ["open", "keys"], indirect=True)
+@pytest.mark.parametrize("contract_server", ["keys"], indirect=True)
 def test_a_few_cases_of_every_call(contract_server: tuple[str, str | None], tmp_path: Path) -> None:
     result, cases = run_schemathesis(contract_server, tmp_path, "-n", "3", "--phases", "examples,fuzzing", timeout=120)
     assert result.returncode == 0, result.stdout[-20_000:]

@@ -25,7 +25,7 @@ from workers.local import LocalProvider
 from workers.provider import Slot, WorkerProvider
 from workers.supervisor import PoolSettings, Supervisor
 
-DEADLINE_SECONDS = 30.0
+DEADLINE_SECONDS = 90.0
 KIND_NAMES = [
     "succeed",
     "user_error",

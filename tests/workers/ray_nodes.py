@@ -22,7 +22,7 @@ from ray.cluster_utils import Cluster
 # Not 127.0.0.1: drivers replace that by an address of the network.
 ADDRESS = "127.0.0.2"
 STORE_BYTES = 80 * 1024**2
-DEADLINE_SECONDS = 20.0
+DEADLINE_SECONDS = 60.0
 
 
 class Nodes:

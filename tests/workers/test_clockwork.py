@@ -15,7 +15,7 @@ from artifacts.errors import BlobStoreUnavailable, DatabaseUnavailable, DiskFull
 from workers import clockwork
 from workers.clockwork import Chore, Clockwork
 
-DEADLINE = 20.0
+DEADLINE = 90.0
 NEVER = 3600.0
 
 

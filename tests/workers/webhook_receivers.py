@@ -23,7 +23,7 @@ from workers.egress import EgressPolicy
 
 OWNER = "anonymous"
 LOOPBACK = EgressPolicy(allow_http=True, allowed_networks=(ipaddress.ip_network("127.0.0.0/8"),))
-DEADLINE = 30.0
+DEADLINE = 90.0
 
 
 def wait_for(condition: Callable[[], bool]) -> None:
