@@ -16,7 +16,7 @@ from artifacts.intake import inspect
 from train import declared
 from train.catalog import parse_parameters
 from train.loftq_layer import LoftqLinear
-from train.normal_float import levels, rounded
+from train.normal_float import levels, middles, nearest, rounded
 
 NF4 = (
     -1.0,
@@ -215,3 +215,14 @@ def test_tensors_of_another_layer_are_refused(trained: Any, tmp_path: Path) -> N
     save_file(kept, tmp_path / "adapter_model.safetensors")
     with pytest.raises(RequestInvalid, match="not those of the adapter's layers"):
         declared.load(trainings.load_base(), tmp_path)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_the_nearest_level_is_found_as_by_trying_all_middles(bits: int) -> None:
+    """Beside every middle, at it, and beyond the levels."""
+    middle = middles(bits)
+    beside = [torch.nextafter(middle, torch.full_like(middle, side)) for side in (-2.0, 2.0)]
+    drawn = torch.randn(2000, generator=torch.Generator().manual_seed(0))
+    values = torch.cat([middle, *beside, levels(bits), drawn, torch.tensor([-torch.inf, torch.inf, 3e38])])
+    assert torch.equal(nearest(values, bits).long(), torch.bucketize(values, middle))
+    assert 0 <= int(nearest(torch.tensor([torch.nan]), bits)) < 2**bits

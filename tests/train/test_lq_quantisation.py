@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+from copy import copy
 from pathlib import Path
 from typing import Any
 
@@ -164,6 +165,15 @@ def test_a_random_subspace_does_almost_as_well(found: Any) -> None:
     weight, form, made = found
     factors = LowRankFactors(6, oversampling=10, generator=torch.Generator().manual_seed(1))
     assert decompose(weight, form, factors, iterations=100).error < 1.03 * made.error
+
+
+def test_formats_may_share_the_factors_that_they_begin_with() -> None:
+    weight, form = drawn(64, 96), BlockFormat(3, 8, "float32", 16, 16)
+    alone, start = (LowRankFactors(6, oversampling=10, generator=torch.Generator().manual_seed(1)) for _ in range(2))
+    expected = decompose(weight, form, alone, iterations=6).trace
+    first = start(weight)
+    for _ in range(2):
+        assert decompose(weight, form, copy(start), iterations=6, first=first).trace == expected
 
 
 def test_weighted_factors_are_the_best_for_a_fisher_of_rank_one() -> None:

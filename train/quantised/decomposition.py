@@ -44,6 +44,7 @@ def decompose(
     rtol: float = 0.0,
     fisher: Tensor | None = None,
     polish: bool = False,
+    first: tuple[Tensor, Tensor] | None = None,
 ) -> Decomposition:
     """In turn L1·L2 ← the best rank-r part of W − Q, from Q = 0 on, and Q ← the rounding of W − L1·L2.
 
@@ -56,6 +57,7 @@ def decompose(
         fisher: F, (d_out, d_in); None counts all entries alike.
         polish: fit L1·L2 to the last Q once more, which by Eckart–Young can only gain; without `fisher` and with exact
             factors only.
+        first: what `factors` gave for W, if that is known: it is the same for every format.
     """
     root = None if fisher is None else fisher.sqrt()
     residual = weight
@@ -63,14 +65,15 @@ def decompose(
     last = math.inf
     trace: list[float] = []
     for _ in range(iterations):
-        left, right = factors(residual)
-        rest = weight - left @ right
-        residual = weight - rounded(rest, form)
-        error = _norm(residual - left @ right, root)
+        left, right = first if first is not None and not trace else factors(residual)
+        rest = torch.addmm(weight, left, right, alpha=-1)
+        quantised = rounded(rest, form)
+        error = _norm(rest - quantised, root)
         trace.append(error)
         if not math.isfinite(error) or error > last:
             break
         best = (left, right, rest)
+        residual = weight - quantised
         gained, last = last - error, error
         if gained <= rtol * error and rtol > 0:
             break

@@ -12,10 +12,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from train.normal_float import levels
+from train.normal_float import levels, nearest
+from train.normal_float import looked_up as levels_of
 from train.quantised.bit_packing import looked_up, pack, packed_bytes, unpack
 from train.quantised.block_format import BlockFormat
 
+_CACHED, _AT_ONCE = 2**16, 2**24
+"""Weights that are rounded at once: few enough for a CPU's cache, or for the memory of a GPU."""
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
@@ -82,11 +85,9 @@ def scales_of(weight: Tensor, form: BlockFormat) -> Scales:
 
 
 def codes_of(weight: Tensor, scales: Tensor, bits: int) -> Tensor:
-    """The nearest level of every weight, by the scale in force: (n·B1, B0) int64."""
-    table = levels(bits).to(weight.device)
-    middles = (table[1:] + table[:-1]) / 2
+    """The nearest level of every weight, by the scale in force: (n·B1, B0) int32."""
     s = scales.reshape(-1, 1)
-    return torch.bucketize(weight.reshape(len(s), -1) / torch.where(s == 0, 1, s), middles)
+    return nearest(weight.reshape(len(s), -1) / torch.where(s == 0, 1, s), bits)
 
 
 def rounded(weight: Tensor, form: BlockFormat) -> Tensor:
@@ -96,8 +97,13 @@ def rounded(weight: Tensor, form: BlockFormat) -> Tensor:
         weight: of any shape whose blocks are whole; float32 and finite.
     """
     s = scales_of(weight, form).value(form.scale_bits).reshape(-1, 1)
-    table = levels(form.bits).to(weight.device)
-    return (table[codes_of(weight, s, form.bits)] * s).view(weight.shape)
+    blocks = weight.reshape(len(s), -1)
+    found = torch.empty_like(blocks)
+    step = max(1, (_CACHED if weight.device.type == "cpu" else _AT_ONCE) // form.block)
+    for begin in range(0, len(s), step):
+        part = slice(begin, begin + step)
+        torch.mul(levels_of(codes_of(blocks[part], s[part], form.bits), form.bits), s[part], out=found[part])
+    return found.view(weight.shape)
 
 
 def packed(weight: Tensor, form: BlockFormat) -> PackedMatrix:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -85,10 +86,12 @@ def choose_formats(
     costs = np.full(sizes.shape, np.inf)
     for row, path in enumerate(sides):
         subject = read(path)
+        start = low_rank_factors(options, subject)
+        first = start(subject.weight)
         for column in np.flatnonzero(allowed[row]):
             done = row + column / len(formats)
             progress(done / len(sides), f"trying {len(formats)} formats on {path}, {row + 1} of {len(sides)}")
-            costs[row, column] = _cost(subject, formats[column], options)
+            costs[row, column] = _cost(subject, formats[column], options, copy(start), first)
     try:
         found = allocate(costs, sizes, budget)
     except BudgetTooSmallError as error:
@@ -110,16 +113,26 @@ def check_formats(sides: Mapping[str, tuple[int, int]], formats: Sequence[BlockF
     )
 
 
-def _cost(subject: Subject, form: BlockFormat, options: QuantisationOptions) -> float:
-    """‖√F ∘ (W − Q − L1·L2)‖² of the whole decomposition in this format; infinite if the format can not hold it."""
+def _cost(
+    subject: Subject,
+    form: BlockFormat,
+    options: QuantisationOptions,
+    factors: LowRankFactors,
+    first: tuple[Tensor, Tensor],
+) -> float:
+    """‖√F ∘ (W − Q − L1·L2)‖² of the whole decomposition in this format; infinite if the format can not hold it.
+
+    `factors` have already found `first`, those of W.
+    """
     try:
         found = decompose(
             subject.weight,
             form,
-            low_rank_factors(options, subject),
+            factors,
             iterations=options.cost_iterations,
             rtol=options.cost_rtol,
             fisher=subject.fisher,
+            first=first,
         )
     except ValueError:
         return float("inf")
