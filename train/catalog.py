@@ -429,7 +429,7 @@ _ROWS = (
         implementation="train.methods.smora:Smora",
         arxiv="2501.15103",
         reference_url="https://arxiv.org/abs/2501.15103",
-        capabilities=Capabilities(exports="smora", mergeable=False),
+        capabilities=Capabilities(exports="smora", mergeable=False, continues=("smora",)),
     ),
     Method(
         name="lora-bert",

@@ -231,7 +231,7 @@ def _obstacles(method: Method, manifest: AdapterManifest) -> list[str]:
     found += [f"{module.path}: lora_B has a bias" for module in manifest.modules if module.bias_key is not None]
     if manifest.format != "peft":
         return found[:NAMED_OFFENDERS] or ([manifest.refusal] if manifest.refusal else [])
-    usual = ("modules_to_save", "use_dora", "it is of PEFT type")
+    usual = ("modules_to_save", "use_dora", "it is of PEFT type", "it is of Rankwise's type")
     found += [reason for reason in parse_config(manifest.config).refusals if not reason.startswith(usual)]
     return found[:NAMED_OFFENDERS]
 
@@ -247,7 +247,7 @@ def _decided(options: TrainOptions, manifest: AdapterManifest) -> dict[str, Any]
         if variant == "mini":
             decided["mini_r"] = manifest.config.get("mini_r", 1)
     if not plain:
-        return decided
+        return decided | options.decided_by(manifest.config)
     shapes = {(module.rank, module.scaling) for module in manifest.modules}
     if len(shapes) > 1 and not options.layers_may_differ:
         listed = ", ".join(f"rank {rank} scaled by {scaling:g}" for rank, scaling in sorted(shapes)[:NAMED_OFFENDERS])
@@ -282,13 +282,13 @@ def _targets(manifest: AdapterManifest) -> list[str] | str:
 
 
 def _agrees(given: Any, value: Any) -> bool:
-    if given is None or isinstance(value, str):
+    if given is None or not isinstance(value, int | float):
         return given in (None, value)
     return math.isclose(float(given), float(value), rel_tol=1e-6)
 
 
 def _told(value: Any) -> str:
-    return value if isinstance(value, str) else f"{value:g}"
+    return f"{value:g}" if isinstance(value, int | float) and not isinstance(value, bool) else str(value)[:100]
 
 
 def _ends_with(path: str, name: str) -> bool:

@@ -89,7 +89,7 @@ def load(model: nn.Module, directory: Path) -> nn.Module:
         except ValueError as error:
             raise BaseMismatch(f"{path}: {error}.") from error
         places |= {f"{path}.{name}": value for name, value in layers[path].own_tensors()}
-    _fill(places, load_file(directory / WEIGHTS_NAME))
+    fill(places, directory)
     for path, layer in layers.items():
         layer.filled()
         exchange(model, path, layer)
@@ -176,7 +176,14 @@ def _bases(model: nn.Module, config: Mapping[str, Any]) -> dict[str, nn.Module]:
     return found
 
 
-def _fill(places: Mapping[str, Tensor], stored: Mapping[str, Tensor]) -> None:
+@torch.no_grad()
+def fill(places: Mapping[str, Tensor], directory: Path) -> None:
+    """Put what the folder stores into the tensors that are named as `write` names them.
+
+    Raises:
+        FileBroken: tensors are missing, superfluous, or have other shapes.
+    """
+    stored = load_file(directory / WEIGHTS_NAME)
     saved = {name.removeprefix(PREFIX): value for name, value in stored.items()}
     odd = saved.keys() ^ places.keys()
     odd |= {name for name in saved.keys() & places.keys() if saved[name].shape != places[name].shape}

@@ -1,8 +1,9 @@
-"""The first layers of SmolLM2 with the words of one small task alone: a language model that learns in seconds."""
+"""The first layers of SmolLM2 with the words of some small tasks alone: a language model that learns in seconds."""
 
 from __future__ import annotations
 
 import copy
+import random
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -31,32 +32,47 @@ class Trained(NamedTuple):
 
 @dataclass
 class SmallLanguageModel:
-    """The model, its training batches and one of rows that are not trained on."""
+    """The model, its training batches, in which tasks are mixed, and for each task one of rows that are not trained on.
+
+    Attributes:
+        held_out: that of the first task.
+    """
 
     model: nn.Module
     batches: list[Batch]
     held_out: Batch
+    of_tasks: Mapping[str, Batch]
 
     @classmethod
-    def load(cls, task: str, rows: int = 32, size: int = 4) -> SmallLanguageModel:
+    def load(cls, *tasks: str, rows: int = 32, size: int = 4) -> SmallLanguageModel:
+        """Args: rows of each task, and of a batch."""
         directory = base_model_directory()
         tokenizer = AutoTokenizer.from_pretrained(directory)
         config = AutoConfig.from_pretrained(directory, num_hidden_layers=LAYERS)
         model = AutoModelForCausalLM.from_pretrained(directory, config=config, dtype=torch.float32)
-        made = [
-            [_encode(tokenizer, item) for item in make_items(TASKS[task], split, count)]
+        train, held_out = (
+            {task: [_encode(tokenizer, item) for item in make_items(TASKS[task], split, count)] for task in tasks}
             for split, count in (("train", rows), ("held_out", 16))
-        ]
-        words = sorted({word for split in made for ids, _ in split for word in ids})
+        )
+        every = [ids for made in (train, held_out) for found in made.values() for ids, _ in found]
+        words = sorted({word for ids in every for word in ids})
         _keep_words(model, words)
         place = {word: number for number, word in enumerate(words)}
-        train = [_collate(made[0][start : start + size], place) for start in range(0, rows, size)]
-        return cls(model.requires_grad_(False).eval(), train, _collate(made[1], place))
+        mixed = [row for task in tasks for row in train[task]]
+        if len(tasks) > 1:
+            random.Random(0).shuffle(mixed)
+        batches = [_collate(mixed[start : start + size], place) for start in range(0, len(mixed), size)]
+        measured = {task: _collate(found, place) for task, found in held_out.items()}
+        return cls(model.requires_grad_(False).eval(), batches, measured[tasks[0]], measured)
 
     def loss(self, model: nn.Module) -> float:
-        """Held out."""
+        """Held out, of the first task."""
+        return self.losses(model)[next(iter(self.of_tasks))]
+
+    def losses(self, model: nn.Module) -> dict[str, float]:
+        """Held out, of each task."""
         with torch.no_grad():
-            return float(model.eval()(**self.held_out).loss)
+            return {task: float(model.eval()(**batch).loss) for task, batch in self.of_tasks.items()}
 
     def training_loss(self, model: nn.Module) -> float:
         """Mean over the batches that are trained on."""

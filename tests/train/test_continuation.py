@@ -19,6 +19,7 @@ from transformers import AutoTokenizer
 from artifacts.base_model import BaseModelRef
 from artifacts.errors import BaseMismatch, FileBroken, RequestInvalid, ShapeMismatch
 from artifacts.intake import inspect
+from train import declared
 from train.catalog import METHODS, find_method, parse_parameters
 from train.continuation import Start, check_base, continued_options, place
 from train.engine import linear_layers
@@ -28,7 +29,12 @@ from train.settings import TrainingSettings
 from train.targets import resolve_targets
 
 PROMPT = "3 plus 4 is "
-PARAMETERS: dict[str, dict[str, Any]] = {"miss": {"rank": 8}, "vera": {"rank": 32}, "rslora": {"rank": 4, "alpha": 3.0}}
+PARAMETERS: dict[str, dict[str, Any]] = {
+    "miss": {"rank": 8},
+    "vera": {"rank": 32},
+    "rslora": {"rank": 4, "alpha": 3.0},
+    "smora": {"rank": 6, "active_rank": 2, "alpha": 3.0},
+}
 PAIRS = [
     ("lora", "lora"),
     ("lora", "rslora"),
@@ -47,6 +53,7 @@ PAIRS = [
     ("miss", "bone"),
     ("miss mini", "bone"),
     ("miss bat", "bone"),
+    ("smora", "smora"),
 ]
 FORMS: dict[str, dict[str, Any]] = {
     "miss mini": {"init_weights": "mini", "mini_r": 4},
@@ -122,7 +129,8 @@ def test_the_first_step_sees_the_stored_adapter(
     model = started(trainings, method, adapter)
     plain = logits(trainings.load_base(), tokenizer_of(trainings))
     with peft_deprecations_ignored():
-        stock = PeftModel.from_pretrained(trainings.load_base(), adapter).eval()
+        load = declared.load if declared.is_declared(adapter) else PeftModel.from_pretrained
+        stock = load(trainings.load_base(), adapter).eval()  # type: ignore[operator]
     expected = logits(stock, tokenizer_of(trainings))
     torch.testing.assert_close(logits(model, tokenizer_of(trainings)), expected, rtol=0, atol=1e-5)
     assert float((expected - plain).abs().max()) > 1e-3
@@ -169,6 +177,47 @@ def test_bone_goes_on_in_the_variant_of_the_adapter_and_resumes_to_the_same_byte
     again, resumed, _ = trainings.run("bone", {}, resume=whole.checkpoints[2], **settings)
     assert again.evaluation == report.evaluation
     assert digests(resumed) == digests(adapter)
+
+
+def test_smora_goes_on_with_its_routers_and_biases_and_resumes_to_the_same_bytes(
+    trainings: Any, stored: Callable[[str], Path]
+) -> None:
+    source = stored("smora")
+    start = Start("adp_source", inspect(source), source)
+    settings = {"steps": 4, "batch_size": 4, "start": start}
+    report, adapter, whole = trainings.run("smora", {"bias_update_rate": 0.01}, checkpoint_steps=2, **settings)
+    assert report.evaluation["after"]["loss"] < report.evaluation["before"]["loss"]
+    assert report.continued_from["method"] == "smora"
+    fields = ("r", "active_rank", "lora_alpha", "rank_partition", "bias_in_gate")
+    one, other = (json.loads((folder / "adapter_config.json").read_text()) for folder in (source, adapter))
+    assert [one[name] for name in fields] == [other[name] for name in fields] == [6, 2, 3.0, 1, False]
+    before, after = (load_file(folder / "adapter_model.safetensors") for folder in (source, adapter))
+    for name, value in before.items():
+        if name.endswith("lora_bias"):  # three steps of 1e-3, and then four of 1e-2
+            moved = ((after[name] - value) / 0.01).round(decimals=3)
+            assert set(moved.unique().tolist()) <= set(range(-4, 5))
+            assert float(value.abs().max()) == pytest.approx(3e-3)
+    again, resumed, _ = trainings.run("smora", {"bias_update_rate": 0.01}, resume=whole.checkpoints[2], **settings)
+    assert again.evaluation == report.evaluation
+    assert digests(resumed) == digests(adapter)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"lora_alpha": None}, "alpha"),
+        ({"active_rank": "2"}, "active_rank"),
+        ({"rank_partition": [1]}, "rank_partition"),
+    ],
+)
+def test_a_smora_configuration_that_lacks_a_number_is_refused(
+    stored: Callable[[str], Path], changes: dict[str, Any], words: str
+) -> None:
+    source = inspect(stored("smora"))
+    broken = replace(source, config={**source.config, **changes})
+    with pytest.raises(RequestInvalid, match=words) as caught:
+        continued_options(find_method("smora"), parse_parameters("smora", {}), broken)
+    assert caught.value.errors[0].pointer == "/continue_from"
 
 
 def test_blocks_of_another_shape_than_the_layers_are_refused(
@@ -247,6 +296,10 @@ def refused(method: str, source: Path, parameters: dict[str, Any] | None = None)
         ("miss bat", "bone", {"dropout": 0.1}, "/continue_from", "the variant bat_col has no dropout"),
         ("miss mini", "miss", {}, "/continue_from", "another form of MiSS than the balanced one; method bone goes on"),
         ("miss bat", "miss", {}, "/continue_from", "init_weights is 'bat': another form of MiSS"),
+        ("smora", "smora", {"active_rank": 3}, "/parameters/active_rank", "active_rank is 3, but the adapter has 2"),
+        ("smora", "smora", {"bias_in_gate": True}, "/parameters/bias_in_gate", "is True, but the adapter has False"),
+        ("smora", "lora", {}, "/continue_from", "it is of type smora; method lora goes on from lora or rslora"),
+        ("lora", "smora", {}, "/continue_from", "it is of type lora; method smora goes on from smora"),
     ],
 )
 def test_what_a_method_can_not_go_on_from_is_refused(

@@ -16,6 +16,7 @@ from torch import Tensor, distributed, nn
 from artifacts.errors import NotMergeable
 from train import declared
 from train.adapted_layers import AdaptedLinear, LowRank, LowRankLinear, exchange
+from train.continuation import Start
 from train.methods.own_adapter import OwnMethod, write_plain_lora
 from train.options.smora import SmoraOptions
 from train.protocol import Beside, Measure, MethodContext
@@ -183,6 +184,10 @@ class Smora(OwnMethod[SmoraOptions]):
 
     def reload(self, base: nn.Module, directory: Path) -> nn.Module:
         return declared.load(base, directory)
+
+    def _go_on(self, model: nn.Module, start: Start) -> None:
+        """Factors, routers and biases are those of the stored adapter."""
+        declared.fill(self._places(model), start.directory)
 
 
 def load_of(counts: Tensor) -> dict[str, float]:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StrictInt, StringConstraints
 
@@ -106,6 +106,12 @@ class TrainOptions(BaseModel):
         """How many are trained beside the layers of a base model whose hidden states are `width` long."""
         del width
         return 0
+
+    def decided_by(self, config: Mapping[str, Any]) -> dict[str, Any]:
+        """Name → value of the options, besides the rank, that follow from the configuration of the stored adapter that
+        the training goes on from; for methods whose adapters are of a type of their own. Values are not checked yet."""
+        del config
+        return {}
 
     def problems(self, known: Circumstances) -> list[FieldError]:
         """Why the training can not be done: found when it is submitted, and again before it starts."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, StrictBool
 
@@ -58,6 +59,12 @@ class SmoraOptions(TrainOptions):
     def numerator(self) -> float:
         """The alpha in force."""
         return self.alpha if self.alpha is not None else 2.0 * self.active_rank
+
+    def decided_by(self, config: Mapping[str, Any]) -> dict[str, Any]:
+        """What the layers are made of; the rate of the bias may be another one."""
+        names = {name: name for name in ("active_rank", "rank_partition", "bias_in_gate")} | {"lora_alpha": "alpha"}
+        # What is missing must not become a default: no option takes a text.
+        return {option: "nothing" if config.get(name) is None else config[name] for name, option in names.items()}
 
     def problems(self, known: Circumstances) -> list[FieldError]:
         found = []
