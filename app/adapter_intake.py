@@ -10,6 +10,7 @@ from typing import Any
 from sqlalchemy.orm import Session
 
 from app.auth import Principal
+from app.base_configs import config_of_model
 from app.form_fields import form_of, once
 from app.idempotency import Answer, answer_after, request_key
 from app.schemas.adapters import Adapter, AdapterForm
@@ -25,7 +26,7 @@ from storage.tables import ModelRow
 
 TEXT_FIELDS = frozenset({"name", "base_model", "description", "tags"})
 _STANDARD_NAMES = frozenset({WEIGHTS_NAME, CONFIG_NAME})
-_SUFFIXES = (".safetensors", ".zip", ".tar.gz", ".tgz", ".tar")
+_SUFFIXES = (".safetensors", ".gguf", ".zip", ".tar.gz", ".tgz", ".tar")
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,7 +110,8 @@ def _prepare(services: Services, upload: Upload, form: AdapterForm) -> _Prepared
     model, base_name = _find_model(services, form.base_model)
     staged = [(file.name, file.path) for file in upload.files]
     with full_disk_as_problem():
-        directory = intake.receive(staged, upload.folder / "intake", limits)
+        config = None if model is None else config_of_model(services, model)
+        directory = intake.receive(staged, upload.folder / "intake", limits, base_config=config)
     manifest = intake.inspect(directory, base_model=base_name)
     if model is not None:
         _check_against(model, manifest)

@@ -16,7 +16,7 @@ Format = Annotated[
     Query(
         alias="format",
         description="peft: a zip of a PEFT directory; safetensors: one file, the stored one where it carries its "
-        "configuration; diffusers, kohya, comfy: one file with the names that these use.",
+        "configuration; diffusers, kohya, comfy, gguf: one file with the names that these use, gguf for llama.cpp.",
     ),
 ]
 CutRank = Annotated[

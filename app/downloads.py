@@ -23,7 +23,7 @@ from artifacts.errors import BlobMissing, FieldError, RequestInvalid
 from artifacts.layout import CONFIG_NAME, METADATA_KEY, WEIGHTS_NAME
 from artifacts.manifest import PEFT_FORMATS
 from artifacts.rank_cut import config_text, rank_cut
-from artifacts.safetensors_header import MAX_HEADER_BYTES, SafetensorsHeader, parse_header
+from artifacts.safetensors_header import MAX_HEADER_BYTES, SafetensorsHeader, packed_header, parse_header
 from artifacts.served_ranks import check_rank
 from storage import made_models
 from storage.adapters import manifest_of
@@ -96,12 +96,7 @@ def safetensors_download(blobs: BlobStore, row: AdapterRow) -> Download:
         "format": header.metadata.get("format", "pt"),
         METADATA_KEY: json.dumps(row.config, sort_keys=True),
     }
-    text = json.dumps(document, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    segments = (
-        len(text).to_bytes(8, "little") + text,
-        BlobSlice(weights.sha256, header.data_start, weights.size),
-    )
+    segments = (packed_header(document), BlobSlice(weights.sha256, header.data_start, weights.size))
     return Download(segments, etag_of("safetensors", segments), SAFETENSORS_TYPE, file_name)
 
 

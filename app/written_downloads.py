@@ -10,8 +10,8 @@ import json
 import math
 import struct
 import zlib
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
 from app.checksums import Crc32Cache
@@ -34,10 +34,11 @@ from artifacts.float_dtypes import WRITABLE, is_float
 from artifacts.formats.pairs import Pair
 from artifacts.formats.writers import WRITERS
 from artifacts.formats.writing import Plan, check_cost, refuse, subject_of
+from artifacts.gguf_file import gguf_head, padding
 from artifacts.layout import CONFIG_NAME, LINEAGE_KEY, METADATA_KEY, WEIGHTS_NAME
 from artifacts.manifest import PEFT_FORMATS
 from artifacts.rank_cut import config_text
-from artifacts.safetensors_header import DTYPE_BYTES, TensorInfo
+from artifacts.safetensors_header import DTYPE_BYTES, TensorInfo, packed_header
 from storage.adapters import manifest_of
 from storage.blobs import BlobStore
 from storage.tables import AdapterRow
@@ -50,11 +51,12 @@ _CARRIED = (LINEAGE_KEY, "ss_base_model_version", "modelspec.architecture")
 
 @dataclass(frozen=True, slots=True)
 class Wish:
-    """How an adapter is asked for; None leaves a thing as it is."""
+    """How an adapter is asked for; None leaves a thing as it is. `base_config` is config.json of its base model."""
 
     layout: DownloadFormat
     dtype: DownloadDtype | None = None
     rank: int | None = None
+    base_config: Mapping[str, Any] | None = None
 
 
 class _Source:
@@ -90,6 +92,12 @@ class _Written:
     error: float | None
     error_of: str = "delta"
     recomputed: bool = False
+    values: Mapping[str, str | float] = field(default_factory=dict)
+
+    def gguf_head(self, metadata: Mapping[str, str]) -> bytes:
+        """The beginning of a GGUF file."""
+        said = {f"rankwise.{name.removeprefix('rankwise_')}": text for name, text in metadata.items()}
+        return gguf_head({**self.values, **said}, self.entries)
 
     def head(self, metadata: Mapping[str, str]) -> bytes:
         """The beginning of a safetensors file."""
@@ -99,9 +107,7 @@ class _Written:
             end = position + math.prod(shape) * DTYPE_BYTES[dtype]
             document[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [position, end]}
             position = end
-        text = json.dumps(document, separators=(",", ":")).encode()
-        text += b" " * (-len(text) % 8)
-        return len(text).to_bytes(8, "little") + text
+        return packed_header(document)
 
 
 def written_download(blobs: BlobStore, crc32: Crc32Cache, measures: Measures, row: AdapterRow, wish: Wish) -> Download:
@@ -128,11 +134,12 @@ def written_download(blobs: BlobStore, crc32: Crc32Cache, measures: Measures, ro
         "error_of": written.error_of,
     }
     stored = source.header.metadata
-    metadata = {"format": "pt"} | {name: stored[name] for name in _CARRIED if name in stored}
+    metadata = {name: stored[name] for name in _CARRIED if name in stored}
     metadata |= dict(written.metadata) | {EXPORT_KEY: json.dumps(statement, sort_keys=True)}
     if written.config:
         metadata[METADATA_KEY] = json.dumps(written.config, sort_keys=True)
-    content = (written.head(metadata), *written.segments)
+    head = written.gguf_head(metadata) if written.values else written.head({"format": "pt"} | metadata)
+    content = (head, *written.segments)
     return _as_file(blobs, crc32, measures, row, wish, written, content)
 
 
@@ -146,7 +153,7 @@ def _as_file(
     content: tuple[Segment, ...],
 ) -> Download:
     etag = etag_of("written", content)
-    words = [file_stem(row), *([] if wish.layout in ("peft", "safetensors") else [wish.layout])]
+    words = [file_stem(row), *([] if wish.layout in ("peft", "safetensors", "gguf") else [wish.layout])]
     words += [] if wish.rank is None else [f"rank-{wish.rank}"]
     words += [] if wish.dtype is None else [wish.dtype]
     name = "-".join(words)
@@ -154,7 +161,8 @@ def _as_file(
     # What another machine computes may differ in its last bits: then the tag does not promise equal bytes.
     weak = "W/" if written.recomputed else ""
     if wish.layout != "peft":
-        return Download(content, f"{weak}{etag}", SAFETENSORS_TYPE, f"{name}.safetensors", headers)
+        suffix = "gguf" if written.values else "safetensors"
+        return Download(content, f"{weak}{etag}", SAFETENSORS_TYPE, f"{name}.{suffix}", headers)
     size = total_size(content)
     if written.recomputed:
         checksum = measures.get(("crc32", etag), lambda: _crc32(read_segments(blobs, content, 0, size)))
@@ -178,7 +186,7 @@ def _rewritten(blobs: BlobStore, measures: Measures, source: _Source, wish: Wish
             f"it hands out what is stored, in the format {source.row.format}",
             f"For another dtype or rank name a format: {', '.join(WRITERS)}.",
         )
-    plan = WRITERS[name].plan(subject_of(source.manifest, name, wish.rank))
+    plan = WRITERS[name].plan(subject_of(source.manifest, name, wish.rank, wish.base_config))
     check_cost(plan.pairs)
     dtype = WRITABLE[wish.dtype] if wish.dtype is not None else _own_dtype(plan)
     error = _error(blobs, measures, source, plan, dtype)
@@ -186,18 +194,23 @@ def _rewritten(blobs: BlobStore, measures: Measures, source: _Source, wish: Wish
     entries: list[tuple[str, str, tuple[int, ...]]] = [(pair.alpha_name, "F32", ()) for pair in alphas]
     segments: list[Segment] = [struct.pack(f"<{len(alphas)}f", *(pair.alpha for pair in alphas))]
     for pair in plan.pairs:
-        a_shape, b_shape = pair.shapes()
-        entries += [(pair.a_name, dtype, a_shape), (pair.b_name, dtype, b_shape)]
-        segments.append(MadeBytes(pair.size(DTYPE_BYTES[dtype]), _maker(source, pair, dtype)))
+        shapes = pair.shapes()
+        entries += [(name, dtype, shape) for name, shape in zip((pair.a_name, pair.b_name), shapes, strict=True)]
+        sizes = [math.prod(shape) * DTYPE_BYTES[dtype] for shape in shapes]
+        gaps = [padding(size) if plan.values else b"" for size in sizes]
+        segments.append(MadeBytes(sum(sizes) + sum(map(len, gaps)), _maker(source, pair, dtype, gaps)))
     recomputed = any(pair.truncated for pair in plan.pairs)
-    return _Written(tuple(entries), tuple(segments), plan.config, plan.metadata, error, recomputed=recomputed)
+    return _Written(
+        tuple(entries), tuple(segments), plan.config, plan.metadata, error, recomputed=recomputed, values=plan.values
+    )
 
 
-def _maker(source: _Source, pair: Pair, dtype: str) -> Callable[[BlobStore], bytes]:
+def _maker(source: _Source, pair: Pair, dtype: str, gaps: Sequence[bytes]) -> Callable[[BlobStore], bytes]:
     def make(blobs: BlobStore) -> bytes:
         from artifacts.pair_numbers import encoded
 
-        return encoded(pair, source.reader(blobs), dtype)
+        a, b = encoded(pair, source.reader(blobs), dtype)
+        return b"".join((a, gaps[0], b, gaps[1]))
 
     return make
 
@@ -212,7 +225,7 @@ def _error(blobs: BlobStore, measures: Measures, source: _Source, plan: Plan, dt
         return 0.0
     from artifacts.pair_numbers import relative_error
 
-    key = (source.sha256, dtype, tuple((pair.a_name, pair.rank, pair.fold) for pair in plan.pairs))
+    key = (source.sha256, dtype, tuple((pair.a_name, pair.rank, pair.told) for pair in plan.pairs))
     error, lost = measures.get(key, lambda: relative_error(plan.pairs, source.reader(blobs), dtype))
     if lost:
         _overflow(lost, dtype)

@@ -11,7 +11,7 @@ from typing import Any
 
 from artifacts.errors import FileBroken
 from artifacts.layout import CONFIG_NAME, WEIGHTS_NAME, read_json
-from artifacts.safetensors_header import SafetensorsHeader, read_header
+from artifacts.safetensors_header import SafetensorsHeader, packed_header, read_header
 
 _OLD, _NEW = ".bone_", ".miss_"
 _CONCERNED = re.compile(rb'"peft_type"\s*:\s*"(?:BONE|MISS)"')
@@ -86,11 +86,9 @@ def _rewrite(weights: Path, header: SafetensorsHeader, names: Mapping[str, str])
     for name, info in header.tensors.items():
         offsets = [info.begin - header.data_start, info.end - header.data_start]
         document[names[name]] = {"dtype": info.dtype, "shape": list(info.shape), "data_offsets": offsets}
-    text = json.dumps(document, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
     partial = weights.with_name(weights.name + ".partial")
     with weights.open("rb") as source, partial.open("wb") as target:
-        target.write(len(text).to_bytes(8, "little") + text)
+        target.write(packed_header(document))
         source.seek(header.data_start)
         shutil.copyfileobj(source, target, _BUFFER_BYTES)
     partial.replace(weights)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Literal
+from typing import Any, Literal
 
 from artifacts.declared_types import DECLARED_TYPES
 from artifacts.errors import RequestInvalid
@@ -56,8 +56,16 @@ class Finding:
     source: str
 
 
-def findings(manifest: AdapterManifest, engine: Engine) -> tuple[Finding, ...]:
-    """What stands between the adapter and the engine; nothing means that it loads as it is handed out by default."""
+def findings(
+    manifest: AdapterManifest, engine: Engine, base_config: Mapping[str, Any] | None = None
+) -> tuple[Finding, ...]:
+    """What stands between the adapter and the engine; nothing means that it loads as it is handed out by default.
+
+    Args:
+        base_config: config.json of the base model, where it is known, by which a file for llama.cpp is written.
+    """
+    if engine == "llama.cpp":
+        return tuple(_llama_cpp(manifest, base_config))
     return tuple(_ENGINES[engine](manifest))
 
 
@@ -113,7 +121,17 @@ def _vllm(manifest: AdapterManifest) -> Iterator[Finding]:
         )
 
 
-def _llama_cpp(manifest: AdapterManifest) -> Iterator[Finding]:
+def _llama_cpp(manifest: AdapterManifest, base_config: Mapping[str, Any] | None) -> Iterator[Finding]:
+    """With the base model's config.json the rules are those of the file that is written here; without it, those of
+    llama.cpp's converter, which somebody else has to run."""
+    if base_config is not None:
+        refused = _can_not_write(manifest, "gguf", base_config)
+        if refused is not None:
+            yield Finding("llama-cpp-names", "refuses", "/modules", refused, _CONVERT, _LLAMA_CPP)
+        else:
+            message = "it reads adapters as GGUF files"
+            yield Finding("llama-cpp-gguf", "needs", "/format", message, "Download it with format=gguf.", _WRITER)
+        return
     yield from _language_model(manifest, "llama.cpp", _LLAMA_CPP)
     yield from _plain(manifest, "llama.cpp", _LLAMA_CPP)
     yield Finding(
@@ -121,7 +139,7 @@ def _llama_cpp(manifest: AdapterManifest) -> Iterator[Finding]:
         "needs",
         "/format",
         "convert_lora_to_gguf.py of llama.cpp makes a GGUF file of the PEFT directory and the base model's config.json",
-        "Download it with format=peft.",
+        "Send config.json of the base model along and download it with format=gguf, or convert the PEFT directory.",
         _LLAMA_CPP,
     )
     extra = [item.key for item in manifest.report.ignored if item.reason.endswith("kept in the stored file")]
@@ -189,9 +207,9 @@ def _written(engine: Engine) -> Callable[[AdapterManifest], Iterator[Finding]]:
     return check
 
 
-def _can_not_write(manifest: AdapterManifest, name: str) -> str | None:
+def _can_not_write(manifest: AdapterManifest, name: str, base_config: Mapping[str, Any] | None = None) -> str | None:
     try:
-        WRITERS[name].plan(subject_of(manifest, name, None))
+        WRITERS[name].plan(subject_of(manifest, name, None, base_config))
     except RequestInvalid as error:
         return error.detail.rstrip(".")
     return None
@@ -235,6 +253,5 @@ _ENGINES: Mapping[Engine, Callable[[AdapterManifest], Iterator[Finding]]] = Mapp
         "transformers": _transformers,
         "kohya": _written("kohya"),
         "comfy": _written("comfy"),
-        "llama.cpp": _llama_cpp,
     }
 )

@@ -10,11 +10,14 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 from artifacts.bone_names import modernise
 from artifacts.content import ContentScan, file_sha256, identity_digest, scan
 from artifacts.errors import DiskFull
-from artifacts.layout import CONFIG_NAME, WEIGHTS_NAME, AdapterLayout, parse_json, read_layout
+from artifacts.formats.gguf import BASE_CONFIG
+from artifacts.gguf_file import is_gguf
+from artifacts.layout import CONFIG_NAME, WEIGHTS_NAME, AdapterLayout, parse_json, read_json, read_layout
 from artifacts.manifest import AdapterManifest, FileEntry, IgnoredKey, IntakeReport, NestedRanks
 from artifacts.nested_ranks import METHOD, nested_ranks
 from artifacts.upload import MAX_FILES, IntakeLimits, pieces_of, role_of, sort
@@ -32,22 +35,25 @@ def receive(
     limits: IntakeLimits,
     *,
     digests: Mapping[Path, str] | None = None,
+    base_config: Mapping[str, Any] | None = None,
 ) -> Path:
     """Bring an upload into a new directory `workdir`/adapter that holds exactly the files of one adapter.
 
     Args:
-        files: (name that the client gave, staged path): one safetensors file or archive, or the files of a PEFT
+        files: (name that the client gave, staged path): one safetensors or GGUF file or archive, or the files of a PEFT
             directory. The names decide what a file is for; on disk they are replaced by names of our own.
         workdir: a folder for this upload alone; it is made if need be. Staged files are linked, or copied, from where
             they are, and not changed.
         digests: staged path → SHA-256 (hex), of files that were hashed on their way here; `inspect` will not hash
             these again.
+        base_config: config.json of the base model, where it is known; one among the files counts more.
 
     Returns:
         the directory. What was left out of it, and what is known of it, is written beside it, where `inspect` reads it.
 
     Raises:
         FormatUnknown, PickleRefused, ArchiveRefused, TooLarge: as said there; nothing is left behind in `workdir`.
+        FileBroken, ConfigRefused: as `artifacts.gguf_intake.unpack_gguf`.
         DiskFull: no space.
     """
     workdir.mkdir(parents=True, exist_ok=True)
@@ -57,7 +63,7 @@ def receive(
         kept, dropped = sort(pieces_of(files, unpacked, limits))
         for name, path in kept.items():
             _place(path, directory / name)
-        changes = modernise(directory)
+        changes = _from_gguf(directory, base_config) or modernise(directory)
         known = {name: digests[path] for name, path in kept.items() if digests and path in digests}
         if changes:
             known = {name: digest for name, digest in known.items() if name not in (WEIGHTS_NAME, CONFIG_NAME)}
@@ -75,6 +81,15 @@ def receive(
     finally:
         shutil.rmtree(unpacked, ignore_errors=True)
     return directory
+
+
+def _from_gguf(directory: Path, base_config: Mapping[str, Any] | None) -> tuple[str, ...]:
+    if not is_gguf(directory / WEIGHTS_NAME):
+        return ()
+    from artifacts.gguf_intake import unpack_gguf
+
+    sent = directory / BASE_CONFIG
+    return unpack_gguf(directory, read_json(sent) if sent.is_file() else base_config)
 
 
 def inspect(directory: Path, *, base_model: str | None = None) -> AdapterManifest:

@@ -35,6 +35,8 @@ def whole(pair: Pair, read: ReadTensor) -> tuple[Array, Array]:
         row += block.rows
     if pair.swap:
         B = np.concatenate([B[pair.d_out // 2 :], B[: pair.d_out // 2]])
+    if pair.head_rows:
+        B = B.reshape(-1, 2, pair.head_rows // 2, B.shape[1]).swapaxes(1, 2).reshape(B.shape)
     return (made[0] if len(made) == 1 else np.concatenate(made)), B
 
 
@@ -47,10 +49,10 @@ def written(pair: Pair, read: ReadTensor) -> tuple[Array, Array]:
     return A, B if factor == 1.0 else B * B.dtype.type(factor)
 
 
-def encoded(pair: Pair, read: ReadTensor, dtype: str) -> bytes:
-    """A and then B, as they stand in the file."""
+def encoded(pair: Pair, read: ReadTensor, dtype: str) -> tuple[bytes, bytes]:
+    """A and B, as they stand in the file."""
     A, B = written(pair, read)
-    return encode(A, dtype) + encode(B, dtype)
+    return encode(A.T if pair.a_turned else A, dtype), encode(B, dtype)
 
 
 def deviation(pair: Pair, read: ReadTensor, dtype: str) -> tuple[float, float, bool]:

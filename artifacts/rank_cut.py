@@ -17,7 +17,7 @@ from typing import Any
 from artifacts.layout import CONFIG_NAME, METADATA_KEY, WEIGHTS_NAME, AdapterLayout
 from artifacts.manifest import LoraModule, NestedRanks
 from artifacts.nested_ranks import NESTED_KEY, mark_of, nested_ranks
-from artifacts.safetensors_header import SafetensorsHeader
+from artifacts.safetensors_header import SafetensorsHeader, packed_header
 from artifacts.served_ranks import check_rank
 
 _CHUNK_BYTES = 1024 * 1024
@@ -134,9 +134,7 @@ def rank_cut(
         entries[name] = {"dtype": info.dtype, "shape": shape, "data_offsets": [position, position + run.size]}
         position += run.size
         runs.append(run)
-    text = json.dumps(entries, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    return RankCut(len(text).to_bytes(8, "little") + text, Pieces(tuple(run for run in runs if run.size)), config)
+    return RankCut(packed_header(entries), Pieces(tuple(run for run in runs if run.size)), config)
 
 
 def config_text(document: Mapping[str, Any]) -> bytes:

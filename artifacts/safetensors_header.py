@@ -82,6 +82,13 @@ def looks_like_safetensors(start: bytes) -> bool:
     return start[8:9] == b"{" and int.from_bytes(start[:8], "little") <= MAX_HEADER_BYTES
 
 
+def packed_header(document: Mapping[str, Any]) -> bytes:
+    """The beginning of a file: the length, and the header as JSON, padded so that tensors are aligned."""
+    text = json.dumps(document, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
 def read_header(
     path: Path,
     *,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ from torch import Tensor
 
 from artifacts.adapter import TORCH_DTYPES
 from artifacts.errors import DiskFull
-from artifacts.safetensors_header import BASE_DTYPE_BYTES
+from artifacts.safetensors_header import BASE_DTYPE_BYTES, packed_header
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,10 +117,8 @@ def _layout(entries: Sequence[TensorEntry], metadata: Mapping[str, str]) -> tupl
             "data_offsets": [position, position + entry.size],
         }
         position += entry.size
-    text = json.dumps(document, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    start = 8 + len(text)
-    header = len(text).to_bytes(8, "little") + text
+    header = packed_header(document)
+    start = len(header)
     return header, {name: start + offset for name, offset in relative.items()}, start + position
 
 

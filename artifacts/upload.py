@@ -9,11 +9,14 @@ from pathlib import Path, PurePosixPath
 from artifacts import archives
 from artifacts.archives import ArchiveLimits
 from artifacts.errors import ArchiveRefused, FileBroken, FormatUnknown, PickleRefused, TooLarge
+from artifacts.formats.gguf import BASE_CONFIG
+from artifacts.gguf_file import is_gguf
 from artifacts.layout import CONFIG_NAME, PICKLE_SUFFIXES, WEIGHTS_NAME
 from artifacts.manifest import IgnoredKey
 from artifacts.safetensors_header import looks_like_safetensors
 
 MAX_FILES = 200
+_WEIGHTS = (".safetensors", ".gguf")
 _MAX_COMPANION_BYTES = 64 * 1024 * 1024
 
 COMPANIONS = frozenset(
@@ -35,6 +38,7 @@ COMPANIONS = frozenset(
         "chat_template.jinja",
         "new_embeddings.safetensors",
         "params.json",
+        BASE_CONFIG,
     }
 )
 """Files that may accompany an adapter and are kept with it under these names."""
@@ -105,32 +109,28 @@ _SAFE_HINT = "Load the adapter in PEFT and save it with safe_serialization=True 
 
 def _single(piece: Piece) -> Piece:
     """A file that was sent alone is judged by its first bytes, whatever its name."""
-    if _refuse_other_formats(piece.path) or piece.name.suffix.lower() == ".safetensors":
+    if _is_read(piece.path) or piece.name.suffix.lower() == ".safetensors":
         return Piece(PurePosixPath(WEIGHTS_NAME), piece.path)
     if piece.name.suffix.lower() in PICKLE_SUFFIXES:
         raise PickleRefused(f"{piece.name.name!r} would have to be loaded as a pickle.", hint=_SAFE_HINT)
     raise FormatUnknown(
-        f"{piece.name.name!r} is neither a safetensors file nor a zip, tar or tar.gz archive.",
+        f"{piece.name.name!r} is neither a safetensors nor a GGUF file, nor a zip, tar or tar.gz archive.",
         hint="Send adapter_model.safetensors together with adapter_config.json, or an archive of both.",
     )
 
 
-def _refuse_other_formats(path: Path) -> bool:
-    """Whether the first bytes are those of a safetensors file.
+def _is_read(path: Path) -> bool:
+    """Whether the first bytes are those of a safetensors or GGUF file.
 
     Raises:
-        PickleRefused, FormatUnknown: they are those of a pickle, or of a GGUF file.
+        PickleRefused: they are those of a pickle.
     """
     with path.open("rb") as file:
         start = file.read(16)
-    if looks_like_safetensors(start):
+    if looks_like_safetensors(start) or is_gguf(path):
         return True
     if start[:1] == b"\x80" and start[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05"):
         raise PickleRefused("The weights are a pickle, which is never loaded here.", hint=_SAFE_HINT)
-    if start.startswith(b"GGUF"):
-        raise FormatUnknown(
-            "The weights are a GGUF file.", hint="Send the PEFT adapter that it was converted from, as safetensors."
-        )
     return False
 
 
@@ -147,7 +147,7 @@ def role_of(name: PurePosixPath) -> str | None:
         return None
     if name.name in (WEIGHTS_NAME, CONFIG_NAME) or name.name in COMPANIONS:
         return name.name
-    return name.name if name.suffix.lower() == ".safetensors" else None
+    return name.name if name.suffix.lower() in _WEIGHTS else None
 
 
 def sort(pieces: list[Piece]) -> tuple[dict[str, Path], list[IgnoredKey]]:
@@ -157,7 +157,7 @@ def sort(pieces: list[Piece]) -> tuple[dict[str, Path], list[IgnoredKey]]:
     if len(here) != sum(piece.name.parent == folder and role_of(piece.name) is not None for piece in pieces):
         raise FileBroken("Two of the files have the same name.")
     kept: dict[str, Path] = {WEIGHTS_NAME: here[_weights_name(here, folder)]}
-    _refuse_other_formats(kept[WEIGHTS_NAME])
+    _is_read(kept[WEIGHTS_NAME])
     for name in (CONFIG_NAME, *sorted(COMPANIONS)):
         if name in here:
             kept[name] = here[name]
@@ -193,7 +193,7 @@ def _adapter_folder(pieces: list[Piece]) -> PurePosixPath:
 
 
 def _is_weights(name: PurePosixPath) -> bool:
-    return role_of(name) is not None and name.suffix.lower() == ".safetensors" and name.name not in COMPANIONS
+    return role_of(name) is not None and name.suffix.lower() in _WEIGHTS and name.name not in COMPANIONS
 
 
 def _weights_name(here: dict[str, Path], folder: PurePosixPath) -> str:
@@ -201,7 +201,7 @@ def _weights_name(here: dict[str, Path], folder: PurePosixPath) -> str:
     if WEIGHTS_NAME in names or len(names) == 1:
         return WEIGHTS_NAME if WEIGHTS_NAME in names else names[0]
     raise FormatUnknown(
-        f"Several safetensors files and none is called {WEIGHTS_NAME}: {', '.join(sorted(names)[:20])}.",
+        f"Several files of weights and none is called {WEIGHTS_NAME}: {', '.join(sorted(names)[:20])}.",
         hint="Send one adapter at a time.",
     )
 

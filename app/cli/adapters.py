@@ -17,6 +17,7 @@ from app.cli.options import AdapterId, Cursor, Json, Limit, stem
 from app.cli.output import fields, moment, note_more, print_json, size, stdout, table
 from app.cli.progress import require_success, transfer, watch
 from artifacts.errors import FormatUnknown, RequestInvalid
+from artifacts.formats.gguf import BASE_CONFIG
 
 app = typer.Typer(help="Adapters: upload, list, look at, download, delete, trace.", no_args_is_help=True)
 app.command("compatibility")(compatibility)
@@ -29,6 +30,7 @@ class DownloadFormat(StrEnum):
     DIFFUSERS = "diffusers"
     KOHYA = "kohya"
     COMFY = "comfy"
+    GGUF = "gguf"
 
 
 class DownloadDtype(StrEnum):
@@ -38,8 +40,8 @@ class DownloadDtype(StrEnum):
 
 
 def files_of(path: Path) -> list[Path]:
-    """What to send of a path: the file itself, the adapter's own files of a PEFT directory, or the one safetensors file
-    of a folder, as diffusers saves it.
+    """What to send of a path: the file itself, the adapter's own files of a PEFT directory, or the one safetensors or
+    GGUF file of a folder, with the base model's config.json if that is there.
 
     Raises:
         FormatUnknown: a directory without adapter_config.json, and not with one safetensors file.
@@ -49,18 +51,20 @@ def files_of(path: Path) -> list[Path]:
         return [path]
     if not path.is_dir():
         raise RequestInvalid(f"There is no file or folder {str(path)!r}.")
+    beside = [file for file in (path / "README.md", path / BASE_CONFIG) if file.is_file()]
     if not (path / CONFIG_FILE).is_file():
         single = sorted(path.glob("*.safetensors"))
         if len(single) == 1 and not single[0].stem.startswith("adapter_model"):  # PEFT's weights need their config
             return single
+        if not single and len(ggufs := sorted(path.glob("*.gguf"))) == 1:
+            return [*ggufs, *beside]
         raise FormatUnknown(
             f"{path} holds no {CONFIG_FILE}.",
-            hint="Give the folder that PEFT's save_pretrained wrote, an archive of it, or one .safetensors file.",
+            hint="Give the folder that PEFT's save_pretrained wrote, an archive of it, or a .safetensors or .gguf.",
         )
     weights = sorted(path.glob("adapter_model.*"))
     safe = [file for file in weights if file.suffix == ".safetensors"]
-    card = [file for file in (path / "README.md",) if file.is_file()]
-    return [path / CONFIG_FILE, *(safe or weights), *card]
+    return [path / CONFIG_FILE, *(safe or weights), *beside]
 
 
 def upload(client: Client, path: Path, form: dict[str, Any]) -> tuple[dict[str, Any], bool]:

@@ -297,7 +297,7 @@ class Compatibility(BaseModel):
     findings: list[CompatibilityFinding]
 
 
-DownloadFormat = Literal["peft", "safetensors", "diffusers", "kohya", "comfy"]
+DownloadFormat = Literal["peft", "safetensors", "diffusers", "kohya", "comfy", "gguf"]
 DownloadDtype = Literal["float32", "bfloat16", "float16"]
 
 UPLOAD_FORM_SCHEMA: dict[str, Any] = {
@@ -306,7 +306,7 @@ UPLOAD_FORM_SCHEMA: dict[str, Any] = {
     "required": ["file"],
     "properties": {
         "file": {
-            "description": "One .safetensors, .zip, .tar or .tar.gz, or the files of a PEFT directory, one part each.",
+            "description": "A .safetensors, .gguf, .zip, .tar or .tar.gz, or files of a PEFT directory, one part each.",
             "type": "array",
             "minItems": 1,
             "maxItems": MAX_FILES,

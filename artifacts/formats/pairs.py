@@ -32,8 +32,11 @@ class Pair:
     Attributes:
         alpha_name: the tensor that holds alpha; "" where alpha stands elsewhere.
         swap: the two halves of the rows change places.
-        fold: the scaling goes into B, for formats in which it is 1.
+        told: what the format multiplies B·A by; the rest of the scaling goes into B. None: what the modules have.
         limit: the largest rank of the result; None keeps all.
+        head_rows: of one head, whose rows are written interleaved: the first of both halves, then the second …; 0
+            leaves all rows where they are.
+        a_turned: A is written as (*a_tail, rank).
     """
 
     a_name: str
@@ -43,8 +46,10 @@ class Pair:
     b_tail: tuple[int, ...] = ()
     alpha_name: str = ""
     swap: bool = False
-    fold: bool = False
+    told: float | None = None
     limit: int | None = None
+    head_rows: int = 0
+    a_turned: bool = False
 
     @cached_property
     def modules(self) -> tuple[LoraModule, ...]:
@@ -79,7 +84,9 @@ class Pair:
     @property
     def scaling(self) -> float:
         """What B·A is to be multiplied by, as it is written."""
-        return 1.0 if self.fold or self.truncated else self.common
+        if self.told is not None:
+            return self.told
+        return 1.0 if self.truncated else self.common
 
     @property
     def alpha(self) -> float:
@@ -87,7 +94,8 @@ class Pair:
 
     def shapes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Of A and B."""
-        return (self.rank, *self.a_tail), (self.d_out, self.rank, *self.b_tail)
+        a = (*self.a_tail, self.rank) if self.a_turned else (self.rank, *self.a_tail)
+        return a, (self.d_out, self.rank, *self.b_tail)
 
     def exact(self, dtype: str) -> bool:
         """Whether nothing is rounded."""
@@ -95,10 +103,6 @@ class Pair:
         plain = factors == {1.0} or (dtype == "F32" and all(_is_power_of_two(factor) for factor in factors))
         fits = all(holds(dtype, module.dtype) and module.mid_key is None for module in self.modules)
         return plain and fits and not self.truncated
-
-    def size(self, width: int) -> int:
-        """Bytes of A and B with elements of `width` bytes."""
-        return sum(math.prod(shape) for shape in self.shapes()) * width
 
     def cost(self) -> float:
         """Operations of cutting the rank, roughly."""

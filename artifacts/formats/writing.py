@@ -56,11 +56,13 @@ class Subject:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What is to be written: pairs, strings for the file's metadata, and the configuration of formats that have one."""
+    """What is to be written: pairs, strings for the file's metadata, the configuration of formats that have one, and
+    the values of a GGUF file's header."""
 
     pairs: tuple[Pair, ...]
     metadata: Mapping[str, str] = field(default_factory=dict)
     config: Mapping[str, Any] = field(default_factory=dict)
+    values: Mapping[str, str | float] = field(default_factory=dict)
 
 
 class Writer(Protocol):
@@ -74,11 +76,14 @@ class Writer(Protocol):
         ...
 
 
-def subject_of(manifest: AdapterManifest, name: str, limit: int | None) -> Subject:
+def subject_of(
+    manifest: AdapterManifest, name: str, limit: int | None, base_config: Mapping[str, Any] | None = None
+) -> Subject:
     """The adapter, if it is nothing but pairs of factors.
 
     Args:
         name: of the format that it is for.
+        base_config: config.json of the base model, where it is known.
 
     Raises:
         RequestInvalid: the adapter holds what that format can not say, or cutting it takes too long for a request.
@@ -100,7 +105,7 @@ def subject_of(manifest: AdapterManifest, name: str, limit: int | None) -> Subje
     known = _architecture(manifest)
     placed = tuple(_place(module, known) for module in modules)
     nested = manifest.report.nested is not None
-    return Subject(manifest, placed, known, None if nested else limit)
+    return Subject(manifest, placed, known, None if nested else limit, base_config)
 
 
 def refuse(name: str, reason: str, hint: str | None = None) -> NoReturn:
@@ -184,11 +189,12 @@ def _with_level(component: str, path: str) -> str:
 def pair_of(
     blocks: Sequence[Block], names: tuple[str, str, str], subject: Subject, *, swap: bool = False, fold: bool = False
 ) -> Pair:
-    """The pair of these blocks; `names` of A, B and alpha."""
+    """The pair of these blocks; `names` of A, B and alpha. With `fold` the format knows no scaling."""
     like = next(block.module for block in blocks if block.module is not None)
     tail = () if like.kind != "conv" else like.b_shape[2:]
     a_tail = like.a_shape[1:] if like.kind == "conv" or len(blocks) == 1 else (math.prod(like.a_shape[1:]),)
-    return Pair(names[0], names[1], tuple(blocks), a_tail, tail, names[2], swap=swap, fold=fold, limit=subject.limit)
+    told = 1.0 if fold else None
+    return Pair(names[0], names[1], tuple(blocks), a_tail, tail, names[2], swap=swap, told=told, limit=subject.limit)
 
 
 def single(item: Placed) -> tuple[Block, ...]:

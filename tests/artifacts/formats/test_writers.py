@@ -22,6 +22,9 @@ from scripts.formats_report import CorpusValues, layouts, read
 
 pytestmark = pytest.mark.slow
 
+NAMES = WRITERS.keys() - {"gguf"}
+"""The corpus has no configuration of a base model, without which no GGUF file is written."""
+
 
 def manifest_of(layout: AdapterLayout) -> AdapterManifest:
     refusals, modules = layout.refusals, layout.modules
@@ -70,9 +73,9 @@ def test_what_is_written_reads_back() -> None:
             manifest = manifest_of(read(layout))
         except RankwiseError:
             continue
-        for name in WRITERS:
+        for name in NAMES:
             written[name] += _reads_back(manifest, name, title)
-    assert written.keys() == WRITERS.keys()
+    assert written.keys() == NAMES
     assert min(written.values()) >= 60
 
 
