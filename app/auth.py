@@ -15,7 +15,7 @@ from app.state import Services
 from artifacts.errors import RankwiseError, ScopeMissing, Unauthenticated
 from storage import keys
 
-Scope = Literal["read", "write", "jobs", "admin"]
+Scope = Literal["read", "write", "jobs", "client", "admin"]
 _HINT = "Send `Authorization: Bearer rw_…` or `X-API-Key: rw_…`; keys are made with `rankwise keys create`."
 
 

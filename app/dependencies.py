@@ -22,6 +22,7 @@ ServicesDep = Annotated[Services, Depends(services)]
 Reader = Annotated[Principal, Depends(require("read"))]
 Writer = Annotated[Principal, Depends(require("write"))]
 JobRunner = Annotated[Principal, Depends(require("jobs"))]
+FederatedClient = Annotated[Principal, Depends(require("client"))]
 
 HEX_ID = "[0-9a-f]{32}"
 AdapterId = Annotated[str, Path(pattern=f"^adp_{HEX_ID}$", description="Id of the adapter.")]

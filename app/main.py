@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
@@ -32,6 +33,7 @@ from app.routes import (
     models,
     pictures,
     quantize,
+    remote_clients,
     schedules,
     service,
     train,
@@ -53,6 +55,12 @@ from workers.supervisor import PoolSettings, Supervisor
 
 MULTIPART_OVERHEAD = 1024**2
 """What the form around the files of an upload may add: part headers, boundaries, text fields."""
+
+_UPLOADS = (
+    ("POST", re.compile("/adapters|/datasets")),
+    ("PUT", re.compile("/jobs/[^/]+/clients/[^/]+/rounds/[^/]+/update")),
+)
+"""The calls whose bodies are files."""
 
 _DESCRIPTION = (
     "Stores LoRA adapters, merges them, composes images with them, trains them and moves them to other base models. "
@@ -98,7 +106,7 @@ def create_app(settings: Settings | None = None) -> RankwiseAPI:
             Middleware(
                 BodyLimitMiddleware,
                 limit=settings.max_body_bytes,
-                routes={("POST", "/adapters"): upload_limit, ("POST", "/datasets"): upload_limit},
+                routes=dict.fromkeys(_UPLOADS, upload_limit),
             ),
         ],
     )
@@ -112,6 +120,7 @@ def create_app(settings: Settings | None = None) -> RankwiseAPI:
         merge,
         compose,
         train,
+        remote_clients,
         transfer,
         models,
         quantize,

@@ -114,10 +114,10 @@ class BodyLimitMiddleware:
 
     Args:
         limit: bytes, for every route that `routes` does not name.
-        routes: (method, path) → bytes.
+        routes: (method, pattern of the path) → bytes.
     """
 
-    def __init__(self, app: ASGIApp, limit: int, routes: Mapping[tuple[str, str], int]) -> None:
+    def __init__(self, app: ASGIApp, limit: int, routes: Mapping[tuple[str, re.Pattern[str]], int]) -> None:
         self.app = app
         self.limit = limit
         self.routes = routes
@@ -127,12 +127,18 @@ class BodyLimitMiddleware:
             await self.app(scope, receive, send)
             return
         path = scope["path"].removeprefix(scope.get("root_path", "")).rstrip("/")
-        limit = self.routes.get((scope["method"], path), self.limit)
+        limit = self._limit_of(scope["method"], path)
         declared = Headers(scope=scope).get("content-length", "")
         if declared.isdecimal() and int(declared[:20]) > limit:
             await self._refuse(scope, receive, send, limit)
             return
         await self.app(scope, _Counter(receive, limit).receive, send)
+
+    def _limit_of(self, method: str, path: str) -> int:
+        for (named, pattern), limit in self.routes.items():
+            if named == method and pattern.fullmatch(path):
+                return limit
+        return self.limit
 
     @staticmethod
     async def _refuse(scope: Scope, receive: Receive, send: Send, limit: int) -> None:

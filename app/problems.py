@@ -221,6 +221,7 @@ _DESCRIPTIONS: Mapping[int, str] = {
     403: "The API key lacks the scope",
     404: "There is no such thing",
     409: "Not possible in the present state, or the first request with this key still runs",
+    410: "It has ended, and takes nothing any more",
     412: "It has changed since the version that If-Match names",
     413: "The body is over the limit",
     415: "A media type that is not accepted here, or a pickle",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 
 import anyio.to_thread
 from fastapi import Request
@@ -25,12 +25,20 @@ async def answer_upload(
     idempotency_key: str | None,
     store: Store,
     text_fields: frozenset[str],
+    chunks: AsyncIterator[bytes] | None = None,
 ) -> JSONResponse:
-    """Receive the multipart body and hand it to `store`, of which only a few run at once."""
+    """Receive the multipart body and hand it to `store`, of which only a few run at once.
+
+    Args:
+        chunks: of the body, if they are watched on their way.
+    """
     outcome = "refused"
     try:
         async with receive_upload(
-            request.headers.get("content-type", ""), request.stream(), services.staging, text_fields=text_fields
+            request.headers.get("content-type", ""),
+            request.stream() if chunks is None else chunks,
+            services.staging,
+            text_fields=text_fields,
         ) as upload:
             services.metrics.upload_bytes.inc(sum(file.size for file in upload.files))
             answer = await anyio.to_thread.run_sync(

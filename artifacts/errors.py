@@ -27,6 +27,7 @@
     ├── Conflict                      409 conflict
     │   ├── IdempotencyInFlight       409 idempotency_in_flight  the first request with this key still runs
     │   └── StateConflict             409 state_conflict         e.g. cancelling a job that has ended
+    ├── Gone                          410 gone                   it has ended, and takes nothing any more
     ├── PreconditionFailed            412 precondition_failed    If-Match names another version than the present one
     ├── TooLarge                      413 too_large
     ├── UnsupportedMedia              415 unsupported_media
@@ -185,6 +186,10 @@ class IdempotencyInFlight(Conflict):
 
 class StateConflict(Conflict):
     code, title = "state_conflict", "Not possible in this state"
+
+
+class Gone(RankwiseError):
+    code, status, title = "gone", 410, "It has ended"
 
 
 class PreconditionFailed(RankwiseError):

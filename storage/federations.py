@@ -1,4 +1,5 @@
-"""Rounds of federated trainings: each client's part is a job of its own, and the training waits until all have ended.
+"""Rounds of federated trainings: each client's part is a job of its own, or is done on the client's own machine
+(`storage.remote_clients`), and the training waits until all have ended.
 
 The training is a job that is claimed for a moment between two rounds. It writes down whom it asks and queues itself
 until they have answered (`AWAITING`), so it holds no device meanwhile. What a client gives becomes visible in the
@@ -31,10 +32,10 @@ _PENDING = text("client_updates.state = 'pending'")
 
 @dataclass(frozen=True, slots=True)
 class Asked:
-    """A client that is asked in a round, and the parameters of the job that does its steps."""
+    """A client that is asked in a round, and the parameters of the job that does its steps. None: it has none."""
 
     client: int
-    params: Mapping[str, Any]
+    params: Mapping[str, Any] | None
 
 
 def open_round(
@@ -45,23 +46,25 @@ def open_round(
     moment = database.now(session)
     if session.scalar(_of(run_id, round_).limit(1)) is None:
         for item in asked:
-            child = jobs.create_job(
-                session,
-                jobs.CLIENT_UPDATE,
-                item.params,
-                priority=run.priority,
-                affinity=affinity,
-                created_by=run.created_by,
-                request_id=run.request_id,
-                max_queued=None,
-            )
+            child = None
+            if item.params is not None:
+                child = jobs.create_job(
+                    session,
+                    jobs.CLIENT_UPDATE,
+                    item.params,
+                    priority=run.priority,
+                    affinity=affinity,
+                    created_by=run.created_by,
+                    request_id=run.request_id,
+                    max_queued=None,
+                )
             session.add(
                 ClientUpdateRow(
                     job_id=run_id,
                     round=round_,
                     client=item.client,
                     state="pending",
-                    child_id=child.id,
+                    child_id=None if child is None else child.id,
                     details={},
                     deadline=moment + timedelta(seconds=seconds),
                     created_at=moment,
@@ -120,10 +123,15 @@ def answer(
     if row is None or row.state != "pending":
         found = "there is no such round" if row is None else f"the client counts as {row.state}"
         raise StateConflict(f"round {round_ + 1} of {run_id} does not wait for client {client} any more: {found}")
+    record_answer(session, row, file, details)
+
+
+def record_answer(session: Session, row: ClientUpdateRow, file: FileEntry, details: Mapping[str, Any]) -> None:
+    """The client of `row`, which is locked, has answered; the training goes on if it was the last one."""
     reserve_blobs(session, [file])
     row.state, row.sha256, row.details, row.finished_at = "answered", file.sha256, dict(details), database.now(session)
     session.flush()
-    _wake(session, run_id)
+    _wake(session, row.job_id)
 
 
 def record_refusals(session: Session, run_id: str, attempt: int, round_: int, reasons: Mapping[int, str]) -> None:
@@ -175,17 +183,17 @@ def settle(session: Session, run_id: str) -> list[str]:
     ).all()
     stopped = []
     for row in rows:
-        child = jobs.get_job(session, row.child_id)
+        child = None if row.child_id is None else jobs.get_job(session, row.child_id)
         if over:
             row.state, row.reason = "lost", "the training has ended"
-        elif child.state in TERMINAL_STATES:
+        elif child is not None and child.state in TERMINAL_STATES:
             row.state, row.reason = "lost", _why(child)
         elif moment >= row.deadline:
             row.state, row.reason = "late", f"not done at {row.deadline.isoformat(timespec='seconds')}"
         else:
             continue
         row.finished_at = moment
-        if child.state not in TERMINAL_STATES:
+        if child is not None and child.state not in TERMINAL_STATES:
             stopped.append(child.id)
     session.flush()
     if over:

@@ -20,7 +20,7 @@ from storage.ids import new_id
 from storage.tables import ApiKeyRow
 from storage.text import is_storable, storable
 
-SCOPES = ("read", "write", "jobs", "admin")
+SCOPES = ("read", "write", "jobs", "client", "admin")
 TOUCH_INTERVAL = timedelta(minutes=1)
 _SECRET = re.compile(r"rw_([0-9a-f]{12})_[A-Za-z0-9_-]{43}")
 _TRIES = 3
@@ -104,11 +104,18 @@ def authenticate(session: Session, secret: str) -> ApiKeyRow:
     same = hmac.compare_digest(_digest(secret), _NO_KEY if row is None else row.sha256)
     if row is None or not same:
         raise Unauthenticated("the API key is not known here", hint="Send `Authorization: Bearer rw_…`.")
-    if row.revoked_at is not None:
-        raise Unauthenticated(f"the API key {row.name!r} was revoked", hint="Ask for a new one.")
-    if row.expires_at is not None and row.expires_at <= database.now(session):
-        raise Unauthenticated(f"the API key {row.name!r} has expired", hint="Ask for a new one.")
+    if ended := _ended(session, row):
+        raise Unauthenticated(f"the API key {row.name!r} {ended}", hint="Ask for a new one.")
     return row
+
+
+def _ended(session: Session, row: ApiKeyRow) -> str | None:
+    """Why a key is none any more."""
+    if row.revoked_at is not None:
+        return "was revoked"
+    if row.expires_at is not None and row.expires_at <= database.now(session):
+        return "has expired"
+    return None
 
 
 def touch_key(session: Session, key_id: str) -> None:
@@ -148,6 +155,14 @@ def get_key(session: Session, key_id: str) -> ApiKeyRow:
     row = session.get(ApiKeyRow, key_id) if is_storable(key_id) else None
     if row is None:
         raise NotFound(f"there is no API key {key_id!r}")
+    return row
+
+
+def get_live_key(session: Session, key_id: str) -> ApiKeyRow:
+    """Raises NotFound: there is no such key, or it was revoked or has expired."""
+    row = get_key(session, key_id)
+    if ended := _ended(session, row):
+        raise NotFound(f"the API key {row.name!r} {ended}")
     return row
 
 

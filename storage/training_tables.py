@@ -45,7 +45,8 @@ class ClientUpdateRow(Base):
     round: Mapped[int] = mapped_column(Integer, primary_key=True)  # from 0
     client: Mapped[int] = mapped_column(Integer, primary_key=True)  # its place in the parameters, from 0
     state: Mapped[str] = mapped_column(String(12))  # "pending" | "answered" | "lost" | "late" | "refused"
-    child_id: Mapped[str] = mapped_column(ForeignKey("jobs.id"), index=True)  # the job that does the client's steps
+    # the job that does the client's steps; None of a client on a machine of its own
+    child_id: Mapped[str | None] = mapped_column(ForeignKey("jobs.id"), index=True)
     sha256: Mapped[str | None] = mapped_column(ForeignKey("blobs.sha256"), index=True)  # of its tensors, until averaged
     details: Mapped[dict[str, Any]]
     reason: Mapped[str | None] = mapped_column(Text)  # why there is nothing usable

@@ -94,7 +94,8 @@ def _of_limit(used: int, limit: int | None) -> str:
 def create(
     name: Annotated[str, typer.Argument(help="Who or what will use it.")],
     scope: Annotated[
-        list[str] | None, typer.Option("--scope", help="read, write, jobs or admin; may be given several times.")
+        list[str] | None,
+        typer.Option("--scope", help="read, write, jobs, client or admin; may be given several times."),
     ] = None,
     days: Annotated[
         int | None, typer.Option("--days", min=1, help="Days until it expires; never unless given.")

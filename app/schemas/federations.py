@@ -17,15 +17,16 @@ class ClientUpdate(BaseModel):
 
     client: int = Field(description="Its place in `parameters.clients`, from 0.")
     state: Literal["pending", "answered", "lost", "late", "refused"] = Field(
-        description="pending: at work; answered: what it gave is, or will be, in the average; lost: its job failed or "
-        "was cancelled; late: not done before the deadline; refused: what it gave can not be used."
+        description="pending: at work, or waited for; answered: what it gave is, or will be, in the average; lost: its "
+        "job failed or was cancelled; late: not done before the deadline; refused: what it gave can not be used."
     )
-    job_id: str = Field(description="The job that does its steps.")
+    job_id: str | None = Field(description="The job that does its steps; null of a remote client.")
     reason: str | None = Field(description="Why it gave nothing usable.")
     rows: int | None = Field(None, description="That it trains on.")
     seconds: float | None = Field(None, description="That its steps took.")
     loss: float | None = Field(None, description="Mean over its steps; null with privacy.")
     bytes: int | None = Field(None, description="That it gave back.")
+    sha256: str | None = Field(None, description="Of what a remote client gave back.")
     epsilon: float | None = Field(None, description="ε that it has spent by the end of the round.")
     deadline: Timestamp
     finished_at: Timestamp | None

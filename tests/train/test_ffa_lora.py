@@ -15,21 +15,24 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 from safetensors import safe_open
+from safetensors.torch import save_file
 from small_nets import Net, regression_rows
 from tiny_base import sums, write_rows
 from torch import Tensor, nn
 
 from artifacts.adapter import Adapter
 from artifacts.errors import FileBroken, RequestInvalid
+from artifacts.safetensors_header import read_header
 from train.base_files import BaseFiles
 from train.catalog import METHODS, parse_parameters
 from train.data import DataFile
 from train.engine import Plan
 from train.federation.accounting import noise_for, spent
-from train.federation.averaging import average, check_update, shares
+from train.federation.averaging import average, shares
 from train.federation.local_steps import LocalPlan, Noise, seed_of, train_locally
 from train.federation.run import Federation, advanced, digest_of, row_losses
 from train.federation.state import ClientFacts, RunState
+from train.federation.updates import check_update
 from train.methods.peft_adapter import adapter_tensors
 from train.options.common import Circumstances
 from train.options.ffa_lora import FfaLoraOptions
@@ -228,23 +231,38 @@ def test_shares_sum_to_one_and_go_by_the_rows(rows: list[int]) -> None:
     assert set(shares(dict(enumerate(rows)), "equal").values()) == {1 / len(rows)}
 
 
-def test_what_can_not_be_averaged_is_refused_by_name() -> None:
-    start = {"x.lora_B.weight": torch.zeros(3, 2), "y.lora_B.weight": torch.zeros(2, 2)}
-    good = {name: value + 1.0 for name, value in start.items()}
-    assert check_update(good, start) == pytest.approx(math.sqrt(10))
-    poisoned = good["x.lora_B.weight"].clone()
+def test_what_can_not_be_averaged_is_refused_by_name(tmp_path: Path) -> None:
+    before = {
+        "x.lora_A.weight": torch.ones(2, 3),
+        "x.lora_B.weight": torch.zeros(3, 2),
+        "y.lora_B.weight": torch.ones(2, 2),
+    }
+    save_file(before, tmp_path / "start.safetensors")
+    good = {name: value + 1.0 for name, value in before.items() if ".lora_B." in name}
+
+    def check(update: dict[str, Tensor], max_norm: float | None = None) -> float:
+        start = tmp_path / "start.safetensors"
+        trained = {name: info for name, info in read_header(start).tensors.items() if ".lora_B." in name}
+        save_file(update, tmp_path / "update.safetensors")
+        return check_update(tmp_path / "update.safetensors", start, trained, max_norm)
+
+    assert check(good) == pytest.approx(math.sqrt(10))
+    assert check(good, max_norm=3.2) == pytest.approx(math.sqrt(10))
     for value in (math.nan, math.inf):
+        poisoned = good["x.lora_B.weight"].clone()
         poisoned[1, 1] = value
-        with pytest.raises(FileBroken, match=r"x\.lora_B\.weight has numbers that are not finite"):
-            check_update({**good, "x.lora_B.weight": poisoned}, start)
-    with pytest.raises(FileBroken, match="moved by"):
-        check_update(good, start, max_norm=3.0)
-    with pytest.raises(FileBroken, match=r"'y\.lora_B\.weight' is missing"):
-        check_update({"x.lora_B.weight": good["x.lora_B.weight"]}, start)
-    with pytest.raises(FileBroken, match="'z' is not asked for"):
-        check_update({**good, "z": torch.zeros(1)}, start)
-    with pytest.raises(FileBroken, match="of the shape"):
-        check_update({**good, "y.lora_B.weight": torch.zeros(4)}, start)
+        with pytest.raises(FileBroken, match=r"x\.lora_B\.weight has numbers that are not finite, .* at \[1, 1\]"):
+            check({**good, "x.lora_B.weight": poisoned})
+    with pytest.raises(FileBroken, match="farther than max_update_norm, 3"):
+        check(good, max_norm=3.0)
+    with pytest.raises(FileBroken, match=r"y\.lora_B\.weight is missing"):
+        check({"x.lora_B.weight": good["x.lora_B.weight"]})
+    with pytest.raises(FileBroken, match="/file/z is not asked for"):
+        check({**good, "z": torch.zeros(1)})
+    with pytest.raises(FileBroken, match=r"has the shape \[4\], not \[2, 2\]"):
+        check({**good, "y.lora_B.weight": torch.zeros(4)})
+    with pytest.raises(FileBroken, match="is BF16, not F32"):
+        check({**good, "y.lora_B.weight": torch.zeros(2, 2, dtype=torch.bfloat16)})
 
 
 def test_the_loss_of_a_row_is_its_own() -> None:

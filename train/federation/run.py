@@ -27,7 +27,7 @@ from train.engine import Plan, check_plan
 from train.evaluation import Scores, compare
 from train.federation.accounting import ACCOUNTANT, noise_for, spent
 from train.federation.local_steps import LocalPlan, Noise, seed_of, train_locally
-from train.federation.state import ClientFacts, RunState, is_trained
+from train.federation.state import ClientFacts, RunState
 from train.methods.peft_adapter import adapter_tensors, put_adapter_tensors, write_adapter
 from train.options.common import Circumstances
 from train.options.ffa_lora import FfaLoraOptions
@@ -66,14 +66,17 @@ class Federation:
         self.options: FfaLoraOptions = plan.options
         self.task: Task[Any] = make_task(plan.task, TaskContext(base, plan.training, plan.device, plan.seed, folder))
 
-    def begin(self, server: DataFile, clients: Sequence[DataFile]) -> RunState:
+    def begin(self, server: DataFile, clients: Sequence[DataFile | None]) -> RunState:
         """Draw lora_A from the seed, measure the base model, look at every client's rows and settle its noise.
+
+        Args:
+            clients: None for a remote one, whose rows nobody here sees.
 
         Raises:
             FileBroken, RequestInvalid: a dataset, the layers or the privacy do not fit.
         """
         measured = self._measured(server)
-        rows = [self._rows(file, number) for number, file in enumerate(clients)]
+        rows = [0 if file is None else self._rows(file, number) for number, file in enumerate(clients)]
         model = self.task.load()
         known, _ = check_plan(self.plan, model, measured, self.task.whole(model), 1)
         before = self._scores(model, measured)
@@ -106,7 +109,7 @@ class Federation:
         loss = train_locally(trainable, examples, self._losses, self._local_plan(state, client), tick)
         seconds = time.monotonic() - began
         tensors = adapter_tensors(trainable)
-        given = {name: value for name, value in tensors.items() if is_trained(name, self.options)}
+        given = {name: value for name, value in tensors.items() if self.options.trains(name)}
         return Update(given, len(examples), seconds, loss)
 
     def finish(self, state: RunState, server: DataFile, output: Path) -> TrainReport:

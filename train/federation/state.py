@@ -11,10 +11,11 @@ from typing import Any, Self
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from artifacts.layout import WEIGHTS_NAME
 from train.federation.accounting import spent
 from train.options.ffa_lora import FfaLoraOptions
 
-TENSORS, STATE = "adapter_model.safetensors", "run.json"
+TENSORS, STATE = WEIGHTS_NAME, "run.json"
 LISTED = 20
 """Absences that the report names."""
 
@@ -24,7 +25,7 @@ class ClientFacts:
     """A client.
 
     Attributes:
-        rows: n, those that are trained on.
+        rows: n, those that are trained on; of a remote client what it said last, and 0 before that.
         noise_multiplier, rate: σ and q of its steps; 0 without privacy.
         private_steps: noisy steps so far, of every round in which something of it may have left it.
     """
@@ -80,7 +81,7 @@ class RunState:
 
     def trained(self, options: FfaLoraOptions) -> dict[str, Tensor]:
         """The tensors that clients train and give back."""
-        return {name: value for name, value in self.tensors.items() if is_trained(name, options)}
+        return {name: value for name, value in self.tensors.items() if options.trains(name)}
 
     def epsilon(self, delta: float, more: int = 0) -> float:
         """ε of the run: clients' rows are disjoint, so the largest of theirs (parallel composition)."""
@@ -97,6 +98,11 @@ class RunState:
             f"round {self.round + 1} would spend ε = {wanted:.4g}; privacy.epsilon allows {options.privacy.epsilon:g}"
         )
 
+    def with_rows(self, rows: Mapping[int, int]) -> RunState:
+        """With the numbers of rows that these clients trained on last."""
+        clients = [replace(client, rows=rows.get(number, client.rows)) for number, client in enumerate(self.clients)]
+        return replace(self, clients=tuple(clients))
+
     def with_private_steps(self, numbers: Mapping[int, int]) -> RunState:
         """After so many more noisy steps of these clients."""
         clients = [
@@ -107,8 +113,3 @@ class RunState:
 
 
 _PLAIN = ("round", "before", "seconds", "final_loss", "absent", "stopped")
-
-
-def is_trained(name: str, options: FfaLoraOptions) -> bool:
-    """Whether a tensor of the adapter's file is trained, and so leaves a client."""
-    return not (options.freeze_a and ".lora_A." in name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, StringConstraints, model_validator
@@ -11,6 +12,7 @@ from train.options.common import Circumstances, LowRankOptions
 
 MAX_CLIENTS = 100
 MAX_ROUNDS = 10_000
+MAX_ROWS = 10**9
 Norm = Annotated[float, Field(gt=0, le=1e9, allow_inf_nan=False)]
 
 
@@ -18,12 +20,45 @@ class _Part(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
 
 
-class Client(_Part):
-    """One client: a dataset that is trained on by itself, all its rows."""
+class Remote(_Part):
+    """A client on a machine of its own: it takes the common adapter from the service, trains on rows that it shows
+    nobody, and gives back what it trained."""
 
-    dataset: Annotated[str, StringConstraints(pattern=r"^dat_[0-9a-f]{32}$")] = Field(
-        description="The client's rows (POST /datasets), all of which are trained on."
+    name: Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,79}$")] = Field(
+        description="What the client is called in reports."
     )
+    key: Annotated[str, StringConstraints(pattern=r"^key_[0-9a-f]{32}$")] | None = Field(
+        None,
+        description="Id of the API key, of the scope `client`, that alone speaks for the client. Unset, only a key of "
+        "the scope `admin` does.",
+    )
+    max_rows: Annotated[StrictInt, Field(ge=1, le=MAX_ROWS)] = Field(
+        1_000_000, description="Most rows that it may say it trained on: they are its share of the average."
+    )
+
+
+class Client(_Part):
+    """One client: a dataset that is trained on by itself, all its rows, or a machine of its own."""
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "oneOf": [
+                {"required": ["dataset"], "properties": {"dataset": {"type": "string"}, "remote": {"type": "null"}}},
+                {"required": ["remote"], "properties": {"remote": {"type": "object"}, "dataset": {"type": "null"}}},
+            ]
+        }
+    )
+
+    dataset: Annotated[str, StringConstraints(pattern=r"^dat_[0-9a-f]{32}$")] | None = Field(
+        None, description="The client's rows (POST /datasets), all of which are trained on."
+    )
+    remote: Remote | None = Field(None, description="Instead: a client that trains on its own machine.")
+
+    @model_validator(mode="after")
+    def _one(self) -> Self:
+        if (self.dataset is None) == (self.remote is None):
+            raise ValueError("give either dataset or remote")
+        return self
 
 
 class Privacy(_Part):
@@ -64,7 +99,9 @@ class FfaLoraOptions(LowRankOptions):
     """
 
     clients: Annotated[list[Client], Field(min_length=1, max_length=MAX_CLIENTS)] | None = Field(
-        None, description="Whose rows are trained on, each by itself (3 in arXiv:2403.12313); one only with `privacy`."
+        None,
+        description="Whose rows are trained on, each by itself (3 in arXiv:2403.12313); one only with `privacy`, which "
+        "remote clients can not have.",
     )
     freeze_a: StrictBool = Field(
         True,
@@ -119,14 +156,30 @@ class FfaLoraOptions(LowRankOptions):
             if not self.freeze_a:
                 raise ValueError("freeze_a=false without clients is the method lora")
             return self
-        named = [client.dataset for client in self.clients]
-        if len(set(named)) < len(named):
-            raise ValueError("clients names a dataset twice: a client's rows are its own")
-        if len(named) == 1 and self.privacy is None:
+        count = len(self.clients)
+        _check_apart("a dataset", [client.dataset for client in self.clients])
+        _check_apart("the name of a remote client", [client.name for client in self.remotes.values()])
+        _check_apart("the key of a remote client", [client.key for client in self.remotes.values()])
+        if self.remotes and self.privacy is not None:
+            raise ValueError(
+                "privacy goes with datasets of this service only: whether a remote client adds noise can not be seen "
+                "from here, so no epsilon could be promised"
+            )
+        if count == 1 and self.privacy is None:
             raise ValueError("a single client is trained without clients, unless with privacy")
-        if self.min_clients > len(named):
-            raise ValueError(f"min_clients is {self.min_clients}; there are {len(named)} clients")
+        if self.min_clients > count:
+            raise ValueError(f"min_clients is {self.min_clients}; there are {count} clients")
         return self
+
+    @property
+    def remotes(self) -> dict[int, Remote]:
+        """The clients on machines of their own, by their places."""
+        found = enumerate(self.clients or ())
+        return {number: client.remote for number, client in found if client.remote is not None}
+
+    def trains(self, name: str) -> bool:
+        """Whether a tensor of the adapter's file, by its name, is trained, and so leaves a client."""
+        return not (self.freeze_a and ".lora_A." in name)
 
     def problems(self, known: Circumstances) -> list[FieldError]:
         """Of the loop's settings a federated run takes what a client's local steps have."""
@@ -161,4 +214,12 @@ class FfaLoraOptions(LowRankOptions):
         del known
         if self.privacy is not None and self.privacy.noise_seed is not None:
             return ["privacy.noise_seed is set: the noise can be taken away again, so this run is NOT private."]
+        if self.remotes and self.max_update_norm is None:
+            return ["max_update_norm is unset: one remote client could move the adapter as far as it likes."]
         return []
+
+
+def _check_apart(what: str, names: Sequence[str | None]) -> None:
+    given = [name for name in names if name is not None]
+    if len(set(given)) < len(given):
+        raise ValueError(f"clients names {what} twice: each client is one owner's rows")

@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import structlog
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from sqlalchemy.orm import Session
 from torch import Tensor
 
 from artifacts.errors import DatabaseUnavailable, FileBroken, RequestInvalid
+from artifacts.safetensors_header import read_header
 from storage import federations
 from storage.federations import Asked
 from storage.job_metrics import Point, record_metrics
@@ -24,9 +24,10 @@ from storage.tables import ClientUpdateRow
 from train.base_files import BaseFiles
 from train.data import DataFile
 from train.engine import Plan
-from train.federation.averaging import average, check_update, shares
+from train.federation.averaging import average, shares
 from train.federation.run import Federation, advanced
-from train.federation.state import LISTED, RunState
+from train.federation.state import LISTED, TENSORS, RunState
+from train.federation.updates import check_update
 from train.options.ffa_lora import FfaLoraOptions
 from workers.checkpointing import Checkpoints
 from workers.context import JobContext, JobOutcome
@@ -81,7 +82,8 @@ class _Server:
 
     def _begin(self) -> RunState:
         self.context.progress(0.0, "looking at the clients' rows")
-        files = [file_of(self.context, client.dataset) for client in self.clients]
+        datasets = [client.dataset for client in self.clients]
+        files = [None if dataset is None else file_of(self.context, dataset) for dataset in datasets]
         state = self.federation.begin(file_of(self.context, self.context.params["dataset"]), files)
         self._keep(state)
         return state
@@ -104,7 +106,9 @@ class _Server:
         asked = [
             Asked(
                 number,
-                {"run": run_id, "round": state.round, "client": number, "dataset": client.dataset, **shared},
+                None
+                if client.dataset is None
+                else {"run": run_id, "round": state.round, "client": number, "dataset": client.dataset, **shared},
             )
             for number, client in enumerate(self.clients)
         ]
@@ -134,14 +138,17 @@ class _Server:
         usable: dict[int, dict[str, Tensor]] = {}
         norms: dict[int, float] = {}
         refused: dict[int, str] = {}
-        start = state.trained(self.options)
+        before = self.context.scratch / f"before-{state.round}"
+        state.save(before)
+        start = before / TENSORS
+        trained = {name: info for name, info in read_header(start).tensors.items() if self.options.trains(name)}
         for row in rows:
             if row.state not in ("answered", "refused"):
                 continue
             try:
-                tensors = self._given(row)
-                norms[row.client] = check_update(tensors, start, self.options.max_update_norm)
-                usable[row.client] = tensors
+                path = self._given(row)
+                norms[row.client] = check_update(path, start, trained, self.options.max_update_norm)
+                usable[row.client] = load_file(path)
             except FileBroken as error:
                 refused[row.client] = error.detail
         spec = self.context.spec
@@ -150,10 +157,11 @@ class _Server:
                 federations.record_refusals(session, spec.job_id, spec.attempt, state.round, refused)
         absent = [self._absence(row, refused) for row in rows if row.client not in usable]
         self._check_enough(state.round, usable, absent)
-        weights = shares({client: state.clients[client].rows for client in usable}, self.options.weighting)
         details = {row.client: row.details for row in rows if row.client in usable}
+        counts = {client: int(found["rows"]) for client, found in details.items()}
+        weights = shares(counts, self.options.weighting)
         after = advanced(
-            state,
+            state.with_rows(counts),
             average(usable, weights),
             seconds=state.seconds + sum(float(found["seconds"]) for found in details.values()),
             absent=state.absent + len(absent),
@@ -161,7 +169,8 @@ class _Server:
         )
         losses = {client: found["loss"] for client, found in details.items() if found["loss"] is not None}
         if losses:
-            after = replace(after, final_loss=sum(weights[client] * loss for client, loss in losses.items()))
+            told = sum(weights[client] for client in losses)
+            after = replace(after, final_loss=sum(weights[client] * loss for client, loss in losses.items()) / told)
         if self.options.privacy is not None:
             # What was refused or late may have left its client all the same; what is lost has not.
             noisy = {row.client: self.options.local_steps for row in rows if row.state != "lost"}
@@ -172,15 +181,12 @@ class _Server:
         self._record(after, norms)
         return after
 
-    def _given(self, row: ClientUpdateRow) -> dict[str, Tensor]:
-        """The tensors that a client gave. Raises FileBroken: the file has none."""
+    def _given(self, row: ClientUpdateRow) -> Path:
+        """The file that a client gave."""
         assert row.sha256 is not None
-        path = self.context.scratch / "given" / f"{row.round}-{row.client}.safetensors"
+        path: Path = self.context.scratch / "given" / f"{row.round}-{row.client}.safetensors"
         self.context.fetch(row.sha256, path)
-        try:
-            return load_file(path)
-        except SafetensorError as error:
-            raise FileBroken(f"It is no safetensors file: {error}.") from error
+        return path
 
     def _absence(self, row: ClientUpdateRow, refused: dict[int, str]) -> dict[str, Any]:
         state = "refused" if row.client in refused else row.state

@@ -8,12 +8,21 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny_base import sums
+from safetensors.torch import save_file
+from tiny_base import sums, write_rows
 
-from storage import adapters, claims, federations, jobs
+from artifacts.content import file_sha256
+from artifacts.manifest import FileEntry
+from storage import adapters, claims, federations, jobs, remote_clients
+from storage.blobs import BlobStore
 from storage.job_metrics import metrics_after
 from storage.tables import JobRow
+from train.base_files import BaseFiles
+from train.checkpoints import unpack
+from train.data import DataFile
+from train.federation.remote import train_round
 from train.federation.run import Federation
+from train.federation.state import TENSORS
 from workers.attempt import AttemptSpec
 from workers.context import Interruption
 from workers.kinds import KINDS
@@ -26,7 +35,7 @@ class Hand:
     """Does what a supervisor does, one attempt at a time."""
 
     def __init__(self, pool: Any, tiny_base: Path, base_id: str, add_dataset: Callable[..., str]) -> None:
-        self.pool, self.root, self.base_id = pool, tiny_base.parent, base_id
+        self.pool, self.base, self.base_id = pool, tiny_base, base_id
         rows = sums(9)
         self.own, *self.clients = (add_dataset(rows[part :: CLIENTS + 1], f"part-{part}") for part in range(4))
         self.attempts = 0
@@ -68,7 +77,7 @@ class Hand:
             blob_url=settings.blob_url,
             scratch=str(self.pool.folder / f"scratch-{self.attempts}"),
             cache=str(self.pool.folder / "cache"),
-            model_roots=(str(self.root),),
+            model_roots=(str(self.base.parent),),
             function=KINDS[claim.kind],
         )
         outcome = run_attempt(spec, Interruption())
@@ -104,6 +113,23 @@ class Hand:
             return False
 
         return before
+
+    def give(self, run: str, round_: int, client: int, rows: DataFile, folder: Path) -> None:
+        """What a remote client does in a round, and what the service does with it."""
+        blobs = BlobStore(self.pool.settings().blob_url)
+        with self.pool.database.read() as session:
+            params = jobs.get_job(session, run).params
+            sha256 = remote_clients.start_of(session, run, round_ - 1).sha256
+        start = unpack(blobs.materialize(sha256, folder / "cache"), folder / "start")
+        told = {**params, "client": client, "round": round_}
+        found = train_round(told, start / TENSORS, BaseFiles("tiny", str(self.base)), rows, folder)
+        path = folder / "update.safetensors"
+        save_file(dict(found.tensors), path)
+        entry = FileEntry(path.name, file_sha256(path), path.stat().st_size, "application/octet-stream")
+        details = {"rows": found.rows, "seconds": found.seconds, "loss": found.loss, "sha256": entry.sha256}
+        blobs.put_file(path, entry.sha256)
+        with self.pool.database.write() as session:
+            remote_clients.give(session, run, round_ - 1, client, entry, details)
 
     def states(self, job_id: str) -> list[list[str]]:
         with self.pool.database.read() as session:
@@ -182,6 +208,40 @@ def test_what_a_client_poisoned_is_in_no_average(hand: Hand, monkeypatch: pytest
     failed = hand.run(hand.submit(rounds=1))
     assert failed.error is not None
     assert failed.error["detail"].startswith("Client 0 was refused in round 1: ")
+
+
+def test_a_remote_client_stands_beside_datasets_and_outlasts_whatever_dies(hand: Hand, tmp_path: Path) -> None:
+    """A remote client gives what the job of its dataset would: the run ends with the same bytes. What it gave early is
+    averaged although after that a client's process died, and the training's own before it could average."""
+    whole = hand.run(hand.submit())
+    rows = DataFile(write_rows(tmp_path / "rows.jsonl", sums(9)[3 :: CLIENTS + 1]), "jsonl")
+    named = [{"dataset": identifier} for identifier in hand.clients[:2]]
+    run = hand.submit(clients=[*named, {"remote": {"name": "site", "max_rows": 1000}}], max_update_norm=100.0)
+    died = []
+
+    def die_once(claim: claims.Claim) -> bool:
+        """The jobs of client 0, and the training's attempt that would average, die once before they do a thing."""
+        closing = claim.job_id == run and hand.states(run)[-1:] == [["answered"] * CLIENTS]
+        if claim.job_id in died or not (closing or claim.params.get("client") == 0):
+            return True
+        died.append(claim.job_id)
+        with hand.pool.database.write() as session:
+            error = {"code": "lost", "detail": "killed"}
+            claims.requeue(session, claim.job_id, claim.attempt, delay_seconds=0.0, error=error, exit=None)
+        return False
+
+    for round_ in (1, 2):
+        while len(hand.states(run)) < round_:
+            assert hand.step(die_once)
+        hand.give(run, round_, 2, rows, tmp_path / f"given-{round_}")
+        assert hand.states(run)[-1] == ["pending", "pending", "answered"]
+    job = hand.run(run, die_once)
+    assert job.error is None
+    assert len(died) == 3
+    assert hand.digest(job) == hand.digest(whole)
+    data = [found.result["report"]["data"]["client_rows"] for found in (job, whole) if found.result is not None]
+    assert data[0] == data[1]
+    assert all(data[0])
 
 
 @pytest.mark.slow
