@@ -12,17 +12,16 @@ from app.dataset_choice import check_suitable
 from app.schemas.merge import CompareMergesParams, MergeAdapter, MergeParams
 from app.settings import Settings
 from app.stored_inputs import stored_adapters, stored_dataset
-from artifacts.base_model import BaseModelRef, check_modules, compare
+from artifacts.base_model import check_modules, compare
 from artifacts.errors import BaseMismatch, FieldError, MergeRefused, RequestInvalid
 from artifacts.pointers import pointers_below
 from merge.catalog import parse_parameters
+from merge.engine_form import check_merged
 from merge.options import MergeOptions
 from merge.plan import NAMED_OFFENDERS, MergeInput, plan_merge
 from storage import adapters, models
 from storage.tables import ModelRow
 from train.feasibility import check_base_kind
-
-UNKNOWN_BASE = "unknown"
 
 
 def check_merge(_: Settings, session: Session, request: MergeParams, devices: int) -> str | None:
@@ -34,12 +33,15 @@ def check_merge(_: Settings, session: Session, request: MergeParams, devices: in
         That id; None for any other merge.
 
     Raises:
-        RequestInvalid and its kin: see `merge_inputs`, `merge.plan.plan_merge`, `_check_base`.
+        RequestInvalid and its kin: see `merge_inputs`, `merge.plan.plan_merge`, `merge.engine_form.check_merged`,
+            `_check_base`.
     """
     del devices
     options = parse_parameters(request.method, request.parameters)
     inputs = merge_inputs(session, request.adapters)
-    plan_merge(inputs, request.method, options)
+    plan = plan_merge(inputs, request.method, options)
+    if request.target_engine is not None:
+        check_merged(plan, request.target_engine)
     if request.output == "adapter":
         return None
     row = _base_of(session, request.adapters, request.base_model)
@@ -153,17 +155,5 @@ def merge_inputs(session: Session, requested: Sequence[MergeAdapter]) -> list[Me
     for item in requested:
         row = found[item.id]
         manifest = adapters.manifest_of(row)
-        inputs.append(
-            MergeInput(
-                id=row.id,
-                name=row.name,
-                digest=row.weights_digest,
-                modules=manifest.modules,
-                method=row.method,
-                mergeable=row.mergeable,
-                refusal=row.refusal,
-                base=adapters.base_of(session, row) or BaseModelRef.named(UNKNOWN_BASE),
-                weight=item.weight,
-            )
-        )
+        inputs.append(MergeInput.of(manifest, row.id, row.name, adapters.base_of(session, row), item.weight))
     return inputs

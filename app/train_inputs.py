@@ -18,6 +18,7 @@ from storage import adapters, models
 from storage.tables import DatasetRow, ModelRow
 from train.catalog import find_method, parse_parameters
 from train.continuation import POINTER, ContinueFrom, check_base, continued_options, place
+from train.engine_outlook import check_trained
 from train.estimate import Estimate, check_fits, estimate
 from train.feasibility import check_base_kind, check_feasible
 from train.groups import POINTER as GROUPS
@@ -111,6 +112,8 @@ def _estimate(
     if start is not None:
         options = continued_options(find_method(request.method), options, start)
     if row.fingerprint is None:
+        if request.target_engine is not None:
+            check_trained(find_method(request.method), options, request.full_task.type, (), request.target_engine)
         return None
     linear = {str(path): (int(d_out), int(d_in)) for path, d_out, d_in in row.fingerprint}
     packed = packed_bytes(row.quantisation)
@@ -124,6 +127,8 @@ def _estimate(
         targets, request.training, steps, rows, is_packed(request.full_task), request.evaluation.grouped
     )
     check_method(options, known)
+    if request.target_engine is not None:
+        check_trained(find_method(request.method), options, request.full_task.type, targets, request.target_engine)
     sizes = (row.parameter_count, devices)
     return estimate(options, targets, linear, request.training, request.full_task, *sizes, packed=packed)
 

@@ -26,6 +26,7 @@ from train.packed_base import fitted
 from train.settings import CausalLmTask
 from train.targets import check_method, wanted_targets
 from transfer.catalog import TransferMethod, find_method, parse_parameters
+from transfer.engine_outlook import check_transferred
 from transfer.identity import TransferIdentity, canonical_digest
 from transfer.options import (
     MAX_ROWS,
@@ -90,6 +91,8 @@ def plan_transfer(
         _check_alias(session, request.alias, subject)
     check_adapter(subject, method, options)
     _check_target(settings, session, subject, options)
+    if request.target_engine is not None:
+        check_transferred(options, request.target_engine)
     _check_controls(request, method, options)
     inputs = _dataset(session, request.inputs, "/inputs", INPUT_COLUMNS, MAX_ROWS)
     holdout = _dataset(session, request.holdout, "/holdout", ITEM_COLUMNS, MAX_HOLDOUT)
@@ -105,6 +108,8 @@ def plan_transfer(
     }
     if request.alias is not None:
         measured["alias"] = request.alias
+    if request.target_engine is not None:
+        measured["target_engine"] = request.target_engine
     digest = None if used is None else seeds_digest(used)
     told = None if used is None or digest is None else SeedsDigest(count=len(used), digest=digest)
     facts = TransferFacts(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Self
 
 from artifacts.base_model import STRENGTH, BaseModelRef, Level, compare
 from artifacts.errors import (
@@ -20,7 +21,7 @@ from artifacts.errors import (
     RequestInvalid,
     ShapeMismatch,
 )
-from artifacts.manifest import LoraModule
+from artifacts.manifest import AdapterManifest, LoraModule
 from merge.catalog import MergeMethod, find_method
 from merge.convertible import CONVERTIBLE
 from merge.options import MergeOptions
@@ -28,6 +29,7 @@ from merge.sides import with_sides
 
 MAX_ADAPTERS = 256
 NAMED_OFFENDERS = 20
+UNKNOWN_BASE = "unknown"
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +45,23 @@ class MergeInput:
     refusal: str | None
     base: BaseModelRef
     weight: float = 1.0
+
+    @classmethod
+    def of(
+        cls, manifest: AdapterManifest, adapter_id: str, name: str, base: BaseModelRef | None, weight: float = 1.0
+    ) -> Self:
+        """The adapter that the manifest describes; `base` is None if nothing is known of its base model."""
+        return cls(
+            id=adapter_id,
+            name=name,
+            digest=manifest.weights_digest,
+            modules=manifest.modules,
+            method=manifest.method,
+            mergeable=manifest.mergeable,
+            refusal=manifest.refusal,
+            base=base or BaseModelRef.named(UNKNOWN_BASE),
+            weight=weight,
+        )
 
 
 @dataclass(frozen=True, slots=True)

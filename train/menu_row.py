@@ -73,6 +73,13 @@ class Method:
     reference_url: str
     capabilities: Capabilities
 
+    def form(self, options: TrainOptions) -> Form:
+        """What comes out with these options."""
+        if getattr(options, "lossy_rank", None) is not None:
+            return Form(exports="lora", mergeable=True)
+        chosen = getattr(options, "variant", None) or getattr(options, "mode", None)
+        return self.capabilities.variants.get(str(chosen), self.capabilities)
+
     def check_task(self, task: TaskName) -> None:
         """Raises RequestInvalid when the method can not be trained on the task."""
         if task not in self.capabilities.tasks:

@@ -36,6 +36,7 @@ def merge_local(
     output: Path,
     *,
     name: str | None,
+    target_engine: str | None = None,
     device: str,
     progress: Callable[[float, str], None],
 ) -> dict[str, Any]:
@@ -46,14 +47,19 @@ def merge_local(
     Raises:
         RankwiseError: whatever the service would answer, with the input's path in front.
     """
+    from artifacts.engine_outlook import parse_engine
     from merge.catalog import parse_parameters
+    from merge.engine_form import check_merged, fit_engine
     from merge.plan import plan_merge
 
     options = parse_parameters(method, parameters)
     with _beside(output) as scratch:
         taken = take_in(inputs, weights, scratch, progress)
         # Refuse before torch is loaded: that takes seconds.
-        plan_merge([item for item, _ in taken], method, options)
+        plan = plan_merge([item for item, _ in taken], method, options)
+        engine = None if target_engine is None else parse_engine(target_engine)
+        if engine is not None:
+            check_merged(plan, engine)
         progress(0.1, "load torch")
         from merge.engine import merge_files
 
@@ -67,6 +73,8 @@ def merge_local(
             device=device,
             lineage=_recipe(name, method, options, [item for item, _ in taken]),
         ).to_dict()
+        if engine is not None:
+            report["target_engine"] = fit_engine(result, engine, scratch / "for-engine")[1]
         _write_report(result / REPORT_FILE, report)
     return report
 
@@ -175,7 +183,7 @@ def _take_in(path: Path, weight: float, workdir: Path) -> tuple[MergeInput, Path
     """One input through intake: staged as an upload is, checked, described."""
     from artifacts.base_model import BaseModelRef
     from artifacts.intake import IntakeLimits, inspect, receive
-    from merge.plan import MergeInput
+    from merge.plan import UNKNOWN_BASE, MergeInput
 
     staging = workdir / "staging"
     staging.mkdir(parents=True)
@@ -190,20 +198,8 @@ def _take_in(path: Path, weight: float, workdir: Path) -> tuple[MergeInput, Path
     except RankwiseError as error:
         error.detail = f"{path}: {error.detail}"
         raise
-    return (
-        MergeInput(
-            id=str(path),
-            name=path.name,
-            digest=manifest.weights_digest,
-            modules=manifest.modules,
-            method=manifest.method,
-            mergeable=manifest.mergeable,
-            refusal=manifest.refusal,
-            base=BaseModelRef.named(manifest.base_model or "unknown", manifest.base_model_revision),
-            weight=weight,
-        ),
-        directory,
-    )
+    base = BaseModelRef.named(manifest.base_model or UNKNOWN_BASE, manifest.base_model_revision)
+    return MergeInput.of(manifest, str(path), path.name, base, weight), directory
 
 
 def _link_or_copy(source: Path, target: Path) -> None:

@@ -50,24 +50,12 @@ def train_local(recipe: Recipe, output: Path, *, device: str, progress: Callable
     """
     assert recipe.model_folder is not None
     assert recipe.dataset_file is not None
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise RequestInvalid(f"{output} is there already and not empty.", hint="Choose another -o, or remove it.")
-    if recipe.request.continue_from is not None and recipe.adapter_folder is None:
-        raise RequestInvalid(
-            f"continue_from names no folder: {recipe.body['continue_from']}. "
-            "A training of files goes on from an adapter in a folder.",
-            hint="`rankwise adapters download` writes one.",
-        )
-    if recipe.request.transferable is not None:
-        raise RequestInvalid(
-            "A training of files makes no transferable adapter: what it keeps is confidential, and a folder is not.",
-            hint="Train on the service, or leave `transferable` out.",
-            errors=[FieldError("/transferable", "needs the service")],
-        )
+    _check(recipe, output)
     from artifacts.base_model import inspect_base
     from artifacts.intake import inspect as inspect_adapter
     from train.catalog import find_method, parse_parameters
     from train.continuation import Start, continued_options
+    from train.engine_outlook import check_trained
     from train.packed_base import fitted
     from train.rows import find_format, inspect
 
@@ -78,10 +66,14 @@ def train_local(recipe: Recipe, output: Path, *, device: str, progress: Callable
     if recipe.adapter_folder is not None:
         start = Start(str(recipe.adapter_folder), inspect_adapter(recipe.adapter_folder), recipe.adapter_folder)
         options = continued_options(find_method(request.method), options, start.manifest)
+    engine = request.target_engine
+    if engine is not None:
+        check_trained(find_method(request.method), options, request.full_task.type, (), engine)
     data_format = find_format(recipe.dataset_file, recipe.dataset_file.name)
     inspect(recipe.dataset_file, data_format)
     progress(0.0, "load torch")
     from artifacts.heat_map import write_pictures
+    from merge.engine_form import fit_engine
     from train.base_files import BaseFiles
     from train.data import DataFile
     from train.engine import Inputs, Plan, train_adapter
@@ -109,6 +101,8 @@ def train_local(recipe: Recipe, output: Path, *, device: str, progress: Callable
         )
         trained = train_adapter(plan, find_method(request.method).load(options), inputs, result, watcher)
         report = trained.to_dict()
+        if engine is not None:
+            result, report["target_engine"] = fit_engine(result, engine, Path(scratch) / "for-engine")
         (result / REPORT_FILE).write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         (result / CURVE_FILE).write_text(draw(watcher.series, request.name or recipe.dataset_file.stem), "utf-8")
         write_pictures(report["own"], result)
@@ -119,3 +113,21 @@ def train_local(recipe: Recipe, output: Path, *, device: str, progress: Callable
             output.rmdir()
         result.rename(output)
     return report
+
+
+def _check(recipe: Recipe, output: Path) -> None:
+    """Raises RequestInvalid for what only the service can do, and for an output that is there already."""
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise RequestInvalid(f"{output} is there already and not empty.", hint="Choose another -o, or remove it.")
+    if recipe.request.continue_from is not None and recipe.adapter_folder is None:
+        raise RequestInvalid(
+            f"continue_from names no folder: {recipe.body['continue_from']}. "
+            "A training of files goes on from an adapter in a folder.",
+            hint="`rankwise adapters download` writes one.",
+        )
+    if recipe.request.transferable is not None:
+        raise RequestInvalid(
+            "A training of files makes no transferable adapter: what it keeps is confidential, and a folder is not.",
+            hint="Train on the service, or leave `transferable` out.",
+            errors=[FieldError("/transferable", "needs the service")],
+        )

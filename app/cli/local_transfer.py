@@ -72,8 +72,10 @@ def transfer_local(
         raise RequestInvalid(f"{output} is there already and not empty.", hint="Choose another -o, or remove it.")
     progress(0.0, "load torch")
     from artifacts.intake import inspect
+    from merge.engine_form import fit_engine
     from transfer.bench import TransferInputs
     from transfer.catalog import find_method, parse_parameters
+    from transfer.engine_outlook import check_transferred
     from transfer.evaluation import Item
     from transfer.gate_settings import GateSettings
     from transfer.identity import TransferIdentity
@@ -85,6 +87,9 @@ def transfer_local(
     body = asked.body
     method = find_method(body["method"])
     options = parse_parameters(method.name, body.get("parameters") or {})
+    engine = body.get("target_engine")
+    if engine is not None:
+        check_transferred(options, engine)
     form = PromptFormat.model_validate(body.get("format") or {})
     seeds = None if body.get("seeds") is None else parse_seeds(body["seeds"])
     source, target = _base(asked.source), _base(asked.target)
@@ -123,11 +128,14 @@ def transfer_local(
     result = transfer(method, options, inputs, gate, _Watcher(progress), tuple(body.get("controls") or ()))
     verdict = "hold" if result.gate is None else result.gate.verdict
     report = {**result.report, "verdict": verdict, "seed": seed, "parameters": options.model_dump(mode="json")}
+    made = result.adapter
+    if engine is not None:
+        made, report["target_engine"] = fit_engine(made, engine, folder / "for-engine")
     text = json.dumps(report, indent=2, ensure_ascii=False)
-    (result.adapter / REPORT_FILE).write_text(text + "\n", encoding="utf-8")
+    (made / REPORT_FILE).write_text(text + "\n", encoding="utf-8")
     if output.exists():
         output.rmdir()
-    result.adapter.rename(output)
+    made.rename(output)
     shutil.rmtree(folder)
     return report
 

@@ -11,7 +11,7 @@ import typer
 from app.cli.adapters import DownloadFormat, fetch
 from app.cli.client import Client
 from app.cli.jobs import show
-from app.cli.options import Json, parse_settings, parse_weights, stem
+from app.cli.options import Json, TargetEngine, parse_settings, parse_weights, stem
 from app.cli.output import note, print_json, stdout
 from app.cli.progress import require_success, steps, watch
 from app.cli.reports import print_report
@@ -37,6 +37,7 @@ class Order:
     parameters: dict[str, Any]
     name: str | None
     output: Path | None
+    target_engine: str | None = None
 
 
 def merge(
@@ -52,6 +53,7 @@ def merge(
         Path | None, typer.Option("-o", "--output", help="Folder of the merged adapter; needed for files.")
     ] = None,
     name: Annotated[str | None, typer.Option("--name", help="Name of the merged adapter.")] = None,
+    target_engine: TargetEngine = None,
     wait: Annotated[bool, typer.Option("--wait/--no-wait", help="Follow the job to its end.")] = True,
     device: Annotated[str, typer.Option("--device", help="Device of a merge of files: cpu or cuda:0.")] = "cpu",
     as_json: Json = False,
@@ -63,7 +65,7 @@ def merge(
             raise typer.BadParameter("the rank is given twice", param_hint="--rank")
         parameters["rank"] = int(rank) if rank.isdecimal() else rank
     aligned = aligned_weights(inputs, parse_weights(weights or ()))
-    order = Order(inputs, aligned, method, parameters, name, output)
+    order = Order(inputs, aligned, method, parameters, name, output, target_engine)
     if are_remote(inputs):
         with context.obj() as client:
             _merge_by_id(client, order, wait, as_json)
@@ -112,6 +114,7 @@ def _merge_by_id(client: Client, order: Order, wait: bool, as_json: bool) -> Non
         "method": order.method,
         "parameters": order.parameters,
         **({"name": order.name} if order.name else {}),
+        **({"target_engine": order.target_engine} if order.target_engine else {}),
     }
     job = client.post("/merge", document)
     if wait:
@@ -135,6 +138,7 @@ def _merge_files(order: Order, output: Path, device: str, as_json: bool) -> None
             order.parameters,
             output,
             name=order.name,
+            target_engine=order.target_engine,
             device=device,
             progress=advance,
         )

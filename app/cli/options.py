@@ -19,6 +19,14 @@ Json = Annotated[
 Limit = Annotated[int, typer.Option("--limit", min=1, max=200, help="How many to show.")]
 Cursor = Annotated[str | None, typer.Option("--cursor", help="Go on where the last page ended (its `next`).")]
 JobId = Annotated[str, typer.Argument(metavar="JOB", help="A job's id (job_…).")]
+TargetEngine = Annotated[
+    str | None,
+    typer.Option(
+        "--target-engine",
+        metavar="ENGINE",
+        help="What shall load the adapter: vllm, diffusers, peft, transformers, kohya, comfy or llama.cpp.",
+    ),
+]
 AdapterId = Annotated[str, typer.Argument(metavar="ADAPTER", help="An adapter's id (adp_…).")]
 DataDir = Annotated[
     Path | None,

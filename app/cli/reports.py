@@ -7,6 +7,7 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
+from app.cli.engine_report import print_engine
 from app.cli.output import fields, table
 
 WORST_MODULES = 5
@@ -39,6 +40,7 @@ def print_report(console: Console, report: dict[str, Any]) -> None:
     )
     _print_interference(console, report.get("adapters") or [], total.get("interference") or [])
     _print_worst(console, report.get("modules") or [])
+    print_engine(console, report)
     for warning in report.get("warnings") or ():
         console.print(Text.assemble(("warning  ", "bold yellow"), str(warning)))
 

@@ -7,6 +7,7 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
+from app.cli.engine_report import print_engine
 from app.cli.output import duration, fields, size, table
 
 
@@ -33,6 +34,7 @@ def print_train_report(console: Console, report: dict[str, Any]) -> None:
     )
     _print_evaluation(console, report.get("evaluation") or {})
     _print_controls(console, data.get("controls") or {})
+    print_engine(console, report)
     for warning in report.get("warnings") or ():
         console.print(Text.assemble(("warning  ", "bold yellow"), str(warning)))
     kept = report.get("transferable")

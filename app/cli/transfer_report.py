@@ -6,6 +6,7 @@ from typing import Any
 
 from rich.console import Console
 
+from app.cli.engine_report import print_engine
 from app.cli.output import fields, table
 
 
@@ -35,6 +36,7 @@ def print_transfer_report(console: Console, report: dict[str, Any]) -> None:
             },
         )
     )
+    print_engine(console, report)
     arms = (report.get("evaluation") or {}).get("arms") or {}
     if arms:
         rows = [(name, _rate(arm.get("score")) or arm.get("reason"), arm.get("items")) for name, arm in arms.items()]

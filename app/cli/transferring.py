@@ -13,7 +13,7 @@ from app.cli import datasets
 from app.cli.adapters import DownloadFormat, fetch
 from app.cli.client import Client, ProblemError
 from app.cli.jobs import show as show_job
-from app.cli.options import Cursor, JobId, Json, Limit, parse_settings
+from app.cli.options import Cursor, JobId, Json, Limit, TargetEngine, parse_settings
 from app.cli.output import fields, moment, note, note_more, print_json, stdout, table
 from app.cli.progress import require_success, steps, watch
 from app.cli.transfer_report import print_transfer_report
@@ -58,10 +58,7 @@ class Verdict(Enum):
 def transfer(
     context: typer.Context,
     adapter: Annotated[str, typer.Argument(metavar="ADAPTER", help="An adapter's id (adp_…), or its PEFT folder.")],
-    target: Annotated[
-        str,
-        typer.Option("--to", metavar="MODEL", help="The base model to move it to: id or name; of a folder a folder."),
-    ],
+    target: TargetModel,
     source: Annotated[
         Path | None, typer.Option("--from", exists=True, file_okay=False, help="Of a folder: that of its base model.")
     ] = None,
@@ -89,6 +86,7 @@ def transfer(
     epsilon: Annotated[float | None, typer.Option("--epsilon", help="How far below its rivals it may be.")] = None,
     seed: Annotated[int, typer.Option("--seed", help="Of all that is drawn.")] = 0,
     name: Annotated[str | None, typer.Option("--name", help="Name of the new adapter.")] = None,
+    target_engine: TargetEngine = None,
     alias: Alias = None,
     output: Annotated[
         Path | None, typer.Option("-o", "--output", help="Folder of the new one; needed for files.")
@@ -114,6 +112,7 @@ def transfer(
         "seed": seed,
         "alias": alias,
         "name": name,
+        "target_engine": target_engine,
     }
     body = {field: value for field, value in body.items() if value is not None}
     if not adapter.startswith("adp_"):

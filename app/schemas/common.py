@@ -7,6 +7,7 @@ from typing import Annotated, Any, Generic, TypeVar
 from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, PlainSerializer, StringConstraints
 
 from app.dependencies import PLAIN
+from artifacts.compatibility import Engine
 
 Item = TypeVar("Item")
 
@@ -16,6 +17,14 @@ Timestamp = Annotated[
 ]
 Name = Annotated[str, StringConstraints(min_length=1, max_length=200, pattern=PLAIN)]
 BaseModelName = Annotated[str, StringConstraints(min_length=1, max_length=300, pattern=PLAIN)]
+
+TargetEngine = Annotated[
+    Engine | None,
+    Field(
+        description="What will load the adapter: a request whose result it would not load is refused, and the same ΔW "
+        "is written with one rank and scaling 1 where it needs that. The report tells, at `target_engine`."
+    ),
+]
 
 
 class RequestModel(BaseModel):

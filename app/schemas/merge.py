@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import ConfigDict, Field, StringConstraints, model_validator
 
 from app.dependencies import HEX_ID
-from app.schemas.common import BaseModelName, Name, RequestModel
+from app.schemas.common import BaseModelName, Name, RequestModel, TargetEngine
 from app.schemas.resources import Resources
 from merge.catalog import METHODS
 from merge.plan import MAX_ADAPTERS
@@ -55,6 +55,14 @@ class MergeParams(MergePool):
     force: Annotated[bool, Field(strict=True)] = Field(
         False, description="Write the model even if rounding loses much of the change (report: base.rounding)."
     )
+
+    target_engine: TargetEngine = None
+
+    @model_validator(mode="after")
+    def _only_for_adapters(self) -> Self:
+        if self.output == "base" and self.target_engine is not None:
+            raise ValueError("target_engine belongs to output adapter")
+        return self
 
     @model_validator(mode="after")
     def _only_for_models(self) -> Self:

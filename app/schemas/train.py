@@ -7,7 +7,7 @@ from typing import Annotated, Any, Self
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, field_validator
 
 from app.dependencies import HEX_ID
-from app.schemas.common import BaseModelName, Name, RequestModel, Timestamp, as_json
+from app.schemas.common import BaseModelName, Name, RequestModel, TargetEngine, Timestamp, as_json
 from app.schemas.resources import Resources
 from artifacts.errors import RequestInvalid
 from artifacts.menu import NO_NUL
@@ -46,6 +46,7 @@ class Training(RequestModel):
         0, description="Of the adapter's first values, the order of the rows and dropout."
     )
     name: Name | None = Field(None, description="Name of the trained adapter.")
+    target_engine: TargetEngine = None
 
     @property
     def start(self) -> ContinueFrom | None:

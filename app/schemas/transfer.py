@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
 from app.dependencies import HEX_ID, PageQuery
 from app.schemas.aliases import ALIAS_PATTERN
-from app.schemas.common import BaseModelName, Name, RequestModel, Timestamp
+from app.schemas.common import BaseModelName, Name, RequestModel, TargetEngine, Timestamp
 from app.schemas.jobs import JobProgress, State
 from app.schemas.resources import Resources
 from app.schemas.train import MAX_SEED
@@ -65,6 +65,7 @@ class FleetParams(RequestModel):
     )
     seed: Annotated[int, Field(strict=True, ge=0, le=MAX_SEED)] = Field(0, description="Of all that is drawn.")
     name: Name | None = Field(None, description="Name of the new adapter.")
+    target_engine: TargetEngine = None
 
 
 class _Transfer(FleetParams):

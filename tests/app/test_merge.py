@@ -36,6 +36,7 @@ def test_a_merge_is_a_queued_job(server: Any, two_adapters: list[str]) -> None:
         "base_model": None,
         "dtype": "auto",
         "force": False,
+        "target_engine": None,
     }
     assert (job["result"], job["error"], job["started_at"], job["cancel_requested"]) == (None, None, None, False)
     shown = server.client.get(f"/jobs/{job['id']}").json()
@@ -79,6 +80,13 @@ REFUSED: dict[str, tuple[Any, str, str]] = {
         lambda ids: merge(ids, parameters={"weights": [1.0, 2.0, 3.0]}),
         "invalid_request",
         "/parameters/weights",
+    ),
+    "unknown engine": (lambda ids: merge(ids, target_engine="vLLM"), "invalid_request", "/target_engine"),
+    "an engine of other models": (lambda ids: merge(ids, target_engine="kohya"), "invalid_request", "/target_engine"),
+    "an engine for a model": (
+        lambda ids: merge(ids, output="base", target_engine="vllm"),
+        "invalid_request",
+        "",
     ),
     "unknown field": (lambda ids: merge(ids, adapter="x"), "invalid_request", "/adapter"),
 }

@@ -77,6 +77,7 @@ def test_a_schedule_is_made_and_shown(server: Any, two_adapters: list[str]) -> N
             "base_model": None,
             "dtype": "auto",
             "force": False,
+            "target_engine": None,
         },
         "resources": {},
     }

@@ -132,6 +132,7 @@ def test_a_transfer_is_judged_published_and_tells_nothing_of_its_seeds(bases: Ba
     bases.server.client.put("/aliases/orders", json={"adapter": bases.adapter})
     body = {"method": "seeds-only", "seeds": SEEDS, "parameters": QUICK, "holdout": bases.holdout, "task": "orders"}
     body["alias"] = "orders"
+    body["target_engine"] = "llama.cpp"
     first = bases.post(**body)
     assert first.status_code == 202, first.text
     job = bases.ended(first.json())
@@ -142,6 +143,7 @@ def test_a_transfer_is_judged_published_and_tells_nothing_of_its_seeds(bases: Ba
     report = job["result"]["report"]
     assert report["verdict"] == report["gate"]["verdict"] == "pass"  # neither base ever answers rightly: no worse
     assert report["training"]["steps"] == 2
+    assert (report["target_engine"]["engine"], report["target_engine"]["loads"]) == ("llama.cpp", True)
     shown = bases.get(f"/transfers/{job['id']}").json()
     [new] = job["result"]["adapters"]
     assert (shown["verdict"], shown["new_adapter"], shown["waiting"]) == ("pass", new, False)
@@ -270,6 +272,17 @@ def test_the_new_adapter_may_be_a_soft_prompt_that_can_not_be_merged(bases: Base
             "/parameters/target_parameters/rank",
         ),
         ({"method": "copy", "target_model": "sibling", "gate": {"epsilon": 2}}, 422, "/gate/epsilon"),
+        ({"method": "copy", "target_model": "sibling", "target_engine": "kohya"}, 422, "/target_engine"),
+        (
+            {
+                "method": "seeds-only",
+                "seeds": SEEDS,
+                "target_engine": "vllm",
+                "parameters": {"target_method": "prompt-tuning", "target_parameters": {}},
+            },
+            422,
+            "/parameters/target_method",
+        ),
     ],
 )
 def test_what_can_not_be_done_is_refused_at_once(bases: Bases, body: dict[str, Any], status: int, pointer: str) -> None:

@@ -76,6 +76,20 @@ def test_lego_writes_adapter_and_report(cli: Callable[..., Any], adapters: tuple
     }
 
 
+def test_a_merge_for_an_engine(cli: Callable[..., Any], adapters: tuple[Path, Path], tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    result = cli("merge", *adapters, "--method", "cat", "--target-engine", "llama.cpp", "-o", out)
+    assert result.code == 0, result.err
+    assert "llama.cpp  loads it" in result.out
+    assert json.loads((out / "merge_report.json").read_text(encoding="utf-8"))["target_engine"]["loads"]
+    other = tmp_path / "other"
+    for engine, words in (("kohya", "kohya would not load the result"), ("vLLM", "there is no engine")):
+        refused = cli("merge", *adapters, "--method", "cat", "--target-engine", engine, "-o", other)
+        assert refused.code != 0
+        assert words in refused.err
+        assert not other.exists()
+
+
 def test_the_inputs_stay_as_they_were(cli: Callable[..., Any], adapters: tuple[Path, Path], tmp_path: Path) -> None:
     before = {path: path.read_bytes() for folder in adapters for path in folder.iterdir()}
     assert cli("merge", *adapters, "--method", "cat", "-o", tmp_path / "out").code == 0

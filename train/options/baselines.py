@@ -36,7 +36,15 @@ class DoraOptions(LoraOptions):
         return super().parameters_of(d_out, d_in) + d_out
 
 
-class PissaOptions(LowRankOptions):
+class ChangedBaseOptions(LowRankOptions):
+    """Options of the methods that take the start of B·A out of W, and so end at twice the rank."""
+
+    @property
+    def certain_rank(self) -> int:
+        return 2 * self.rank
+
+
+class PissaOptions(ChangedBaseOptions):
     """PiSSA, arXiv:2404.02948: A and B start at the principal singular components of W, which W loses."""
 
     iterations: Annotated[StrictInt, Field(ge=1, le=1000)] | None = Field(
@@ -44,7 +52,7 @@ class PissaOptions(LowRankOptions):
     )
 
 
-class OloraOptions(LowRankOptions):
+class OloraOptions(ChangedBaseOptions):
     """OLoRA, arXiv:2406.01775: B and A start at the first columns and rows of the QR decomposition of W."""
 
 

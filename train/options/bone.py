@@ -80,6 +80,10 @@ class BoneOptions(TrainOptions):
         """Whether ΔW depends on W, so that it has full rank."""
         return self.variant in ("bat_col", "bat_row")
 
+    @property
+    def certain_rank(self) -> int:
+        return 1 if self.guided else self.rank
+
     def parameters_of(self, d_out: int, d_in: int) -> int:
         return self.rank * {"mini": self.mini_r, "bat_row": d_in}.get(self.variant, d_out)
 

@@ -90,6 +90,11 @@ class TrainOptions(BaseModel):
         return None
 
     @property
+    def certain_rank(self) -> int:
+        """A rank that the adapter's largest is sure to reach; 1 where only the training can tell."""
+        return 1
+
+    @property
     def gives_beside(self) -> bool:
         """Whether other adapters come out of the training beside its own."""
         return False
@@ -137,6 +142,10 @@ class LowRankOptions(TrainOptions):
 
     @property
     def largest_rank(self) -> int | None:
+        return self.rank
+
+    @property
+    def certain_rank(self) -> int:
         return self.rank
 
     def parameters_of(self, d_out: int, d_in: int) -> int:

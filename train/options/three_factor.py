@@ -31,6 +31,10 @@ class ThreeFactorOptions(TrainOptions):
         return self.rank
 
     @property
+    def certain_rank(self) -> int:
+        return self.rank
+
+    @property
     def scaling(self) -> float:
         """s."""
         return 1.0
@@ -166,6 +170,10 @@ class NloraOptions(SloraOptions):
     def changes_base(self) -> bool:
         """Whether W is changed in memory, so that the model begins as it was."""
         return self.initialisation == "nystrom_pinv" if self.residual is None else self.residual
+
+    @property
+    def certain_rank(self) -> int:
+        return 2 * self.rank if self.changes_base else self.rank
 
     def warnings(self, known: Circumstances) -> list[str]:
         found = super().warnings(known)

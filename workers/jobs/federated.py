@@ -31,6 +31,7 @@ from train.federation.updates import check_update
 from train.options.ffa_lora import FfaLoraOptions
 from workers.checkpointing import Checkpoints
 from workers.context import JobContext, JobOutcome
+from workers.jobs.target_engine import for_engine
 from workers.jobs.train_plans import described, trained_adapter
 from workers.pauses import JobPause
 
@@ -234,6 +235,8 @@ class _Server:
         output: Path = self.context.scratch / "trained"
         server = file_of(self.context, self.context.params["dataset"])
         report = self.federation.finish(state, server, output).to_dict() | described(self.plan)
+        output, told = for_engine(self.context, output)
+        report |= told
         names = f"{len(self.clients)} client{'s' if len(self.clients) > 1 else ''}"
         trained = trained_adapter(self.context, self.plan, output, names, self.model, report["steps"])
 

@@ -12,6 +12,7 @@ from merge.catalog import parse_parameters
 from workers.adapter_names import NAME_LIMIT
 from workers.context import JobContext, JobOutcome, NewModel
 from workers.jobs.merge_inputs import MergeSources
+from workers.jobs.target_engine import for_engine
 
 # Shares of the progress bar.
 FETCHED, MERGED_INTO_BASE, MERGED = 0.1, 0.3, 0.95
@@ -20,7 +21,8 @@ FETCHED, MERGED_INTO_BASE, MERGED = 0.1, 0.3, 0.95
 def run(context: JobContext) -> JobOutcome:
     """Merge the adapters that the job's parameters name.
 
-    `params`: {adapters: [{id, weight}], method, parameters, name, output, base_model, dtype, force}.
+    `params`: {adapters: [{id, weight}], method, parameters, name, output, base_model, dtype, force,
+    target_engine}.
 
     Raises:
         NotFound: an adapter was deleted since the job was submitted.
@@ -51,6 +53,8 @@ def run(context: JobContext) -> JobOutcome:
     if into_base:
         model, folded = fold(context, sources, output, recipe)
         return JobOutcome(models=(model,), report={**report, "base": folded})
+    output, told = for_engine(context, output)
+    report |= told
     context.progress(MERGED, "storing the merged adapter")
     return JobOutcome((sources.adapter(output, method, recipe, context.params.get("name")),), report)
 

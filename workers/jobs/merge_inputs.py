@@ -9,7 +9,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from artifacts.base_model import BaseModelRef
 from merge.options import MergeOptions
 from merge.plan import MergeInput
 from storage.adapters import Parent
@@ -17,7 +16,6 @@ from workers.adapter_names import default_name
 from workers.context import JobContext, NewAdapter, StoredAdapter
 
 LIBRARIES = ("rankwise", "torch", "numpy", "numba")
-UNKNOWN_BASE = "unknown"
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +45,10 @@ class MergeSources:
 
     def inputs(self) -> list[tuple[MergeInput, Path]]:
         """As the engine takes them."""
-        return [(_input(stored, weight), directory) for stored, weight, directory in self.items]
+        return [
+            (MergeInput.of(stored.manifest, stored.id, stored.name, stored.base, weight), directory)
+            for stored, weight, directory in self.items
+        ]
 
     def recipe(self, method: str, options: MergeOptions) -> dict[str, Any]:
         """All that is needed to do a merge again: every effective parameter and the versions that computed it."""
@@ -83,18 +84,3 @@ class MergeSources:
         """The registered base model, when all adapters have the same one."""
         ids = {item.model_id for item, _, _ in self.items}
         return ids.pop() if len(ids) == 1 else None
-
-
-def _input(stored: StoredAdapter, weight: float) -> MergeInput:
-    manifest = stored.manifest
-    return MergeInput(
-        id=stored.id,
-        name=stored.name,
-        digest=manifest.weights_digest,
-        modules=manifest.modules,
-        method=manifest.method,
-        mergeable=manifest.mergeable,
-        refusal=manifest.refusal,
-        base=stored.base or BaseModelRef.named(UNKNOWN_BASE),
-        weight=weight,
-    )

@@ -23,6 +23,7 @@ from train.protocol import Beside
 from workers.checkpointing import Checkpoints
 from workers.context import JobContext, JobOutcome, NewModel, StoredModel
 from workers.jobs import federated
+from workers.jobs.target_engine import for_engine
 from workers.jobs.train_plans import default_name, described, plan_of, trained_adapter
 from workers.pauses import JobPause
 from workers.stage_zero import ADAPTER_SHARE, TransferableTraining
@@ -38,7 +39,7 @@ def run(context: JobContext) -> JobOutcome | JobPause:
     """Train the adapter that the job's parameters describe.
 
     `params`: {method, base_model, dataset, task, parameters, training, evaluation, seed, name, continue_from,
-    transferable}.
+    transferable, target_engine}.
 
     Raises:
         NotFound: the base model or the dataset is not there any more.
@@ -73,6 +74,9 @@ def run(context: JobContext) -> JobOutcome | JobPause:
         found = train_adapter(plan, method, inputs, output, observer)
         report, beside = found.to_dict(), found.beside
         observer.flush()
+        if not plan.options.trains_base:
+            output, told = for_engine(context, output)
+            report |= told
         if zero is not None:
             output = zero.keep(output, report)
     else:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,7 @@ from transfer.weight_transfer import BaseWeights
 from workers.adapter_names import default_name
 from workers.checkpointing import Checkpoints
 from workers.context import JobContext, JobOutcome, NewAdapter, StoredModel
+from workers.jobs.target_engine import for_engine
 from workers.jobs.train import JobObserver
 
 LIBRARIES = ("rankwise", "torch", "transformers", "peft")
@@ -49,7 +51,7 @@ def run(context: JobContext) -> JobOutcome:
     """Move the adapter that the job's parameters name to another base model.
 
     `params`: {adapter, target_model, method, parameters, seeds: {count, digest}, task, format, inputs, holdout, gate,
-    controls, seed, name}. The texts of the seeds lie sealed beside the job.
+    controls, seed, name, target_engine}. The texts of the seeds lie sealed beside the job.
 
     Raises:
         NotFound: the adapter, a base model or a dataset is not there any more.
@@ -145,7 +147,9 @@ class Given:
             "versions": {library: version(library) for library in LIBRARIES},
         }
         job_id = context.spec.job_id
-        made = self._adapter(context, result, report, degraded)
+        fitted, told = for_engine(context, result.adapter)
+        report |= told
+        made = self._adapter(context, replace(result, adapter=fitted), report, degraded)
         held = _held(made) if judged == "hold" else None
 
         def judge(session: Session, ids: Sequence[str]) -> Sequence[str]:

@@ -47,6 +47,31 @@ def test_a_training_stores_an_adapter_with_its_report_and_its_series(
     assert all(point.numbers["gradient_norm"] > 0 for point, _ in points)
 
 
+def test_layers_of_several_ranks_are_written_as_the_engine_reads_them(
+    train_pool: Any, tiny_base: Path, base_id: str, add_dataset: Any
+) -> None:
+    pool = train_pool
+    wanted = params_of(
+        base_id,
+        add_dataset(),
+        method="increlora",
+        parameters={"target_rank": 2, "interval": 1, "export": "patterns"},
+        training=TRAINING | {"steps": 12},
+        target_engine="vllm",
+    )
+    job_id = pool.submit("train", **wanted)
+    start(pool, tiny_base)
+    job = pool.ended(job_id)
+    assert job.error is None
+    with pool.database.read() as session:
+        manifest = adapters.manifest_of(adapters.get_adapter(session, job.result["adapters"][0]))
+    assert {(module.rank, module.scaling) for module in manifest.modules} == {(manifest.rank, 1.0)}
+    told = job.result["report"]["target_engine"]
+    assert (told["engine"], told["loads"], told["findings"]) == ("vllm", True, [])
+    assert "modules are filled up to rank" in told["adapted"][1]
+    assert manifest.rank > 2
+
+
 PARAMETERS: dict[str, dict[str, Any]] = {
     "adalora": {"initial_rank": 4, "target_rank": 2, "dropout": 0.1},
     "allora": {"rank": 4},

@@ -1,0 +1,124 @@
+"""Adapters in the form of an engine: the same ΔW, and what is said before the work is what holds after it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, get_args
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from artifacts.adapter import Adapter
+from artifacts.compatibility import VLLM_RANKS, Engine, findings, loads
+from artifacts.engine_outlook import parse_engine
+from artifacts.errors import RequestInvalid
+from artifacts.intake import inspect
+from merge.engine import merge_files
+from merge.engine_form import check_merged, fit_engine
+from merge.options import CatOptions
+from merge.plan import MergeInput, plan_merge
+
+ENGINES: tuple[Engine, ...] = get_args(Engine)
+Q, V = "model.layers.0.self_attn.q_proj", "model.layers.0.self_attn.v_proj"
+
+
+def factors(rank: int, seed: int, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return (
+        torch.randn(rank, 12, generator=generator).to(dtype),
+        torch.randn(10, rank, generator=generator).to(dtype),
+    )
+
+
+def deltas(directory: Path) -> dict[str, torch.Tensor]:
+    adapter = Adapter.open(directory)
+    return {path: adapter[path].scaling * adapter[path].B.double() @ adapter[path].A.double() for path in adapter}
+
+
+@pytest.mark.parametrize(
+    ("engine", "config"),
+    [
+        ("vllm", {"rank_pattern": {"v_proj": 2}, "lora_alpha": 3}),
+        ("vllm", {"rank_pattern": {"v_proj": 2}, "alpha_pattern": {"q_proj": 0.5}}),
+        ("llama.cpp", {"rank_pattern": {"v_proj": 2}, "use_rslora": True}),
+    ],
+)
+def test_ranks_and_scalings_become_one_and_the_delta_stays(
+    write_adapter: Any, tmp_path: Path, engine: Engine, config: dict[str, Any]
+) -> None:
+    directory = write_adapter("uneven", {Q: factors(5, 1), V: factors(2, 2)}, **config)
+    (directory / "README.md").write_text("# mine")
+    assert not loads(findings(inspect(directory), engine)) or engine == "vllm"
+    fitted, told = fit_engine(directory, engine, tmp_path / "fitted")
+    assert fitted == tmp_path / "fitted"
+    manifest = inspect(fitted)
+    assert {(module.rank, module.scaling) for module in manifest.modules} == {(5, 1.0)}
+    assert told["loads"]
+    assert "multiplied into the factors" in told["adapted"][0]
+    assert "1 of 2 modules are filled up to rank 5" in told["adapted"][1]
+    assert [item["rule"] for item in told["findings"]] == (["llama-cpp-gguf"] if engine == "llama.cpp" else [])
+    before, after = deltas(directory), deltas(fitted)
+    assert before.keys() == after.keys()
+    for path, delta in before.items():
+        torch.testing.assert_close(after[path], delta, rtol=0, atol=1e-5)
+    assert (fitted / "README.md").read_text() == "# mine"
+
+
+def test_what_rounding_costs_is_told(write_adapter: Any, tmp_path: Path) -> None:
+    halves = {path: factors(4, seed, torch.bfloat16) for path, seed in ((Q, 1), (V, 2))}
+    directory = write_adapter("half", halves, lora_alpha=4, alpha_pattern={"q_proj": 3.3})
+    fitted, told = fit_engine(directory, "vllm", tmp_path / "fitted")
+    change = float(told["adapted"][0].split("rounding changed ΔW by ")[1].split(" ")[0])
+    assert 1e-4 < change < 1e-2
+    before, after = deltas(directory)[Q], deltas(fitted)[Q]
+    assert 1e-4 < float((after - before).norm() / before.norm()) < 1e-2
+
+
+def test_what_needs_nothing_is_left_as_it_is(write_adapter: Any, tmp_path: Path) -> None:
+    plain = write_adapter("plain", {Q: factors(4, 1), V: factors(4, 2)}, lora_alpha=7)
+    for engine in ("vllm", "peft", "llama.cpp"):
+        directory, told = fit_engine(plain, engine, tmp_path / "other")
+        assert directory == plain
+        assert (told["loads"], told["adapted"]) == (True, [])
+    saved = write_adapter("saved", {Q: factors(4, 1)}, modules_to_save=["score"], rank_pattern={"q_proj": 4})
+    directory, told = fit_engine(saved, "vllm", tmp_path / "other")
+    assert directory == saved
+    assert (told["loads"], told["adapted"]) == (False, [])
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("kind", ["language", "biased", "large", "unet"])
+def test_the_outlook_of_a_merge_is_what_its_file_shows(
+    write_adapter: Any, tmp_path: Path, engine: Engine, kind: str
+) -> None:
+    rank = {"large": VLLM_RANKS[-1] // 2 + 1}.get(kind, 3)
+    path = Q if kind != "unet" else "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
+    taken = []
+    for number in (0, 1):
+        directory = write_adapter(f"input-{number}", {path: factors(rank, number)}, lora_bias=kind == "biased")
+        if kind == "biased":
+            A, B = factors(rank, number)
+            names = {"lora_A.weight": A, "lora_B.weight": B, "lora_B.bias": torch.ones(10)}
+            tensors = {f"base_model.model.{path}.{name}": tensor for name, tensor in names.items()}
+            save_file(tensors, directory / "adapter_model.safetensors", metadata={"format": "pt"})
+        taken.append((MergeInput.of(inspect(directory), str(number), "x", None), directory))
+    plan = plan_merge([item for item, _ in taken], "cat", CatOptions())
+    merge_files(taken, "cat", CatOptions(), tmp_path / "merged")
+    found = findings(inspect(tmp_path / "merged"), engine)
+    if loads(found):
+        check_merged(plan, engine)
+        return
+    with pytest.raises(RequestInvalid) as caught:
+        check_merged(plan, engine)
+    refusing = [item for item in found if item.level != "needs"]
+    assert len(caught.value.errors) == len(refusing)
+    for item, error in zip(refusing, caught.value.errors, strict=True):
+        assert item.rule in error.message
+        assert item.source in error.message
+
+
+def test_an_engine_that_there_is_not() -> None:
+    assert [parse_engine(name) for name in ENGINES] == list(ENGINES)
+    with pytest.raises(RequestInvalid, match="there is no engine 'vLLM'"):
+        parse_engine("vLLM")
