@@ -1,7 +1,7 @@
 """Runs a merge: files in, one PEFT directory and a report out, module by module.
 
-Nothing of the base model is loaded and no d_out×d_in matrix is formed: memory holds one module's rank components per
-thread, whatever the size of the adapters.
+Nothing of the base model is loaded: memory holds one module's rank components per thread, whatever the size of the
+adapters, and beside them the one dense result that a method on single entries may keep (`merge.row_svd.ROOM`).
 """
 
 from __future__ import annotations

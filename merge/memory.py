@@ -1,8 +1,11 @@
-"""How this process hands freed memory back."""
+"""What memory a merge may hold beyond the factors of its modules, and how this process hands freed memory back."""
 
 from __future__ import annotations
 
 import ctypes
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
@@ -24,3 +27,25 @@ def keep_freed_memory() -> bool:
         return False
     accepted = mallopt(_M_MMAP_THRESHOLD, MAPPED_FROM_BYTES) and mallopt(_M_TRIM_THRESHOLD, KEPT_BYTES)
     return bool(accepted)
+
+
+class Room:
+    """A number of bytes that threads share: who finds none left does without."""
+
+    def __init__(self, size: int) -> None:
+        self._left = size
+        self._lock = threading.Lock()
+
+    @contextmanager
+    def taken(self, size: int) -> Iterator[bool]:
+        """Whether there is room for `size` bytes, which are given back at the end."""
+        with self._lock:
+            granted = size <= self._left
+            if granted:
+                self._left -= size
+        try:
+            yield granted
+        finally:
+            if granted:
+                with self._lock:
+                    self._left += size

@@ -1,21 +1,30 @@
-"""A truncated SVD of a matrix that comes a few rows at a time and is never there as a whole, unless it is small."""
+"""A truncated SVD of a matrix that comes a few rows at a time, and is kept as a whole only where there is room."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from merge.memory import Room
 from merge.rows import WHOLE
 
 OVERSAMPLING = 8
 """Directions that the subspace iteration carries beyond the rank."""
 
+ROOM = Room(1 << 29)
+"""For the matrices that this process keeps between two passes over their rows; others come anew in every pass."""
+KEPT_ROWS = 256
+"""Rows of a kept matrix that are taken at a time."""
+
 Blocks = Callable[[], Iterable[Tensor]]
-"""Yields the matrix from top to bottom, (rows, d_in) at a time; the same every time it is called."""
+"""Yields the matrix from top to bottom, (rows, d_in) at a time; the same every time it is called. The next block may
+overwrite the one before."""
 
 
 class LowRank(NamedTuple):
@@ -42,17 +51,53 @@ def row_svd(blocks: Blocks, shape: tuple[int, int], rank: int, start: Tensor, pa
     if shape[0] * shape[1] <= WHOLE:
         return _whole(torch.cat([block.clone() for block in blocks()]), rank)
     Q = _orthonormal(_directions(start, shape[1], min(rank + OVERSAMPLING, *shape)))
-    for _ in range(passes - 1):
-        Z = torch.zeros_like(Q)
-        for block in blocks():
-            Z.addmm_(block.T, block @ Q)
-        Q = _orthonormal(Z)
-    projected, energy = [], 0.0
-    for block in blocks():
-        projected.append(block @ Q)
-        flat = block.reshape(-1)
-        energy += float(flat @ flat)
+    with _replayed(blocks, shape, start, passes) as replayed:
+        for _ in range(passes - 1):
+            Z = Q.new_zeros(Q.shape[1], Q.shape[0])
+            for block in replayed():
+                Z.addmm_((block @ Q).T, block)
+            Q = _orthonormal(Z.T)
+        projected, energy = [], 0.0
+        for block in replayed():
+            projected.append(block @ Q)
+            flat = block.reshape(-1)
+            energy += float(flat @ flat)
     return _split(torch.cat(projected), Q, rank, energy)
+
+
+@contextmanager
+def _replayed(blocks: Blocks, shape: tuple[int, int], like: Tensor, passes: int) -> Iterator[Blocks]:
+    """The blocks, kept from the first pass on where there is room for all and they are needed again."""
+    size = shape[0] * shape[1] * like.element_size()
+    if passes == 1:
+        yield blocks
+        return
+    with ROOM.taken(size) as granted:
+        yield _kept(blocks, shape, like) if granted else blocks
+
+
+def _kept(blocks: Blocks, shape: tuple[int, int], like: Tensor) -> Blocks:
+    kept: Tensor | None = None
+
+    def replayed() -> Iterator[Tensor]:
+        nonlocal kept
+        if kept is not None:
+            yield from torch.split(kept, KEPT_ROWS)
+            return
+        matrix, row = _empty(shape, like), 0
+        for block in blocks():
+            rows = matrix[row : row + len(block)]
+            rows.copy_(block)
+            yield rows
+            row += len(block)
+        kept = matrix
+
+    return replayed
+
+
+def _empty(shape: tuple[int, int], like: Tensor) -> Tensor:
+    # numpy asks for pages of megabytes, torch does not: touching them first would be a fifth of the time
+    return torch.from_numpy(np.empty(shape, like.numpy().dtype)) if like.device.type == "cpu" else like.new_empty(shape)
 
 
 def _directions(start: Tensor, d_in: int, count: int) -> Tensor:

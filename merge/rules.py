@@ -1,18 +1,22 @@
 """Entrywise rules: how N blocks of equal shape become one. Of whole matrices, core matrices, factors or rows alike.
 
-Blocks are X: (N, rows, columns), weights (N,). Order of the blocks changes nothing but rounding.
+Blocks are X: (N, rows, columns), weights (N,). Order of the blocks changes nothing but rounding. Blocks of float32 on a
+CPU, which is what large matrices come in, take the compiled loops of `merge.entry_loops`; others are tensor algebra.
 """
 
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Sequence
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
+from merge import entry_loops
 from merge.stack import Stack
 
 Election = Literal["total", "frequency"]
@@ -22,27 +26,51 @@ MASK_ROWS = 32
 """Rows whose random masks come from one draw. Part of what a seed means: another value gives other masks."""
 
 
-def weighted_sum(X: Tensor, weights: Tensor) -> Tensor:
+class Window(NamedTuple):
+    """Which entries of each block take part: those with lower ≤ |x| < upper, both (N,)."""
+
+    lower: Tensor
+    upper: Tensor
+
+    def of(self, X: Tensor) -> Tensor:
+        """X with the others zero."""
+        size = X.abs()
+        return X * ((size >= _broadcast(self.lower, X)) & (size < _broadcast(self.upper, X)))
+
+
+def weighted_sum(X: Tensor, weights: Tensor, window: Window | None = None) -> Tensor:
     """Σ wᵢXᵢ."""
-    result: Tensor = torch.tensordot(weights.to(X.dtype), X, dims=1)
-    return result
+    if compiled(X):
+        result = X.new_empty(X.shape[1:])
+        entry_loops.weighted_sum(_flat(X), *_borders(X, window), _floats(weights, X), result.view(-1).numpy())
+        return result
+    total: Tensor = torch.tensordot(weights.to(X.dtype), window.of(X) if window else X, dims=1)
+    return total
 
 
-def elected_sum(X: Tensor, weights: Tensor, election: Election) -> Tensor:
+def elected_sum(X: Tensor, weights: Tensor, election: Election, window: Window | None = None) -> Tensor:
     """Sum of the weighted entries that have the elected sign, divided by how many do (arXiv:2306.01708, PEFT's order).
 
     The sign is elected on the entries without their weights: that of their sum (total) or of most of them (frequency);
     0 elects plus. Zeros never agree.
     """
+    if compiled(X):
+        ones = torch.ones_like(weights)
+        return _elected(X, ones, weights, ones, election, window)
+    X = window.of(X) if window else X
     majority = _majority(X if election == "total" else X.sign())
     agreeing = (X * majority).clamp_min_(0)
     total = weighted_sum(agreeing, weights) * majority
     return total / agreeing.sign_().sum(0).clamp_min_(1)
 
 
-def elected_mean(X: Tensor, weights: Tensor, election: Election, *, normalize: bool) -> Tensor:
+def elected_mean(
+    X: Tensor, weights: Tensor, election: Election, *, normalize: bool, window: Window | None = None
+) -> Tensor:
     """As mergekit: the sign is elected on the weighted entries, and the divisor is the weight of those that agree."""
-    weighted = X * _broadcast(weights, X)
+    if compiled(X):
+        return _elected(X, weights, weights, weights if normalize else torch.zeros_like(weights), election, window)
+    weighted = (window.of(X) if window else X) * _broadcast(weights, X)
     majority = _majority(weighted if election == "total" else weighted.sign())
     agreeing = (weighted * majority).clamp_min_(0)
     total = agreeing.sum(0) * majority
@@ -50,6 +78,35 @@ def elected_mean(X: Tensor, weights: Tensor, election: Election, *, normalize: b
         return total
     divisor = weighted_sum(agreeing.sign_(), weights)
     return total / torch.where(divisor == 0, 1.0, divisor)
+
+
+def _elected(
+    X: Tensor, votes: Tensor, weights: Tensor, shares: Tensor, election: Election, window: Window | None
+) -> Tensor:
+    """The compiled form of both elections: what an entry counts for in the vote, in the sum and in the divisor."""
+    result = X.new_empty(X.shape[1:])
+    columns = (_floats(values, X) for values in (votes, weights, shares))
+    entry_loops.elected(_flat(X), *_borders(X, window), *columns, election == "frequency", result.view(-1).numpy())
+    return result
+
+
+def compiled(X: Tensor) -> bool:
+    """Whether the compiled loops take a tensor like this."""
+    return X.dtype == torch.float32 and X.device.type == "cpu" and X.is_contiguous()
+
+
+def _flat(X: Tensor) -> NDArray[np.float32]:
+    return X.view(len(X), -1).numpy()
+
+
+def _floats(values: Tensor, X: Tensor) -> NDArray[np.float32]:
+    return values.to(X.dtype).numpy()
+
+
+def _borders(X: Tensor, window: Window | None) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    if window:
+        return _floats(window.lower, X), _floats(window.upper, X)
+    return np.zeros(len(X), np.float32), np.full(len(X), np.inf, np.float32)
 
 
 def _majority(votes: Tensor) -> Tensor:
@@ -94,8 +151,25 @@ def dropped(X: Tensor, density: float, seed: int, first_row: int = 0) -> Tensor:
     """
     if density >= 1:
         return X
-    uniform = uniform_rows(seed, first_row, X.shape[0], X.shape[1]).to(X.device)
-    return X * (uniform < density) / density
+    return X * kept_rows(seed, first_row, X.shape[0], X.shape[1], density).to(X.device) / density
+
+
+def kept_rows(seed: int, first_row: int, rows: int, columns: int, density: float) -> Tensor:
+    """(rows, columns) bool: which of `uniform_rows` are below the density, as float32."""
+    limit = np.uint64(math.ceil(float(np.float32(density)) * 2**24))
+    kept = np.empty(rows * columns, np.bool_)
+    for start in range(0, rows, MASK_ROWS):
+        words = np.random.SeedSequence([seed, first_row + start]).generate_state(3, np.uint64)
+        entry_loops.below(words, limit, kept[start * columns : (start + MASK_ROWS) * columns])
+    return torch.from_numpy(kept).view(rows, columns)
+
+
+def erased(X: Tensor, keep: Tensor, first_column: int) -> Tensor:
+    """X with the entries zero that `keep` (N, rows, d_in), from `first_column` on, does not keep. May be X, changed."""
+    if compiled(X):
+        entry_loops.erase(X.numpy(), keep.numpy(), first_column)
+        return X
+    return X * keep[:, :, first_column : first_column + X.shape[2]]
 
 
 def uniform_rows(seed: int, first_row: int, rows: int, columns: int) -> Tensor:

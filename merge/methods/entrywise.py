@@ -1,18 +1,20 @@
 """Methods that look at the entries of the deltas themselves: trimming, dropping, electing signs on ΔWᵢ.
 
-They run on a few dense rows at a time. The result has full rank in general, and is truncated to the output rank by a
+They run on tiles of a few dense rows. The result has full rank in general, and is truncated to the output rank by a
 streaming SVD; the report's truncation_error is what that costs.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from artifacts.algebra import core_svd
-from merge import rules
+from merge import entry_loops, rules
 from merge.entrywise_options import (
     BreadcrumbsOptions,
     BreadcrumbsTiesOptions,
@@ -28,74 +30,83 @@ from merge.entrywise_options import (
 )
 from merge.result import MergedModule
 from merge.row_svd import row_svd
-from merge.rows import DeltaRows, largest
+from merge.rows import BLOCK_ROWS, DeltaRows, largest
 from merge.stack import Stack
 
-Combine = Callable[[int, Tensor], Tensor]
-"""First row and dense rows of the deltas (N, rows, d_in) → rows of the result (rows, d_in)."""
+Combine = Callable[[int, int, Tensor], Tensor]
+"""First row, first column and a tile of the deltas (N, rows, columns), which may be changed → the result's tile."""
 
 
 def ties_svd(stack: Stack, options: TiesSvdOptions, rank: int) -> MergedModule:
     """`ties_svd` of PEFT (arXiv:2306.01708)."""
-    deltas, weights = DeltaRows.of(stack), stack.owner_weights
-    trim = _trimming(deltas, options.density)
-    election = options.majority_sign_method
-    return _merged(stack, deltas, lambda _, X: rules.elected_sum(trim(X), weights, election), options, rank)
+    deltas, weights, election = DeltaRows.of(stack), stack.owner_weights, options.majority_sign_method
+    window = _trimming(deltas, options.density)
+    return _merged(stack, deltas, lambda _r, _c, X: rules.elected_sum(X, weights, election, window), options, rank)
 
 
 def ties_mergekit(stack: Stack, options: TiesMergekitOptions, rank: int) -> MergedModule:
     """`ties` of mergekit (arXiv:2306.01708): weights take part in the vote and in the divisor."""
-    deltas, weights = DeltaRows.of(stack), stack.owner_weights
-    trim = _trimming(deltas, options.density)
-    return _merged(stack, deltas, lambda _, X: _elected_mean(trim(X), weights, options), options, rank)
+    deltas = DeltaRows.of(stack)
+    elect = _electing(stack, options, _trimming(deltas, options.density))
+    return _merged(stack, deltas, lambda _r, _c, X: elect(X), options, rank)
 
 
 def magnitude_prune_svd(stack: Stack, options: PruneSvdOptions, rank: int) -> MergedModule:
     """`magnitude_prune_svd` of PEFT."""
     deltas, weights = DeltaRows.of(stack), stack.owner_weights
-    trim = _trimming(deltas, options.density)
-    return _merged(stack, deltas, lambda _, X: rules.weighted_sum(trim(X), weights), options, rank)
+    window = _trimming(deltas, options.density)
+    return _merged(stack, deltas, lambda _r, _c, X: rules.weighted_sum(X, weights, window), options, rank)
 
 
 def dare_linear_svd(stack: Stack, options: DareSvdOptions, rank: int) -> MergedModule:
     """`dare_linear_svd` of PEFT (arXiv:2311.03099)."""
-    weights, drop = stack.owner_weights, _dropping(stack, options)
-    return _merged(stack, DeltaRows.of(stack), lambda r, X: rules.weighted_sum(drop(r, X), weights), options, rank)
+    weights, drop = stack.owner_weights / options.density, _dropping(stack, options)
+
+    def combine(row: int, column: int, X: Tensor) -> Tensor:
+        return rules.weighted_sum(drop(row, column, X), weights)
+
+    return _merged(stack, DeltaRows.of(stack), combine, options, rank)
 
 
 def dare_ties_svd(stack: Stack, options: DareTiesSvdOptions, rank: int) -> MergedModule:
     """`dare_ties_svd` of PEFT (arXiv:2311.03099)."""
-    weights, drop = stack.owner_weights, _dropping(stack, options)
-    election = options.majority_sign_method
-    return _merged(
-        stack, DeltaRows.of(stack), lambda r, X: rules.elected_sum(drop(r, X), weights, election), options, rank
-    )
+    weights, drop = stack.owner_weights / options.density, _dropping(stack, options)
+
+    def combine(row: int, column: int, X: Tensor) -> Tensor:
+        return rules.elected_sum(drop(row, column, X), weights, options.majority_sign_method)
+
+    return _merged(stack, DeltaRows.of(stack), combine, options, rank)
 
 
 def della(stack: Stack, options: DellaOptions, rank: int) -> MergedModule:
     """DELLA (arXiv:2406.11617): entries are dropped by their rank in the row, then signs are elected as in mergekit."""
-    weights, drop = stack.owner_weights, _dropping_by_rank(stack, options)
-    return _merged(stack, DeltaRows.of(stack), lambda r, X: _elected_mean(drop(r, X), weights, options), options, rank)
+    drop, elect = _dropping_by_rank(stack, options), _electing(stack, options, None)
+    deltas = DeltaRows.of(stack)
+    return _merged(stack, deltas, lambda row, _, X: elect(drop(row, X)), options, rank, whole_rows=True)
 
 
 def della_linear(stack: Stack, options: DellaLinearOptions, rank: int) -> MergedModule:
     """DELLA without the election (arXiv:2406.11617)."""
-    weights, drop = stack.owner_weights, _dropping_by_rank(stack, options)
-    return _merged(stack, DeltaRows.of(stack), lambda r, X: rules.weighted_sum(drop(r, X), weights), options, rank)
+    drop, weights = _dropping_by_rank(stack, options), stack.owner_weights
+
+    def combine(row: int, _column: int, X: Tensor) -> Tensor:
+        return rules.weighted_sum(drop(row, X), weights)
+
+    return _merged(stack, DeltaRows.of(stack), combine, options, rank, whole_rows=True)
 
 
 def breadcrumbs(stack: Stack, options: BreadcrumbsOptions, rank: int) -> MergedModule:
     """Model Breadcrumbs (arXiv:2312.06795): neither the largest entries nor the smallest."""
     deltas, weights = DeltaRows.of(stack), stack.owner_weights
-    keep = _middle(deltas, options)
-    return _merged(stack, deltas, lambda _, X: rules.weighted_sum(keep(X), weights), options, rank)
+    window = _middle(deltas, options)
+    return _merged(stack, deltas, lambda _r, _c, X: rules.weighted_sum(X, weights, window), options, rank)
 
 
 def breadcrumbs_ties(stack: Stack, options: BreadcrumbsTiesOptions, rank: int) -> MergedModule:
     """Model Breadcrumbs (arXiv:2312.06795), then signs are elected as in mergekit."""
-    deltas, weights = DeltaRows.of(stack), stack.owner_weights
-    keep = _middle(deltas, options)
-    return _merged(stack, deltas, lambda _, X: _elected_mean(keep(X), weights, options), options, rank)
+    deltas = DeltaRows.of(stack)
+    elect = _electing(stack, options, _middle(deltas, options))
+    return _merged(stack, deltas, lambda _r, _c, X: elect(X), options, rank)
 
 
 def sce(stack: Stack, options: SceOptions, rank: int) -> MergedModule:
@@ -112,12 +123,12 @@ def sce(stack: Stack, options: SceOptions, rank: int) -> MergedModule:
     if border is None:
         energies = stack.products.diagonal() * stack.owner_weights.square()
     else:
-        for _, block in deltas.blocks():
-            energies += select(block).square().flatten(1).sum(1)
+        for _, _, tile in deltas.tiles():
+            energies += select(tile).square().flatten(1).sum(1)
     total = energies.sum()
     weights = energies / total if float(total) > 0 else torch.full_like(energies, 1 / len(energies))
 
-    def combine(_: int, X: Tensor) -> Tensor:
+    def combine(_row: int, _column: int, X: Tensor) -> Tensor:
         kept = select(X)
         # the vote is without the weights by energy, the mean with them
         agree = kept.sign() == torch.where(kept.sum(0) >= 0, 1.0, -1.0)
@@ -128,58 +139,90 @@ def sce(stack: Stack, options: SceOptions, rank: int) -> MergedModule:
     return _merged(stack, deltas, combine, options, rank)
 
 
-def _elected_mean(
-    X: Tensor, weights: Tensor, options: TiesMergekitOptions | DellaOptions | BreadcrumbsTiesOptions
-) -> Tensor:
-    return rules.elected_mean(X, weights, options.majority_sign_method, normalize=options.normalize)
+def _electing(
+    stack: Stack,
+    options: TiesMergekitOptions | DellaOptions | BreadcrumbsTiesOptions,
+    window: rules.Window | None,
+) -> Callable[[Tensor], Tensor]:
+    """mergekit's election among the entries of a window."""
+    weights, election, normalize = stack.owner_weights, options.majority_sign_method, options.normalize
+    return lambda X: rules.elected_mean(X, weights, election, normalize=normalize, window=window)
 
 
-def _trimming(deltas: DeltaRows, density: float) -> Callable[[Tensor], Tensor]:
-    """Keeps of each delta its largest |entries|; those at the border all stay."""
+def _trimming(deltas: DeltaRows, density: float) -> rules.Window | None:
+    """Of each delta its largest |entries|; those at the border all stay."""
     if density >= 1:
-        return lambda X: X
+        return None
     kept = rules.kept_count(density, deltas.entries)
-    found = largest(deltas, torch.abs, [[kept]] * len(deltas.A))
-    return lambda X: torch.stack([rules.above(x, border) for x, (border,) in zip(X, found, strict=True)])
+    lower = _per_delta(deltas, largest(deltas, _entries, [[kept]] * len(deltas.A)), 0)
+    return rules.Window(lower, torch.full_like(lower, math.inf))
 
 
-def _middle(deltas: DeltaRows, options: BreadcrumbsOptions) -> Callable[[Tensor], Tensor]:
-    """Keeps `density` of each delta's entries below its largest `gamma`."""
+def _middle(deltas: DeltaRows, options: BreadcrumbsOptions) -> rules.Window | None:
+    """`density` of each delta's entries below its largest `gamma`."""
     if options.density >= 1:
-        return lambda X: X
+        return None
     kept = rules.kept_count(options.density, deltas.entries)
     # what is to be kept comes first: then fewer of the largest go
     dropped = min(rules.kept_count(options.gamma, deltas.entries), deltas.entries - kept)
-    found = largest(deltas, torch.abs, [[dropped, dropped + kept]] * len(deltas.A))
-    upper, lower = _per_delta(deltas, found, 0), _per_delta(deltas, found, 1)
-    return lambda X: X * ((X.abs() < upper) & (X.abs() >= lower))
+    found = largest(deltas, _entries, [[dropped, dropped + kept]] * len(deltas.A))
+    return rules.Window(_per_delta(deltas, found, 1), _per_delta(deltas, found, 0))
+
+
+def _entries(X: Tensor) -> Tensor:
+    return X
 
 
 def _per_delta(deltas: DeltaRows, found: list[list[float]], number: int) -> Tensor:
-    """(N, 1, 1)."""
-    return torch.tensor([values[number] for values in found], dtype=torch.float64).to(deltas.A[0])[:, None, None]
+    """(N,)."""
+    return torch.tensor([values[number] for values in found], dtype=torch.float64).to(deltas.A[0])
 
 
 def _dropping(stack: Stack, options: DareSvdOptions) -> Combine:
-    seeds = rules.seeds(stack, options.seed)
-    return lambda row, X: torch.stack(
-        [rules.dropped(x, options.density, seed, row) for x, seed in zip(X, seeds, strict=True)]
-    )
+    """Zeroes in a tile what DARE drops. What is kept is yet to be divided by the density."""
+    seeds, d_in = rules.seeds(stack, options.seed), stack.A.shape[1]
+    drawn, masks = -1, torch.empty(0)
+
+    def drop(row: int, column: int, X: Tensor) -> Tensor:
+        nonlocal drawn, masks
+        if options.density >= 1:
+            return X
+        if row != drawn:
+            masks = torch.stack([rules.kept_rows(seed, row, X.shape[1], d_in, options.density) for seed in seeds])
+            masks, drawn = masks.to(X.device), row
+        return rules.erased(X, masks, column)
+
+    return drop
 
 
-def _dropping_by_rank(stack: Stack, options: DellaLinearOptions) -> Combine:
+def _dropping_by_rank(stack: Stack, options: DellaLinearOptions) -> Callable[[int, Tensor], Tensor]:
     """Per row, the keep probability rises with the rank of the |entry| from density − ε to density + ε."""
     seeds = rules.seeds(stack, options.seed)
 
     def drop(row: int, X: Tensor) -> Tensor:
         if options.density >= 1:
             return X
+        draws = (rules.uniform_rows(seed, row, *X.shape[1:]).to(X.device) for seed in seeds)
+        if rules.compiled(X):
+            for x, uniform in zip(X, draws, strict=True):
+                _drop_by_rank(x, uniform, options)
+            return X
         probabilities = keep_probabilities(X, options.density, options.epsilon)
-        uniform = torch.stack([rules.uniform_rows(seed, row, *X.shape[1:]) for seed in seeds]).to(X.device)
-        kept = X * (uniform < probabilities)
+        kept = X * (torch.stack(list(draws)) < probabilities)
         return kept / probabilities if options.rescale else kept
 
     return drop
+
+
+def _drop_by_rank(x: Tensor, uniform: Tensor, options: DellaLinearOptions) -> None:
+    """The compiled form of it, on the rows of one delta."""
+    keys = np.empty(x.shape, np.int64)
+    entry_loops.place_keys(x.numpy(), keys)
+    keys.sort(axis=-1)
+    lowest, range_ = np.float32(options.density - options.epsilon), np.float32(2 * options.epsilon)
+    if x.shape[1] == 1:
+        lowest, range_ = np.float32(options.density), np.float32(0)
+    entry_loops.drop_by_rank(x.numpy(), keys, uniform.numpy(), lowest, range_, options.rescale)
 
 
 def keep_probabilities(X: Tensor, density: float, epsilon: float) -> Tensor:
@@ -189,19 +232,7 @@ def keep_probabilities(X: Tensor, density: float, epsilon: float) -> Tensor:
         return torch.full_like(X, density)
     ranks = torch.arange(columns, dtype=X.dtype, device=X.device) / (columns - 1)
     probabilities = (density - epsilon + 2 * epsilon * ranks).expand_as(X)
-    return torch.empty_like(X).scatter_(-1, _order(X.abs()), probabilities)
-
-
-def _order(magnitude: Tensor) -> Tensor:
-    """Positions along the last dimension by rising value; equal values by position."""
-    if magnitude.dtype != torch.float32 or magnitude.device.type != "cpu":
-        return magnitude.argsort(dim=-1, stable=True)
-    # Floats above 0 order as their bits do. With the position below them they are integers that all differ, and numpy
-    # sorts those several times faster than torch finds a stable order.
-    keys = magnitude.contiguous().view(torch.int32).to(torch.int64) << 32
-    keys |= torch.arange(magnitude.shape[-1])
-    keys.numpy().sort(axis=-1)
-    return keys & 0xFFFFFFFF
+    return torch.empty_like(X).scatter_(-1, X.abs().argsort(dim=-1, stable=True), probabilities)
 
 
 def _variance(X: Tensor) -> Tensor:
@@ -223,12 +254,25 @@ def _variance_border(deltas: DeltaRows, sizes: Tensor, density: float) -> float 
     return largest(deltas, variance, [[kept]])[0][0]
 
 
-def _merged(stack: Stack, deltas: DeltaRows, combine: Combine, options: EntrywiseOptions, rank: int) -> MergedModule:
-    """The combined rows at min(rank, d_out, d_in) components."""
+def _merged(
+    stack: Stack,
+    deltas: DeltaRows,
+    combine: Combine,
+    options: EntrywiseOptions,
+    rank: int,
+    *,
+    whole_rows: bool = False,
+) -> MergedModule:
+    """The combined rows at min(rank, d_out, d_in) components. Combine takes tiles, or whole rows."""
 
     def blocks() -> Iterator[Tensor]:
-        for row, block in deltas.blocks():
-            yield combine(row, block) * options.scale
+        d_in = deltas.shape[1]
+        buffer = stack.A.new_empty(BLOCK_ROWS, d_in)
+        for row, column, tile in deltas.tiles(whole_rows=whole_rows):
+            block = buffer[: tile.shape[1]]
+            block[:, column : column + tile.shape[2]] = combine(row, column, tile)
+            if column + tile.shape[2] == d_in:
+                yield block.mul_(options.scale)
 
     # the exact sum's own directions are the best guess of those of the result
     svd = core_svd(stack.A, stack.B, stack.weights, stack.gram_A, stack.gram_B)

@@ -15,6 +15,7 @@ from torch import Tensor
 from artifacts.errors import RankOutOfRange, RequestInvalid
 from merge import row_svd, rows, rules
 from merge.catalog import METHODS, parse_parameters
+from merge.memory import Room
 from merge.methods.entrywise import keep_probabilities
 
 NAMES = sorted(name for name, row in METHODS.items() if row.family == "entrywise")
@@ -130,6 +131,8 @@ class TestALargeMatrix:
         short = run_method(name, stack, rank=4, **parameters(name))
         monkeypatch.setattr(rows, "WHOLE", 100)
         monkeypatch.setattr(rows, "SAMPLE", 1 << 10)
+        monkeypatch.setattr(rows, "TILE_BYTES", 1)
+        monkeypatch.setattr(rows, "TILE_COLUMNS", 16)
         monkeypatch.setattr(row_svd, "WHOLE", 100)
         assert near(run_method(name, stack, rank=50, **parameters(name)), whole)
         assert near(run_method(name, stack, rank=4, passes=32, **parameters(name)), short, 0.02)
@@ -140,6 +143,8 @@ class TestALargeMatrix:
         deltas = rows.DeltaRows.of(stack_of(random_adapters([3, 4], d_out=70, d_in=50)))
         counts = [[0, 1, 700, 3499, 3500]] * 2
         exact = rows.largest(deltas, torch.abs, counts)
+        values = (deltas.B[1] @ deltas.A[1]).abs().flatten().sort(descending=True).values
+        torch.testing.assert_close(torch.tensor(exact[1][1:4]), values[[0, 699, 3498]])
         monkeypatch.setattr(rows, "WHOLE", 100)
         monkeypatch.setattr(rows, "SAMPLE", 1 << 10)
         monkeypatch.setattr(rows, "MARGIN", 1e-5)
@@ -156,6 +161,27 @@ class TestALargeMatrix:
         assert passes > 1
         assert exact[0][0] == float("inf")
         assert exact[0][4] == 0.0
+
+    def test_a_bracket_ends_with_the_smallest_of_what_it_holds(self) -> None:
+        bracket = rows._Bracket(low=2.0, high=3.0)
+        bracket.add(torch.tensor([4.0, -3.0, 2.0, 1.0, -2.5]))
+        assert [bracket.kth(k) for k in range(1, 6)] == [None, 3.0, 2.5, 2.0, None]
+
+    def test_a_matrix_without_room_comes_anew_in_every_pass(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        M = torch.randn(1400, 900, generator=torch.Generator().manual_seed(0))
+        calls = 0
+
+        def blocks() -> Any:
+            nonlocal calls
+            calls += 1
+            return M.split(64)
+
+        kept = row_svd.row_svd(blocks, (1400, 900), 10, M[:4].T, 3)
+        assert calls == 1
+        monkeypatch.setattr(row_svd, "ROOM", Room(M.numel() * 4 - 1))
+        anew = row_svd.row_svd(blocks, (1400, 900), 10, M[:4].T, 3)
+        assert calls == 4
+        assert near(anew.B @ anew.A, kept.B @ kept.A)
 
     def test_passes_come_closer_to_the_best(self) -> None:
         generator = torch.Generator().manual_seed(0)
@@ -177,6 +203,21 @@ class TestALargeMatrix:
 
 
 class TestDella:
+    @pytest.mark.parametrize("rescale", [True, False])
+    @pytest.mark.parametrize("columns", [1, 60])
+    def test_the_compiled_road_drops_what_the_algebra_drops(
+        self, columns: int, rescale: bool, stack_of: Any, run_method: Any, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        # whole numbers, so that many are equal
+        generator = torch.Generator().manual_seed(0)
+        parts = [torch.randint(-2, 3, (2, columns), generator=generator).float() for _ in range(2)]
+        stack = stack_of([(A, torch.ones(40, 2), 1.0) for A in parts])
+        rank = min(columns, 40)
+        fast = run_method("della_linear", stack, rank=rank, rescale=rescale)
+        monkeypatch.setattr(rules, "compiled", lambda _: False)
+        assert float(fast.norm()) > 0
+        assert near(fast, run_method("della_linear", stack, rank=rank, rescale=rescale))
+
     def test_probabilities_rise_with_the_rank_in_the_row(self) -> None:
         X = torch.tensor([[0.1, -3.0, 2.0], [5.0, 4.0, -6.0]])
         torch.testing.assert_close(keep_probabilities(X, 0.5, 0.2), torch.tensor([[0.3, 0.7, 0.5], [0.5, 0.3, 0.7]]))

@@ -58,6 +58,44 @@ def test_the_two_definitions_of_ties_differ() -> None:
     assert float((peft - mergekit).norm() / mergekit.norm()) > 0.3
 
 
+class TestCompiledLoops:
+    """Float32 blocks take the compiled loops, float64 blocks tensor algebra."""
+
+    X = torch.randn(3, 40, 37, generator=torch.Generator().manual_seed(2))
+    # whole numbers: then votes tie, and entries stand at a border
+    WHOLE = (2 * X).round()
+    WINDOWS = (None, rules.Window(torch.tensor([1.0, 0.0, 2.0]), torch.tensor([3.0, 1.0, float("inf")])))
+
+    @pytest.mark.parametrize("window", WINDOWS)
+    @pytest.mark.parametrize("X", [X, WHOLE])
+    def test_they_do_what_the_algebra_does(self, X: torch.Tensor, window: rules.Window | None) -> None:
+        def same(one: torch.Tensor, other: torch.Tensor) -> None:
+            assert one.dtype == torch.float32
+            torch.testing.assert_close(one.double(), other, rtol=0, atol=1e-5)
+
+        exact, weights = X.double(), torch.tensor([1.0, 0.5, -0.75], dtype=torch.float64)
+        same(rules.weighted_sum(X, weights, window), rules.weighted_sum(exact, weights, window))
+        for election in ("total", "frequency"):
+            same(rules.elected_sum(X, weights, election, window), rules.elected_sum(exact, weights, election, window))
+            for normalize in (True, False):
+                ours = rules.elected_mean(X, weights, election, normalize=normalize, window=window)
+                same(ours, rules.elected_mean(exact, weights, election, normalize=normalize, window=window))
+
+    def test_a_window_has_its_lower_border_and_not_its_upper(self) -> None:
+        X = torch.tensor([[[-2.0, -1.0, 0.5, 1.0, 2.0]]])
+        window = rules.Window(torch.tensor([1.0]), torch.tensor([2.0]))
+        one = torch.ones(1)
+        expected = [[0.0, -1.0, 0.0, 1.0, 0.0]]
+        assert rules.weighted_sum(X, one, window).tolist() == expected
+        assert rules.weighted_sum(X.double(), one, window).tolist() == expected
+
+    @pytest.mark.parametrize(("rows", "columns"), [(64, 20), (33, 9), (5, 7)])
+    @pytest.mark.parametrize("density", [0.3, 0.7, 1e-9])
+    def test_masks_are_those_of_numpys_generator(self, rows: int, columns: int, density: float) -> None:
+        kept = rules.kept_rows(9, 32, rows, columns, density)
+        assert torch.equal(kept, rules.uniform_rows(9, 32, rows, columns) < density)
+
+
 class TestDropping:
     def test_entries_are_kept_at_the_density_and_rescaled(self) -> None:
         X = torch.ones(400, 300)
