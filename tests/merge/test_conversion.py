@@ -128,6 +128,18 @@ def test_a_smaller_rank_is_the_best_of_its_size_with_its_error(
         assert module.relative_error == pytest.approx(found, rel=1e-4)
         error, energy = error + float((small - exact).norm() ** 2), energy + float(exact.norm() ** 2)
     assert (report.rank, report.exact) == (2, False)
+    assert report.to_dict() == {
+        "from": report.source,
+        "to": "lora",
+        "rank": 2,
+        "exact": False,
+        "relative_error": report.relative_error,
+        "modules": [
+            {"path": m.path, "rank": 2, "exact_rank": m.exact_rank, "relative_error": m.relative_error}
+            for m in report.modules
+        ],
+    }
+    assert report.source == name.split(",")[0]
     assert report.relative_error == pytest.approx((error / energy) ** 0.5, rel=1e-4)
 
 

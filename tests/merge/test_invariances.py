@@ -84,6 +84,19 @@ def test_scale_multiplies_the_result(name: str, stack_of: Any, random_adapters: 
     assert close(run_method(name, stack, scale=-2.5), -2.5 * run_method(name, stack))
 
 
+@pytest.mark.parametrize("size", [2.0**-14, 2.0**14])
+@pytest.mark.parametrize("name", NAMES)
+def test_the_common_size_of_the_adapters_is_that_of_the_result(
+    name: str, size: float, stack_of: Any, random_adapters: Any, run_method: Any
+) -> None:
+    """What is small is small beside the largest, never beside 1. Masks are left out: they follow the numbers."""
+    fixed = {"density": 1.0} if "density" in METHODS[name].options.model_fields else {}
+    adapters = random_adapters([3, 5])
+    sized = [(A * size, B * size, s) for A, B, s in adapters]
+    one = run_method(name, stack_of(adapters), **fixed)
+    assert close(run_method(name, stack_of(sized), **fixed), one * size**2)
+
+
 @pytest.mark.parametrize("name", sorted(IDENTITY))
 def test_a_single_adapter_comes_back(name: str, stack_of: Any, random_adapters: Any, run_method: Any) -> None:
     ((A, B, s),) = random_adapters([5])

@@ -94,3 +94,36 @@ def test_a_zero_adapter_stays_zero(write_adapter: Write, merge: Any, dense_delta
     sources = [write_adapter("one", modules(0, (1.0, 1.0))), write_adapter("zero", zero)]
     result, _ = merge(sources, "cat", norm_equalize="adapter")
     torch.testing.assert_close(result["a.proj"], dense_delta(sources[0], "a.proj"), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("size", [1e-3, 1e3])
+@pytest.mark.parametrize("mode", ["adapter", "module"])
+def test_the_common_size_of_the_adapters_plays_no_part(
+    mode: str, size: float, write_adapter: Write, merge: Any
+) -> None:
+    """One among them is zero, and keeps the factor 1."""
+    pairs = [modules(0, (size, size)), modules(1, (3 * size, 2 * size)), modules(2, (0.0, 0.0))]
+    sources = [write_adapter(f"s{i}", pair) for i, pair in enumerate(pairs)]
+    _, report = merge(sources, "cat", norm_equalize=mode)
+    for module in report.modules:
+        one, two, zero = module.norm_factors
+        # the median of two norms is their mean: n₁f₁ = n₂f₂ = (n₁ + n₂)/2
+        assert 1 / one + 1 / two == pytest.approx(2, rel=1e-4)
+        assert one > 1 > two
+        assert zero == 1
+
+
+def test_adapters_that_are_all_zero_keep_their_size(write_adapter: Write, merge: Any) -> None:
+    sources = [write_adapter(f"s{i}", modules(i, (0.0, 0.0))) for i in range(2)]
+    _, report = merge(sources, "cat", norm_equalize="adapter")
+    assert [module.norm_factors for module in report.modules] == [(1, 1), (1, 1)]
+
+
+def test_norms_are_those_of_the_numbers_in_the_precision_of_the_merge(write_adapter: Write, merge: Any) -> None:
+    """In bfloat16, a sum of many squares would stop to grow."""
+    pairs = [{path: (A.bfloat16(), B.bfloat16()) for path, (A, B) in modules(i, (1.0, 2.0)).items()} for i in range(2)]
+    sources = [write_adapter(f"s{i}", pair) for i, pair in enumerate(pairs)]
+    norms = [sum(float((B.double() @ A.double()).norm() ** 2) for A, B in pair.values()) ** 0.5 for pair in pairs]
+    _, report = merge(sources, "cat", norm_equalize="adapter")
+    for module in report.modules:
+        assert module.norm_factors == pytest.approx([sum(norms) / 2 / norm for norm in norms], rel=1e-6)
