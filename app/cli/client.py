@@ -102,15 +102,16 @@ class Client:
         advance: Callable[[int], None],
         *,
         to: str = "/adapters",
+        method: str = "POST",
     ) -> tuple[dict[str, Any], bool]:
-        """POST files. Returns what was made of them, and whether it is new; `advance` gets the bytes of each read."""
+        """Send files. Returns what was made of them, and whether it is new; `advance` gets the bytes of each read."""
         with ExitStack() as stack:
             parts = [
                 ("file", (path.name, cast("IO[bytes]", _CountedFile(stack.enter_context(path.open("rb")), advance))))
                 for path in files
             ]
             with self._connected():
-                answer = self._http.post(to, files=parts, data=dict(form))
+                answer = self._http.request(method, to, files=parts, data=dict(form))
         return self._checked(answer).json(), answer.status_code == 201
 
     def download(

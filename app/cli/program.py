@@ -17,6 +17,7 @@ from app.cli import (
     database,
     datasets,
     demonstration,
+    federating,
     jobs,
     keys,
     merge_comparing,
@@ -52,6 +53,7 @@ app.command("merge")(merging.merge)
 app.command("merge-compare")(merge_comparing.merge_compare)
 app.command("compose")(composing.compose)
 app.command("train")(training.train)
+app.command("federate")(federating.federate)
 app.command("transfer")(transferring.transfer)
 app.add_typer(transferring.app, name="transfers")
 app.add_typer(jobs.app, name="jobs")
