@@ -2,31 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 from sqlalchemy.orm import Session
 
 from app.auth import Principal
-from app.base_configs import config_of_model
 from app.form_fields import form_of, once
 from app.idempotency import Answer, answer_after, request_key
 from app.schemas.adapters import Adapter, AdapterForm
 from app.schemas.common import as_json
 from app.state import Services
 from app.uploads import Upload, full_disk_as_problem
-from artifacts import base_model, intake
-from artifacts.errors import FieldError, RequestInvalid, ShapeMismatch
-from artifacts.layout import CONFIG_NAME, WEIGHTS_NAME
+from artifacts import intake
+from artifacts.errors import FieldError, RequestInvalid
 from artifacts.manifest import AdapterManifest
-from storage import adapters, models, transferables
-from storage.tables import ModelRow
+from storage import adapters, transferables
+from storage.declared_bases import check_declared, declared_base
+from workers.adapter_names import name_of_files
 
 TEXT_FIELDS = frozenset({"name", "base_model", "description", "tags"})
-_STANDARD_NAMES = frozenset({WEIGHTS_NAME, CONFIG_NAME})
-_SUFFIXES = (".safetensors", ".gguf", ".zip", ".tar.gz", ".tgz", ".tar")
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,71 +87,26 @@ def parse_form(fields: dict[str, list[str]]) -> AdapterForm:
     return form_of(AdapterForm, values)
 
 
-def default_name(file_names: Sequence[str]) -> str:
-    """A name for an upload without one: that of its file, unless PEFT always calls it so."""
-    for file_name in file_names:
-        base = PurePosixPath(file_name.replace("\\", "/")).name
-        if base in _STANDARD_NAMES:
-            continue
-        suffix = next((item for item in _SUFFIXES if base.lower().endswith(item)), None)
-        stem = base[: -len(suffix)] if suffix else ""
-        clean = "".join(character for character in stem if character.isprintable()).strip()[:200]
-        if clean:
-            return clean
-    return "adapter"
-
-
 def _prepare(services: Services, upload: Upload, form: AdapterForm) -> _Prepared:
     limits = intake.IntakeLimits(max_bytes=services.settings.max_upload_bytes)
-    model, base_name = _find_model(services, form.base_model)
+    with services.database.read() as session:
+        model, base_name = declared_base(session, form.base_model)
     staged = [(file.name, file.path) for file in upload.files]
     with full_disk_as_problem():
-        config = None if model is None else config_of_model(services, model)
+        config = None if model is None else services.base_configs.of_model(model)
         directory = intake.receive(staged, upload.folder / "intake", limits, base_config=config)
     manifest = intake.inspect(directory, base_model=base_name)
     if model is not None:
-        _check_against(model, manifest)
+        check_declared(model, manifest.modules)
     with services.database.write() as session:
         adapters.reserve_blobs(session, manifest.files)
     _store_files(services, directory, manifest, {file.sha256: file.crc32 for file in upload.files})
     return _Prepared(
         manifest=manifest,
-        name=form.name or default_name([file.name for file in upload.files]),
+        name=form.name or name_of_files([file.name for file in upload.files]),
         base_name=base_name,
         model_id=None if model is None else model.id,
     )
-
-
-def _find_model(services: Services, named: str | None) -> tuple[ModelRow | None, str | None]:
-    """The registered base model of that id or name, if there is one, and the name to write down."""
-    if named is None:
-        return None, None
-    with services.database.read() as session:
-        model = models.find_model(session, named)
-    if model is not None:
-        return model, model.location if model.source == "hub" else model.name
-    if named.startswith("mdl_"):
-        raise RequestInvalid(
-            f"There is no base model {named!r}.",
-            hint="Register it with POST /models, or give the model's name.",
-            errors=[FieldError("/base_model", "unknown id")],
-        )
-    return None, named
-
-
-def _check_against(model: ModelRow, manifest: AdapterManifest) -> None:
-    """Refuse an adapter that does not fit the base model that the uploader says it is for."""
-    fingerprint = models.ref_of(model).fingerprint
-    if fingerprint is None:
-        return
-    offenders = base_model.check_modules(fingerprint, manifest.modules)
-    if offenders:
-        raise ShapeMismatch(
-            f"The adapter does not fit {model.name}: {len(offenders)} of its modules are not there or have other "
-            f"dimensions, for instance {offenders[0]}.",
-            hint="Name the base model that the adapter was trained on.",
-            errors=[FieldError("/base_model", text) for text in offenders[:20]],
-        )
 
 
 def _store_files(services: Services, directory: Path, manifest: AdapterManifest, crc32: dict[str, int]) -> None:

@@ -6,11 +6,11 @@ from collections.abc import Callable
 
 import structlog
 
+from app.egress_policies import webhook_policy
 from app.federations import settle_federations
 from app.model_retirement import retire_models
 from app.scheduling import Scheduler
 from app.settings import Settings
-from app.webhook_policy import egress_policy
 from storage import deliveries, idempotency
 from storage.blobs import BlobStore
 from storage.database import Database
@@ -45,7 +45,7 @@ def chores(
         fired: told the kind of every job that a schedule has made here.
     """
     scheduler = Scheduler(settings, database, fired)
-    courier = Courier(database, egress_policy(settings))
+    courier = Courier(database, webhook_policy(settings))
     return [
         Chore("schedules", SCHEDULE_SECONDS, scheduler.run, interrupt=scheduler.interrupt),
         Chore("retirement", RETIREMENT_SECONDS, lambda: retire_models(database)),

@@ -13,12 +13,14 @@ from sqlalchemy.orm import Session
 from app import capacity
 from app.compose_inputs import check_compare, check_compose
 from app.conversion_inputs import check_convert
+from app.import_inputs import check_import
 from app.merge_inputs import check_merge, check_merges
 from app.problems import pointer_of
 from app.quantize_inputs import check_quantize
 from app.schemas.common import as_json
 from app.schemas.compose import CompareParams, ComposeParams
 from app.schemas.conversion import ConvertParams
+from app.schemas.imports import ImportParams
 from app.schemas.merge import CompareMergesParams, MergeParams
 from app.schemas.quantize import QuantizeParams
 from app.schemas.resources import Resources
@@ -122,6 +124,7 @@ JOB_KINDS: Mapping[str, JobKind] = MappingProxyType(
         "merge": JobKind(MergeParams, check_merge),
         "merge_compare": JobKind(CompareMergesParams, check_merges),
         "convert": JobKind(ConvertParams, check_convert),
+        "import": JobKind(ImportParams, check_import),
         "compose": JobKind(ComposeParams, check_compose),
         "compare": JobKind(CompareParams, check_compare),
         "quantize": JobKind(QuantizeParams, check_quantize),

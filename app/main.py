@@ -19,6 +19,7 @@ from app.logs import configure_logging
 from app.metrics import Metrics
 from app.middleware import BodyLimitMiddleware, RequestMiddleware
 from app.openapi import complete, operation_id
+from app.remotes import remotes_of
 from app.routes import (
     adapters,
     aliases,
@@ -27,6 +28,7 @@ from app.routes import (
     datasets,
     fleets,
     images,
+    imports,
     jobs,
     merge,
     methods,
@@ -114,6 +116,7 @@ def create_app(settings: Settings | None = None) -> RankwiseAPI:
     problems.install(app)
     for room in (
         service,
+        imports,
         adapters,
         aliases,
         datasets,
@@ -200,4 +203,5 @@ def pool_settings(settings: Settings) -> PoolSettings:
         model_roots=settings.model_roots,
         warm_bytes=settings.warm_bytes,
         safety_checker=None if settings.safety_checker is None else str(settings.safety_checker),
+        remotes=remotes_of(settings),
     )

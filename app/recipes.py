@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from types import MappingProxyType
+from typing import Any
 
 from sqlalchemy.orm import Session
 
@@ -32,6 +33,8 @@ def recipe_of(session: Session, adapter_id: str) -> AdapterRecipe:
             return _of_merge(session, row, edges)
     if row.origin in _CALLS and row.job_id is not None:
         return _of_job(session, row)
+    if row.source is not None:
+        return _of_import(row, row.source)
     return AdapterRecipe(
         adapter=row.id,
         origin=row.origin,
@@ -62,6 +65,32 @@ def _of_merge(session: Session, row: AdapterRow, edges: Sequence[LineageRow]) ->
         origin=row.origin,
         call=RecipeCall(path="/merge", body=body),
         versions=recipe["versions"],
+        reproducible=not because,
+        because=because,
+    )
+
+
+def _of_import(row: AdapterRow, source: Mapping[str, Any]) -> AdapterRecipe:
+    """Of the commit, or with the digest of the one file: other bytes are refused."""
+    place: dict[str, Any]
+    because = []
+    if source["kind"] == "hub":
+        place = {"hub": {"repo": source["repo"], "revision": source["revision"], "path": source["path"]}}
+    else:
+        if source["kind"] == "url":
+            place = {"url": source["url"]}
+            if source["query"]:
+                because.append("the URL had a query, which is not kept")
+        else:
+            place = {"s3": {name: source[name] for name in ("bucket", "key", "prefix") if source[name] is not None}}
+        if len(source["files"]) == 1:
+            place["sha256"] = source["files"][0]["sha256"]
+        else:
+            because.append("what lies under the prefix may be other files by now")
+    return AdapterRecipe(
+        adapter=row.id,
+        origin=row.origin,
+        call=RecipeCall(path="/adapters/import", body={"source": place, "name": row.name}),
         reproducible=not because,
         because=because,
     )

@@ -7,9 +7,20 @@ import json
 import os
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
+from urllib.parse import urlsplit
 
-from pydantic import AfterValidator, BeforeValidator, Field, IPvAnyNetwork, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    Field,
+    IPvAnyNetwork,
+    SecretStr,
+    field_validator,
+    model_validator,
+)
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+
+from workers.remotes import HUB
 
 GIB = 1024**3
 
@@ -32,7 +43,24 @@ def _off_is_none(value: Any) -> Any:
     return None if isinstance(value, str) and value.strip().lower() == "off" else value
 
 
+def _http_address(value: str) -> str:
+    parts = urlsplit(value)
+    if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.username:
+        raise ValueError("must be an address such as https://huggingface.co")
+    return value.rstrip("/")
+
+
+def _split_commas(value: Any) -> Any:
+    if not isinstance(value, str):
+        return value
+    if value.lstrip().startswith("["):
+        return tuple(json.loads(value))
+    return tuple(part.strip() for part in value.split(",") if part.strip())
+
+
 AbsolutePath = Annotated[Path, AfterValidator(_absolute)]
+HttpAddress = Annotated[str, AfterValidator(_http_address)]
+CommaSeparated = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_split_commas)]
 
 
 class Settings(BaseSettings):
@@ -100,6 +128,28 @@ class Settings(BaseSettings):
     webhook_allowed_networks: Annotated[tuple[IPvAnyNetwork, ...], NoDecode] = Field(
         (), description="Networks that are not public and that webhooks may go to, as 10.0.0.0/8,127.0.0.1."
     )
+    hub_endpoint: Annotated[HttpAddress | None, BeforeValidator(_off_is_none)] = Field(
+        HUB,
+        validate_default=True,
+        description="Hub that adapters are fetched from; it speaks the protocol of huggingface.co. off: none.",
+    )
+    hub_tokens: dict[str, SecretStr] = Field(
+        {}, description='Tokens of the hub by names of yours, as {"default": "hf_…"}; jobs give a name, never a token.'
+    )
+    import_hosts: CommaSeparated = Field(
+        (), description="Hosts of URLs that adapters may be fetched from, as civitai.com,*.example.org; * is any."
+    )
+    import_tokens: dict[str, SecretStr] = Field(
+        {}, description='Tokens by host, as {"civitai.com": "…"}: sent to that host only, as Authorization: Bearer.'
+    )
+    import_buckets: CommaSeparated = Field(
+        (), description="Buckets that adapters may be fetched from, as s3://one,s3://two/prefix."
+    )
+    import_allow_http: bool = Field(False, description="on: adapters may come from http:// URLs, beside https://.")
+    import_allowed_networks: Annotated[tuple[IPvAnyNetwork, ...], NoDecode] = Field(
+        (), description="Networks that are not public and that URLs of adapters may lead to, as 10.0.0.0/8."
+    )
+    import_timeout_seconds: float = Field(3600.0, gt=0, description="Longest time to fetch one adapter in.")
     staging_max_age_hours: float = Field(24.0, gt=0, description="Uploads left by a killed server go after this time.")
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     log_format: Literal["json", "console"] = "json"
@@ -113,14 +163,18 @@ class Settings(BaseSettings):
             return tuple(json.loads(value))
         return tuple(part for part in value.split(os.pathsep) if part)
 
-    @field_validator("webhook_allowed_networks", mode="before")
+    @field_validator("webhook_allowed_networks", "import_allowed_networks", mode="before")
     @classmethod
     def _split_networks(cls, value: Any) -> Any:
-        if not isinstance(value, str):
-            return value
-        if value.lstrip().startswith("["):
-            return tuple(json.loads(value))
-        return tuple(part.strip() for part in value.split(",") if part.strip())
+        return _split_commas(value)
+
+    @field_validator("import_buckets")
+    @classmethod
+    def _check_buckets(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for url in value:
+            if urlsplit(url).scheme != "s3" or not urlsplit(url).netloc:
+                raise ValueError(f"{url!r} is not s3://bucket or s3://bucket/prefix")
+        return value
 
     @field_validator("log_level", "log_format", "pool", mode="before")
     @classmethod

@@ -12,6 +12,7 @@ from app.key_uses import KeyUses
 from app.measures import Measures
 from app.metrics import Metrics
 from app.settings import Settings
+from storage.base_configs import BaseConfigs
 from storage.blobs import BlobStore
 from storage.database import Database
 from workers.clockwork import Clockwork
@@ -46,6 +47,11 @@ class Services:
 
     def __post_init__(self) -> None:
         self.crc32 = Crc32Cache(self.blobs, self.settings.cache_dir / "crc32")
+
+    @property
+    def base_configs(self) -> BaseConfigs:
+        """Reads config.json of base models."""
+        return BaseConfigs(self.database, self.blobs, self.settings.model_roots)
 
     @property
     def staging(self) -> Path:

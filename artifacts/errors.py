@@ -40,6 +40,7 @@
     ├── ReloadMismatch                500 reload_mismatch        a written adapter did not read back as it was computed
     ├── DatabaseUnavailable           503 database_unavailable
     ├── BlobStoreUnavailable          503 blob_store_unavailable
+    ├── RemoteUnavailable             503 remote_unavailable     a hub or another server that files come from or go to
     ├── DiskFull                      507 disk_full
     └── JobInterrupted                500 job_interrupted        raised inside an attempt that must stop
         ├── AttemptCancelled          500 job_cancelled          by the user
@@ -238,6 +239,10 @@ class DatabaseUnavailable(RankwiseError):
 
 class BlobStoreUnavailable(RankwiseError):
     code, status, title = "blob_store_unavailable", 503, "The blob store is not available"
+
+
+class RemoteUnavailable(RankwiseError):
+    code, status, title = "remote_unavailable", 503, "Another server is not available"
 
 
 class DiskFull(RankwiseError):

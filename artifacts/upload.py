@@ -180,7 +180,7 @@ def _reason(name: PurePosixPath, folder: PurePosixPath) -> str:
 def _adapter_folder(pieces: list[Piece]) -> PurePosixPath:
     """The folder that holds the adapter: the only one with weights, or the one above all others that have some."""
     folders = sorted(
-        {piece.name.parent for piece in pieces if _is_weights(piece.name)},
+        {piece.name.parent for piece in pieces if is_weights(piece.name)},
         key=lambda item: (len(item.parts), str(item)),
     )
     if not folders:
@@ -192,12 +192,13 @@ def _adapter_folder(pieces: list[Piece]) -> PurePosixPath:
     return outermost
 
 
-def _is_weights(name: PurePosixPath) -> bool:
+def is_weights(name: PurePosixPath) -> bool:
+    """Whether it is the name of a file of factors."""
     return role_of(name) is not None and name.suffix.lower() in _WEIGHTS and name.name not in COMPANIONS
 
 
 def _weights_name(here: dict[str, Path], folder: PurePosixPath) -> str:
-    names = [name for name in here if _is_weights(PurePosixPath(name))]
+    names = [name for name in here if is_weights(PurePosixPath(name))]
     if WEIGHTS_NAME in names or len(names) == 1:
         return WEIGHTS_NAME if WEIGHTS_NAME in names else names[0]
     raise FormatUnknown(

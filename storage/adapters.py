@@ -78,6 +78,7 @@ def add_adapter(
     job_id: str | None = None,
     created_by: str | None = None,
     parents: Sequence[Parent] = (),
+    source: Mapping[str, Any] | None = None,
 ) -> tuple[AdapterRow, bool]:
     """Store what the manifest says; the blobs of its files must be in the store already.
 
@@ -89,6 +90,7 @@ def add_adapter(
         model_id: the registered base model.
         origin: "upload", or the kind of the job that made it.
         parents: in the order of the recipe; a parent may have been deleted meanwhile.
+        source: where the files were fetched from, pinned as far as they can be (JSON).
 
     Raises:
         NotFound: no such parent or model.
@@ -104,6 +106,7 @@ def add_adapter(
         "model_id": model_id,
         "origin": storable(origin, "/origin", 16),
         "job_id": job_id,
+        "source": None if source is None else dict(source),
         "created_by": created_by,
         "created_at": database.now(session),
     }

@@ -130,6 +130,7 @@ class AdapterRow(Base):
     report: Mapped[dict[str, Any]]  # IntakeReport as a dict
     origin: Mapped[str] = mapped_column(String(16))  # "upload" | kind of the job that made it
     job_id: Mapped[str | None] = mapped_column(ForeignKey("jobs.id"))
+    source: Mapped[dict[str, Any] | None]  # where an imported one was fetched from
     created_by: Mapped[str | None] = mapped_column(ForeignKey("api_keys.id"))
     created_at: Mapped[datetime]
     deleted_at: Mapped[datetime | None]

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from workers.remotes import Remotes
+
 State = Literal["succeeded", "failed", "cancelled", "stale", "paused"]
 Retry = Literal["never", "infrastructure", "out_of_memory"]
 
@@ -26,6 +28,7 @@ class AttemptSpec:
         warm_bytes: base models that the worker may keep in memory, bytes; None: a share of what the device has.
         resources: the job's own wishes and the hints of earlier attempts (`reduce_memory`).
         safety_checker: folder of the checker that images are shown to; None: they are not checked.
+        remotes: where adapters may be fetched from and sent to.
     """
 
     job_id: str
@@ -45,6 +48,7 @@ class AttemptSpec:
     warm_bytes: int | None = None
     resources: Mapping[str, Any] = field(default_factory=dict)
     safety_checker: str | None = None
+    remotes: Remotes = field(default_factory=Remotes)
 
 
 @dataclass(frozen=True, slots=True)

@@ -85,7 +85,7 @@ class StoredModel:
 
 @dataclass(frozen=True, slots=True)
 class NewAdapter:
-    """An adapter that a job made: a directory in the attempt's scratch, and what its row will say."""
+    """An adapter that a job made or fetched: a directory in the attempt's scratch, and what its row will say."""
 
     directory: Path
     name: str
@@ -94,6 +94,7 @@ class NewAdapter:
     base_model: str | None = None
     model_id: str | None = None
     parents: tuple[Parent, ...] = ()
+    source: Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True, slots=True)

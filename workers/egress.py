@@ -1,4 +1,4 @@
-"""Where webhooks may go: the rule that keeps a user's URL from reaching what only this server can reach."""
+"""Where a user's URL may lead: the rule that keeps it from reaching what only this server can reach."""
 
 from __future__ import annotations
 
@@ -18,7 +18,6 @@ Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 Resolver = Callable[[str, int], Sequence[str]]
 """(name, port) → IP addresses, the preferred one first; raises OSError."""
 
-_HINT = "Whoever runs the service can allow a network with RANKWISE_WEBHOOK_ALLOWED_NETWORKS."
 _REFUSED: tuple[tuple[str, str], ...] = (
     # IPv6 addresses that are another spelling of an IPv4 address, which may be one of ours.
     ("::ffff:0:0/96", "an IPv4-mapped address"),
@@ -51,10 +50,19 @@ class EgressPolicy:
     Args:
         allow_http: whether `http` is allowed beside `https`.
         allowed_networks: addresses that are allowed although they are not public.
+        settings: the environment variables that say both, without their ends `_ALLOW_HTTP` and `_ALLOWED_NETWORKS`.
+        instead: what there is in the place of a user name and password.
     """
 
     allow_http: bool = False
     allowed_networks: tuple[Network, ...] = ()
+    settings: str = "RANKWISE_WEBHOOK"
+    instead: str = "Every message is signed; check that instead."
+
+    @classmethod
+    def everywhere(cls) -> EgressPolicy:
+        """For addresses that the operator has named."""
+        return cls(allow_http=True, allowed_networks=(ipaddress.ip_network("0.0.0.0/0"), ipaddress.ip_network("::/0")))
 
     def check_url(self, url: str) -> httpx.URL:
         """The parsed URL. A name in it is not resolved: its address is checked when something is sent.
@@ -75,10 +83,10 @@ class EgressPolicy:
                 f"must begin with {' or '.join(f'{scheme}://' for scheme in schemes)}",
                 hint=None
                 if parsed.scheme != "http"
-                else "Whoever runs the service can set RANKWISE_WEBHOOK_ALLOW_HTTP.",
+                else f"Whoever runs the service can set {self.settings}_ALLOW_HTTP.",
             )
         if parsed.userinfo:
-            raise _refused("must not hold a user name or password", hint="Every message is signed; check that instead.")
+            raise _refused("must not hold a user name or password", hint=self.instead)
         if parsed.fragment:
             raise _refused("must not have a fragment (#…)")
         if parsed.port is not None and not 1 <= parsed.port <= 65535:
@@ -90,7 +98,7 @@ class EgressPolicy:
         """Raises RequestInvalid unless something may be sent to this address."""
         problem = self.refusal(text)
         if problem is not None:
-            raise _refused(f"leads to {text}, {problem}", hint=_HINT)
+            raise _refused(f"leads to {text}, {problem}", hint=self._hint)
 
     def refusal(self, text: str) -> str | None:
         """Why nothing may be sent to this IP address; None if it is allowed."""
@@ -101,12 +109,16 @@ class EgressPolicy:
             return None
         return _why_not_public(address)
 
+    @property
+    def _hint(self) -> str:
+        return f"Whoever runs the service can allow a network with {self.settings}_ALLOWED_NETWORKS."
+
     def _check_host(self, host: str) -> None:
         if not host:
             raise _refused("has no host")
         if host == "localhost" or host.endswith(".localhost"):
             if all(self.refusal(address) for address in _LOOPBACKS):
-                raise _refused(f"leads to {host}, this server itself", hint=_HINT)
+                raise _refused(f"leads to {host}, this server itself", hint=self._hint)
             return
         try:
             ipaddress.ip_address(host)

@@ -7,12 +7,18 @@ import sys
 from dataclasses import asdict
 from typing import Any
 
-from artifacts.errors import BlobStoreUnavailable, DatabaseUnavailable, DiskFull, RankwiseError
+from artifacts.errors import (
+    BlobStoreUnavailable,
+    DatabaseUnavailable,
+    DiskFull,
+    RankwiseError,
+    RemoteUnavailable,
+)
 from storage.faults import is_disk_full
 from workers.attempt import Outcome, Retry
 
 # Failures of the surroundings: the same attempt may succeed later or elsewhere.
-_INFRASTRUCTURE = (DiskFull, BlobStoreUnavailable, DatabaseUnavailable)
+_INFRASTRUCTURE = (DiskFull, BlobStoreUnavailable, DatabaseUnavailable, RemoteUnavailable)
 _CUDA_OOM_TEXTS = ("CUDA out of memory", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
 PEER_LOST = "rank_lost"
 _PEER_LOST_TEXTS = ("Connection closed by peer", "Connection reset by peer", "NCCL", "[c10d]", "gloo")

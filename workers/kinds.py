@@ -12,6 +12,7 @@ KINDS: Mapping[str, str] = MappingProxyType(
         "compare": "workers.jobs.compare:run",
         "merge_compare": "workers.jobs.merge_compare:run",
         "convert": "workers.jobs.convert:run",
+        "import": "workers.jobs.import_adapter:run",
         "quantize": "workers.jobs.quantize:run",
         "train": "workers.jobs.train:run",
         "client_update": "workers.jobs.client_update:run",

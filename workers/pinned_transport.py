@@ -7,7 +7,9 @@ rebinding). Here the request goes to the checked address, with the name in the H
 from __future__ import annotations
 
 import asyncio
+import functools
 import ipaddress
+import os
 import socket
 import ssl
 import threading
@@ -20,12 +22,24 @@ from workers.egress import EgressPolicy, Resolver
 
 MAX_ADDRESSES = 4
 """How many addresses of a name are tried, until one takes the connection."""
+_AUTHORITIES = ("SSL_CERT_FILE", "SSL_CERT_DIR")
 
 
 def resolve(name: str, port: int) -> list[str]:
     """The addresses of `name` as this machine's resolver gives them, each once."""
     found = socket.getaddrinfo(name, port, type=socket.SOCK_STREAM)
     return list(dict.fromkeys(str(entry[4][0]) for entry in found))
+
+
+def tls_context() -> ssl.SSLContext:
+    """Checks names against the usual authorities, or those of the environment."""
+    return _tls_context(*map(os.environ.get, _AUTHORITIES))
+
+
+@functools.lru_cache(maxsize=4)
+def _tls_context(_file: str | None, _folder: str | None) -> ssl.SSLContext:
+    """Reading the authorities takes some 20 ms."""
+    return httpx.create_ssl_context()
 
 
 class PinnedTransport(httpx.AsyncBaseTransport):

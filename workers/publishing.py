@@ -63,6 +63,7 @@ def publish(context: JobContext, outcome: JobOutcome) -> dict[str, Any]:
                 job_id=spec.job_id,
                 created_by=job.created_by,
                 parents=new.parents,
+                source=new.source,
             )
             ids.append(row.id)
         image_ids = [

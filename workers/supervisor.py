@@ -33,6 +33,7 @@ from workers.observer import PoolObserver, Unobserved
 from workers.outage import Outage
 from workers.provider import Slot, WorkerProvider
 from workers.providers import PoolName, RaySettings, make_provider
+from workers.remotes import Remotes
 from workers.settlement import Stop, back_off, settle
 
 DRAIN_MARGIN_SECONDS = 15.0
@@ -50,7 +51,7 @@ class PoolSettings:
         devices: see `workers.devices.parse_devices`, and `workers.ray_slots.SlotRules` for Ray.
         pool: what runs the worker processes.
         warm_bytes: base models that a worker may keep in memory; None: a share of what its device has.
-        safety_checker: see `AttemptSpec`.
+        safety_checker, remotes: see `AttemptSpec`.
         retry_seconds: wait before the second attempt after a failure of the infrastructure; doubles with each one.
         kinds: kind of job → "module:function".
     """
@@ -69,6 +70,7 @@ class PoolSettings:
     model_roots: Sequence[str | Path] = ()
     warm_bytes: int | None = None
     safety_checker: str | None = None
+    remotes: Remotes = field(default_factory=Remotes)
     retry_seconds: float = 1.0
     kinds: Mapping[str, str] = field(default_factory=lambda: KINDS)
 
@@ -334,6 +336,7 @@ class Supervisor:
             devices=claim.devices,
             warm_bytes=self._warm_bytes(lane),
             safety_checker=self._settings.safety_checker,
+            remotes=self._settings.remotes,
             resources=claim.resources,
         )
 

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import functools
-import os
-import ssl
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -20,11 +17,10 @@ from artifacts.errors import RequestInvalid
 from storage.deliveries import Dispatch
 from storage.text import dump_json
 from workers.egress import EgressPolicy, Resolver
-from workers.pinned_transport import PinnedTransport, resolve
+from workers.pinned_transport import PinnedTransport, resolve, tls_context
 
 MAX_ANSWER_BYTES = 4096
 USER_AGENT = "Rankwise-Webhooks/1"
-_AUTHORITIES = ("SSL_CERT_FILE", "SSL_CERT_DIR")
 
 log = structlog.get_logger(__name__)
 
@@ -57,7 +53,7 @@ class Sender:
 
     def __init__(self, policy: EgressPolicy, timeout_seconds: float, resolver: Resolver | None = None) -> None:
         self._timeout_seconds = timeout_seconds
-        transport = PinnedTransport(policy, _tls_context(*map(os.environ.get, _AUTHORITIES)), resolver or resolve)
+        transport = PinnedTransport(policy, tls_context(), resolver or resolve)
         # A name's second address gets its chance within the time of the whole.
         timeout = httpx.Timeout(timeout_seconds, connect=timeout_seconds / 3)
         self._client = httpx.AsyncClient(transport=transport, trust_env=False, timeout=timeout)
@@ -137,12 +133,6 @@ def reply_of(response: httpx.Response) -> Reply:
     if response.is_redirect:
         error += "; redirects are not followed"
     return Reply(status, error, _retry_after(status, response.headers))
-
-
-@functools.lru_cache(maxsize=4)
-def _tls_context(_file: str | None, _folder: str | None) -> ssl.SSLContext:
-    """Checks names against the usual authorities, or those of the environment. Reading them takes some 20 ms."""
-    return httpx.create_ssl_context()
 
 
 def _retry_after(status: int, headers: Mapping[str, str]) -> float:

@@ -11,8 +11,10 @@ from typing import Annotated, Any
 import typer
 from rich.tree import Tree
 
+from app.cli.adapter_summary import summary
 from app.cli.client import Client, ProblemError
 from app.cli.compatibility import compatibility
+from app.cli.importing import import_adapter
 from app.cli.options import AdapterId, Cursor, Json, Limit, stem
 from app.cli.output import fields, moment, note_more, print_json, size, stdout, table
 from app.cli.progress import require_success, transfer, watch
@@ -21,6 +23,7 @@ from artifacts.formats.gguf import BASE_CONFIG
 
 app = typer.Typer(help="Adapters: upload, list, look at, download, delete, trace.", no_args_is_help=True)
 app.command("compatibility")(compatibility)
+app.command("import")(import_adapter)
 CONFIG_FILE = "adapter_config.json"
 
 
@@ -72,37 +75,6 @@ def upload(client: Client, path: Path, form: dict[str, Any]) -> tuple[dict[str, 
     files = files_of(path)
     with transfer(f"upload {path.name}", sum(file.stat().st_size for file in files)) as advance:
         return client.upload(files, form, lambda count: advance(count, None))
-
-
-def summary(adapter: dict[str, Any]) -> dict[str, Any]:
-    """The fields of an adapter that a person looks for first, in order."""
-    report = adapter.get("report") or {}
-    return {
-        "id": adapter["id"],
-        "name": adapter["name"],
-        "description": adapter.get("description"),
-        "tags": adapter.get("tags"),
-        "method": adapter.get("method"),
-        "rank": adapter.get("rank"),
-        "alpha": adapter.get("alpha"),
-        "ranks": adapter.get("ranks"),
-        "base model": adapter.get("base_model"),
-        "modules": adapter.get("module_count"),
-        "targets": adapter.get("target_modules"),
-        "parameters": f"{adapter['parameter_count']:,}" if adapter.get("parameter_count") else None,
-        "dtype": adapter.get("dtype"),
-        "size": size(adapter.get("size")),
-        "mergeable": adapter.get("mergeable"),
-        "refusal": adapter.get("refusal"),
-        "origin": adapter.get("origin"),
-        "job": adapter.get("job_id"),
-        "weights digest": adapter.get("weights_digest"),
-        "created": moment(adapter.get("created_at")),
-        "waived": (adapter.get("waiver") or {}).get("reason"),
-        "warnings": report.get("warnings"),
-        "ignored keys": [f"{item['key']} ({item['reason']})" for item in report.get("ignored") or ()],
-        "non-finite": report.get("nonfinite"),
-    }
 
 
 @app.command("add")

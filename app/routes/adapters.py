@@ -8,7 +8,6 @@ from fastapi import APIRouter, Query, Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 
 from app.adapter_intake import TEXT_FIELDS, store_upload
-from app.base_configs import config_of_base
 from app.dependencies import AdapterId, IdempotencyKey, Reader, ServicesDep, Writer
 from app.download_query import DownloadQuery, Wanted
 from app.downloads import (
@@ -133,7 +132,7 @@ def get_compatibility(
     description; nothing is loaded."""
     with services.database.read() as session:
         row = adapters.get_adapter(session, adapter_id)
-    config = config_of_base(services, row) if engine == "llama.cpp" else None
+    config = services.base_configs.of_adapter(row) if engine == "llama.cpp" else None
     found = findings(adapters.manifest_of(row), engine, config)
     items = [CompatibilityFinding.model_validate(item, from_attributes=True) for item in found]
     return Compatibility(engine=engine, loads=loads(found), findings=items)
@@ -228,7 +227,7 @@ def _download(request: Request, services: Services, adapter_id: str, wanted: Dow
     elif layout in ("peft", "safetensors") and as_stored and wanted.rank is not None and serves_ranks(row):
         found = cut_download(blobs, crc32, row, wanted.rank, layout)
     else:
-        config = config_of_base(services, row) if layout == "gguf" else None
+        config = services.base_configs.of_adapter(row) if layout == "gguf" else None
         wish = Wish(layout, wanted.dtype, wanted.rank, config)
         found = written_download(blobs, crc32, services.measures, row, wish)
     return answer_file(request, services, found)

@@ -9,6 +9,7 @@ from sqlalchemy.orm import Session
 from starlette.responses import JSONResponse, Response
 
 from app.dependencies import DeliveryId, IdempotencyKey, Paging, Reader, ServicesDep, WebhookId, Writer
+from app.egress_policies import webhook_policy
 from app.idempotency import Answer, answer_once, request_key
 from app.json_body import JsonRoute
 from app.problems import problem_responses
@@ -21,7 +22,6 @@ from app.schemas.webhooks import (
     WebhookResource,
     WebhookWithSecret,
 )
-from app.webhook_policy import egress_policy
 from storage import deliveries, webhooks
 
 router = APIRouter(tags=["webhooks"], route_class=JsonRoute)
@@ -39,7 +39,7 @@ def create_webhook(
     services: ServicesDep, principal: Writer, body: WebhookRequest, idempotency_key: IdempotencyKey = None
 ) -> JSONResponse:
     """The answer alone holds the secret that messages are signed with. Only the caller's own jobs are told of."""
-    egress_policy(services.settings).check_url(body.url)
+    webhook_policy(services.settings).check_url(body.url)
 
     def act(session: Session) -> Answer:
         row = webhooks.create_webhook(
@@ -77,7 +77,7 @@ def patch_webhook(
 ) -> WebhookResource:
     """What is left out stays. Disabling gives up the messages that wait; `replay` sends them after all."""
     if body.url is not None:
-        egress_policy(services.settings).check_url(body.url)
+        webhook_policy(services.settings).check_url(body.url)
     with services.database.write() as session:
         row = webhooks.update_webhook(
             session,

@@ -205,6 +205,9 @@ class Adapter(AdapterSummary):
     modules: list[AdapterModule]
     facts: Facts = Facts()
     report: Report
+    source: dict[str, Any] | None = Field(
+        None, description="Where an imported adapter was fetched from: the commit, or the ETag, and its files' digests."
+    )
     waiver: Waiver | None = Field(None, description="Whether it may go with its base model.")
     transferable: TransferableSummary | None = Field(
         None, description="Set if the adapter was trained with `transferable`; null otherwise."
@@ -225,6 +228,7 @@ class LineageNode(BaseModel):
     name: str
     method: str
     origin: str
+    source: dict[str, Any] | None = Field(None, description="Where an imported adapter was fetched from.")
     deleted: bool
     created_at: Timestamp
 
@@ -257,6 +261,7 @@ class AdapterLineage(BaseModel):
                     name=row.name,
                     method=row.method,
                     origin=row.origin,
+                    source=row.source,
                     deleted=row.deleted_at is not None,
                     created_at=row.created_at,
                 )

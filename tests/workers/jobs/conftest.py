@@ -9,7 +9,9 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(0, str(Path(__file__).parent.parent.parent / "train"))
+sys.path.insert(0, str(Path(__file__).parent.parent.parent / "storage"))
 
+from s3_server import s3_bucket, s3_endpoint  # noqa: F401
 from tiny_base import sums, write_rows, write_tiny_base
 
 from artifacts.base_model import inspect_base

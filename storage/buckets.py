@@ -1,0 +1,82 @@
+"""Objects of S3 buckets that are not the blob store, with the endpoint and credentials of the environment."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import obstore
+from obstore.exceptions import BaseError, NotFoundError
+
+from artifacts.errors import FieldError, NotFound, RemoteUnavailable, RequestInvalid
+from storage.object_stores import first_line, open_store
+
+MAX_OBJECTS = 10_000
+CHUNK_BYTES = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class BucketObject:
+    """An object: its key, bytes, and ETag if the store gives one."""
+
+    key: str
+    size: int
+    etag: str | None
+
+
+class Bucket:
+    """A bucket by its name.
+
+    Raises:
+        BlobStoreUnavailable: the environment's settings for S3 are incomplete or unsafe.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self._store, _ = open_store(f"s3://{name}")
+
+    def find(self, key: str) -> BucketObject:
+        """The object of that key. Raises RequestInvalid, RemoteUnavailable."""
+        with self._translated(f"/key {key}"):
+            meta = obstore.head(self._store, key)
+        return BucketObject(meta["path"], meta["size"], meta["e_tag"])
+
+    def children(self, prefix: str) -> list[BucketObject]:
+        """The objects right under a prefix, as the files of a folder. Raises RequestInvalid, RemoteUnavailable."""
+        folder = prefix.strip("/")
+        found: list[BucketObject] = []
+        seen = 0
+        with self._translated(f"/prefix {folder}"):
+            for batch in obstore.list(self._store, prefix=folder or None, chunk_size=1000):
+                seen += len(batch)
+                if seen > MAX_OBJECTS:
+                    problem = f"there are more than {MAX_OBJECTS} objects under {folder!r}"
+                    raise RequestInvalid(f"T{problem[1:]}.", errors=[FieldError("/s3/prefix", problem)])
+                found += [
+                    BucketObject(meta["path"], meta["size"], meta["e_tag"])
+                    for meta in batch
+                    if meta["path"].rpartition("/")[0] == folder
+                ]
+        return sorted(found, key=lambda item: item.key)
+
+    def read(self, item: BucketObject) -> Iterator[bytes]:
+        """The bytes of an object in chunks of about 1 MiB. Raises RequestInvalid, RemoteUnavailable."""
+        with self._translated(f"/key {item.key}"):
+            options: obstore.GetOptions = {} if item.etag is None else {"if_match": item.etag}
+            for chunk in obstore.get(self._store, item.key, options=options).stream(min_chunk_size=CHUNK_BYTES):
+                yield bytes(chunk)
+
+    @contextmanager
+    def _translated(self, what: str) -> Iterator[None]:
+        field, _, name = what.partition(" ")
+        try:
+            yield
+        except (NotFoundError, FileNotFoundError, NotFound) as error:
+            problem = f"there is no {name!r} in the bucket {self.name}"
+            raise RequestInvalid(f"T{problem[1:]}.", errors=[FieldError(f"/s3{field}", problem)]) from error
+        except (BaseError, OSError) as error:
+            raise RemoteUnavailable(
+                f"The bucket {self.name} can not be used: {first_line(error)}",
+                hint="Its address and credentials are those of the environment (AWS_…) of the server and its workers.",
+            ) from error
