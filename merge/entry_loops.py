@@ -9,13 +9,20 @@ from __future__ import annotations
 import numpy as np
 from numba import njit
 
-compiled = njit(cache=True, nogil=True)
+# numpy's division: a check for zero in every step would keep the loops from being vectors
+compiled = njit(cache=True, nogil=True, error_model="numpy")
 
 CHUNK = 256
 """Entries whose sums are held at a time."""
 
 GLANCE = 32
 """Entries of which one count says whether any has to be looked at."""
+
+LANES = 16
+"""Random streams that step together, in the vectors of the processor."""
+
+STEPS = 64
+"""Steps of theirs before the numbers are handed out."""
 
 
 @compiled
@@ -78,26 +85,31 @@ def elected(X, lower, upper, votes, weights, shares, by_count, result):
 
 
 @compiled
-def bracketed(values, low, high, inside, found):
-    """How many of the |values| (m,) are above `high`; those from low to high go to inside[found:]. Returns both counts.
+def bracketed(values, channels, low, high, above, inside, found):
+    """How many |values| lie above each bracket is added to `above`; those from low to high go to `inside`.
 
-    `inside` must have room for all values and GLANCE more.
+    Args:
+        values: (channels, m).
+        channels, low, high: (P,) each bracket's channel and borders.
+        above, found: (P,) counts so far. What is found goes to inside[p, found[p]:], with room for m + GLANCE more.
     """
-    above = 0
-    for start in range(0, len(values), GLANCE):
-        x = values[start : start + GLANCE]
-        higher, not_lower = np.int32(0), np.int32(0)
-        for c in range(len(x)):
-            size = abs(x[c])
-            higher += np.int32(size > high)
-            not_lower += np.int32(size >= low)
-        above += higher
-        if higher != not_lower:
+    for p in range(len(channels)):
+        lowest, highest, place = low[p], high[p], found[p]
+        channel, kept = channels[p], inside[p]
+        for start in range(0, values.shape[1], GLANCE):
+            x = values[channel, start : start + GLANCE]
+            higher, not_lower = np.int32(0), np.int32(0)
             for c in range(len(x)):
                 size = abs(x[c])
-                inside[found] = size
-                found += (size >= low) & (size <= high)
-    return above, found
+                higher += np.int32(size > highest)
+                not_lower += np.int32(size >= lowest)
+            above[p] += higher
+            if higher != not_lower:
+                for c in range(len(x)):
+                    size = abs(x[c])
+                    kept[place] = size
+                    place += (size >= lowest) & (size <= highest)
+        found[p] = place
 
 
 @compiled
@@ -112,26 +124,67 @@ def products(A, B, rows, columns, result):
 
 
 @compiled
-def below(words, limit, result):
-    """Whether each of the first numbers that numpy's SFC64 generator draws, of 24 bits each, is below `limit`.
+def _seeded(words, first):
+    """States (3, LANES) of numpy's SFC64 generators of the streams from the first on; lanes past the last idle."""
+    state = np.zeros((3, LANES), np.uint64)
+    for lane in range(min(LANES, len(words) - first)):
+        for part in range(3):
+            state[part, lane] = words[first + lane, part]
+    # what comes first is thrown away
+    _step(state, np.uint64(1), np.empty((12, LANES), np.uint64))
+    return state
+
+
+@compiled
+def _step(state, counter, drawn):
+    """Let all lanes draw (steps, LANES) numbers of 64 bits; `counter` counts from 1."""
+    a, b, c = state[0], state[1], state[2]
+    for step in range(len(drawn)):
+        for lane in range(LANES):
+            number = a[lane] + b[lane] + counter
+            a[lane] = b[lane] ^ (b[lane] >> np.uint64(11))
+            b[lane] = c[lane] + (c[lane] << np.uint64(3))
+            c[lane] = ((c[lane] << np.uint64(24)) | (c[lane] >> np.uint64(40))) + number
+            drawn[step, lane] = number
+        counter += np.uint64(1)
+
+
+@compiled
+def uniform(words, result):
+    """The first numbers in [0, 1) that numpy's SFC64 generators draw as float32: 24 bits each, two from a step.
 
     Args:
-        words: (3,) uint64 that the generator is seeded with.
-        result: (m,) bool.
+        words: (streams, 3) uint64 that a generator is seeded with.
+        result: (streams, m) float32, m a multiple of 2.
     """
-    a, b, c, counter = words[0], words[1], words[2], np.uint64(1)
-    low_half = np.uint64(0xFFFFFFFF)
-    # what comes first is thrown away; each step after gives two numbers
-    for place in range(-24, len(result), 2):
-        drawn = a + b + counter
-        counter += np.uint64(1)
-        a = b ^ (b >> np.uint64(11))
-        b = c + (c << np.uint64(3))
-        c = ((c << np.uint64(24)) | (c >> np.uint64(40))) + drawn
-        if place >= 0:
-            result[place] = ((drawn & low_half) >> np.uint64(8)) < limit
-            if place + 1 < len(result):
-                result[place + 1] = (drawn >> np.uint64(40)) < limit
+    unit = np.float32(2.0**-24)
+    drawn = np.empty((STEPS, LANES), np.uint64)
+    for first in range(0, len(words), LANES):
+        state = _seeded(words, first)
+        for start in range(0, result.shape[1], 2 * STEPS):
+            _step(state, np.uint64(13 + start // 2), drawn)
+            for lane in range(min(LANES, len(words) - first)):
+                part = result[first + lane, start : start + 2 * STEPS]
+                for step in range(len(part) // 2):
+                    number = drawn[step, lane]
+                    part[2 * step] = np.float32((number & np.uint64(0xFFFFFFFF)) >> np.uint64(8)) * unit
+                    part[2 * step + 1] = np.float32(number >> np.uint64(40)) * unit
+
+
+@compiled
+def below(words, limit, result):
+    """Whether the numbers of `uniform` are below limit·2⁻²⁴; result: (streams, m) bool."""
+    drawn = np.empty((STEPS, LANES), np.uint64)
+    for first in range(0, len(words), LANES):
+        state = _seeded(words, first)
+        for start in range(0, result.shape[1], 2 * STEPS):
+            _step(state, np.uint64(13 + start // 2), drawn)
+            for lane in range(min(LANES, len(words) - first)):
+                part = result[first + lane, start : start + 2 * STEPS]
+                for step in range(len(part) // 2):
+                    number = drawn[step, lane]
+                    part[2 * step] = ((number & np.uint64(0xFFFFFFFF)) >> np.uint64(8)) < limit
+                    part[2 * step + 1] = (number >> np.uint64(40)) < limit
 
 
 @compiled
@@ -155,18 +208,60 @@ def place_keys(X, keys):
 
 
 @compiled
-def drop_by_rank(X, keys, uniform, lowest, range_, rescale):
-    """Keep of X (rows, columns) the entries whose uniform number is below their probability; zero the others.
+def by_rank(keys, lowest, range_, result):
+    """Probabilities (rows, columns) that rise with the rank of a key in its row of sorted keys.
 
-    The probability rises with the rank of a key in its row of sorted keys: lowest + range·rank/(columns − 1).
+    They are lowest + range·rank/(columns − 1).
     """
-    last = np.float32(max(X.shape[1] - 1, 1))
-    for r in range(len(X)):
-        x, drawn = X[r], uniform[r]
-        for rank in range(len(x)):
-            place = keys[r, rank] & 0xFFFFFFFF
-            probability = lowest + range_ * (np.float32(rank) / last)
-            if drawn[place] >= probability:
-                x[place] = np.float32(0)
-            elif rescale:
-                x[place] /= probability
+    columns = keys.shape[1]
+    last = np.float32(max(columns - 1, 1))
+    for r in range(len(keys)):
+        row, probabilities = keys[r], result[r]
+        for rank in range(columns):
+            probabilities[np.uint32(row[rank] & 0xFFFFFFFF)] = lowest + range_ * (np.float32(rank) / last)
+
+
+@compiled
+def drop(x, drawn, probabilities, rescale):
+    """Keep of x (m,) what draws a number below its probability, divided by it to rescale; zero the others."""
+    for c in range(len(x)):
+        divisor = probabilities[c] if rescale else np.float32(1)
+        x[c] = x[c] / divisor if drawn[c] < probabilities[c] else np.float32(0)
+
+
+@compiled
+def variance(X, sizes, result):
+    """result (m,) = the variance of sizesᵢ·xᵢ over the blocks, of flattened X: (N, m)."""
+    count = X.dtype.type(len(X))
+    mean = np.empty(CHUNK, X.dtype)
+    for start in range(0, X.shape[1], CHUNK):
+        total = result[start : start + CHUNK]
+        for c in range(len(total)):
+            mean[c] = total[c] = X.dtype.type(0)
+        for i in range(len(X)):
+            x, size = X[i, start : start + CHUNK], sizes[i]
+            for c in range(len(total)):
+                mean[c] += size * x[c]
+        for c in range(len(total)):
+            mean[c] /= count
+        for i in range(len(X)):
+            x, size = X[i, start : start + CHUNK], sizes[i]
+            for c in range(len(total)):
+                difference = size * x[c] - mean[c]
+                total[c] += difference * difference
+        for c in range(len(total)):
+            total[c] /= count
+
+
+@compiled
+def energies(X, chosen, result):
+    """result (N,) += Σ x² over the chosen (m,) places, of flattened X: (N, m)."""
+    partial = np.empty(CHUNK, X.dtype)
+    for i in range(len(X)):
+        for c in range(CHUNK):
+            partial[c] = X.dtype.type(0)
+        for start in range(0, X.shape[1], CHUNK):
+            x, here = X[i, start : start + CHUNK], chosen[start : start + CHUNK]
+            for c in range(len(x)):
+                partial[c] += x[c] * x[c] if here[c] else X.dtype.type(0)
+        result[i] += partial.sum()

@@ -54,40 +54,35 @@ def elected_sum(X: Tensor, weights: Tensor, election: Election, window: Window |
     The sign is elected on the entries without their weights: that of their sum (total) or of most of them (frequency);
     0 elects plus. Zeros never agree.
     """
-    if compiled(X):
-        ones = torch.ones_like(weights)
-        return _elected(X, ones, weights, ones, election, window)
-    X = window.of(X) if window else X
-    majority = _majority(X if election == "total" else X.sign())
-    agreeing = (X * majority).clamp_min_(0)
-    total = weighted_sum(agreeing, weights) * majority
-    return total / agreeing.sign_().sum(0).clamp_min_(1)
+    ones = torch.ones_like(weights)
+    return elected(X, ones, weights, ones, election, window)
 
 
 def elected_mean(
     X: Tensor, weights: Tensor, election: Election, *, normalize: bool, window: Window | None = None
 ) -> Tensor:
     """As mergekit: the sign is elected on the weighted entries, and the divisor is the weight of those that agree."""
-    if compiled(X):
-        return _elected(X, weights, weights, weights if normalize else torch.zeros_like(weights), election, window)
-    weighted = (window.of(X) if window else X) * _broadcast(weights, X)
-    majority = _majority(weighted if election == "total" else weighted.sign())
-    agreeing = (weighted * majority).clamp_min_(0)
-    total = agreeing.sum(0) * majority
-    if not normalize:
-        return total
-    divisor = weighted_sum(agreeing.sign_(), weights)
-    return total / torch.where(divisor == 0, 1.0, divisor)
+    return elected(X, weights, weights, weights if normalize else torch.zeros_like(weights), election, window)
 
 
-def _elected(
-    X: Tensor, votes: Tensor, weights: Tensor, shares: Tensor, election: Election, window: Window | None
+def elected(
+    X: Tensor, votes: Tensor, weights: Tensor, shares: Tensor, election: Election, window: Window | None = None
 ) -> Tensor:
-    """The compiled form of both elections: what an entry counts for in the vote, in the sum and in the divisor."""
-    result = X.new_empty(X.shape[1:])
-    columns = (_floats(values, X) for values in (votes, weights, shares))
-    entry_loops.elected(_flat(X), *_borders(X, window), *columns, election == "frequency", result.view(-1).numpy())
-    return result
+    """Σ weightsᵢXᵢ over the entries of the elected sign, divided by Σ sharesᵢ over them (by 1 where that is 0).
+
+    The sign is that of Σ votesᵢXᵢ (total), or the one that more of the votesᵢXᵢ have (frequency); 0 elects plus.
+    """
+    if compiled(X):
+        result = X.new_empty(X.shape[1:])
+        columns = (_floats(values, X) for values in (votes, weights, shares))
+        entry_loops.elected(_flat(X), *_borders(X, window), *columns, election == "frequency", result.view(-1).numpy())
+        return result
+    X = window.of(X) if window else X
+    voted = X * _broadcast(votes, X)
+    majority = _majority(voted if election == "total" else voted.sign())
+    agrees = (voted * majority > 0).to(X.dtype)
+    divisor = weighted_sum(agrees, shares)
+    return weighted_sum(X * agrees, weights) / torch.where(divisor == 0, 1.0, divisor)
 
 
 def compiled(X: Tensor) -> bool:
@@ -151,17 +146,65 @@ def dropped(X: Tensor, density: float, seed: int, first_row: int = 0) -> Tensor:
     """
     if density >= 1:
         return X
-    return X * kept_rows(seed, first_row, X.shape[0], X.shape[1], density).to(X.device) / density
+    return X * kept_rows([seed], first_row, X.shape[0], X.shape[1], density)[0].to(X.device) / density
 
 
-def kept_rows(seed: int, first_row: int, rows: int, columns: int, density: float) -> Tensor:
-    """(rows, columns) bool: which of `uniform_rows` are below the density, as float32."""
-    limit = np.uint64(math.ceil(float(np.float32(density)) * 2**24))
-    kept = np.empty(rows * columns, np.bool_)
-    for start in range(0, rows, MASK_ROWS):
-        words = np.random.SeedSequence([seed, first_row + start]).generate_state(3, np.uint64)
-        entry_loops.below(words, limit, kept[start * columns : (start + MASK_ROWS) * columns])
-    return torch.from_numpy(kept).view(rows, columns)
+def kept_rows(seeds: Sequence[int], first_row: int, rows: int, columns: int, density: float) -> Tensor:
+    """(N, rows, columns) bool: which of `uniform_rows` are below the density, as float32."""
+    words = _words(seeds, first_row, rows)
+    kept = np.empty((len(words), MASK_ROWS * columns), np.bool_)
+    entry_loops.below(words, np.uint64(math.ceil(float(np.float32(density)) * 2**24)), kept)
+    return torch.from_numpy(kept).view(len(seeds), -1, columns)[:, :rows].contiguous()
+
+
+def dropped_by(X: Tensor, uniform: Tensor, probabilities: Tensor, *, rescale: bool) -> Tensor:
+    """X (N, rows, columns) with each entry kept whose uniform number is below its probability. May be X, changed.
+
+    Args:
+        rescale: divide what is kept by its probability.
+    """
+    if compiled(X):
+        entry_loops.drop(X.view(-1).numpy(), uniform.view(-1).numpy(), probabilities.view(-1).numpy(), rescale)
+        return X
+    kept = X * (uniform < probabilities)
+    return kept / probabilities if rescale else kept
+
+
+def variance(X: Tensor, sizes: Tensor) -> Tensor:
+    """Of sizesᵢXᵢ over the blocks, (…) of X: (N, …)."""
+    if compiled(X):
+        result = X.new_empty(X.shape[1:])
+        entry_loops.variance(_flat(X), _floats(sizes, X), result.view(-1).numpy())
+        return result
+    scaled = X * _broadcast(sizes, X)
+    return (scaled - scaled.mean(0)).square_().mean(0)
+
+
+def energies(X: Tensor, chosen: Tensor) -> Tensor:
+    """(N,) float64 Σ Xᵢ² of X: (N, rows, columns) over the chosen places (rows, columns)."""
+    if compiled(X):
+        result = np.zeros(len(X))
+        entry_loops.energies(_flat(X), chosen.view(-1).numpy(), result)
+        return torch.from_numpy(result)
+    return (X * chosen).square().flatten(1).sum(1).double()
+
+
+def uniform_rows(seeds: Sequence[int], first_row: int, rows: int, columns: int) -> Tensor:
+    """(N, rows, columns) float32 uniform numbers in [0, 1) for each seed, of the rows from `first_row` on.
+
+    Those of each `MASK_ROWS` rows are what numpy draws with `Generator(SFC64([seed, row]))`.
+    """
+    words = _words(seeds, first_row, rows)
+    drawn = np.empty((len(words), MASK_ROWS * columns), np.float32)
+    entry_loops.uniform(words, drawn)
+    return torch.from_numpy(drawn).view(len(seeds), -1, columns)[:, :rows].contiguous()
+
+
+def _words(seeds: Sequence[int], first_row: int, rows: int) -> NDArray[np.uint64]:
+    """(N · blocks of rows, 3): what the generator of each block is seeded with."""
+    starts = range(first_row, first_row + rows, MASK_ROWS)
+    found = [np.random.SeedSequence([seed, row]).generate_state(3, np.uint64) for seed in seeds for row in starts]
+    return np.stack(found)
 
 
 def erased(X: Tensor, keep: Tensor, first_column: int) -> Tensor:
@@ -170,16 +213,6 @@ def erased(X: Tensor, keep: Tensor, first_column: int) -> Tensor:
         entry_loops.erase(X.numpy(), keep.numpy(), first_column)
         return X
     return X * keep[:, :, first_column : first_column + X.shape[2]]
-
-
-def uniform_rows(seed: int, first_row: int, rows: int, columns: int) -> Tensor:
-    """(rows, columns) float32 uniform numbers in [0, 1) of the rows from `first_row` on."""
-    draws = [
-        np.random.Generator(np.random.SFC64([seed, row])).random((min(MASK_ROWS, rows - start), columns), np.float32)
-        for start in range(0, rows, MASK_ROWS)
-        for row in (first_row + start,)
-    ]
-    return torch.from_numpy(draws[0] if len(draws) == 1 else np.concatenate(draws))
 
 
 def seeds(stack: Stack, seed: int) -> Sequence[int]:

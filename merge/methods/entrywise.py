@@ -112,29 +112,26 @@ def breadcrumbs_ties(stack: Stack, options: BreadcrumbsTiesOptions, rank: int) -
 def sce(stack: Stack, options: SceOptions, rank: int) -> MergedModule:
     """SCE (arXiv:2408.07990): the positions where the deltas vary most, weights by energy, minority signs erased."""
     deltas = DeltaRows.of(stack)
-    sizes = stack.owner_weights.to(deltas.A[0].dtype)[:, None, None]
+    sizes = stack.owner_weights
     border = _variance_border(deltas, sizes, options.density)
 
-    def select(X: Tensor) -> Tensor:
-        scaled = X * sizes
-        return scaled if border is None else scaled * (_variance(scaled) >= border)
+    def chosen(X: Tensor) -> Tensor:
+        return rules.variance(X, sizes) >= border
 
-    energies = torch.zeros(len(deltas.A), dtype=torch.float64, device=sizes.device)
-    if border is None:
-        energies = stack.products.diagonal() * stack.owner_weights.square()
+    if border == 0:
+        energies = stack.products.diagonal()
     else:
+        energies = torch.zeros(len(deltas.A), dtype=torch.float64, device=sizes.device)
         for _, _, tile in deltas.tiles():
-            energies += select(tile).square().flatten(1).sum(1)
+            energies += rules.energies(tile, chosen(tile))
+    energies = energies * sizes.square()
     total = energies.sum()
-    weights = energies / total if float(total) > 0 else torch.full_like(energies, 1 / len(energies))
+    shares = energies / total if float(total) > 0 else torch.full_like(energies, 1 / len(energies))
 
     def combine(_row: int, _column: int, X: Tensor) -> Tensor:
-        kept = select(X)
         # the vote is without the weights by energy, the mean with them
-        agree = kept.sign() == torch.where(kept.sum(0) >= 0, 1.0, -1.0)
-        shares = weights.to(kept.dtype)[:, None, None] * agree
-        divisor = shares.sum(0)
-        return (kept * shares).sum(0) / torch.where(divisor == 0, 1.0, divisor)
+        mean = rules.elected(X, sizes, sizes * shares, shares, "total")
+        return mean * chosen(X) if border > 0 else mean
 
     return _merged(stack, deltas, combine, options, rank)
 
@@ -188,8 +185,8 @@ def _dropping(stack: Stack, options: DareSvdOptions) -> Combine:
         if options.density >= 1:
             return X
         if row != drawn:
-            masks = torch.stack([rules.kept_rows(seed, row, X.shape[1], d_in, options.density) for seed in seeds])
-            masks, drawn = masks.to(X.device), row
+            masks = rules.kept_rows(seeds, row, X.shape[1], d_in, options.density).to(X.device)
+            drawn = row
         return rules.erased(X, masks, column)
 
     return drop
@@ -202,56 +199,48 @@ def _dropping_by_rank(stack: Stack, options: DellaLinearOptions) -> Callable[[in
     def drop(row: int, X: Tensor) -> Tensor:
         if options.density >= 1:
             return X
-        draws = (rules.uniform_rows(seed, row, *X.shape[1:]).to(X.device) for seed in seeds)
-        if rules.compiled(X):
-            for x, uniform in zip(X, draws, strict=True):
-                _drop_by_rank(x, uniform, options)
-            return X
+        uniform = rules.uniform_rows(seeds, row, *X.shape[1:]).to(X.device)
         probabilities = keep_probabilities(X, options.density, options.epsilon)
-        kept = X * (torch.stack(list(draws)) < probabilities)
-        return kept / probabilities if options.rescale else kept
+        return rules.dropped_by(X, uniform, probabilities, rescale=options.rescale)
 
     return drop
 
 
-def _drop_by_rank(x: Tensor, uniform: Tensor, options: DellaLinearOptions) -> None:
-    """The compiled form of it, on the rows of one delta."""
-    keys = np.empty(x.shape, np.int64)
-    entry_loops.place_keys(x.numpy(), keys)
-    keys.sort(axis=-1)
-    lowest, range_ = np.float32(options.density - options.epsilon), np.float32(2 * options.epsilon)
-    if x.shape[1] == 1:
-        lowest, range_ = np.float32(options.density), np.float32(0)
-    entry_loops.drop_by_rank(x.numpy(), keys, uniform.numpy(), lowest, range_, options.rescale)
-
-
 def keep_probabilities(X: Tensor, density: float, epsilon: float) -> Tensor:
-    """Of entries (…, rows, columns), linear in the rank of |entry| in its row."""
+    """Of entries (…, rows, columns), linear in the rank of |entry| in its row; of equal ones, by place."""
     columns = X.shape[-1]
     if columns == 1:
         return torch.full_like(X, density)
+    if rules.compiled(X):
+        return _by_sorted_keys(X, density - epsilon, 2 * epsilon)
     ranks = torch.arange(columns, dtype=X.dtype, device=X.device) / (columns - 1)
     probabilities = (density - epsilon + 2 * epsilon * ranks).expand_as(X)
     return torch.empty_like(X).scatter_(-1, X.abs().argsort(dim=-1, stable=True), probabilities)
 
 
-def _variance(X: Tensor) -> Tensor:
-    """Over the first dimension. (torch.var along it is ten times slower.)"""
-    return (X - X.mean(0)).square_().mean(0)
+def _by_sorted_keys(X: Tensor, lowest: float, range_: float) -> Tensor:
+    """Floats above 0 order as their bits do. With the place below them they are integers that all differ, and numpy
+    sorts those several times faster than torch finds a stable order."""
+    result = torch.empty_like(X)
+    rows, probabilities = X.view(-1, X.shape[-1]).numpy(), result.view(-1, X.shape[-1]).numpy()
+    keys = np.empty((min(BLOCK_ROWS, len(rows)), X.shape[-1]), np.int64)
+    for start in range(0, len(rows), BLOCK_ROWS):
+        here = keys[: len(rows) - start]
+        entry_loops.place_keys(rows[start : start + BLOCK_ROWS], here)
+        here.sort(axis=-1)
+        entry_loops.by_rank(here, np.float32(lowest), np.float32(range_), probabilities[start : start + BLOCK_ROWS])
+    return result
 
 
-def _variance_border(deltas: DeltaRows, sizes: Tensor, density: float) -> float | None:
-    """The least variance between the deltas that a selected position has; None when all are selected."""
+def _variance_border(deltas: DeltaRows, sizes: Tensor, density: float) -> float:
+    """The least variance between the deltas that a selected position has; 0 when all are selected."""
     if density >= 1 or len(deltas.A) == 1:
-        return None
+        return 0.0
     rows = torch.stack([B.abs().amax(1) for B in deltas.B]).amax(0).count_nonzero()
     columns = torch.stack([A.abs().amax(0) for A in deltas.A]).amax(0).count_nonzero()
     kept = rules.kept_count(density, int(rows) * int(columns))
 
-    def variance(X: Tensor) -> Tensor:
-        return _variance(X * sizes.view(-1, *(1,) * (X.dim() - 1)))[None]
-
-    return largest(deltas, variance, [[kept]])[0][0]
+    return largest(deltas, lambda X: rules.variance(X, sizes)[None], [[kept]])[0][0]
 
 
 def _merged(

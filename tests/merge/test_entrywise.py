@@ -149,23 +149,29 @@ class TestALargeMatrix:
         monkeypatch.setattr(rows, "SAMPLE", 1 << 10)
         monkeypatch.setattr(rows, "MARGIN", 1e-5)
         passes = 0
-        original = rows._bracketed
+        original = rows._Brackets.kth
 
         def counted(*arguments: Any) -> Any:
             nonlocal passes
             passes += 1
             return original(*arguments)
 
-        monkeypatch.setattr(rows, "_bracketed", counted)
+        monkeypatch.setattr(rows._Brackets, "kth", counted)
         assert rows.largest(deltas, torch.abs, counts) == exact
         assert passes > 1
         assert exact[0][0] == float("inf")
         assert exact[0][4] == 0.0
 
-    def test_a_bracket_ends_with_the_smallest_of_what_it_holds(self) -> None:
-        bracket = rows._Bracket(low=2.0, high=3.0)
-        bracket.add(torch.tensor([4.0, -3.0, 2.0, 1.0, -2.5]))
-        assert [bracket.kth(k) for k in range(1, 6)] == [None, 3.0, 2.5, 2.0, None]
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+    def test_a_bracket_ends_with_the_smallest_of_what_it_holds(
+        self, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(rows, "SAMPLE", 4)
+        sample = torch.tensor([[9.0, 3.0, 2.0, 0.0]])
+        brackets = rows._Brackets.around([(0, 0.4)], sample, 0.5)
+        assert (brackets.low.tolist(), brackets.high.tolist()) == ([2.0], [3.0])
+        brackets.add(torch.tensor([[4.0, -3.0, 2.0, 1.0, -2.5]], dtype=dtype))
+        assert [brackets.kth([k])[0] for k in range(1, 6)] == [None, 3.0, 2.5, 2.0, None]
 
     def test_a_matrix_without_room_comes_anew_in_every_pass(self, monkeypatch: pytest.MonkeyPatch) -> None:
         M = torch.randn(1400, 900, generator=torch.Generator().manual_seed(0))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
@@ -92,8 +93,15 @@ class TestCompiledLoops:
     @pytest.mark.parametrize(("rows", "columns"), [(64, 20), (33, 9), (5, 7)])
     @pytest.mark.parametrize("density", [0.3, 0.7, 1e-9])
     def test_masks_are_those_of_numpys_generator(self, rows: int, columns: int, density: float) -> None:
-        kept = rules.kept_rows(9, 32, rows, columns, density)
-        assert torch.equal(kept, rules.uniform_rows(9, 32, rows, columns) < density)
+        seeds = [9, 2**60, 1] * 6
+        drawn = rules.uniform_rows(seeds, 32, rows, columns)
+        for seed, ours in zip(seeds, drawn, strict=True):
+            for start in range(0, rows, rules.MASK_ROWS):
+                numbers = np.random.Generator(np.random.SFC64([seed, 32 + start])).random(
+                    (rules.MASK_ROWS, columns), np.float32
+                )
+                assert ours[start : start + rules.MASK_ROWS].tolist() == numbers[: rows - start].tolist()
+        assert torch.equal(rules.kept_rows(seeds, 32, rows, columns, density), drawn < density)
 
 
 class TestDropping:
