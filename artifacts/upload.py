@@ -17,6 +17,9 @@ from artifacts.safetensors_header import looks_like_safetensors
 
 MAX_FILES = 200
 _WEIGHTS = (".safetensors", ".gguf")
+STATE_WEIGHTS = "model.safetensors"
+_STATE = frozenset({"train_state.json", "optimizer.bin", "scheduler.bin"})
+"""What accelerate writes beside the weights of a training that can go on."""
 _MAX_COMPANION_BYTES = 64 * 1024 * 1024
 
 COMPANIONS = frozenset(
@@ -156,7 +159,8 @@ def sort(pieces: list[Piece]) -> tuple[dict[str, Path], list[IgnoredKey]]:
     here = {piece.name.name: piece.path for piece in pieces if piece.name.parent == folder and role_of(piece.name)}
     if len(here) != sum(piece.name.parent == folder and role_of(piece.name) is not None for piece in pieces):
         raise FileBroken("Two of the files have the same name.")
-    kept: dict[str, Path] = {WEIGHTS_NAME: here[_weights_name(here, folder)]}
+    with_state = any(piece.name.parent == folder and piece.name.name in _STATE for piece in pieces)
+    kept: dict[str, Path] = {WEIGHTS_NAME: here[_weights_name(here, with_state)]}
     _is_read(kept[WEIGHTS_NAME])
     for name in (CONFIG_NAME, *sorted(COMPANIONS)):
         if name in here:
@@ -172,6 +176,8 @@ def sort(pieces: list[Piece]) -> tuple[dict[str, Path], list[IgnoredKey]]:
 def _reason(name: PurePosixPath, folder: PurePosixPath) -> str:
     if name.suffix.lower() in PICKLE_SUFFIXES:
         return "a pickle; never opened"
+    if name.name == STATE_WEIGHTS and name.parent == folder:
+        return "the state of a training, beside what was saved of it"
     if name.parent != folder and role_of(name) is not None:
         return "in another folder than the adapter"
     return "not part of an adapter"
@@ -197,8 +203,10 @@ def is_weights(name: PurePosixPath) -> bool:
     return role_of(name) is not None and name.suffix.lower() in _WEIGHTS and name.name not in COMPANIONS
 
 
-def _weights_name(here: dict[str, Path], folder: PurePosixPath) -> str:
+def _weights_name(here: dict[str, Path], with_state: bool) -> str:
     names = [name for name in here if is_weights(PurePosixPath(name))]
+    if with_state and len(names) > 1:
+        names = [name for name in names if name != STATE_WEIGHTS]
     if WEIGHTS_NAME in names or len(names) == 1:
         return WEIGHTS_NAME if WEIGHTS_NAME in names else names[0]
     raise FormatUnknown(

@@ -102,10 +102,14 @@ def read(layout: Mapping[str, Any]) -> AdapterLayout:
     """
     if layout.get("container") == "torch-zip":
         raise PickleRefused("The weights are a pickle.")
-    document = layout.get("files", {}).get(CONFIG_NAME)
-    if isinstance(document, str):
-        document = json.loads(document)
+    document = document_of(layout)
     return understand(header_of(layout), CorpusValues(layout), document, Path("weights"), Path(CONFIG_NAME))
+
+
+def document_of(layout: Mapping[str, Any]) -> Any:
+    """The adapter_config.json of a layout; None if it has none."""
+    document = layout.get("files", {}).get(CONFIG_NAME)
+    return json.loads(document) if isinstance(document, str) else document
 
 
 def classify(name: str, layout: Mapping[str, Any]) -> Row:

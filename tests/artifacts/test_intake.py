@@ -421,3 +421,21 @@ def test_media_types() -> None:
     assert media_type("a.safetensors") == "application/vnd.safetensors"
     assert media_type("a.json") == "application/json"
     assert media_type("LICENSE") == "application/octet-stream"
+
+
+def test_the_state_of_a_training_lies_beside_its_adapter(tmp_path: Path, write_tensors: Callable[..., Path]) -> None:
+    stem = "lora_unet_down_blocks_0_attentions_0_proj_in"
+    shapes = {f"{stem}.lora_down.weight": ("F32", [4, 320, 1, 1]), f"{stem}.lora_up.weight": ("F32", [320, 4, 1, 1])}
+    weights = write_tensors(tmp_path / "weights", shapes)
+    (other := tmp_path / "other").write_bytes(b"{}")
+    state = [("model.safetensors", write_tensors(tmp_path / "model", shapes))]
+    state += [(name, other) for name in ("optimizer.bin", "train_state.json", "sampler.bin")]
+    directory = receive([("last.safetensors", weights), *state], tmp_path / "both", IntakeLimits())
+    manifest = inspect(directory)
+    assert manifest.format == "kohya"
+    assert dropped(manifest).keys() == {name for name, _ in state}
+    assert dropped(manifest)["model.safetensors"] == "the state of a training, beside what was saved of it"
+    alone = inspect(receive(state, tmp_path / "state", IntakeLimits()))  # the folder from which a training goes on
+    assert alone.weights_digest == manifest.weights_digest
+    with pytest.raises(FormatUnknown, match="Several files of weights"):
+        receive([("last.safetensors", weights), state[0]], tmp_path / "neither", IntakeLimits())
