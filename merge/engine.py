@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -99,6 +99,8 @@ class MergeRun:
         adapters = {
             position: Adapter.open(path) for position, (_, path) in enumerate(inputs) if plan.weights[position] != 0
         }
+        if getattr(options, "rank", None) == "exact" and options.norm_equalize == "none":
+            plan = replace(plan, output_rank=shared_rank(plan, adapters) or plan.output_rank)
         with_bias = any(module.bias_key for item in plan.modules for _, module in item.owners)
         dtype = _output_dtype(options, adapters)
         factors: Mapping[int, float] = {}
@@ -215,6 +217,19 @@ def _targets_by_suffix(adapter: Adapter) -> bool:
 
 def _compute_dtype(options: MergeOptions) -> torch.dtype:
     return torch.float64 if options.compute_dtype == "float64" else torch.float32
+
+
+def shared_rank(plan: MergePlan, adapters: Mapping[int, Adapter]) -> int | None:
+    """The rank of the exact sum of adapters that share lora_A, bit for bit, and its scaling in every module, as those
+    of FFA-LoRA do; None: they do not."""
+    for module in plan.modules:
+        (position, description), *others = module.owners
+        first = adapters[position].factors(description)
+        for position, description in others:
+            found = adapters[position].factors(description)
+            if abs(found.scaling) != abs(first.scaling) or not torch.equal(found.A, first.A):
+                return None
+    return max(module.rank for item in plan.modules for _, module in item.owners)
 
 
 def _output_dtype(options: MergeOptions, adapters: Mapping[int, Adapter]) -> str:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
@@ -51,3 +52,71 @@ def test_biases_of_lora_b_are_summed(write_adapter: Write, merge: Any, tmp_path:
         bias = load_file(out / "adapter_model.safetensors")[f"base_model.model.{PATH}.lora_B.bias"]
         # scalings 6/3 and 1.5/3, weights 1 and −2, biases 1 and 2
         torch.testing.assert_close(bias, torch.full((24,), 2.0 * 1 - 2 * 0.5 * 2))
+
+
+def ffa_adapters(write_adapter: Write, modules: Sequence[str], **config: Any) -> list[Path]:
+    """Three adapters with the same lora_A, as the runs of one FFA-LoRA family have."""
+    shared = {path: factors(90 + number)[0] for number, path in enumerate(modules)}
+    return [
+        write_adapter(
+            f"f{i}", {path: (shared[path], factors(i * 7 + n)[1]) for n, path in enumerate(modules)}, **config
+        )
+        for i in range(3)
+    ]
+
+
+def test_adapters_that_share_lora_a_keep_it_and_their_rank(
+    write_adapter: Write, merge: Any, dense_delta: Any, tmp_path: Path
+) -> None:
+    """arXiv:2403.12313: ΔW is linear in lora_B, so the average of those is exact."""
+    modules = ("layers.0.proj", "layers.1.proj")
+    sources = ffa_adapters(write_adapter, modules)
+    weights = [0.5, 0.75, -0.25]
+    result, report = merge(sources, "linear", weights=weights)
+    assert report.rank == 3
+    for path in modules:
+        exact = sum(w * dense_delta(source, path) for w, source in zip(weights, sources, strict=True))
+        torch.testing.assert_close(result[path], exact, rtol=1e-5, atol=1e-5)
+    written = load_file(tmp_path / "merged-1" / "adapter_model.safetensors")
+    given = [load_file(source / "adapter_model.safetensors") for source in sources]
+    for path in modules:
+        name = f"base_model.model.{path}.lora_{{}}.weight"
+        A, B = name.format("A"), name.format("B")
+        # every row is there, bit for bit
+        order = [int((written[A] == row).all(dim=1).nonzero()) for row in given[0][A]]
+        mean = sum(w * file[B].double() for w, file in zip(weights, given, strict=True))
+        torch.testing.assert_close(written[B][:, order].double(), mean, rtol=1e-6, atol=1e-6)
+    assert [module.figures for module in report.modules] == [{"shared_lora_A": 1.0}] * 2
+    assert report.totals()["relative_error"] < 1e-6
+    assert report.to_dict()["total"]["figures"] == {"shared_lora_A": 1.0}
+    at_rank, _ = merge(sources, "linear", weights=weights, rank=3)
+    torch.testing.assert_close(at_rank[modules[0]], result[modules[0]])
+    _, report = merge(sources, "linear", weights=weights, rank=2)
+    assert report.totals()["relative_error"] > 0.01
+
+
+def test_only_equal_bits_are_taken_for_the_same_lora_a(write_adapter: Write, merge: Any, dense_delta: Any) -> None:
+    A = factors(50)[0]
+    almost = A.clone()
+    almost[0, 0] = torch.nextafter(almost[0, 0], torch.tensor(9.0))
+    one = write_adapter("one", {PATH: (A, factors(1)[1])})
+    two = write_adapter("two", {PATH: (almost, factors(2)[1])})
+    scaled = write_adapter("scaled", {PATH: (A, factors(2)[1])}, lora_alpha=6.0)
+    for other, rank, shared in ((two, 6, 2 / 3), (scaled, 6, None)):
+        result, report = merge([one, other], "linear")
+        exact = dense_delta(one, PATH) + dense_delta(other, PATH)
+        assert report.rank == rank
+        assert report.modules[0].figures.get("shared_lora_A") == (None if shared is None else pytest.approx(shared))
+        torch.testing.assert_close(result[PATH], exact, rtol=1e-5, atol=1e-5)
+    half = write_adapter("half", {PATH: (A, factors(3)[1]), "layers.1.proj": factors(4)})
+    both = write_adapter("both", {PATH: (A, factors(5)[1]), "layers.1.proj": factors(6)})
+    result, report = merge([half, both], "linear")
+    assert report.rank == 6  # one module shares it, the other does not
+    assert [(m.rank, m.padded, m.figures.get("shared_lora_A")) for m in report.modules] == [(3, 3, 1.0), (6, 0, None)]
+
+
+def test_scaled_deltas_of_a_shared_lora_a_are_still_exact(write_adapter: Write, merge: Any) -> None:
+    sources = ffa_adapters(write_adapter, [PATH])
+    _, report = merge(sources, "linear", norm_equalize="adapter")
+    assert report.rank == 9
+    assert report.totals()["relative_error"] < 1e-6
