@@ -5,12 +5,12 @@ from __future__ import annotations
 import re
 from typing import cast
 
-from app.downloads import Download
 from app.schemas.datasets import MAX_OFFSET, DatasetRows, NumberedRow
-from app.segments import BlobSlice
 from artifacts.errors import BlobMissing
 from storage.blob_reader import open_blob
 from storage.blobs import BlobStore
+from storage.downloads import Download
+from storage.segments import BlobSlice
 from storage.tables import DatasetRow
 from train.rows import Format, canonical, iter_stored
 from train.text_lines import GZIP_MAGIC

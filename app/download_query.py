@@ -8,8 +8,8 @@ from urllib.parse import urlencode
 
 from fastapi import Depends, Query
 
-from app.schemas.adapters import DownloadDtype, DownloadFormat
 from artifacts.peft_config import MAX_RANK
+from storage.downloads import DownloadDtype, DownloadFormat
 
 Format = Annotated[
     DownloadFormat,

@@ -9,11 +9,11 @@ from fastapi import Request
 from starlette.responses import Response, StreamingResponse
 
 from app.byte_ranges import ByteRange, etag_matches, parse_range, range_applies
-from app.downloads import Download
 from app.problems import problem_of, problem_responses
-from app.segments import read_segments
 from app.state import Services
 from artifacts.errors import RangeInvalid
+from storage.downloads import Download
+from storage.segments import read_segments
 
 Responses = dict[int | str, dict[str, Any]]
 

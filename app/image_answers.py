@@ -7,16 +7,16 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from app.content_choice import prefers
-from app.downloads import Download
 from app.file_answers import answer_file
 from app.idempotency import Answer
 from app.job_answers import answer_or_wait, job_body
 from app.problems import error_classes, problem
-from app.segments import BlobSlice
 from app.state import Services
 from app.waiting import wait_for_job
 from artifacts.errors import BlobMissing, RankwiseError
 from storage import images
+from storage.downloads import Download
+from storage.segments import BlobSlice
 from storage.tables import ImageFileRow
 
 PNG = "image/png"

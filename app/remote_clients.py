@@ -11,12 +11,10 @@ from typing import Any
 from sqlalchemy.orm import Session
 
 from app.auth import Principal
-from app.downloads import SAFETENSORS_TYPE, Download
 from app.form_fields import form_of, once
 from app.idempotency import Answer
 from app.schemas.common import as_json
 from app.schemas.remote_clients import GivenUpdate, RemoteBase, RemoteTask, UpdateForm, WantedUpdate
-from app.segments import BlobSlice, read_segments
 from app.state import Services
 from app.uploads import Upload, UploadedFile
 from artifacts.errors import FieldError, NotFound, RankwiseError, RequestInvalid, StateConflict, TooLarge
@@ -27,6 +25,8 @@ from storage import models, remote_clients
 from storage.blob_reader import open_blob
 from storage.blob_rows import reserve_blobs
 from storage.blobs import BlobStore
+from storage.downloads import SAFETENSORS_TYPE, Download
+from storage.segments import BlobSlice, read_segments
 from storage.tables import TERMINAL_STATES, ClientUpdateRow, JobRow
 from train.catalog import parse_parameters
 from train.federation.updates import check_update, upload_limit

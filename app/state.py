@@ -7,14 +7,15 @@ from pathlib import Path
 
 from anyio import CapacityLimiter
 
-from app.checksums import Crc32Cache
 from app.key_uses import KeyUses
-from app.measures import Measures
 from app.metrics import Metrics
 from app.settings import Settings
+from storage.adapter_downloads import AdapterDownloads
 from storage.base_configs import BaseConfigs
 from storage.blobs import BlobStore
+from storage.checksums import Crc32Cache
 from storage.database import Database
+from storage.measures import Measures
 from workers.clockwork import Clockwork
 from workers.supervisor import Supervisor
 
@@ -52,6 +53,11 @@ class Services:
     def base_configs(self) -> BaseConfigs:
         """Reads config.json of base models."""
         return BaseConfigs(self.database, self.blobs, self.settings.model_roots)
+
+    @property
+    def adapter_downloads(self) -> AdapterDownloads:
+        """Lays adapters out as files."""
+        return AdapterDownloads(self.blobs, self.crc32, self.measures, self.base_configs)
 
     @property
     def staging(self) -> Path:

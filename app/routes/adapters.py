@@ -10,14 +10,6 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from app.adapter_intake import TEXT_FIELDS, store_upload
 from app.dependencies import AdapterId, IdempotencyKey, Reader, ServicesDep, Writer
 from app.download_query import DownloadQuery, Wanted
-from app.downloads import (
-    SAFETENSORS_TYPE,
-    ZIP_TYPE,
-    cut_download,
-    peft_download,
-    safetensors_download,
-    serves_ranks,
-)
 from app.file_answers import answer_file, file_responses, head_responses
 from app.json_body import JsonRoute
 from app.problems import problem_responses
@@ -40,12 +32,12 @@ from app.schemas.common import PageOf
 from app.schemas.recipes import AdapterRecipe
 from app.state import Services
 from app.upload_answers import answer_upload
-from app.written_downloads import Wish, written_download
 from artifacts.compatibility import Engine, findings, loads
-from artifacts.manifest import PEFT_FORMATS
 from storage import adapters, transferables, waivers
 from storage.adapter_keys import keys_page
 from storage.adapters import AdapterFilter
+from storage.downloads import SAFETENSORS_TYPE, ZIP_TYPE
+from storage.written_downloads import Wish
 
 router = APIRouter(tags=["adapters"], route_class=JsonRoute)
 
@@ -218,16 +210,5 @@ def head_download(
 def _download(request: Request, services: Services, adapter_id: str, wanted: DownloadQuery) -> Response:
     with services.database.read() as session:
         row = adapters.get_adapter(session, adapter_id)
-    blobs, crc32 = services.blobs, services.crc32
-    layout, as_stored = wanted.layout, wanted.dtype is None and row.format in PEFT_FORMATS
-    if layout == "safetensors" and wanted.dtype is None and wanted.rank is None:
-        found = safetensors_download(blobs, row)
-    elif layout == "peft" and as_stored and wanted.rank is None:
-        found = peft_download(blobs, crc32, row)
-    elif layout in ("peft", "safetensors") and as_stored and wanted.rank is not None and serves_ranks(row):
-        found = cut_download(blobs, crc32, row, wanted.rank, layout)
-    else:
-        config = services.base_configs.of_adapter(row) if layout == "gguf" else None
-        wish = Wish(layout, wanted.dtype, wanted.rank, config)
-        found = written_download(blobs, crc32, services.measures, row, wish)
+    found = services.adapter_downloads.of(row, Wish(wanted.layout, wanted.dtype, wanted.rank))
     return answer_file(request, services, found)

@@ -9,7 +9,6 @@ from sqlalchemy.orm import Session
 from starlette.responses import JSONResponse, Response, StreamingResponse
 
 from app.dependencies import IdempotencyKey, ModelId, Paging, Reader, ServicesDep, Writer
-from app.downloads import SAFETENSORS_TYPE, model_file
 from app.file_answers import answer_file, file_responses, head_responses
 from app.idempotency import Answer, answer_after, answer_once, request_key
 from app.json_body import JsonRoute
@@ -19,6 +18,7 @@ from app.schemas.common import PageOf, as_json
 from app.schemas.models import BaseModelResource, DeprecationRequest, ModelPatch, ModelRequest
 from artifacts.base_model import BaseModelRef
 from storage import models, retirement
+from storage.downloads import SAFETENSORS_TYPE, model_file
 
 router = APIRouter(tags=["models"], route_class=JsonRoute)
 _LOCATION = {"Location": {"description": "Path of the model.", "schema": {"type": "string"}}}
@@ -135,7 +135,7 @@ def get_model_file(
     request: Request, services: ServicesDep, principal: Reader, model_id: ModelId, name: FileName
 ) -> Response:
     """Takes Range, If-Range and If-None-Match."""
-    return answer_file(request, services, model_file(services, model_id, name))
+    return answer_file(request, services, model_file(services.database, services.blobs, model_id, name))
 
 
 @router.head(
@@ -148,4 +148,4 @@ def head_model_file(
     request: Request, services: ServicesDep, principal: Reader, model_id: ModelId, name: FileName
 ) -> Response:
     """The headers of the download."""
-    return answer_file(request, services, model_file(services, model_id, name))
+    return answer_file(request, services, model_file(services.database, services.blobs, model_id, name))

@@ -9,13 +9,13 @@ from starlette.concurrency import run_in_threadpool
 from starlette.responses import JSONResponse, Response, StreamingResponse
 
 from app.dependencies import FederatedClient, JobId, ServicesDep
-from app.downloads import SAFETENSORS_TYPE
 from app.file_answers import answer_file, file_responses, head_responses
 from app.json_body import JsonRoute
 from app.problems import problem_responses
 from app.remote_clients import TEXT_FIELDS, adapter_file, describe, expect, store_update, watched
 from app.schemas.remote_clients import UPDATE_FORM_SCHEMA, GivenUpdate, RemoteTask
 from app.upload_answers import answer_upload
+from storage.downloads import SAFETENSORS_TYPE
 from train.options.ffa_lora import MAX_CLIENTS, MAX_ROUNDS
 
 router = APIRouter(tags=["train"], route_class=JsonRoute)

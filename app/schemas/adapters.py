@@ -302,9 +302,6 @@ class Compatibility(BaseModel):
     findings: list[CompatibilityFinding]
 
 
-DownloadFormat = Literal["peft", "safetensors", "diffusers", "kohya", "comfy", "gguf"]
-DownloadDtype = Literal["float32", "bfloat16", "float16"]
-
 UPLOAD_FORM_SCHEMA: dict[str, Any] = {
     "type": "object",
     "additionalProperties": False,

@@ -14,21 +14,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
-from app.checksums import Crc32Cache
-from app.downloads import (
-    SAFETENSORS_TYPE,
-    Download,
-    check_blobs,
-    etag_of,
-    file_stem,
-    stored_header,
-    weights_of,
-    zipped,
-)
-from app.measures import Measures
-from app.schemas.adapters import DownloadDtype, DownloadFormat
-from app.segments import BlobSlice, MadeBytes, Segment, read_segments, total_size
-from app.zip_layout import ZipEntry, blob_entry, bytes_entry
 from artifacts.errors import FieldError, RequestInvalid
 from artifacts.float_dtypes import WRITABLE, is_float
 from artifacts.formats.pairs import Pair
@@ -41,7 +26,23 @@ from artifacts.rank_cut import config_text
 from artifacts.safetensors_header import DTYPE_BYTES, TensorInfo, packed_header
 from storage.adapters import manifest_of
 from storage.blobs import BlobStore
+from storage.checksums import Crc32Cache
+from storage.downloads import (
+    SAFETENSORS_TYPE,
+    Download,
+    DownloadDtype,
+    DownloadFormat,
+    check_blobs,
+    etag_of,
+    file_stem,
+    stored_header,
+    weights_of,
+    zipped,
+)
+from storage.measures import Measures
+from storage.segments import BlobSlice, MadeBytes, Segment, read_segments, total_size
 from storage.tables import AdapterRow
+from storage.zip_layout import ZipEntry, blob_entry, bytes_entry
 
 EXPORT_KEY = "rankwise_export"
 """The key of a file's metadata under which it says what it was written from, and how exactly."""
@@ -174,7 +175,9 @@ def _as_file(
     entries.append(bytes_entry(CONFIG_NAME, config_text(written.config)))
     entries.append(ZipEntry(WEIGHTS_NAME, checksum, size, content))
     packed = zipped(entries, name)
-    return Download(packed.segments, f"{weak}{packed.etag}", packed.media_type, packed.file_name, headers)
+    return Download(
+        packed.segments, f"{weak}{packed.etag}", packed.media_type, packed.file_name, headers, packed.members
+    )
 
 
 def _rewritten(blobs: BlobStore, measures: Measures, source: _Source, wish: Wish) -> _Written:

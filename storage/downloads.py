@@ -12,13 +12,8 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
-from app.checksums import Crc32Cache
-from app.schemas.adapters import DownloadFormat
-from app.segments import BlobPieces, BlobSlice, MadeBytes, Segment, read_segments, total_size
-from app.state import Services
-from app.zip_layout import ZipEntry, blob_entry, bytes_entry, lay_out_zip
 from artifacts.errors import BlobMissing, FieldError, RequestInvalid
 from artifacts.layout import CONFIG_NAME, METADATA_KEY, WEIGHTS_NAME
 from artifacts.manifest import PEFT_FORMATS
@@ -28,21 +23,32 @@ from artifacts.served_ranks import check_rank
 from storage import made_models
 from storage.adapters import manifest_of
 from storage.blobs import BlobStore
+from storage.checksums import Crc32Cache
+from storage.database import Database
+from storage.segments import BlobPieces, BlobSlice, MadeBytes, Segment, read_segments, total_size
 from storage.tables import AdapterFileRow, AdapterRow
+from storage.zip_layout import ZipEntry, blob_entry, bytes_entry, lay_out_zip
 
 ZIP_TYPE = "application/zip"
 SAFETENSORS_TYPE = "application/octet-stream"
 
+DownloadFormat = Literal["peft", "safetensors", "diffusers", "kohya", "comfy", "gguf"]
+DownloadDtype = Literal["float32", "bfloat16", "float16"]
+
 
 @dataclass(frozen=True, slots=True)
 class Download:
-    """A file that can be sent: its parts, ETag (quoted), media type, a name for the client's disk, and more headers."""
+    """A file that can be sent: its parts, ETag (quoted), media type, a name for the client's disk, and more headers.
+
+    `members` are the entries of an archive; none for any other file.
+    """
 
     segments: tuple[Segment, ...]
     etag: str
     media_type: str
     file_name: str
     headers: Mapping[str, str] = field(default_factory=dict)
+    members: tuple[ZipEntry, ...] = ()
 
     @property
     def size(self) -> int:
@@ -134,8 +140,9 @@ def serves_ranks(row: AdapterRow) -> bool:
 
 def zipped(entries: list[ZipEntry], name: str) -> Download:
     """The archive of these entries, in the order of their names."""
-    segments = lay_out_zip(sorted(entries, key=lambda entry: entry.name))
-    return Download(segments, etag_of("zip", segments), ZIP_TYPE, f"{name}.zip")
+    ordered = sorted(entries, key=lambda entry: entry.name)
+    segments = lay_out_zip(ordered)
+    return Download(segments, etag_of("zip", segments), ZIP_TYPE, f"{name}.zip", members=tuple(ordered))
 
 
 def stored_header(blobs: BlobStore, weights: AdapterFileRow) -> tuple[SafetensorsHeader, bytes]:
@@ -189,16 +196,16 @@ def file_stem(row: AdapterRow) -> str:
     return stem or row.id
 
 
-def model_file(services: Services, model_id: str, name: str) -> Download:
+def model_file(database: Database, blobs: BlobStore, model_id: str, name: str) -> Download:
     """A file of a model that a job made.
 
     Raises:
         NotFound: there is no such model or file.
         BlobMissing: the store has lost it.
     """
-    with services.database.read() as session:
+    with database.read() as session:
         row = made_models.get_file(session, model_id, name)
-    if not services.blobs.exists(row.sha256):
+    if not blobs.exists(row.sha256):
         raise BlobMissing(
             f"The bytes of {row.path} of the model {row.model_id} (sha256 {row.sha256}) are missing.",
             hint="Restore them from a backup, or merge again from its recipe.",

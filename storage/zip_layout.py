@@ -11,7 +11,7 @@ import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from app.segments import BlobSlice, Segment
+from storage.segments import BlobSlice, Segment
 
 _LIMIT_32 = 0xFFFFFFFF
 _LIMIT_16 = 0xFFFF

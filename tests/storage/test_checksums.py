@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from app.checksums import Crc32Cache
 from artifacts.errors import BlobMissing
 from storage.blobs import BlobStore
+from storage.checksums import Crc32Cache
 
 
 class Counting(BlobStore):

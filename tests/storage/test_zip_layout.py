@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from app.segments import BlobSlice, Segment, read_segments, total_size
-from app.zip_layout import blob_entry, bytes_entry, lay_out_zip
 from storage.blobs import BlobStore
+from storage.segments import BlobSlice, Segment, read_segments, total_size
+from storage.zip_layout import blob_entry, bytes_entry, lay_out_zip
 
 
 def join(segments: Sequence[Segment]) -> bytes:
