@@ -9,7 +9,8 @@ from app.schemas.conversion import ConvertParams
 from app.settings import Settings
 from app.stored_inputs import stored_adapters
 from artifacts.errors import FieldError, MergeRefused, RequestInvalid
-from merge.convertible import CONVERTIBLE
+from artifacts.quantised_base import packed_layers
+from merge.convertible import CONVERTIBLE, PACKED
 from storage import adapters
 from storage.tables import AdapterRow, ModelRow
 
@@ -26,6 +27,11 @@ def check_convert(_: Settings, session: Session, request: ConvertParams, devices
     """
     del devices
     row = stored_adapters(session, [("/adapter", request.adapter)])[request.adapter]
+    if request.to != "lora":
+        return _check_unpacking(session, row, request)
+    if request.dtype is not None:
+        problem = "a LoRA is written in float32; dtype is of the models that unpacked_lora and merged write"
+        raise RequestInvalid(f"A{problem[1:]}.", errors=[FieldError("/dtype", problem)])
     need = CONVERTIBLE.get(row.method)
     if need is None:
         problem = (
@@ -49,6 +55,30 @@ def check_convert(_: Settings, session: Session, request: ConvertParams, devices
         raise MergeRefused(
             f"T{problem[1:]}.",
             hint="Register a folder of the server (POST /models).",
+            errors=[FieldError("/base_model", problem)],
+        )
+    request.base_model = model.id
+    return model.id
+
+
+def _check_unpacking(session: Session, row: AdapterRow, request: ConvertParams) -> str:
+    """What becomes a model needs the packed weights that it was trained on; which those are, the worker checks."""
+    if row.method != PACKED:
+        problem = f"{row.name} is a {row.method}; {request.to} is for adapters trained beside packed weights ({PACKED})"
+        raise MergeRefused(
+            f"{problem}.",
+            hint="POST /merge with output 'base' adds a plain LoRA to its base model.",
+            errors=[FieldError("/to", problem)],
+        )
+    if request.rank is not None:
+        problem = f"{request.to} keeps the rank as it is"
+        raise RequestInvalid(f"{problem}.", errors=[FieldError("/rank", problem)])
+    model = _model_of(session, row, request)
+    if model.source == "hub" or not packed_layers(model.quantisation):
+        problem = f"the weights of {model.name} are not packed"
+        raise MergeRefused(
+            f"T{problem[1:]}: the adapter is nothing without the packed weights that it was trained on.",
+            hint="Name the base model that POST /models/{id}/quantize made and that the adapter was trained on.",
             errors=[FieldError("/base_model", problem)],
         )
     request.base_model = model.id

@@ -74,6 +74,7 @@ def convert_to_lora(
     rank: int | None = None,
     fingerprint: Fingerprint | None = None,
     base: Path | None = None,
+    unpacked: str | None = None,
     lineage: Mapping[str, Any] | None = None,
     progress: Progress | None = None,
 ) -> ConversionReport:
@@ -83,6 +84,8 @@ def convert_to_lora(
         rank: of the result, capped for each module at the rank of its form; None keeps the form exactly.
         fingerprint: the layers of the base model, for types whose files do not tell their sides (VeRA).
         base: folder of the base model, for types whose ΔW depends on its weights (DoRA).
+        unpacked: of an LQ-LoRA, the name of the dense model that its packed weights became: the LoRA is then for that
+            one, scaling·B·A as it was trained, and not the change of the training.
         progress: called with the fraction done and a message; may raise to stop.
 
     Raises:
@@ -92,7 +95,7 @@ def convert_to_lora(
         DiskFull
     """
     layout = read_layout(directory)
-    source = _Source.of(layout, fingerprint, base, rank)
+    source = _Source.of(layout, fingerprint, base, rank, unpacked)
     paths = source.paths()
     found: dict[str, tuple[Pair, ConvertedModule, tuple[float, float]]] = {}
     for number, path in enumerate(paths):
@@ -100,7 +103,7 @@ def convert_to_lora(
             progress(0.9 * number / len(paths), f"Converting {number + 1} of {len(paths)} modules")
         found[path] = source.convert(path)
     largest = max(item.rank for _, item, _ in found.values())
-    _write(layout, {path: pair for path, (pair, _, _) in found.items()}, largest, out, lineage)
+    _write(layout, {path: pair for path, (pair, _, _) in found.items()}, largest, out, lineage, unpacked)
     error = math.fsum(item[2][0] for item in found.values())
     energy = math.fsum(item[2][1] for item in found.values())
     modules = tuple(item for _, item, _ in found.values())
@@ -119,15 +122,23 @@ class _Source:
     sides: Callable[[str], tuple[int, int] | None]
     base: ModelLayout | None
     rank: int | None
+    unpacked: str | None = None
     foreign: Mapping[str, ForeignForm] = field(default_factory=dict)  # of a file that is not PEFT's
 
     @classmethod
-    def of(cls, layout: AdapterLayout, fingerprint: Fingerprint | None, base: Path | None, rank: int | None) -> _Source:
+    def of(
+        cls,
+        layout: AdapterLayout,
+        fingerprint: Fingerprint | None,
+        base: Path | None,
+        rank: int | None,
+        unpacked: str | None,
+    ) -> _Source:
         adapter = Adapter(layout)
         if layout.reading is not None:
             forms = forms_of(layout.reading, adapter)
             named = {path: form.tensors for path, form in forms.items()}
-            return cls(layout, adapter, named, {}, sides_of(fingerprint or ()), None, rank, forms)
+            return cls(layout, adapter, named, {}, sides_of(fingerprint or ()), None, rank, foreign=forms)
         modules: dict[str, dict[str, Tensor]] = {}
         shared: dict[str, Tensor] = {}
         for key in layout.header.tensors:
@@ -148,7 +159,8 @@ class _Source:
                 hint="They can not become part of a LoRA.",
             )
         sides = sides_of(fingerprint or ())
-        return cls(layout, adapter, modules, shared, sides, None if base is None else ModelLayout(base), rank)
+        opened = None if base is None else ModelLayout(base)
+        return cls(layout, adapter, modules, shared, sides, opened, rank, unpacked)
 
     def paths(self) -> list[str]:
         return sorted(self.modules)
@@ -178,6 +190,8 @@ class _Source:
         if kind == "RANKWISE_LQ_LORA":
             scaling = float(raw["lora_alpha"]) / float(raw["r"])
             trained, start = ((tensors[f"{name}_A"], tensors[f"{name}_B"]) for name in ("lora", "start"))
+            if self.unpacked is not None:
+                return trained[0], trained[1] * scaling
             return low_rank_forms.difference(trained, start, scaling)
         scaling = _pattern(raw, "alpha", path) / _pattern(raw, "r", path)
         if kind == "LOHA":
@@ -300,13 +314,18 @@ def _pattern(raw: Mapping[str, Any], name: str, path: str) -> float:
 
 
 def _write(
-    layout: AdapterLayout, pairs: Mapping[str, Pair], rank: int, out: Path, lineage: Mapping[str, Any] | None
+    layout: AdapterLayout,
+    pairs: Mapping[str, Pair],
+    rank: int,
+    out: Path,
+    lineage: Mapping[str, Any] | None,
+    unpacked: str | None,
 ) -> None:
     exported = [ExportedModule(_described(path, *pair), rank) for path, pair in pairs.items()]
     config = lora_config(
         rank=rank,
         target_modules=pairs,
-        base_model=_original(layout.config.raw) or layout.config.base_model,
+        base_model=unpacked or _original(layout.config.raw) or layout.config.base_model,
         revision=layout.config.revision,
         task_type=layout.config.task_type,
         fan_in_fan_out=layout.config.fan_in_fan_out or bool(layout.config.raw.get("fan_in_fan_out")),

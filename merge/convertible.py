@@ -24,3 +24,6 @@ CONVERTIBLE: Mapping[str, Need] = MappingProxyType(
     }
 )
 """Type of the adapter → what of its base model has to be known."""
+
+PACKED = "lq_lora"
+"""The type that was trained beside packed weights, and that becomes a model together with those."""

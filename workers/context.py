@@ -85,7 +85,10 @@ class StoredModel:
 
 @dataclass(frozen=True, slots=True)
 class NewAdapter:
-    """An adapter that a job made or fetched: a directory in the attempt's scratch, and what its row will say."""
+    """An adapter that a job made or fetched: a directory in the attempt's scratch, and what its row will say.
+
+    `on_new_model`: its base is the first of the models that the job made.
+    """
 
     directory: Path
     name: str
@@ -95,6 +98,7 @@ class NewAdapter:
     model_id: str | None = None
     parents: tuple[Parent, ...] = ()
     source: Mapping[str, Any] | None = None
+    on_new_model: bool = False
 
 
 @dataclass(frozen=True, slots=True)

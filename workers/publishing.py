@@ -49,6 +49,12 @@ def publish(context: JobContext, outcome: JobOutcome) -> dict[str, Any]:
     spec = context.spec
     with context.database.write() as session:
         job = claims.fence(session, spec.job_id, spec.attempt)
+        rows = [
+            made_models.add_made_model(
+                session, ref, entries, recipe=model.recipe, job_id=spec.job_id, created_by=job.created_by
+            )
+            for model, (ref, entries) in zip(outcome.models, made, strict=True)
+        ]
         ids = []
         for new, manifest in inspected:
             row, _ = adapters.add_adapter(
@@ -57,8 +63,8 @@ def publish(context: JobContext, outcome: JobOutcome) -> dict[str, Any]:
                 name=new.name,
                 description=new.description,
                 tags=new.tags,
-                base_model=new.base_model,
-                model_id=new.model_id,
+                base_model=rows[0].name if new.on_new_model else new.base_model,
+                model_id=rows[0].id if new.on_new_model else new.model_id,
                 origin=spec.kind,
                 job_id=spec.job_id,
                 created_by=job.created_by,
@@ -73,15 +79,9 @@ def publish(context: JobContext, outcome: JobOutcome) -> dict[str, Any]:
             for position, (image, stored) in enumerate(pictures)
         ]
         unused = [] if outcome.also is None else list(outcome.also(session, ids))
-        model_ids = [
-            made_models.add_made_model(
-                session, ref, entries, recipe=model.recipe, job_id=spec.job_id, created_by=job.created_by
-            ).id
-            for model, (ref, entries) in zip(outcome.models, made, strict=True)
-        ]
         result = {"adapters": ids, "images": image_ids, "report": dict(outcome.report)}
-        if model_ids:
-            result["models"] = model_ids
+        if rows:
+            result["models"] = [row.id for row in rows]
         claims.finish_succeeded(session, spec.job_id, spec.attempt, result)
         previews.drop_preview(session, spec.job_id)
         sealed_inputs.drop(session, spec.job_id)

@@ -310,14 +310,21 @@ def convert(
     context: typer.Context,
     adapter: AdapterId,
     rank: Annotated[int | None, typer.Option("--rank", min=1, help="Of the result, at most; else exact.")] = None,
+    to: Annotated[
+        str, typer.Option("--to", help="lora; of an LQ-LoRA also unpacked_lora and merged, which write a model.")
+    ] = "lora",
     base_model: Annotated[
-        str | None, typer.Option("--base-model", help="Base model by id or name, for DoRA and VeRA; else its own.")
+        str | None,
+        typer.Option("--base-model", help="Base model by id or name, for DoRA, VeRA and LQ-LoRA; else its own."),
     ] = None,
-    name: Annotated[str | None, typer.Option("--name", help="Name of the converted adapter.")] = None,
+    dtype: Annotated[
+        str | None, typer.Option("--dtype", help="Of the model: float32 (exact), bfloat16 or float16.")
+    ] = None,
+    name: Annotated[str | None, typer.Option("--name", help="Name of the converted adapter, or merged model.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Convert an AdaLoRA, DoRA, LoHa, LoKr, LQ-LoRA or VeRA adapter to a plain LoRA."""
-    wanted = {"to": "lora", "rank": rank, "base_model": base_model, "name": name}
+    """Convert an AdaLoRA, DoRA, LoHa, LoKr, LQ-LoRA or VeRA adapter to a plain LoRA, an LQ-LoRA also to a model."""
+    wanted = {"to": to, "rank": rank, "base_model": base_model, "dtype": dtype, "name": name}
     body = {key: value for key, value in wanted.items() if value is not None}
     with context.obj() as client:
         job = require_success(watch(client, client.post(f"/adapters/{adapter}/convert", body)["id"]))
@@ -326,7 +333,8 @@ def convert(
         return
     report = job["result"]["report"]
     shown = {key: report[key] for key in ("from", "to", "rank", "exact", "relative_error")}
-    stdout().print(fields(job["result"]["adapters"][0], shown))
+    made = [*job["result"]["adapters"], *job["result"].get("models", [])]
+    stdout().print(fields(" on ".join(made), shown))
 
 
 @app.command("recipe")

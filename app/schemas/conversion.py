@@ -15,7 +15,11 @@ from merge.options import MAX_RANK
 class Conversion(RequestModel):
     """What an adapter shall become."""
 
-    to: Literal["lora"] = Field(description="A plain LoRA, which every merge takes.")
+    to: Literal["lora", "unpacked_lora", "merged"] = Field(
+        description="lora: a plain LoRA, which every merge takes. Of an LQ-LoRA also unpacked_lora: its base model "
+        "with ordinary weights in place of the packed ones, and the adapter as a plain LoRA on that; merged: one model "
+        "of both."
+    )
     rank: Annotated[int, Field(strict=True, ge=1, le=MAX_RANK)] | None = Field(
         None,
         description="Of the result, at most; the nearest of that rank is made. Unset, the exact form of AdaLoRA, LoHa, "
@@ -23,7 +27,11 @@ class Conversion(RequestModel):
     )
     base_model: BaseModelName | None = Field(
         None,
-        description="Id or name of the base model, for DoRA (its weights) and VeRA (its layers); unset, its own.",
+        description="Id or name of the base model, for DoRA (its weights), VeRA (its layers) and LQ-LoRA (its "
+        "packed weights, unless it becomes a lora); unset, its own.",
+    )
+    dtype: Literal["float32", "bfloat16", "float16"] | None = Field(
+        None, description="Of the model that unpacked_lora and merged write; unset float32, which is exact."
     )
     name: Name | None = Field(None, description="Name of the converted adapter.")
 

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from artifacts.base_model import BaseModelRef
+from artifacts.quantised_base import METHOD
 from storage import models
 
 
@@ -41,7 +42,8 @@ def test_a_conversion_is_a_job_and_the_refused_merge_names_it(
     assert response.status_code == 202, response.text
     job = response.json()
     assert job["kind"] == "convert"
-    assert job["params"] == {"to": "lora", "rank": None, "base_model": None, "name": None, "adapter": adapter}
+    unset = dict.fromkeys(("rank", "base_model", "dtype", "name"))
+    assert job["params"] == {"to": "lora", "adapter": adapter, **unset}
 
 
 def test_a_vera_needs_the_layers_of_its_base(server: Any, adapter_files: Any, make_safetensors: Any) -> None:
@@ -59,6 +61,47 @@ def test_a_vera_needs_the_layers_of_its_base(server: Any, adapter_files: Any, ma
     assert "not known" in bare.json()["detail"]
     named = server.client.post(path, json={"to": "lora", "base_model": "here"})
     assert (named.status_code, named.json()["params"]["base_model"]) == (202, known)
+
+
+LQ_LORA = {"lora_A": [2, 8], "lora_B": [6, 2], "start_A": [2, 8], "start_B": [6, 2]}
+LAYER = "model.layers.0.self_attn.q_proj"
+PACKED = {
+    "quant_method": METHOD,
+    "codebook": "nf-v1",
+    "rank": 2,
+    "layers": {LAYER: {"shape": [16, 16], "format": [4, 8, "bfloat16", 16, 16]}},
+}
+
+
+@pytest.mark.parametrize("to", ["unpacked_lora", "merged"])
+def test_what_was_trained_beside_packed_weights_becomes_a_model_with_those(
+    server: Any, adapter_files: Any, make_safetensors: Any, to: str
+) -> None:
+    adapter = upload(server, adapter_files(), make_safetensors, "RANKWISE_LQ_LORA", LQ_LORA, r=2, lora_alpha=2)
+    path = f"/adapters/{adapter}/convert"
+    with server.services.database.write() as session:
+        dense = models.add_model(session, BaseModelRef("dense", "path", "/dense", fingerprint=((LAYER, 16, 16),)))[0].id
+        packed = models.add_model(session, BaseModelRef("packed", "path", "/packed", quantisation=PACKED))[0].id
+    refused = {
+        "no base model": ({}, "/base_model", "belongs to no registered model"),
+        "a dense one": ({"base_model": dense}, "/base_model", "are not packed"),
+        "a rank": ({"base_model": packed, "rank": 2}, "/rank", "keeps the rank"),
+        "an unknown dtype": ({"base_model": packed, "dtype": "int8"}, "/dtype", "should be"),
+    }
+    for name, (body, pointer, words) in refused.items():
+        problem = server.client.post(path, json={"to": to, **body}).json()
+        assert (problem["status"], problem["errors"][0]["pointer"]) == (422, pointer), name
+        assert words in problem["errors"][0]["message"], name
+    taken = server.client.post(path, json={"to": to, "base_model": "packed", "dtype": "bfloat16"})
+    assert (taken.status_code, taken.json()["params"]["base_model"]) == (202, packed)
+
+
+def test_other_adapters_do_not_become_models(server: Any, adapter_files: Any, make_safetensors: Any) -> None:
+    adapter = upload(server, adapter_files(), make_safetensors, "LOHA", LOHA, alpha=4)
+    for body, pointer in (({"to": "merged"}, "/to"), ({"to": "lora", "dtype": "float16"}, "/dtype")):
+        refused = server.client.post(f"/adapters/{adapter}/convert", json=body)
+        assert (refused.status_code, refused.json()["errors"][0]["pointer"]) == (422, pointer)
+    assert server.rows()["jobs"] == 0
 
 
 @pytest.mark.parametrize(

@@ -27,7 +27,7 @@ QUANTISATION = {
     "cost_iterations": 1,
     "target_modules": ["q_proj", "v_proj"],
 }
-LOSS = """
+OURS = """
 import json, sys
 from pathlib import Path
 import torch
@@ -38,6 +38,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 base, adapter, rows = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
 tokenizer = AutoTokenizer.from_pretrained(base)
 model = load(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), Path(adapter)).eval()
+"""
+MEASURE = """
 total, counted = 0.0, 0
 for row in rows:
     given = tokenizer(row["prompt"]).input_ids
@@ -48,6 +50,42 @@ for row in rows:
     counted += len(said)
 print(json.dumps(total / counted))
 """
+
+
+STOCK = """
+import json, sys
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+base, adapter, rows = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
+tokenizer = AutoTokenizer.from_pretrained(base)
+model = AutoModelForCausalLM.from_pretrained(base, dtype="auto")
+if adapter:
+    from peft import PeftModel
+    model = PeftModel.from_pretrained(model, adapter)
+model = model.float().eval()
+"""
+"""Stock programs, that know nothing of Rankwise."""
+
+
+def loss_of(program: str, base: Path, adapter: Path | str) -> float:
+    """Mean loss of a token on the held-out rows, in a process of its own."""
+    held_out = [row for row in ROWS if split_of(row, HELD_OUT) == "validation"]
+    command = [sys.executable, "-W", "ignore", "-c", program + MEASURE, str(base), str(adapter), json.dumps(held_out)]
+    return float(json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout))
+
+
+def fetch_model(client: Any, model: str, folder: Path) -> Path:
+    folder.mkdir()
+    for file in client.get(f"/models/{model}").json()["made"]["files"]:
+        (folder / file["name"]).write_bytes(client.get(file["link"]).content)
+    return folder
+
+
+def fetch_adapter(client: Any, adapter: str, folder: Path) -> Path:
+    with zipfile.ZipFile(io.BytesIO(client.get(f"/adapters/{adapter}/download").content)) as files:
+        files.extractall(folder)
+    return folder
 
 
 def ended(client: Any, response: Any) -> dict[str, Any]:
@@ -103,15 +141,8 @@ def test_from_a_base_model_to_an_adapter_of_its_quantised_form(module_servers: A
     assert trained["evaluation"]["after"]["loss"] < trained["evaluation"]["before"]["loss"]
     assert trained["own"]["quantisation"]["resident_bytes"] <= 1.05 * report["weights"] * report["bits_per_weight"] / 8
 
-    with zipfile.ZipFile(io.BytesIO(client.get(f"/adapters/{adapter}/download").content)) as files:
-        files.extractall(tmp_path / "adapter")
-    (tmp_path / "base").mkdir()
-    for file in shown["made"]["files"]:
-        (tmp_path / "base" / file["name"]).write_bytes(client.get(file["link"]).content)
-    folders = [str(tmp_path / "base"), str(tmp_path / "adapter")]
-    held_out = [row for row in ROWS if split_of(row, HELD_OUT) == "validation"]
-    command = [sys.executable, "-W", "ignore", "-c", LOSS, *folders, json.dumps(held_out)]
-    loss = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    original_files = fetch_adapter(client, adapter, tmp_path / "adapter")
+    loss = loss_of(OURS, fetch_model(client, packed, tmp_path / "base"), original_files)
     assert trained["evaluation"]["after"]["loss"] == pytest.approx(loss, abs=1e-4)
 
     merge = {"adapters": [{"id": adapter}], "method": "cat"}
@@ -125,3 +156,29 @@ def test_from_a_base_model_to_an_adapter_of_its_quantised_form(module_servers: A
     assert changed["report"]["quantisation_error"] == pytest.approx(report["relative_error"])
     merged = ended(client, client.post("/merge", json={"adapters": [{"id": plain["id"]}], "method": "cat"}))
     assert merged["result"]["report"]["total"]["relative_error"] < 1e-6
+
+    path = f"/adapters/{adapter}/convert"
+    unpacked = ended(client, client.post(path, json={"to": "unpacked_lora"}))["result"]
+    (dense,), (lora,) = unpacked["models"], unpacked["adapters"]
+    told = client.get(f"/adapters/{lora}").json()
+    assert (told["model_id"], told["rank"], told["mergeable"]) == (dense, 8, True)
+    assert (unpacked["report"]["exact"], unpacked["report"]["base"]["rounding"]) == (True, 0.0)
+    base_files = fetch_model(client, dense, tmp_path / "unpacked")
+    assert client.get(f"/models/{dense}").json()["quantisation"] is None
+    stock_loss = loss_of(STOCK, base_files, fetch_adapter(client, lora, tmp_path / "lora"))
+    assert stock_loss == pytest.approx(loss, abs=1e-4)
+    again = ended(client, client.post(path, json={"to": "unpacked_lora", "name": "again"}))["result"]
+    assert (again["models"], again["adapters"]) == ([dense], [lora])
+
+    for dtype, difference in (("float32", 1e-4), ("bfloat16", 0.03)):
+        one = ended(client, client.post(path, json={"to": "merged", "dtype": dtype}))["result"]
+        assert one["adapters"] == []
+        (merged_id,) = one["models"]
+        files = fetch_model(client, merged_id, tmp_path / dtype)
+        assert loss_of(STOCK, files, "") == pytest.approx(loss, abs=difference)
+    quick = {"rank": 8, "preset": "nf3", "num_iterations": 1, "target_modules": ["q_proj", "v_proj"]}
+    other = ended(client, client.post(f"/models/{original}/quantize", json={"parameters": quick}))
+    refused = client.post(path, json={"to": "merged", "base_model": other["result"]["models"][0]}).json()
+    failed = client.get(f"/jobs/{refused['id']}", headers={"Prefer": "wait=60"}, timeout=90).json()
+    assert failed["state"] == "failed"
+    assert "not the one that the adapter was trained on" in failed["error"]["detail"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +13,17 @@ from safetensors.torch import load_file
 
 from artifacts.adapter import Adapter
 from artifacts.base_model import inspect_base
-from artifacts.errors import BaseMismatch, RequestInvalid
+from artifacts.errors import BaseMismatch, FileBroken, RequestInvalid
 from artifacts.intake import inspect
+from merge.base_output import fold_into_base
 from merge.conversion import convert_to_lora
 from train import declared
 from train.catalog import find_method, parse_parameters
 from train.lq_layer import LqLinear
 from train.packed_base import fitted, packed_bytes
 from train.quantised.packed_linear import PackedLinear
+from train.quantised.unpacking import unpack_base
+from train.quiet import peft_deprecations_ignored
 
 IDS = torch.arange(1, 41).view(1, -1)
 
@@ -146,6 +150,120 @@ def test_converted_it_is_what_the_training_changed_on_the_original_weights(
         layer = ours.get_submodule(path)
         kept = layer.weight.double() + begun[f"{path}.L1"].double() @ begun[f"{path}.L2"].double()
         torch.testing.assert_close(kept + delta, layer.weight.double() + layer.delta().double(), rtol=0, atol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def unpacked(trained: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """The packed base model with ordinary weights, the adapter as a plain LoRA on it, and the logits to expect."""
+    trainings, _, adapter, _ = trained
+    folder = tmp_path_factory.mktemp("unpacked")
+    packed = Path(trainings.packed_files.location)
+    identities = json.loads((adapter / "adapter_config.json").read_text())["packed_weights"]
+    report = unpack_base(packed, folder / "base", identities=identities, progress=lambda part, text: None)
+    convert_to_lora(adapter, folder / "lora", unpacked="acme/unpacked")
+    with torch.no_grad():
+        expected = declared.load(load(str(packed)), adapter)(IDS).logits
+    return folder, report, expected
+
+
+def stock(folder: Path) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
+
+
+@torch.no_grad()
+def test_unpacked_stock_peft_computes_what_was_trained(trained: Any, unpacked: Any, tiny_base: Path) -> None:
+    from peft import PeftModel
+
+    folder, report, expected = unpacked
+    config = json.loads((folder / "lora" / "adapter_config.json").read_text())
+    assert (config["peft_type"], config["r"], config["base_model_name_or_path"]) == ("LORA", 4, "acme/unpacked")
+    base = stock(folder / "base")
+    packed = load(trained[0].packed_files.location)
+    names = [path for path, module in packed.named_modules() if isinstance(module, PackedLinear)]
+    assert report.matrices == len(names) == 14
+    assert report.rounding == 0
+    for path in names:
+        assert torch.equal(base.get_submodule(path).weight, packed.get_submodule(path).weight)
+    assert not any("quantisation" in path.name for path in (folder / "base").iterdir())
+    assert inspect_base(folder / "base").quantisation is None
+    assert load_file(folder / "base/model.safetensors").keys() == load_file(tiny_base / "model.safetensors").keys()
+    with peft_deprecations_ignored():
+        model = PeftModel.from_pretrained(base, folder / "lora")
+    torch.testing.assert_close(model(IDS).logits, expected, rtol=0, atol=1e-5)
+    with model.disable_adapter():
+        assert float((model(IDS).logits - expected).abs().max()) > 1e-2, "the factors change nothing"
+
+
+@pytest.mark.parametrize(("dtype", "rounding", "difference"), [("float32", 1e-6, 1e-5), ("bfloat16", 2e-3, 1e-2)])
+@torch.no_grad()
+def test_merged_it_is_one_ordinary_model(
+    unpacked: Any, tmp_path: Path, dtype: Any, rounding: float, difference: float
+) -> None:
+    folder, _, expected = unpacked
+    fold_into_base(folder / "base", folder / "lora", tmp_path / "merged", dtype=dtype, force=True)
+    model = stock(tmp_path / "merged")
+    assert model.dtype == getattr(torch, dtype)
+    logits = model.float()(IDS).logits
+    assert float((logits - expected).norm() / expected.norm()) < difference
+    exact = stock(folder / "base")
+    lora = Adapter.open(folder / "lora")
+    wanted = {path: exact.get_submodule(path).weight + factors.B @ factors.A for path, factors in lora.items()}
+    lost = sum(float((model.get_submodule(path).weight - weight).square().sum()) for path, weight in wanted.items())
+    assert (lost / sum(float(weight.square().sum()) for weight in wanted.values())) ** 0.5 < rounding
+
+
+def test_sixteen_bits_round_q_once_and_say_how_much(trained: Any, tmp_path: Path) -> None:
+    packed = Path(trained[0].packed_files.location)
+    report = unpack_base(packed, tmp_path / "half", dtype="bfloat16", progress=lambda part, text: None)
+    assert 5e-4 < report.rounding < 2.5e-3
+    exact, half = load(str(packed)), stock(tmp_path / "half")
+    assert {value.dtype for value in half.parameters()} == {torch.bfloat16}
+    for path, layer in exact.named_modules():
+        if isinstance(layer, PackedLinear):
+            assert torch.equal(half.get_submodule(path).weight, layer.weight.to(torch.bfloat16))
+    assert torch.equal(half.model.embed_tokens.weight, exact.model.embed_tokens.weight.to(torch.bfloat16))
+
+
+def test_other_packed_weights_are_not_unpacked_for_the_adapter(trained: Any, tmp_path: Path) -> None:
+    packed = Path(trained[0].packed_files.location)
+    identities = dict(json.loads((trained[2] / "adapter_config.json").read_text())["packed_weights"])
+    first = min(identities)
+    for wrong, words in (
+        ({**identities, first: "0" * 64}, "not the one that the adapter was trained on"),
+        ({"model.layers.9.mlp.up_proj": "0" * 64}, "no such packed layer"),
+        ({}, "names no packed layer"),
+    ):
+        with pytest.raises(BaseMismatch, match=words):
+            unpack_base(packed, tmp_path / "out", identities=wrong, progress=lambda part, text: None)
+    assert not (tmp_path / "out").exists()
+
+
+def change_config(folder: Path, change: Any) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    change(config["quantization_config"])
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+LAYER = "model.layers.0.mlp.up_proj"
+BROKEN: dict[str, tuple[Any, type[Exception], str]] = {
+    "another codebook": (lambda told: told.update(codebook="nf-v2"), RequestInvalid, "codebook 'nf-v2' is not known"),
+    "another method": (lambda told: told.update(quant_method="awq"), RequestInvalid, "not packed"),
+    "no format": (lambda told: told["layers"][LAYER].pop("format"), FileBroken, "not whole"),
+    "odd bits": (lambda told: told["layers"][LAYER].update(format=[5, 4, "bfloat16", 16, 16]), FileBroken, "no format"),
+    "other sides": (lambda told: told["layers"][LAYER].update(shape=[64, 64]), FileBroken, "up_proj.codes"),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_folder_that_contradicts_itself_is_refused(trained: Any, tmp_path: Path, name: str) -> None:
+    change, error, words = BROKEN[name]
+    folder = Path(shutil.copytree(trained[0].packed_files.location, tmp_path / "packed"))
+    change_config(folder, change)
+    with pytest.raises(error, match=words):
+        unpack_base(folder, tmp_path / "out", progress=lambda part, text: None)
+    assert not (tmp_path / "out").exists()
 
 
 def test_only_the_factors_are_trained(trained: Any) -> None:

@@ -19,6 +19,8 @@ WIDTHS = (2, 3, 4, 8)
 BLOCKS = (16, 32, 64)
 SCALE_BLOCKS = (16, 64, 256)
 DTYPE_BITS: Mapping[ScaleDtype, int] = {"bfloat16": 16, "float16": 16, "float32": 32}
+DTYPE_NAMES: Mapping[ScaleDtype, str] = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
+"""What safetensors calls them."""
 
 
 @dataclass(frozen=True, slots=True, order=True)

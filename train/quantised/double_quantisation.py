@@ -7,6 +7,7 @@ t = s − min(s) ≥ 0, s1 the largest t of B1 blocks, and q1 = round(t·(2^b0 �
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 
 import torch
@@ -58,6 +59,13 @@ class PackedMatrix:
         """Of all but the offset: what the bits per weight count."""
         parts = (self.codes, self.scale_q, self.scale2)
         return sum(part.numel() * part.element_size() for part in parts)
+
+    def identity(self) -> str:
+        """SHA-256 (hex) of Q as it is stored, by which an adapter knows it again."""
+        digest = hashlib.sha256(str((*self.shape, self.form.to_list())).encode())
+        for part in (self.codes, self.scale_q, self.scale2, self.offset):
+            digest.update(part.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()
 
 
 def tensor_shapes(numel: int, form: BlockFormat) -> dict[str, tuple[int, ...]]:

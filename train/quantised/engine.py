@@ -16,7 +16,7 @@ from artifacts.model_folder import carried_files, write_json
 from artifacts.quantised_base import METHOD, NOTES_NAME, START_NAME, quantisation_of
 from artifacts.safetensors_writer import SafetensorsWriter, TensorEntry
 from train.options.quantisation import QuantisationOptions
-from train.quantised.block_format import CODEBOOK, DTYPE_BITS, BlockFormat, first_that_fits, numel_of
+from train.quantised.block_format import CODEBOOK, DTYPE_NAMES, BlockFormat, first_that_fits, numel_of
 from train.quantised.decomposition import Decomposition, decompose
 from train.quantised.double_quantisation import packed, rounded, tensor_shapes
 from train.quantised.fisher_weights import Fisher
@@ -28,8 +28,6 @@ from train.targets import resolve_targets
 WEIGHTS_NAME = "model.safetensors"
 SEARCHED = 0.75
 """Where the trials of formats end on the progress bar, with a budget."""
-_NAMES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
-assert _NAMES.keys() == DTYPE_BITS.keys()
 
 Progress = Callable[[float, str], None]
 
@@ -168,7 +166,7 @@ def _square(matrix: Tensor) -> float:
 def _packed_entries(sides: Mapping[str, tuple[int, int]], forms: Mapping[str, BlockFormat]) -> list[TensorEntry]:
     found = []
     for path, shape in sides.items():
-        dtypes = {"scale2": _NAMES[forms[path].scale_dtype], "offset": "F32"}
+        dtypes = {"scale2": DTYPE_NAMES[forms[path].scale_dtype], "offset": "F32"}
         shapes = tensor_shapes(numel_of(shape), forms[path])
         found += [TensorEntry(f"{path}.{name}", dtypes.get(name, "U8"), size) for name, size in shapes.items()]
     return found

@@ -48,15 +48,19 @@ class SourceWeights:
         Raises:
             RequestInvalid: it has NaN or infinite entries.
         """
-        file, info = self.tensors[f"{path}.weight"]
-        data = bytearray(info.end - info.begin)
-        with file.open("rb", buffering=0) as opened:
-            _read(opened.fileno(), memoryview(data), info.begin)
-        found = torch.frombuffer(data, dtype=TORCH_DTYPES[info.dtype]).view(info.shape).to(torch.float32)
+        found = self.tensor(f"{path}.weight").to(torch.float32)
         if not bool(found.isfinite().all()):
             problem = f"{path} has NaN or infinite weights, which can not be quantised"
             raise RequestInvalid(f"{problem}.", errors=[FieldError("/parameters/target_modules", problem)])
         return found
+
+    def tensor(self, name: str) -> Tensor:
+        """A tensor as it is stored."""
+        file, info = self.tensors[name]
+        data = bytearray(info.end - info.begin)
+        with file.open("rb", buffering=0) as opened:
+            _read(opened.fileno(), memoryview(data), info.begin)
+        return torch.frombuffer(data, dtype=TORCH_DTYPES[info.dtype]).view(info.shape)
 
     def pieces(self, name: str) -> Iterator[tuple[int, memoryview]]:
         """The bytes of a tensor as they are stored, with the place of each piece in it."""

@@ -7,20 +7,20 @@ from pathlib import Path
 from typing import Any
 
 from merge.conversion import convert_to_lora
-from merge.convertible import CONVERTIBLE
+from merge.convertible import CONVERTIBLE, PACKED
 from storage import made_models, models
 from storage.adapters import Parent
 from workers.adapter_names import NAME_LIMIT
 from workers.context import JobContext, JobOutcome, NewAdapter, StoredAdapter
+from workers.jobs import unpacked_base
 
-QUANTISED = "lq_lora"
 LIBRARIES = ("rankwise", "torch")
 
 
 def run(context: JobContext) -> JobOutcome:
     """Convert the adapter that the job's parameters name.
 
-    `params`: {adapter, to, rank, base_model, name}.
+    `params`: {adapter, to, rank, base_model, dtype, name}.
 
     Raises:
         NotFound: the adapter was deleted, or the base model is gone, since the job was submitted.
@@ -30,6 +30,8 @@ def run(context: JobContext) -> JobOutcome:
     params = context.params
     context.progress(0.0, "fetching the adapter")
     stored, directory = context.adapter(params["adapter"])
+    if params["to"] != "lora":
+        return unpacked_base.convert(context, stored, directory)
     rank = params.get("rank")
     recipe = {
         "to": params["to"],
@@ -57,7 +59,7 @@ def run(context: JobContext) -> JobOutcome:
     )
     told = report.to_dict()
     base_model, model_id = stored.base_model, stored.model_id
-    if stored.manifest.method == QUANTISED:
+    if stored.manifest.method == PACKED:
         base_model, model_id = _original(context, stored)
         told |= _quantisation_told(stored)
     context.progress(0.95, "storing the adapter")
