@@ -11,8 +11,9 @@ from sqlalchemy.orm import Session
 
 from app import capacity
 from app.base_models import base_model
-from app.job_kinds import check_submission, parse_part
+from app.job_kinds import check_submission
 from app.job_making import make_job
+from app.request_parts import parse_part
 from app.schemas.common import as_json
 from app.schemas.fleets import FleetPlan, FleetSelector, PlanItem, TransferCost
 from app.schemas.resources import Resources

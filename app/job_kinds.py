@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any, Self, TypeVar
+from typing import Any, Self
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel
 from sqlalchemy.orm import Session
 
 from app import capacity
@@ -15,8 +15,8 @@ from app.compose_inputs import check_compare, check_compose
 from app.conversion_inputs import check_convert
 from app.import_inputs import check_import
 from app.merge_inputs import check_merge, check_merges
-from app.problems import pointer_of
 from app.quantize_inputs import check_quantize
+from app.request_parts import parse_part
 from app.schemas.common import as_json
 from app.schemas.compose import CompareParams, ComposeParams
 from app.schemas.conversion import ConvertParams
@@ -31,8 +31,6 @@ from app.train_inputs import check_train
 from app.transfer_inputs import TransferPlan, plan_transfer
 from artifacts.errors import FieldError, RequestInvalid
 from artifacts.pointers import pointers_below
-
-Model = TypeVar("Model", bound=BaseModel)
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,15 +130,3 @@ JOB_KINDS: Mapping[str, JobKind] = MappingProxyType(
         "transfer": JobKind(TransferParams, _check_transfer),
     }
 )
-
-
-def parse_part(model: type[Model], value: Mapping[str, Any], prefix: str) -> Model:
-    """Validate a part of a request that lies at `prefix`. Raises RequestInvalid, with pointers."""
-    try:
-        return model.model_validate(dict(value))
-    except ValidationError as error:
-        findings = [
-            FieldError(prefix + pointer_of(item["loc"]), item["msg"].removeprefix("Value error, "))
-            for item in error.errors(include_url=False, include_context=False, include_input=False)
-        ]
-        raise RequestInvalid(f"{findings[0].pointer}: {findings[0].message}", errors=findings) from error

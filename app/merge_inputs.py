@@ -4,21 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 
 from sqlalchemy.orm import Session
 
 from app.base_models import base_model, weights_problem
 from app.dataset_choice import check_suitable
-from app.schemas.merge import CompareMergesParams, MergeAdapter, MergeParams
+from app.request_parts import parse_part
+from app.schemas.merge import CompareMergesParams, MergeAdapter, MergeEvaluation, MergeParams
 from app.settings import Settings
 from app.stored_inputs import stored_adapters, stored_dataset
 from artifacts.base_model import check_modules, compare
 from artifacts.errors import BaseMismatch, FieldError, MergeRefused, RequestInvalid
 from artifacts.pointers import pointers_below
-from merge.catalog import parse_parameters
+from merge.catalog import SEARCH, parse_parameters
 from merge.engine_form import check_merged
 from merge.options import MergeOptions
 from merge.plan import NAMED_OFFENDERS, MergeInput, plan_merge
+from merge.search_options import SearchOptions
+from merge.search_space import SearchSpace
 from storage import adapters, models
 from storage.tables import ModelRow
 from train.feasibility import check_base_kind
@@ -27,16 +31,21 @@ from train.feasibility import check_base_kind
 def check_merge(_: Settings, session: Session, request: MergeParams, devices: int) -> str | None:
     """Refuse a merge that can not be done. It works on the factors alone: it loads no base model.
 
-    For a merge into the base model, `request` gets its id, if it does not name it.
+    For a merge into the base model, or a search, `request` gets its id, if it does not name it.
 
     Returns:
         That id; None for any other merge.
 
     Raises:
         RequestInvalid and its kin: see `merge_inputs`, `merge.plan.plan_merge`, `merge.engine_form.check_merged`,
-            `_check_base`.
+            `_check_base`, `_check_search`.
     """
     del devices
+    if request.method == SEARCH.name:
+        return _check_search(session, request)
+    if request.evaluation is not None:
+        problem = "belongs to method search; POST /merge/compare measures other merges"
+        raise RequestInvalid(f"evaluation {problem}.", errors=[FieldError("/evaluation", problem)])
     options = parse_parameters(request.method, request.parameters)
     inputs = merge_inputs(session, request.adapters)
     plan = plan_merge(inputs, request.method, options)
@@ -44,26 +53,30 @@ def check_merge(_: Settings, session: Session, request: MergeParams, devices: in
         check_merged(plan, request.target_engine)
     if request.output == "adapter":
         return None
-    row = _base_of(session, request.adapters, request.base_model)
+    row = _base_of(session, [item.id for item in request.adapters], request.base_model)
     _check_base(row, inputs, options)
     request.base_model = row.id
     return row.id
 
 
-def _base_of(session: Session, requested: Sequence[MergeAdapter], name: str | None) -> ModelRow:
+def _base_of(session: Session, ids: Sequence[str], name: str | None) -> ModelRow:
     """The model that is named, else that of the adapters."""
     if name is not None:
         return base_model(session, name, lock=True)
-    found = [adapters.model_of(session, adapters.get_adapter(session, item.id)) for item in requested]
-    ids = {row.id for row in found if row is not None}
-    if len(ids) != 1:
-        problem = "the adapters belong to no registered model" if not ids else "the adapters belong to several models"
+    found = [adapters.model_of(session, adapters.get_adapter(session, item)) for item in ids]
+    models_found = {row.id for row in found if row is not None}
+    if len(models_found) != 1:
+        problem = (
+            "the adapters belong to no registered model"
+            if not models_found
+            else "the adapters belong to several models"
+        )
         raise RequestInvalid(
             f"T{problem[1:]}: it is not known which one to take.",
             hint="Register the base model (POST /models) and name it.",
             errors=[FieldError("/base_model", problem)],
         )
-    return base_model(session, ids.pop(), lock=True)
+    return base_model(session, models_found.pop(), lock=True)
 
 
 def _check_base(row: ModelRow, inputs: Sequence[MergeInput], options: MergeOptions) -> None:
@@ -123,16 +136,65 @@ def check_merges(_: Settings, session: Session, request: CompareMergesParams, de
     for position, (item, found) in enumerate(zip(request.candidates, options, strict=True)):
         with _of_candidate(position):
             plan_merge(inputs, item.method, found)
-    wanted = request.evaluation
-    if wanted is None:
+    if request.evaluation is None:
         return None
-    with pointers_below("/evaluation/dataset", "/dataset"), pointers_below("/evaluation/base_model", "/base_model"):
-        check_suitable(stored_dataset(session, wanted.dataset), wanted.full_task)
-        row = _base_of(session, request.adapters, wanted.base_model)
+    request.evaluation = _with_base(session, request.evaluation, inputs, options[0])
+    return request.evaluation.base_model
+
+
+def _with_base(
+    session: Session, wanted: MergeEvaluation, inputs: Sequence[MergeInput], options: MergeOptions
+) -> MergeEvaluation:
+    """The evaluation with the id of its base model.
+
+    Raises:
+        RequestInvalid and its kin: it can not be done; pointers lie below `/evaluation`.
+    """
+    with pointers_below("/evaluation/base_model", "/base_model"):
+        row = _base_of(session, [item.id for item in inputs], wanted.base_model)
         check_base_kind(models.ref_of(row), wanted.full_task)
-        _check_fits(row, inputs, options[0])
-    request.evaluation = wanted.model_copy(update={"base_model": row.id})
-    return row.id
+        _check_fits(row, inputs, options)
+    for pointer, dataset in wanted.named:
+        place = f"/evaluation{pointer}"
+        check_suitable(stored_dataset(session, dataset, place), wanted.full_task, place)
+    return wanted.model_copy(update={"base_model": row.id})
+
+
+def _check_search(session: Session, request: MergeParams) -> str | None:
+    """As `check_merge`, for all that a search may try: every method at the ends of its ranges.
+
+    Raises:
+        RequestInvalid and its kin: see `merge.search_space.SearchSpace.of`, `_with_base`; a merge that it may try, and
+            that can not be done.
+    """
+    if request.output != "adapter":
+        problem = "a search ends as an adapter; POST its recipe again with output base"
+        raise RequestInvalid(f"{problem[0].upper()}{problem[1:]}.", errors=[FieldError("/output", problem)])
+    if request.evaluation is None:
+        problem = "a search needs data on which it measures its trials"
+        raise RequestInvalid(
+            f"A{problem[1:]}.",
+            hint='Name a dataset: {"evaluation": {"dataset": "dat_…"}}. POST /merge/compare needs none.',
+            errors=[FieldError("/evaluation", problem)],
+        )
+    options = parse_part(SearchOptions, request.parameters, "/parameters")
+    space = SearchSpace.of(options, [item.weight for item in request.adapters])
+    inputs = merge_inputs(session, request.adapters)
+    for position in range(len(space.methods)):
+        extreme = space.proposal(space.extreme(position))
+        weighted = [replace(item, weight=weight) for item, weight in zip(inputs, extreme.weights, strict=True)]
+        try:
+            found = extreme.options
+        except RequestInvalid:
+            continue  # parameters that do not go together at this end of their ranges: a failed trial, if it is tried
+        with space.located(position):
+            plan = plan_merge(weighted, extreme.method, found)
+            if request.target_engine is not None:
+                check_merged(plan, request.target_engine)
+    minimum = options.methods[0].parameters.get("minimum_compatibility")
+    common = MergeOptions(minimum_compatibility=minimum if isinstance(minimum, str) else None)
+    request.evaluation = _with_base(session, request.evaluation, inputs, common)
+    return request.evaluation.base_model
 
 
 @contextmanager

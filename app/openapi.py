@@ -13,6 +13,7 @@ from app.job_kinds import JOB_KINDS
 from app.problems import Problem
 from app.schemas.transfer import FleetParams
 from compose.catalog import METHODS as COMPOSE_METHODS
+from merge.catalog import MENU as MERGE_MENU
 from merge.catalog import METHODS as MERGE_METHODS
 from train.catalog import METHODS as TRAIN_METHODS
 from transfer.catalog import METHODS as TRANSFER_METHODS
@@ -21,7 +22,7 @@ REF_TEMPLATE = "#/components/schemas/{model}"
 PUBLIC_OPERATIONS = frozenset({"index", "healthz", "readyz", "list_problems", "get_problem"})
 
 _MENUS: Mapping[str, Mapping[str, Any]] = {
-    "Merge": MERGE_METHODS,
+    "Merge": MERGE_MENU,
     "Compose": COMPOSE_METHODS,
     "Train": TRAIN_METHODS,
     "Transfer": TRANSFER_METHODS,

@@ -64,6 +64,7 @@ def _of_merge(session: Session, row: AdapterRow, edges: Sequence[LineageRow]) ->
         adapter=row.id,
         origin=row.origin,
         call=RecipeCall(path="/merge", body=body),
+        found_by=_search_of(session, row) if "search" in recipe else None,
         versions=recipe["versions"],
         reproducible=not because,
         because=because,
@@ -94,6 +95,13 @@ def _of_import(row: AdapterRow, source: Mapping[str, Any]) -> AdapterRecipe:
         reproducible=not because,
         because=because,
     )
+
+
+def _search_of(session: Session, row: AdapterRow) -> RecipeCall | None:
+    """The search that found it, as long as its job is there."""
+    if row.job_id is None:
+        return None
+    return RecipeCall(path="/merge", body=dict(jobs.get_job(session, row.job_id).params))
 
 
 def _of_job(session: Session, row: AdapterRow) -> AdapterRecipe:

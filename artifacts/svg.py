@@ -5,10 +5,24 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from html import escape
-from typing import Literal
+from typing import Literal, Protocol
 
 MEDIA_TYPE = "image/svg+xml"
 TEXT_STYLE = "text{font:12px sans-serif;fill:#444}"
+
+
+class Drawing(Protocol):
+    """A picture of a job: its name within the job (lower-case words with hyphens), and what it shows."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def title(self) -> str: ...
+
+    def draw(self) -> str:
+        """As SVG."""
+        ...
 
 
 def document(width: int, height: int, title: str, style: str, parts: Iterable[str]) -> str:

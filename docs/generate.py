@@ -110,6 +110,13 @@ def menu_part(_: str) -> str:
     return table(["method", "title", "what it does", "arXiv", "negative weights", "exact sum"], rows)
 
 
+def search_part(_: str) -> str:
+    """What a search of merges takes."""
+    from merge.catalog import SEARCH
+
+    return _parameters(SEARCH.options)
+
+
 def method_part(name: str) -> str:
     from merge.catalog import METHODS
 
@@ -365,6 +372,7 @@ PARTS: Mapping[str, Callable[[str], str]] = {
     "errors": errors_part,
     "menu": menu_part,
     "method": method_part,
+    "search": search_part,
     "http": http_part,
     "cli": cli_part,
     "training": training_part,

@@ -11,6 +11,7 @@ from artifacts.menu import find_row, parse_options
 from merge import entrywise_options as entrywise
 from merge import peer_options as peer
 from merge.options import CatOptions, LegoOptions, LinearOptions, MergeOptions, SvdOptions
+from merge.search_options import SearchOptions
 
 
 @dataclass(frozen=True, slots=True)
@@ -334,6 +335,32 @@ _ROWS = (
 )
 
 METHODS: Mapping[str, MergeMethod] = {row.name: row for row in _ROWS}
+
+
+@dataclass(frozen=True, slots=True)
+class MergeSearch:
+    """The row of the search, which merges by the methods of the others."""
+
+    name: str
+    title: str
+    summary: str
+    options: type[SearchOptions]
+    arxiv: str | None
+    reference_url: str
+    capabilities: Capabilities
+
+
+SEARCH = MergeSearch(
+    name="search",
+    title="Search",
+    summary="Tries methods, weights and parameters, measures each merge on data, and keeps the best.",
+    options=SearchOptions,
+    arxiv="1907.10902",
+    reference_url="https://arxiv.org/abs/1907.10902",
+    capabilities=Capabilities(negative_weights=True, lora_bias=True, exact_sum=False),
+)
+MENU: Mapping[str, MergeMethod | MergeSearch] = {**METHODS, SEARCH.name: SEARCH}
+"""What `POST /merge` takes."""
 
 
 def find_method(name: str) -> MergeMethod:

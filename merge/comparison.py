@@ -1,7 +1,11 @@
-"""Several merges of one pool of adapters, side by side: every module is read once, and its inner products with it."""
+"""Several merges of one pool of adapters, side by side: every module is read once, and its inner products with it.
+
+Comparisons of the same pool that follow each other, as a search makes them, keep on a shelf what they have read.
+"""
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
@@ -42,6 +46,37 @@ class Compared:
     report: MergeReport
 
 
+class StackShelf:
+    """Modules that were read, with their inner products, for comparisons of the same adapters: as many as fit."""
+
+    def __init__(self, limit: int) -> None:
+        """Args:
+        limit: bytes; what does not fit is read again each time.
+        """
+        self._limit = limit
+        self._used = 0
+        self._kept: dict[tuple[object, ...], Stack] = {}
+        self._lock = threading.Lock()
+
+    def stack(self, run: MergeRun, module: PlannedModule) -> Stack:
+        """The components of a module, under the weights of the run that read it first.
+
+        Raises: as `merge.engine.MergeRun.load`.
+        """
+        # An adapter of weight 0 takes no part: then it is another stack.
+        key = (module.path, run.compute, tuple(owner for owner, _ in module.owners))
+        found = self._kept.get(key)
+        if found is not None:
+            return found
+        stack = run.load(module)
+        size = sum(part.numel() * part.element_size() for part in (stack.A, stack.B, stack.gram_A, stack.gram_B))
+        with self._lock:
+            if self._used + size <= self._limit:
+                self._used += size
+                self._kept[key] = stack
+        return stack
+
+
 def compare_files(
     inputs: Sequence[tuple[MergeInput, Path]],
     candidates: Sequence[Candidate],
@@ -49,6 +84,7 @@ def compare_files(
     *,
     progress: Progress | None = None,
     device: str = "cpu",
+    shelf: StackShelf | None = None,
 ) -> list[Compared]:
     """Merge the adapters by every candidate, each into a folder below the new `folder`.
 
@@ -58,6 +94,7 @@ def compare_files(
 
     Args:
         progress: as of `merge.engine.merge_files`.
+        shelf: of earlier comparisons of the same files, whatever their weights and methods were.
 
     Raises: as `merge.engine.merge_files`.
     """
@@ -70,7 +107,7 @@ def compare_files(
             opened.enter_context(run.writer(place, item.lineage))
             for run, place, item in zip(runs, places, candidates, strict=True)
         ]
-        found = _merge_modules(runs, writers, tell)
+        found = _merge_modules(runs, writers, tell, shelf or StackShelf(0))
     compared = []
     for number, (run, place, one) in enumerate(zip(runs, places, found, strict=True)):
         started = time.perf_counter()
@@ -96,7 +133,9 @@ _Item = tuple[int, ModuleReport, Probe, float]
 """Number of the candidate, what became of a module, and the seconds that it took."""
 
 
-def _merge_modules(runs: Sequence[MergeRun], writers: Sequence[PeftWriter], tell: Progress) -> list[_Found]:
+def _merge_modules(
+    runs: Sequence[MergeRun], writers: Sequence[PeftWriter], tell: Progress, shelf: StackShelf
+) -> list[_Found]:
     """Every module by every run that has it: modules side by side in threads, the runs of one module in turn."""
     planned: dict[str, list[tuple[int, PlannedModule]]] = {}
     for number, run in enumerate(runs):
@@ -110,7 +149,7 @@ def _merge_modules(runs: Sequence[MergeRun], writers: Sequence[PeftWriter], tell
         for number, module in planned[path]:
             run = runs[number]
             if run.compute not in stacks:
-                stacks[run.compute] = run.load(module)
+                stacks[run.compute] = shelf.stack(run, module)
             stack = stacks[run.compute].reweighted(run.plan.weights)
             started = time.perf_counter()
             report, probe = run.merge_one(module, stack, writers[number])

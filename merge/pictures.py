@@ -6,14 +6,22 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from artifacts.heat_map import HeatMap, by_layer, by_number
+from artifacts.svg import Drawing
+from merge.catalog import SEARCH
+from merge.search_chart import TrialChart
 
 MAX_SHOWN = 64
 """Adapters of a picture: with more, no cell could be read."""
 _LABEL = 40
 
 
-def pictures_of_merge(report: Mapping[str, Any]) -> list[HeatMap]:
-    """How the adapters' deltas lie to each other, and where the result is far from the exact weighted sum."""
+def pictures_of_merge(report: Mapping[str, Any]) -> list[Drawing]:
+    """How the adapters' deltas lie to each other, and where the result is far from the exact weighted sum.
+
+    Of a search first its trials; the rest is of the best of them.
+    """
+    if report.get("method") == SEARCH.name:
+        return [TrialChart.of(report), *pictures_of_merge(report["merge"])]
     found = _interference(report.get("adapters") or (), (report.get("total") or {}).get("interference") or ())
     errors = {module["path"]: module.get("relative_error") for module in report.get("modules") or ()}
     if errors:
@@ -22,7 +30,7 @@ def pictures_of_merge(report: Mapping[str, Any]) -> list[HeatMap]:
     return found
 
 
-def pictures_of_comparison(report: Mapping[str, Any]) -> list[HeatMap]:
+def pictures_of_comparison(report: Mapping[str, Any]) -> list[Drawing]:
     """Interference once, and the error of every layer beside that of the other candidates."""
     found = _interference(report.get("adapters") or (), report.get("interference") or ())
     candidates = report.get("candidates") or ()
@@ -43,7 +51,7 @@ def pictures_of_comparison(report: Mapping[str, Any]) -> list[HeatMap]:
     return found
 
 
-def _interference(adapters: Sequence[Mapping[str, Any]], cosines: Sequence[Sequence[float | None]]) -> list[HeatMap]:
+def _interference(adapters: Sequence[Mapping[str, Any]], cosines: Sequence[Sequence[float | None]]) -> list[Drawing]:
     if len(adapters) < 2 or len(cosines) != len(adapters):
         return []
     names = [_short(str(item.get("name") or item["id"])) for item in adapters[:MAX_SHOWN]]

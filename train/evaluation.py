@@ -59,22 +59,41 @@ class Difference:
 
 def compare(before: Scores, after: Scores, settings: EvaluationSettings, seed: int) -> dict[str, dict[str, float]]:
     """The differences with their intervals: the same rows are drawn, with replacement, for both models."""
-    rows = before.rows
+    return compare_means([(before, after)], settings, seed)
+
+
+def compare_means(
+    pairs: Sequence[tuple[Scores, Scores]], settings: EvaluationSettings, seed: int
+) -> dict[str, dict[str, float]]:
+    """As `compare`, of the means over several sets of rows, which count alike whatever their sizes.
+
+    Args:
+        pairs: of each set the scores before and after; rows are drawn from each set apart.
+    """
     generator = np.random.default_rng(seed)
+    drawn = [_drawn(before, after, settings.bootstrap, generator) for before, after in pairs]
+    found = {}
+    for name in drawn[0]:
+        low, high = np.quantile(np.mean([values[name] for values in drawn], axis=0), [0.025, 0.975])
+        difference = float(np.mean([after.to_dict()[name] - before.to_dict()[name] for before, after in pairs]))
+        found[name] = Difference(difference, float(low), float(high)).to_dict()
+    return found
+
+
+def _drawn(
+    before: Scores, after: Scores, bootstrap: int, generator: np.random.Generator
+) -> dict[str, NDArray[np.float64]]:
+    """The difference of every figure in every resample of the rows."""
+    rows = before.rows
     at_once = max(1, _RESAMPLED_AT_ONCE // rows)
     drawn: dict[str, list[NDArray[np.float64]]] = {}
-    for start in range(0, settings.bootstrap, at_once):
-        size = min(at_once, settings.bootstrap - start)
+    for start in range(0, bootstrap, at_once):
+        size = min(at_once, bootstrap - start)
         weights = generator.multinomial(rows, np.full(rows, 1 / rows), size=size).astype(np.float64)
         first, second = before.figures(weights), after.figures(weights)
         for name, value in second.items():
             drawn.setdefault(name, []).append(value - first[name])
-    one, other = before.to_dict(), after.to_dict()
-    found = {}
-    for name, values in drawn.items():
-        low, high = np.quantile(np.concatenate(values), [0.025, 0.975])
-        found[name] = Difference(other[name] - one[name], float(low), float(high)).to_dict()
-    return found
+    return {name: np.concatenate(values) for name, values in drawn.items()}
 
 
 def by_group(before: Scores, after: Scores, groups: Sequence[str]) -> dict[str, dict[str, Any]]:

@@ -58,7 +58,7 @@ def merge_compare(
 ) -> None:
     """Merge the same adapters by several methods and show which is nearest to their exact sum."""
     aligned = aligned_weights(inputs, parse_weights(weights or ()))
-    parsed = [_candidate(text) for text in candidates]
+    parsed = [parse_candidate(text) for text in candidates]
     if not are_remote(inputs):
         if output is None:
             raise typer.BadParameter("a comparison of files needs a folder to write into", param_hint="-o")
@@ -87,7 +87,7 @@ def merge_compare(
                 note(f"written to {target}")
 
 
-def _candidate(text: str) -> tuple[str, dict[str, Any]]:
+def parse_candidate(text: str) -> tuple[str, dict[str, Any]]:
     """`lego:rank=8;seed=1` → ("lego", {"rank": 8, "seed": 1})."""
     method, _, settings = text.partition(":")
     return method, parse_settings([part for part in settings.split(";") if part.strip()])

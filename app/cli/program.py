@@ -21,6 +21,7 @@ from app.cli import (
     jobs,
     keys,
     merge_comparing,
+    merge_searching,
     merging,
     methods,
     models,
@@ -51,6 +52,7 @@ app.add_typer(adapters.app, name="adapters")
 app.add_typer(aliases.app, name="aliases")
 app.command("merge")(merging.merge)
 app.command("merge-compare")(merge_comparing.merge_compare)
+app.command("merge-search")(merge_searching.merge_search)
 app.command("compose")(composing.compose)
 app.command("train")(training.train)
 app.command("federate")(federating.federate)

@@ -14,7 +14,14 @@ WORST_MODULES = 5
 
 
 def print_report(console: Console, report: dict[str, Any]) -> None:
-    """The whole first, then how the adapters interfere, the modules furthest from the exact sum, and each warning."""
+    """The whole first, then how the adapters interfere, the modules furthest from the exact sum, and each warning.
+
+    Of a search first its trials.
+    """
+    if "trials" in report:
+        _print_trials(console, report)
+        print_report(console, report["merge"])
+        return
     total = report.get("total") or {}
     clusters = total.get("clusters") or {}
     reload_check = report.get("reload_check") or {}
@@ -73,6 +80,34 @@ def print_comparison(console: Console, report: dict[str, Any]) -> None:
     for row in shown:
         for warning in row["warnings"]:
             console.print(Text.assemble((f"{row['label']}  ", "bold yellow"), str(warning)))
+
+
+def _print_trials(console: Console, report: dict[str, Any]) -> None:
+    """A row for each trial that was measured, the best one first, then those that failed."""
+    trials = report["trials"]
+    order = [*report["ranking"], *(item["number"] for item in trials if item["state"] == "failed")]
+    adapters = report["merge"]["adapters"]
+    names = [str(item.get("name") or item["id"]) for item in adapters]
+    metric = report["metric"]
+    console.print(
+        table(
+            f"{len(trials)} trials, ended by {report['ended_by']}",
+            ("#trial", "merge", "parameters", *(f"#{name}" for name in names), "#rank", f"#{metric}", "#seconds"),
+            [
+                (
+                    item["number"],
+                    item["label"],
+                    ", ".join(f"{key}={value}" for key, value in item["parameters"].items()),
+                    *(f"{weight:.3f}" for weight in item["weights"]),
+                    item["rank"],
+                    item.get("figures", {}).get(metric) if item["problem"] is None else item["problem"],
+                    item["seconds"],
+                )
+                for item in (trials[number] for number in order)
+            ],
+        )
+    )
+    console.print(f"the base model alone: {metric} {report['evaluation']['base'][metric]:.4g}")
 
 
 def _print_interference(console: Console, adapters: list[dict[str, Any]], cosines: list[list[float | None]]) -> None:

@@ -14,8 +14,8 @@ from app.schemas.service import Method, MethodList, MethodSummary
 from artifacts.errors import NotFound
 from compose.catalog import METHODS as COMPOSE_METHODS
 from compose.menu_row import Method as ComposeMethod
-from merge.catalog import METHODS as MERGE_METHODS
-from merge.catalog import MergeMethod
+from merge.catalog import MENU as MERGE_MENU
+from merge.catalog import MergeMethod, MergeSearch
 from train.catalog import METHODS as TRAIN_METHODS
 from train.menu_row import Method as TrainMethod
 from transfer.catalog import METHODS as TRANSFER_METHODS
@@ -27,10 +27,10 @@ Word = Annotated[str, Path(pattern="^[a-z0-9_-]{1,64}$")]
 
 
 Kind = Literal["merge", "compose", "train", "transfer"]
-Row = MergeMethod | ComposeMethod | TrainMethod | TransferMethod
+Row = MergeMethod | MergeSearch | ComposeMethod | TrainMethod | TransferMethod
 
 MENUS: Mapping[Kind, Mapping[str, Any]] = {
-    "merge": MERGE_METHODS,
+    "merge": MERGE_MENU,
     "compose": COMPOSE_METHODS,
     "train": TRAIN_METHODS,
     "transfer": TRANSFER_METHODS,

@@ -14,8 +14,8 @@ from app.problems import problem_responses
 from app.schemas.pictures import Picture, PictureList
 from app.state import Services
 from artifacts.errors import NotFound
-from artifacts.heat_map import NAME, HeatMap, pictures_of
-from artifacts.svg import MEDIA_TYPE
+from artifacts.heat_map import NAME, pictures_of
+from artifacts.svg import MEDIA_TYPE, Drawing
 from merge.pictures import pictures_of_comparison, pictures_of_merge
 from storage import jobs
 
@@ -45,14 +45,14 @@ def get_picture(services: ServicesDep, principal: Reader, job_id: JobId, name: P
     return Response(found[name].draw(), media_type=MEDIA_TYPE)
 
 
-_OF_REPORTS: Mapping[str, Callable[[Mapping[str, Any]], list[HeatMap]]] = {
+_OF_REPORTS: Mapping[str, Callable[[Mapping[str, Any]], list[Drawing]]] = {
     "merge": pictures_of_merge,
     "merge_compare": pictures_of_comparison,
 }
 """Of the kinds whose whole report can be drawn."""
 
 
-def _pictures(services: Services, job_id: str) -> list[HeatMap]:
+def _pictures(services: Services, job_id: str) -> list[Drawing]:
     with services.database.read() as session:
         row = jobs.get_job(session, job_id)
         kind, report = row.kind, (row.result or {}).get("report") or {}

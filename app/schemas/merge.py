@@ -9,11 +9,13 @@ from pydantic import ConfigDict, Field, StringConstraints, model_validator
 from app.dependencies import HEX_ID
 from app.schemas.common import BaseModelName, Name, RequestModel, TargetEngine
 from app.schemas.resources import Resources
-from merge.catalog import METHODS
+from merge.catalog import MENU, METHODS
 from merge.plan import MAX_ADAPTERS
 from train.measurement_settings import MeasurementSettings
 
 MAX_COMPARED = 32
+MAX_DATASETS = 8
+DatasetId = Annotated[str, StringConstraints(pattern=f"^dat_{HEX_ID}$")]
 MergeMethodName = Annotated[str, Field(json_schema_extra={"enum": list(METHODS)})]
 MergeParameters = Annotated[
     dict[str, Any],
@@ -37,11 +39,46 @@ class MergePool(RequestModel):
     adapters: list[MergeAdapter] = Field(min_length=1, max_length=MAX_ADAPTERS)
 
 
+class MergeEvaluation(MeasurementSettings):
+    """Datasets on which merges are measured, on the base model, in the worker."""
+
+    dataset: DatasetId | None = Field(None, description="The dataset, if it is one.")
+    datasets: list[DatasetId] | None = Field(
+        None,
+        min_length=1,
+        max_length=MAX_DATASETS,
+        description="Several datasets, one for each task: every figure is the mean over them, whatever their sizes.",
+    )
+    base_model: BaseModelName | None = Field(
+        None, description="Id or name; unset, the model that the adapters belong to."
+    )
+
+    @model_validator(mode="after")
+    def _one_or_several(self) -> Self:
+        if (self.dataset is None) == (self.datasets is None):
+            raise ValueError("name a dataset, or several as datasets")
+        if self.datasets is not None and len(set(self.datasets)) < len(self.datasets):
+            raise ValueError("datasets names one of them twice")
+        return self
+
+    @property
+    def named(self) -> list[tuple[str, str]]:
+        """Where each dataset stands in the evaluation (a JSON pointer), and its id."""
+        if self.dataset is not None:
+            return [("/dataset", self.dataset)]
+        return [(f"/datasets/{position}", item) for position, item in enumerate(self.datasets or ())]
+
+
 class MergeParams(MergePool):
     """Merge adapters of one base model into one adapter."""
 
-    method: MergeMethodName = Field("lego", description="See GET /methods.")
+    method: Annotated[str, Field(json_schema_extra={"enum": list(MENU)})] = Field(
+        "lego", description="See GET /methods; search tries several and keeps the best."
+    )
     parameters: MergeParameters
+    evaluation: MergeEvaluation | None = Field(
+        None, description="Of method search: what it measures its trials on, and by which metric the best is chosen."
+    )
     name: Name | None = Field(None, description="Name of the merged adapter or model.")
     output: Literal["adapter", "base"] = Field(
         "adapter", description="base: a copy of the base model with the merged ΔW added to its weights."
@@ -79,18 +116,6 @@ class MergeCandidate(RequestModel):
     label: Annotated[Name, StringConstraints(max_length=80)] | None = Field(
         None, description="What it is called in the report; unset, as its method."
     )
-
-
-class MergeEvaluation(MeasurementSettings):
-    """A dataset on which every candidate is measured, on the base model, in the worker."""
-
-    dataset: Annotated[str, StringConstraints(pattern=f"^dat_{HEX_ID}$")]
-    base_model: BaseModelName | None = Field(
-        None, description="Id or name; unset, the model that the adapters belong to."
-    )
-
-    def settings(self) -> MeasurementSettings:
-        return MeasurementSettings.model_validate(self.model_dump(exclude={"dataset", "base_model"}))
 
 
 class CompareMergesParams(MergePool):

@@ -6,18 +6,18 @@ from typing import Self
 
 from pydantic import BaseModel, Field
 
-from artifacts.heat_map import HeatMap
+from artifacts.svg import Drawing
 
 
 class Picture(BaseModel):
-    """A table of numbers that can be looked at."""
+    """Numbers of a job that can be looked at."""
 
     name: str = Field(description="Of the picture within its job.")
     title: str = Field(description="What it shows.")
     link: str = Field(description="Where it is, as SVG.")
 
     @classmethod
-    def of(cls, job_id: str, found: HeatMap) -> Self:
+    def of(cls, job_id: str, found: Drawing) -> Self:
         return cls(name=found.name, title=found.title, link=f"/jobs/{job_id}/pictures/{found.name}")
 
 

@@ -20,6 +20,9 @@ class AdapterRecipe(BaseModel):
     adapter: str
     origin: str = Field(description="upload, or the kind of the job that made it.")
     call: RecipeCall | None = Field(description="Null if it can not be made again here.")
+    found_by: RecipeCall | None = Field(
+        None, description="Of the result of a search: the search itself, which tries everything again."
+    )
     versions: dict[str, str] = Field(default_factory=dict, description="Libraries that computed it.")
     reproducible: bool = Field(False, description="Whether the call gives the same bytes on a server as this one is.")
     because: list[str] = Field(default_factory=list, description="What stands against that; empty if nothing does.")

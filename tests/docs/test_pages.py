@@ -77,14 +77,15 @@ def test_parameters_in_the_examples_are_accepted(root: Path, pages: dict[str, st
     """Each body of POST /merge and its kin that a page or the README shows is one that the service takes."""
     from app.schemas.merge import CompareMergesRequest, MergeRequest
     from app.schemas.train import TrainRequest
-    from merge.catalog import parse_parameters
+    from merge.catalog import SEARCH, parse_parameters
+    from merge.search_space import SearchSpace
 
     texts = [*pages.values(), _text(root, "README.md")]
     bodies = [body for text in texts for body in re.findall(r"-d '(\{.*?\})'", text, re.DOTALL)]
     assert len(bodies) >= 2
     for number, body in enumerate(bodies):
         counted = iter(range(1000))
-        filled = re.sub(r"adp_…", lambda _, c=counted: f"adp_{next(c):032x}", body)  # type: ignore[misc]
+        filled = re.sub(r"(adp|dat)_…", lambda found, c=counted: f"{found[1]}_{next(c):032x}", body)  # type: ignore[misc]
         if '"candidates"' in filled:
             compared = CompareMergesRequest.model_validate_json(filled)
             for candidate in compared.candidates:
@@ -94,6 +95,10 @@ def test_parameters_in_the_examples_are_accepted(root: Path, pages: dict[str, st
             TrainRequest.model_validate_json(filled)
             continue
         request = MergeRequest.model_validate_json(filled)
+        if request.method == SEARCH.name:
+            SearchSpace.of(SEARCH.options.model_validate(request.parameters), [1.0] * len(request.adapters))
+            assert request.evaluation is not None
+            continue
         parse_parameters(request.method, request.parameters)
         assert request.adapters, f"body {number}"
 

@@ -77,7 +77,7 @@ def test_every_task_gets_a_plain_lora_that_loses_what_it_says(grouped: Any, base
         held_out = [row for row in ROWS if row["task"] == fold["task"] and split_of(row, 0.3) == "validation"]
         rows = write_rows(tmp_path / f"{fold['task']}.jsonl", held_out)
         measured = Measurement(
-            base, DataFile(rows, "jsonl"), MeasurementSettings(), "cpu", tmp_path, lambda _done, _all: None
+            base, [DataFile(rows, "jsonl")], MeasurementSettings(), "cpu", tmp_path, lambda _done, _all: None
         )
         assert measured.of(beside.directory)["figures"]["loss"] == pytest.approx(fold["figures"]["loss"], rel=1e-4)
         with safe_open(beside.directory / "adapter_model.safetensors", "pt") as file:

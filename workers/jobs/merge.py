@@ -8,9 +8,10 @@ from typing import Any
 
 from merge import engine
 from merge.base_output import Dtype, fold_into_base
-from merge.catalog import parse_parameters
+from merge.catalog import SEARCH, parse_parameters
 from workers.adapter_names import NAME_LIMIT
 from workers.context import JobContext, JobOutcome, NewModel
+from workers.jobs import merge_search
 from workers.jobs.merge_inputs import MergeSources
 from workers.jobs.target_engine import for_engine
 
@@ -22,7 +23,7 @@ def run(context: JobContext) -> JobOutcome:
     """Merge the adapters that the job's parameters name.
 
     `params`: {adapters: [{id, weight}], method, parameters, name, output, base_model, dtype, force,
-    target_engine}.
+    target_engine}; of the method "search" see `workers.jobs.merge_search.run`.
 
     Raises:
         NotFound: an adapter was deleted since the job was submitted.
@@ -30,6 +31,8 @@ def run(context: JobContext) -> JobOutcome:
         AttemptCancelled, AttemptStale
     """
     method: str = context.params["method"]
+    if method == SEARCH.name:
+        return merge_search.run(context)
     options = parse_parameters(method, context.params.get("parameters") or {})
     into_base = context.params.get("output") == "base"
     if into_base:

@@ -10,11 +10,8 @@ from artifacts.labels import labels_of
 from merge.catalog import parse_parameters
 from merge.comparison import Candidate, Compared, compare_files
 from merge.comparison_report import comparison_report, rank_by
-from train.base_files import BaseFiles
-from train.data import DataFile
-from train.measurement import Measurement
-from train.measurement_settings import MeasurementSettings
 from workers.context import JobContext, JobOutcome, NewAdapter
+from workers.jobs.merge_evaluation import MergeEvaluation
 from workers.jobs.merge_inputs import MergeSources
 
 # Shares of the progress bar; with an evaluation the merges end earlier.
@@ -56,14 +53,9 @@ def run(context: JobContext) -> JobOutcome:
 
 
 def _measure(
-    context: JobContext, compared: Sequence[Compared], report: dict[str, Any], evaluation: Mapping[str, Any]
+    context: JobContext, compared: Sequence[Compared], report: dict[str, Any], wanted: Mapping[str, Any]
 ) -> None:
     """Measure every candidate on the base model, and rank them by the metric, in the report."""
-    settings = MeasurementSettings.model_validate(
-        {key: value for key, value in evaluation.items() if key not in ("dataset", "base_model")}
-    )
-    dataset, path = context.dataset(evaluation["dataset"])
-    model, source = context.model_source(evaluation["base_model"])
     part, share = 0, (_MERGED - _MERGED_TO_MEASURE) / (len(compared) + 1)
 
     def tick(done: int, total: int) -> None:
@@ -72,24 +64,15 @@ def _measure(
         context.progress(fraction, f"measuring {what}: row {done} of {total}", done, total)
 
     context.progress(_MERGED_TO_MEASURE, "loading the base model")
-    base = BaseFiles(model.name, source.location, source.revision)
-    measurement = Measurement(
-        base, DataFile(path, dataset.format), settings, context.device, context.scratch / "measured", tick
-    )
+    evaluation = MergeEvaluation(context, wanted, tick)
     order = {}
     for item, row in zip(compared, report["candidates"], strict=True):
         part += 1
-        found = measurement.of(item.directory)
+        found = evaluation.of(item.directory)
         row |= found
-        order[row["label"]] = measurement.order(found["figures"])
-    rank_by(report, settings.metric, order)
-    report["evaluation"] = {
-        "dataset": dataset.id,
-        "base_model": {"id": model.id, "name": model.name, "weights_digest": model.ref.weights_digest},
-        "settings": settings.model_dump(mode="json"),
-        "rows": measurement.rows,
-        "base": measurement.base,
-    }
+        order[row["label"]] = evaluation.order(found["figures"])
+    rank_by(report, evaluation.metric, order)
+    report["evaluation"] = evaluation.report()
 
 
 def _labelled(candidates: Sequence[Mapping[str, Any]]) -> list[tuple[str, Mapping[str, Any]]]:

@@ -64,8 +64,25 @@ class MergeSources:
             "versions": {library: version(library) for library in LIBRARIES},
         }
 
-    def adapter(self, directory: Path, method: str, recipe: Mapping[str, Any], name: str | None) -> NewAdapter:
-        """The merged adapter in `directory`; without a name it is called after what it was made of."""
+    def weighted(self, weights: Sequence[float]) -> MergeSources:
+        """The same adapters under other weights."""
+        pairs = zip(self.items, weights, strict=True)
+        return MergeSources(tuple((stored, weight, directory) for (stored, _, directory), weight in pairs))
+
+    def adapter(
+        self,
+        directory: Path,
+        method: str,
+        recipe: Mapping[str, Any],
+        name: str | None,
+        *,
+        search: Mapping[str, Any] | None = None,
+    ) -> NewAdapter:
+        """The merged adapter in `directory`; without a name it is called after what it was made of.
+
+        Args:
+            search: that it was found by; it goes into the lineage once, beside the recipe of the first parent.
+        """
         stored = [item for item, _, _ in self.items]
         return NewAdapter(
             directory=directory,
@@ -74,7 +91,15 @@ class MergeSources:
             base_model=next((item.base_model for item in stored if item.base_model is not None), None),
             model_id=self.common_model,
             parents=tuple(
-                Parent(item.id, {"weight": weight, "position": position, **recipe})
+                Parent(
+                    item.id,
+                    {
+                        "weight": weight,
+                        "position": position,
+                        **recipe,
+                        **({"search": dict(search)} if search is not None and position == 0 else {}),
+                    },
+                )
                 for position, (item, weight, _) in enumerate(self.items)
             ),
         )

@@ -33,7 +33,7 @@ def data(tmp_path: Path) -> Path:
 def measurement(tiny_base: Path, data: Path, folder: Path, **settings: Any) -> Measurement:
     files = BaseFiles("tiny", str(tiny_base))
     wanted = MeasurementSettings(**settings)
-    return Measurement(files, DataFile(data, "jsonl"), wanted, "cpu", folder, lambda _done, _all: None)
+    return Measurement(files, [DataFile(data, "jsonl")], wanted, "cpu", folder, lambda _done, _all: None)
 
 
 def test_the_figures_are_those_of_base_and_adapter_and_the_base_stays_itself(
@@ -45,7 +45,7 @@ def test_the_figures_are_those_of_base_and_adapter_and_the_base_stays_itself(
     small = write_adapter(tmp_path / "a", 1, **sides)
     other = write_adapter(tmp_path / "b", 2, **sides)
     measured = measurement(tiny_base, data, tmp_path / "work", max_rows=5)
-    assert measured.rows == 5
+    assert measured.rows == [5]
     first = measured.of(small)
     changed = measured.of(other)
     assert first["figures"] != changed["figures"]
@@ -55,7 +55,7 @@ def test_the_figures_are_those_of_base_and_adapter_and_the_base_stays_itself(
         model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_base), small).eval()
     task = measured._task
     losses, tokens = 0.0, 0
-    for example in measured._rows:
+    for example in measured._rows[0]:
         batch = task.collate([example])
         labels = batch.pop("labels")[0, 1:]
         with torch.no_grad():
@@ -91,7 +91,7 @@ def test_an_adapter_of_our_own_type_is_measured_and_taken_off_again(
     assert measured.of(plain) == before
     model = declared.load(AutoModelForCausalLM.from_pretrained(tiny_base), tmp_path / "smora").eval()
     task = measured._task
-    scores = task.score(model, measured._rows, measured._settings.evaluation(), lambda _: None)
+    scores = task.score(model, measured._rows[0], measured._settings.evaluation(), lambda _: None)
     assert found["figures"] == scores.to_dict()
     assert abs(found["difference"]["loss"]["difference"]) > 1e-3
 
