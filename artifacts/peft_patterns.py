@@ -124,6 +124,8 @@ class PatternTable(Generic[Value]):
 
     def lookup(self, path: str, default: Value) -> Value:
         """The value for the module at `path`; `default` when no key matches."""
+        if not self._keys:
+            return default
         best = min(self._literals.matches(path), default=len(self._keys))
         for position in self._expressions:
             if position > best:
@@ -136,7 +138,7 @@ class PatternTable(Generic[Value]):
     def unmatched(self, paths: Iterable[str]) -> tuple[str, ...]:
         """The keys that match none of `paths`: misspelt ones, most of the time."""
         remaining = set(range(len(self._keys)))
-        for path in paths:
+        for path in paths if remaining else ():
             remaining.difference_update(self._literals.matches(path))
             remaining -= {at for at in self._expressions if at in remaining and self._expression_matches(at, path)}
         return tuple(self._keys[position] for position in sorted(remaining))

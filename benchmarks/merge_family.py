@@ -4,11 +4,14 @@
 
 Synthetic adapters of the Llama-2-7B shape (7 linear modules a layer, bfloat16); --layers 32 is the whole model. Each
 method is one merge from files to a file in a process of its own; its ratio is to a plain read and write in the same
-run, and its CPU seconds are those of all threads, which a busy machine disturbs less.
+run, and its CPU seconds are those of all threads, which a busy machine disturbs less. A method on the entries of the
+deltas is measured against a second floor too, in CPU seconds: forming every entry of every ΔWᵢ once, in tiles of a
+core's cache, and touching it once.
 
---peft: two adapters of the q_proj of one layer, by `add_weighted_adapter` of stock PEFT and by the method of the same
-meaning here, each in a process of its own: seconds, and memory above the idle process. (--peft-modules 14 is two whole
-layers, in hours.)
+--peft: two adapters of two layers, by `add_weighted_adapter` of stock PEFT and by the method of the same meaning here,
+each in a process of its own: CPU seconds, and memory above the idle process. A combination that takes dense SVDs, one
+for each module, would take PEFT hours: there it merges one module of 4096×4096, the smallest of all, and its figures
+times the number of modules are the least that it can take.
 
 Prints tables and writes benchmarks/results/merge_family.json.
 """
@@ -24,6 +27,7 @@ import sys
 import tempfile
 import time
 import warnings
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +58,24 @@ def parameters_of(method: str, rank: int) -> dict[str, Any]:
     return {"rank": rank} if "rank" in METHODS[method].options.model_fields else {}
 
 
+def dense_floor(count: int, rank: int, layers: int) -> float:
+    """CPU seconds of one pass that forms the entries of all ΔWᵢ in tiles and touches each of them once."""
+    import torch
+
+    from merge.rows import DeltaRows
+
+    torch.set_num_threads(1)
+    total = 0.0
+    for (d_out, d_in), modules in Counter((d_out, d_in) for _, d_out, d_in in shapes(layers)).items():
+        A, B = torch.randn(count, rank, d_in), torch.randn(count, d_out, rank)
+        deltas = DeltaRows(tuple(A), tuple(B))
+        started = time.process_time()
+        for _, _, tile in deltas.tiles():
+            tile.mul_(2.0)
+        total += modules * (time.process_time() - started)
+    return total
+
+
 def family_table(arguments: argparse.Namespace, scratch: Path) -> dict[str, Any]:
     """Every method on the same adapters."""
     inputs = make_adapters(scratch / "in", arguments.adapters, arguments.rank, list(shapes(arguments.layers)))
@@ -63,57 +85,68 @@ def family_table(arguments: argparse.Namespace, scratch: Path) -> dict[str, Any]
     for method in arguments.methods:
         if METHODS[method].capabilities.only_adapters not in (None, arguments.adapters):
             continue
-        pairs = []
+        entrywise = METHODS[method].family == "entrywise"
+        runs = []
         for number in range(arguments.runs):
             base = floor(inputs, output, scratch)
+            dense = dense_floor(arguments.adapters, arguments.rank, arguments.layers) if entrywise else None
             out = scratch / f"out-{method}-{number}"
-            pairs.append((merge_once(inputs, method, parameters_of(method, arguments.rank), out), base))
-        entrywise = METHODS[method].family == "entrywise"
+            runs.append((merge_once(inputs, method, parameters_of(method, arguments.rank), out), base, dense))
         rows[method] = {
-            "seconds": statistics.median(run["seconds"] for run, _ in pairs),
-            "cpu_seconds": statistics.median(run["cpu_seconds"] for run, _ in pairs),
-            "ratio": statistics.median(run["seconds"] / base for run, base in pairs),
+            "seconds": statistics.median(run["seconds"] for run, _, _ in runs),
+            "cpu_seconds": statistics.median(run["cpu_seconds"] for run, _, _ in runs),
+            "ratio": statistics.median(run["seconds"] / base for run, base, _ in runs),
+            "dense_ratio": statistics.median(run["cpu_seconds"] / dense for run, _, dense in runs if dense)
+            if entrywise
+            else None,
             "goal": ENTRYWISE_GOAL if entrywise else FACTOR_GOAL,
-            "memory_above_idle_mb": max((run["peak_kb"] - run["idle_kb"]) / 1024 for run, _ in pairs),
-            "relative_error": pairs[0][0]["relative_error"],
+            "memory_above_idle_mb": max((run["peak_kb"] - run["idle_kb"]) / 1024 for run, _, _ in runs),
+            "relative_error": runs[0][0]["relative_error"],
         }
         print(shown(method, rows[method]), flush=True)
     return {"input_bytes": size, "cores": os.cpu_count(), "layers": arguments.layers, "methods": rows}
 
 
 def shown(method: str, row: dict[str, Any]) -> str:
+    dense = f"{row['dense_ratio']:6.1f} × dense floor" if row["dense_ratio"] else ""
     return (
         f"{method:20} {row['seconds']:8.2f} s ({row['cpu_seconds']:.2f} CPU s) {row['ratio']:8.1f} × floor "
-        f"(goal {row['goal']:.0f}) "
+        f"(goal {row['goal']:.0f}) {dense:22} "
         f"{row['memory_above_idle_mb']:8.0f} MB   error to the sum {row['relative_error']:.3f}"
     )
 
 
 def peft_table(arguments: argparse.Namespace, scratch: Path) -> dict[str, Any]:
     """Stock PEFT's combination types against the same here."""
-    modules = list(shapes(2))[: arguments.peft_modules]
+    modules = list(shapes(arguments.peft_layers))
     inputs = make_adapters(scratch / "peft", 2, arguments.rank, modules, dtype="float32")
+    single = make_adapters(scratch / "peft-single", 2, arguments.rank, modules[:1], dtype="float32")
     rows: dict[str, Any] = {}
-    print(f"\n{len(modules)} module(s), 2 adapters: PEFT's add_weighted_adapter and the same here")
-    for kind, method in PEFT.items():
-        command = [sys.executable, "-m", "benchmarks.merge_family", "--peft-child", kind, *map(str, inputs)]
-        run = subprocess.run(command, check=True, capture_output=True, text=True)
+    print(f"\n{len(modules)} modules, 2 adapters: PEFT's add_weighted_adapter and the same here")
+    for kind in arguments.peft_kinds:
+        method, dense = PEFT[kind], kind.endswith("svd")
+        command = [sys.executable, "-m", "benchmarks.merge_family", "--peft-child", kind]
+        run = subprocess.run(
+            [*command, *map(str, single if dense else inputs)], check=True, capture_output=True, text=True
+        )
         theirs = json.loads(run.stdout.splitlines()[-1])
         parameters = parameters_of(method, arguments.rank)
         if "density" in METHODS[method].options.model_fields:
             parameters["density"] = DENSITY
         ours = merge_once(inputs, method, parameters, scratch / f"peft-{kind}")
-        rows[kind] = {
-            "peft_seconds": theirs["seconds"],
-            "seconds": ours["seconds"],
-            "speedup": theirs["seconds"] / ours["seconds"],
+        peft_seconds = theirs["cpu_seconds"] * (len(modules) if dense else 1)
+        row = rows[kind] = {
+            "at_least": dense,
+            "peft_cpu_seconds": peft_seconds,
+            "cpu_seconds": ours["cpu_seconds"],
+            "speedup": peft_seconds / ours["cpu_seconds"],
             "peft_memory_mb": (theirs["peak_kb"] - theirs["idle_kb"]) / 1024,
             "memory_mb": (ours["peak_kb"] - ours["idle_kb"]) / 1024,
         }
-        row = rows[kind]
+        least = "≥" if dense else " "
         print(
-            f"{kind:20} PEFT {row['peft_seconds']:8.2f} s {row['peft_memory_mb']:7.0f} MB   "
-            f"{method:20} {row['seconds']:7.2f} s {row['memory_mb']:6.0f} MB   {row['speedup']:8.1f} ×",
+            f"{kind:20} PEFT {least} {row['peft_cpu_seconds']:8.2f} CPU s {least} {row['peft_memory_mb']:6.0f} MB   "
+            f"{method:20} {row['cpu_seconds']:7.2f} CPU s {row['memory_mb']:6.0f} MB   {least} {row['speedup']:8.1f} ×",
             flush=True,
         )
     return {"modules": len(modules), "kinds": rows}
@@ -135,7 +168,8 @@ def peft_child(kind: str, inputs: list[str]) -> None:
     model = nn.Module()
     with safe_open(f"{inputs[0]}/{WEIGHTS}", "pt") as file:
         present = {key.removeprefix("base_model.model.").partition(".lora_")[0] for key in file.keys()}  # noqa: SIM118
-    for path, d_out, d_in in shapes(2):
+    layers = 1 + max(int(path.split(".")[2]) for path in present)
+    for path, d_out, d_in in shapes(layers):
         if path in present:
             parent = model
             *folders, name = path.split(".")
@@ -151,9 +185,9 @@ def peft_child(kind: str, inputs: list[str]) -> None:
             merged.load_adapter(path, f"a{number}")
         names = [f"a{number}" for number in range(len(inputs))]
         density = None if kind in ("svd", "cat", "linear") else DENSITY
-        idle, started = peak_memory_kb(), time.perf_counter()
+        idle, started = peak_memory_kb(), time.process_time()
         merged.add_weighted_adapter(names, [1.0] * len(names), "merged", combination_type=kind, density=density)
-    print(json.dumps({"seconds": time.perf_counter() - started, "idle_kb": idle, "peak_kb": peak_memory_kb()}))
+    print(json.dumps({"cpu_seconds": time.process_time() - started, "idle_kb": idle, "peak_kb": peak_memory_kb()}))
 
 
 def main() -> None:
@@ -164,7 +198,8 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=1)
     parser.add_argument("--methods", type=lambda text: text.split(",") if text else [], default=list(METHODS))
     parser.add_argument("--peft", action="store_true", help="compare with stock PEFT, too")
-    parser.add_argument("--peft-modules", type=int, default=1)
+    parser.add_argument("--peft-layers", type=int, default=2)
+    parser.add_argument("--peft-kinds", type=lambda text: text.split(","), default=list(PEFT))
     parser.add_argument("--peft-child", choices=PEFT, help=argparse.SUPPRESS)
     parser.add_argument("inputs", nargs="*", help=argparse.SUPPRESS)
     arguments = parser.parse_args()

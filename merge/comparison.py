@@ -10,12 +10,13 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from artifacts.adapter import Adapter
 from artifacts.export import PeftWriter
 from merge.engine import COMPUTE_SHARE, MergeRun, Progress
 from merge.memory import keep_freed_memory
@@ -100,7 +101,8 @@ def compare_files(
     """
     keep_freed_memory()
     tell = progress or (lambda _fraction, _message: None)
-    runs = [MergeRun.of(inputs, item.method, item.options, torch.device(device)) for item in candidates]
+    open_adapter = cache(Adapter.open)
+    runs = [MergeRun.of(inputs, item.method, item.options, torch.device(device), open_adapter) for item in candidates]
     places = [folder / str(number) for number in range(len(candidates))]
     with ExitStack() as opened:
         writers = [

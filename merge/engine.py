@@ -92,12 +92,13 @@ class MergeRun:
         method: str,
         options: MergeOptions,
         device: torch.device,
+        open_adapter: Callable[[Path], Adapter] = Adapter.open,
     ) -> MergeRun:
         """Plan the merge and open the adapters that take part. Raises as `merge.plan.plan_merge`."""
         items = [item for item, _ in inputs]
         plan = plan_merge(items, method, options)
         adapters = {
-            position: Adapter.open(path) for position, (_, path) in enumerate(inputs) if plan.weights[position] != 0
+            position: open_adapter(path) for position, (_, path) in enumerate(inputs) if plan.weights[position] != 0
         }
         if getattr(options, "rank", None) == "exact" and options.norm_equalize == "none":
             plan = replace(plan, output_rank=shared_rank(plan, adapters) or plan.output_rank)

@@ -40,8 +40,9 @@ class Probe:
     def of(cls, path: str, A: Tensor, B: Tensor, cast_A: Tensor, cast_B: Tensor) -> Self:
         """From the computed factors (r, d_in), (d_out, r) and those that are written."""
         x = _probe_vector(A.shape[1]).to(A.device)
-        terms = float(cast_B.float().norm() * (cast_A.float() @ x).norm())
-        return cls(path, _apply(A, B, x), _apply(cast_A, cast_B, x), terms)
+        last = cast_B.float()
+        inner = cast_A.float() @ x
+        return cls(path, _apply(A, B, x), (last @ inner).cpu(), float(last.norm() * inner.norm()))
 
     @property
     def tolerance(self) -> float:

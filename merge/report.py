@@ -7,10 +7,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from artifacts.algebra import delta_products, product_norm, squared_norm
+from artifacts.algebra import product_norm
 from merge.result import ClusterReport, MergedModule
 
 
@@ -149,27 +148,32 @@ def measure_module(
 ) -> ModuleReport:
     """Compare a merged module with the exact sum scale·B·diag(w)·A of its stack."""
     stack = merged.stack
-    owners, position = torch.unique(stack.owners, return_inverse=True)
-    products = delta_products(stack.gram_A, stack.gram_B, position, len(owners))
+    order = sorted(range(len(stack.members)), key=lambda number: stack.members[number][0])
+    owners = tuple(stack.members[number][0] for number in order)
+    products = stack.products[order][:, order].tolist()
     weights = stack.weights * scale
-    energy = squared_norm(torch.diag(weights), stack.gram_A, stack.gram_B)
+    energy = scale**2 * stack.energy
     if merged.coordinates is None:
         result_energy, error = _measure_factors(merged, weights, energy)
     else:
-        result_energy = squared_norm(merged.coordinates, stack.gram_A, stack.gram_B)
-        error = squared_norm(merged.coordinates - torch.diag(weights), stack.gram_A, stack.gram_B)
+        # ‖B·K·A‖² = tr(Kᵀ·G_B·K·G_A); of the difference K − diag(w) the products need no multiplication of matrices
+        left, right = stack.gram_B @ merged.coordinates, merged.coordinates @ stack.gram_A
+        result_energy = max(float((left * right).sum()), 0.0)
+        left -= stack.gram_B * weights
+        right -= weights[:, None] * stack.gram_A
+        error = max(float((left * right).sum()), 0.0)
     return ModuleReport(
         path=path,
         rank=merged.A.shape[0],
         padded=padded,
-        owners=tuple(owners.tolist()),
+        owners=owners,
         energy=energy,
         result_energy=result_energy,
         error=error,
-        products=tuple(tuple(row) for row in products.tolist()),
+        products=tuple(tuple(row) for row in products),
         clusters=merged.clusters,
         figures=merged.figures,
-        norm_factors=tuple(norm_factors[owner] for owner in owners.tolist()) if norm_factors else None,
+        norm_factors=tuple(norm_factors[owner] for owner in owners) if norm_factors else None,
     )
 
 

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from artifacts.adapter import Adapter
-from artifacts.algebra import delta_products, gram
+from artifacts.algebra import CoreSvd, core_svd, delta_products, gram, squared_norm
 from artifacts.errors import MergeRefused
 from merge.plan import PlannedModule
 
@@ -142,6 +142,21 @@ class Stack:
         for number, (_, own) in enumerate(self.members):
             position[own] = number
         return delta_products(self.gram_A, self.gram_B, position, len(self.members))
+
+    @cached_property
+    def energy(self) -> float:
+        """‖Σ wᵢΔWᵢ‖²_F."""
+        return squared_norm(torch.diag(self.weights), self.gram_A, self.gram_B)
+
+    def svd(self, scale: float = 1.0) -> CoreSvd:
+        """Of scale·Σ wᵢΔWᵢ. Computed once, however many methods ask for it."""
+        if scale not in self._svds:
+            self._svds[scale] = core_svd(self.A, self.B, self.weights * scale, self.gram_A, self.gram_B)
+        return self._svds[scale]
+
+    @cached_property
+    def _svds(self) -> dict[float, CoreSvd]:
+        return {}
 
     def with_factors(self, A: Tensor, B: Tensor) -> Self:
         """Other components in the same places."""

@@ -13,7 +13,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from artifacts.algebra import core_svd
 from merge import entry_loops, rules
 from merge.entrywise_options import (
     BreadcrumbsOptions,
@@ -264,8 +263,7 @@ def _merged(
                 yield block.mul_(options.scale)
 
     # the exact sum's own directions are the best guess of those of the result
-    svd = core_svd(stack.A, stack.B, stack.weights, stack.gram_A, stack.gram_B)
-    start = stack.A.T @ svd.right[:, :rank].to(stack.A.dtype)
+    start = stack.A.T @ stack.svd().right[:, :rank].to(stack.A.dtype)
     low = row_svd(blocks, deltas.shape, rank, start, options.passes)
     figures: Mapping[str, float] = {"truncation_error": low.truncation_error}
     return MergedModule(low.A, low.B, stack, None, figures=figures)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from artifacts.algebra import core_svd, truncated_factors
+from artifacts.algebra import truncated_factors
 from merge.options import MergeOptions
 from merge.result import MergedModule
 from merge.stack import Stack
@@ -10,7 +10,7 @@ from merge.stack import Stack
 
 def merge(stack: Stack, options: MergeOptions, rank: int) -> MergedModule:
     """Merge one module to min(rank, n) components, in order of their singular values."""
-    svd = core_svd(stack.A, stack.B, stack.weights * options.scale, stack.gram_A, stack.gram_B)
+    svd = stack.svd(options.scale)
     A, B = truncated_factors(stack.A, stack.B, svd, rank)
     coordinates = (svd.left[:, :rank] * svd.values[:rank]) @ svd.right[:, :rank].T
     return MergedModule(A, B, stack, coordinates)
