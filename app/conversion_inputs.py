@@ -73,6 +73,9 @@ def _check_unpacking(session: Session, row: AdapterRow, request: ConvertParams) 
     if request.rank is not None:
         problem = f"{request.to} keeps the rank as it is"
         raise RequestInvalid(f"{problem}.", errors=[FieldError("/rank", problem)])
+    if request.max_error is not None:
+        problem = f"{request.to} loses nothing of the change; max_error is for a lora"
+        raise RequestInvalid(f"{problem}.", errors=[FieldError("/max_error", problem)])
     model = _model_of(session, row, request)
     if model.source == "hub" or not packed_layers(model.quantisation):
         problem = f"the weights of {model.name} are not packed"

@@ -124,7 +124,7 @@ def _estimate(
         place(start, targets, () if request.full_task.type in _WITHOUT_HEAD else None)
     steps = request.training.steps if rows is None else request.training.steps_for(rows)
     known = Circumstances(
-        targets, request.training, steps, rows, is_packed(request.full_task), request.evaluation.grouped
+        targets, request.training, steps, rows, is_packed(request.full_task), request.evaluation.grouped, devices
     )
     check_method(options, known)
     if request.target_engine is not None:

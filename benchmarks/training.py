@@ -4,10 +4,11 @@
     python -m benchmarks.training allora bone --steps 5
     python -m benchmarks.training --layers 30           the whole model
 
-For each line of the table the stock method (LoRA; beside a form of DoRA, DoRA) and the method take steps on the same
-batches in turns, in one process; the ratio is that of the medians. Memory is the peak of a process of its own without
-the libraries: base model, preparation and three steps. The loop is compared as a whole training of LoRA: ours with its
-hooks against a script of a dozen lines around transformers' Trainer.
+For each line of the table the stock method (LoRA; beside a form of DoRA, DoRA; beside lora-bert, LoRA on a BERT of
+3-mers whose classifier is trained too) and the method take steps on the same batches in turns, in one process; the
+ratio is that of the medians. Memory is the peak of a process of its own without the libraries: base model,
+preparation and three steps. The loop is compared as a whole training of LoRA: ours with its hooks against a script of
+a dozen lines around transformers' Trainer.
 
 Prints the table with its goals and writes benchmarks/results/training.json. Other work on the machine makes every
 figure of time worthless.
@@ -25,7 +26,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from benchmarks.pool_figures import RESULTS, Figure, show, write
-from benchmarks.training_cases import Case, cases, of_words
+from benchmarks.training_cases import TRANSCRIPTS, Case, cases
+from train.catalog import METHODS
 
 LOOP_GOAL_PERCENT = 3.0
 LOOP_ROUNDS = 5
@@ -62,7 +64,8 @@ def measure(arguments: argparse.Namespace, base: Path, folder: Path) -> list[Fig
     size = (arguments.rank, arguments.rows, arguments.length, arguments.steps, arguments.threads)
     lines = cases(arguments.rank, arguments.methods)
     packed = _packed(base, arguments.rank, folder) if any(case.packed for case in lines) else None
-    setting = Setting(base, *size, packed=packed)
+    kmers = _kmers(folder, arguments.length) if any(case.stock == TRANSCRIPTS for case in lines) else None
+    setting = Setting(base, *size, packed=packed, kmers=kmers)
     found: list[Figure] = []
     if "steps" in arguments.parts:
         found += [_step_figure(setting, case) for case in lines]
@@ -82,6 +85,15 @@ def _packed(base: Path, rank: int, folder: Path) -> Path:
     options = QuantisationOptions(rank=rank, num_iterations=2)
     report = quantise_base(base, out, options, progress=lambda fraction, message: None).to_dict()
     print(f"the packed base model: {report['bits_per_weight']:.3f} bits a weight", file=sys.stderr, flush=True)
+    return out
+
+
+def _kmers(folder: Path, length: int) -> Path:
+    """A BERT of 3-mers in `folder`, of half the published width and a third of its layers."""
+    from train.kmer_bert import KmerBertShape, write_kmer_bert
+
+    out = folder / "kmers"
+    write_kmer_bert(out, KmerBertShape(layers=4, width=384, heads=6, inner=1536, positions=max(length, 16)))
     return out
 
 
@@ -138,9 +150,9 @@ def parse(words: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder for the JSON file")
     arguments = parser.parse_args(words)
-    unknown = sorted(set(arguments.methods) - set(of_words()))
+    unknown = sorted(set(arguments.methods) - set(METHODS))
     if unknown:
-        parser.error(f"there is no training method {', '.join(unknown)}; there are {', '.join(of_words())}")
+        parser.error(f"there is no training method {', '.join(unknown)}; there are {', '.join(METHODS)}")
     return arguments
 
 

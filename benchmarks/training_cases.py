@@ -9,6 +9,8 @@ from typing import Any, Literal
 from train.catalog import METHODS
 
 MEMORY_GOAL = 1.1
+TRANSCRIPTS: Literal["LoRA, transcripts"] = "LoRA, transcripts"
+"""PEFT's LoRA on a BERT of k-mers, whose classifier and pooler are trained whole."""
 
 
 @dataclass(frozen=True)
@@ -19,6 +21,7 @@ class Case:
         time_goal, memory_goal: largest ratio to the stock method of the same rank; None: only reported.
         stock: that method, of PEFT.
         packed: on the base model in four bits a weight.
+        clips: gradients are scaled down to a common norm; not where a method frees each at once.
         measured_from: the share of the steps after which they count, for a method that does something else before.
         measured_to: the share up to which they count.
     """
@@ -30,8 +33,9 @@ class Case:
     memory_goal: float | None = None
     measured_from: float = 0.0
     measured_to: float = 1.0
-    stock: Literal["LoRA", "DoRA"] = "LoRA"
+    stock: Literal["LoRA", "DoRA", "LoRA, transcripts"] = "LoRA"
     packed: bool = False
+    clips: bool = True
 
 
 def _goals(name: str, method: str, time_goal: float, parameters: Mapping[str, Any], **more: Any) -> Case:
@@ -73,11 +77,22 @@ def _flexora(rank: int) -> list[Case]:
 
 
 def _gradnormlorp(rank: int) -> list[Case]:
-    """The second line's moments have the 4096 numbers from which 8 bits are taken."""
-    eight = {"rank": rank, "optim_bits": 8}
+    """The second line's moments have the 4096 numbers from which 8 bits are taken; the last two train whole weights."""
+    eight, whole = {"rank": rank, "optim_bits": 8}, {"mode": "full", "proj_rank": rank}
+    at_once = whole | {"update_in_backward": True}
     return [
         _goals("gradnormlorp", "gradnormlorp", 1.15, {"rank": rank}, stock="DoRA"),
         _goals("gradnormlorp, 8 bits", "gradnormlorp", 1.15, eight, stock="DoRA"),
+        Case("gradnormlorp, whole weights", "gradnormlorp", whole, stock="DoRA"),
+        Case("gradnormlorp, whole weights, in the backward pass", "gradnormlorp", at_once, stock="DoRA", clips=False),
+    ]
+
+
+def _lora_bert(rank: int) -> list[Case]:
+    """On a BERT of k-mers; the second line trains all of its weights, beside the same stock method."""
+    return [
+        _goals("lora-bert", "lora-bert", 1.05, {"rank": rank}, stock=TRANSCRIPTS),
+        Case("lora-bert, all weights", "lora-bert", {"mode": "full"}, stock=TRANSCRIPTS),
     ]
 
 
@@ -91,6 +106,7 @@ SPECIAL: Mapping[str, Callable[[int], list[Case]]] = {
     "gradnormlorp": _gradnormlorp,
     "increlora": _increlora,
     "bone": _bone,
+    "lora-bert": _lora_bert,
     "lora-sb": lambda rank: [_goals("lora-sb", "lora-sb", 1.0, {"rank": rank})],
     "lq-lora": lambda rank: [Case("lq-lora, 4 bits", "lq-lora", {"rank": rank}, 1.6, packed=True)],
     "nlora": lambda rank: [_goals("nlora", "nlora", 1.1, {"rank": rank})],
@@ -104,15 +120,10 @@ SPECIAL: Mapping[str, Callable[[int], list[Case]]] = {
 """Methods with goals, with several lines, or whose parameters have other names; any other has one line, with `rank`."""
 
 
-def of_words() -> list[str]:
-    """The methods of the menu that train a language model, which is what is timed here."""
-    return [name for name, row in METHODS.items() if "causal-lm" in row.capabilities.tasks]
-
-
 def cases(rank: int, wanted: Sequence[str] = ()) -> list[Case]:
     """The lines for the methods of the menu (or those `wanted`), in the menu's order."""
     found: list[Case] = []
-    for name in of_words():
+    for name in METHODS:
         if not wanted or name in wanted:
             found += SPECIAL[name](rank) if name in SPECIAL else [Case(name, name, {"rank": rank})]
     return found

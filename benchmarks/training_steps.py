@@ -7,7 +7,7 @@ import multiprocessing
 import re
 import statistics
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,17 +17,24 @@ import psutil
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PrinterCallback, Trainer, TrainingArguments, set_seed
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    PrinterCallback,
+    Trainer,
+    TrainingArguments,
+    set_seed,
+)
 from transformers.utils import logging
 
 import train.quantised.loading  # noqa: F401 (teaches transformers packed weights)
-from benchmarks.training_cases import Case
+from benchmarks.training_cases import TRANSCRIPTS, Case
 from train.base_files import BaseFiles
 from train.catalog import find_method, parse_parameters
 from train.engine import linear_layers
 from train.follower import Silent
 from train.loop import LoopInputs, run_loop
-from train.options.common import Circumstances
+from train.options.common import Circumstances, Target
 from train.protocol import MethodContext, TrainMethod
 from train.quiet import peft_deprecations_ignored
 from train.settings import CausalLmTask, TrainingSettings
@@ -44,7 +51,7 @@ MAX_GRAD_NORM = 1.0
 @dataclass(frozen=True)
 class Setting:
     """What every line of the table has in common: the base model's folder, the batch, the rank, the threads; and the
-    folder of the same base model in a few bits, if a line needs it."""
+    folders of the same base model in a few bits and of a BERT of k-mers, if a line needs them."""
 
     base: Path
     rank: int
@@ -53,6 +60,11 @@ class Setting:
     steps: int
     threads: int
     packed: Path | None = None
+    kmers: Path | None = None
+
+    def training_of(self, case: Case) -> TrainingSettings:
+        """The same, without clipping where the case has none."""
+        return self.training if case.clips else self.training.model_copy(update={"max_grad_norm": 0.0})
 
     @property
     def training(self) -> TrainingSettings:
@@ -66,9 +78,51 @@ class Setting:
         )
 
 
-def load(setting: Setting, *, packed: bool = False) -> Any:
-    """The base model, frozen."""
+@dataclass(frozen=True)
+class Work:
+    """A frozen base model, rows for it, and which of its layers are adapted or trained whole."""
+
+    model: Any
+    rows: Sequence[Any]
+    collate: Callable[[Sequence[Any]], dict[str, Tensor]]
+    targets: Sequence[str]
+    task_type: str
+    whole: Sequence[str] = ()
+
+
+def work(setting: Setting, case: Case | str) -> Work:
+    """Of a case, or of a stock method of that name."""
     logging.disable_progress_bar()
+    of_transcripts = case == TRANSCRIPTS or (isinstance(case, Case) and case.stock == TRANSCRIPTS)
+    return _transcripts(setting) if of_transcripts else _words(setting, case)
+
+
+def _words(setting: Setting, case: Case | str) -> Work:
+    model = load(setting, packed=isinstance(case, Case) and case.packed)
+    rows = examples(setting, model.config.vocab_size, BATCHES * setting.rows)
+    targets = [target.path for target in resolve_targets(linear_layers(model), "all-linear")]
+    return Work(model, rows, lambda some: collate(some, 0), targets, "CAUSAL_LM")
+
+
+def _transcripts(setting: Setting) -> Work:
+    """Random 3-mers of as many tokens, and classes; all layers but the classifier and the pooler get an adapter."""
+    model = AutoModelForSequenceClassification.from_pretrained(setting.kmers, dtype=torch.float32)
+    drawn = torch.Generator().manual_seed(SEED)
+    ids = torch.randint(5, model.config.vocab_size, (BATCHES * setting.rows, setting.length), generator=drawn)
+    rows = [(row, number % 2) for number, row in enumerate(ids)]
+
+    def collated(some: Sequence[Any]) -> dict[str, Tensor]:
+        given = torch.stack([row for row, _ in some])
+        labels = torch.tensor([label for _, label in some])
+        return {"input_ids": given, "attention_mask": torch.ones_like(given), "labels": labels}
+
+    whole = ("classifier", "bert.pooler")
+    targets = [path for path in linear_layers(model) if path.startswith("bert.encoder.")]
+    return Work(model.requires_grad_(False), rows, collated, targets, "SEQ_CLS", whole)
+
+
+def load(setting: Setting, *, packed: bool = False) -> Any:
+    """The language model, frozen."""
     folder = setting.packed if packed else setting.base
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).requires_grad_(False)
     model.config.use_cache = False
@@ -82,18 +136,18 @@ def examples(setting: Setting, vocabulary: int, count: int) -> list[Example]:
     return [Example(row, row, 0) for row in rows]
 
 
-def stock_adapter(setting: Setting, model: nn.Module, name: str = "LoRA") -> nn.Module:
+def stock_adapter(setting: Setting, given: Work, name: str = "LoRA") -> nn.Module:
     """PEFT's LoRA, or DoRA, of the same rank on the same layers, as any script would make it."""
-    targets = [target.path for target in resolve_targets(linear_layers(model), "all-linear")]
     config = LoraConfig(
-        task_type="CAUSAL_LM",
+        task_type=given.task_type,
         r=setting.rank,
         lora_alpha=2 * setting.rank,
-        target_modules=targets,
+        target_modules=list(given.targets),
+        modules_to_save=list(given.whole) or None,
         use_dora=name == "DoRA",
     )
     with peft_deprecations_ignored():
-        wrapped: nn.Module = get_peft_model(model, config)
+        wrapped: nn.Module = get_peft_model(given.model, config)
     return wrapped
 
 
@@ -103,35 +157,35 @@ class Steps:
     def __init__(self, setting: Setting, case: Case | str) -> None:
         """Load the base model and prepare it, for a case or for a stock method of that name."""
         set_seed(SEED)
-        base = load(setting, packed=isinstance(case, Case) and case.packed)
-        rows = examples(setting, base.config.vocab_size, BATCHES * setting.rows)
-        self._rows = rows
-        self._batches = [collate(rows[at : at + setting.rows], 0) for at in range(0, len(rows), setting.rows)]
+        self._work = given = work(setting, case)
+        rows = given.rows
+        self._batches = [given.collate(rows[at : at + setting.rows]) for at in range(0, len(rows), setting.rows)]
         self._number = 0
         self._method: TrainMethod[Any] | None = None
         if isinstance(case, str):
-            self._model = stock_adapter(setting, base, case)
+            self._model = stock_adapter(setting, given, case)
         else:
-            self._method = make_method(setting, case, base)
-            self._model = self._method.prepare(base, self._context(setting, base))
+            self._method = make_method(setting, case, given)
+            self._model = self._method.prepare(given.model, self._context(setting))
         self._model.train()
         self._trained = [value for value in self._model.parameters() if value.requires_grad]
         self._optimizer, self._schedule = self._optimization(setting.training)
 
-    def _context(self, setting: Setting, base: nn.Module) -> MethodContext:
+    def _context(self, setting: Setting) -> MethodContext:
         def batches() -> Iterator[Mapping[str, Tensor]]:
             return iter(self._batches)
 
-        targets = [target.path for target in resolve_targets(linear_layers(base), "all-linear")]
-        rows = self._rows
+        given = self._work
         return MethodContext(
-            targets,
+            given.targets,
             setting.steps + WARM_UP,
             batches,
             setting.training,
             SEED,
-            rows=len(rows),
-            batch_of=lambda numbers: collate([rows[number] for number in numbers], 0),
+            task_type=given.task_type,
+            whole=given.whole,
+            rows=len(given.rows),
+            batch_of=lambda numbers: given.collate([given.rows[number] for number in numbers]),
             base_location=str(setting.packed or setting.base),
         )
 
@@ -165,11 +219,12 @@ class Steps:
         return time.perf_counter() - began
 
 
-def make_method(setting: Setting, case: Case, base: nn.Module) -> TrainMethod[Any]:
+def make_method(setting: Setting, case: Case, given: Work) -> TrainMethod[Any]:
     """Raises RequestInvalid if the method can not be trained on this base model."""
     options = parse_parameters(case.method, case.parameters)
-    targets = resolve_targets(linear_layers(base), options.target_modules)
-    check_method(options, Circumstances(targets, setting.training, setting.steps + WARM_UP))
+    sides = linear_layers(given.model)
+    targets = [Target(path, *sides[path]) for path in given.targets]
+    check_method(options, Circumstances(targets, setting.training_of(case), setting.steps + WARM_UP))
     return find_method(case.method).load(options)
 
 
@@ -212,7 +267,7 @@ def _measure_memory(setting: Setting, case: Case | str, sender: Any) -> None:
     # Whatever is loaded on first use shall be loaded, so that it counts for no method.
     warm = nn.Linear(8, 8)
     torch.optim.AdamW(warm.parameters()).step()
-    load(setting)
+    work(setting, case)
     gc.collect()
     before = psutil.Process().memory_info().rss
     Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
@@ -236,14 +291,13 @@ def loop_times(setting: Setting, rounds: int, folder: Path) -> tuple[list[float]
     """Seconds of whole trainings of LoRA by a bare Trainer script and by our loop, in turns."""
     torch.set_num_threads(setting.threads)
     set_seed(SEED)
-    bare, base = stock_adapter(setting, load(setting)), load(setting)
+    bare, given = stock_adapter(setting, work(setting, "LoRA")), work(setting, "LoRA")
     case = Case("lora", "lora", {"rank": setting.rank, "alpha": 2.0 * setting.rank})
-    method = make_method(setting, case, base)
-    targets = [target.path for target in resolve_targets(linear_layers(base), "all-linear")]
-    own = method.prepare(base, MethodContext(targets, setting.steps, lambda: iter(()), setting.training, SEED))
-    rows = examples(setting, base.config.vocab_size, BATCHES * setting.rows)
-    context = TaskContext(BaseFiles("base", str(setting.base)), setting.training, "cpu", SEED, folder)
-    task = make_task(CausalLmTask(), context)
+    method = make_method(setting, case, given)
+    context = MethodContext(given.targets, setting.steps, lambda: iter(()), setting.training, SEED)
+    own, rows = method.prepare(given.model, context), given.rows
+    of_task = TaskContext(BaseFiles("base", str(setting.base)), setting.training, "cpu", SEED, folder)
+    task = make_task(CausalLmTask(), of_task)
     times: tuple[list[float], list[float]] = ([], [])
     for number in range(rounds + 1):
         for place in (0, 1) if number % 2 else (1, 0):

@@ -12,7 +12,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -48,23 +48,27 @@ class HeadAlone(LoraBertAdapter):
 
 @dataclass
 class Line:
-    """A line of the table: AUROC and accuracy of each seed."""
+    """A line of the table: AUROC, that of shuffled inputs (a network's alone), and accuracy of each seed."""
 
     name: str
     auroc: list[float]
     accuracy: list[float]
     seconds: float = 0.0
     parameters: int = 0
+    shuffled: list[float] = field(default_factory=list)
 
-    def add(self, figures: Mapping[str, float]) -> None:
+    def add(self, figures: Mapping[str, float], shuffled: Mapping[str, float] | None = None) -> None:
         self.auroc.append(figures["auroc"])
         self.accuracy.append(figures["accuracy"])
+        if shuffled is not None:
+            self.shuffled.append(shuffled["auroc"])
 
     def shown(self) -> str:
         spread = f"{_mean(self.auroc):.3f} ({min(self.auroc):.3f}–{max(self.auroc):.3f})"
+        chance = f"{_mean(self.shuffled):.3f}" if self.shuffled else ""
         count = f"{self.parameters:,}" if self.parameters else ""
         seconds = f"{self.seconds:.0f}" if self.seconds else ""
-        return f"| {self.name} | {spread} | {_mean(self.accuracy):.3f} | {count} | {seconds} |"
+        return f"| {self.name} | {spread} | {chance} | {_mean(self.accuracy):.3f} | {count} | {seconds} |"
 
 
 def run(method: TrainMethod[LoraBertOptions], base: Path, data: Path, folder: Path, seed: int, **training: Any) -> Any:
@@ -101,7 +105,7 @@ def measure(seeds: Sequence[int], folder: Path) -> list[Line]:
         began = time.process_time()
         report = run(method, base, data, place, seed, **more)
         line = lines.setdefault(name, Line(name, [], []))
-        line.add(report.evaluation["after"])
+        line.add(report.evaluation["after"], report.evaluation["shuffled"])
         line.seconds += (time.process_time() - began) / len(seeds)
         line.parameters = report.trainable_parameters
         for control, figures in report.data["controls"].items():
@@ -115,6 +119,8 @@ def measure(seeds: Sequence[int], folder: Path) -> list[Line]:
         write_kmer_bert(base, SHAPE, seed)
         made = add("CDS or UTR, all weights", make(whole), base, first, seed, steps=600, learning_rate=0.001)
         few = {"steps": 200}
+        add("CDS or UTR, adapter on first values", make(adapter), base, first, seed, learning_rate=0.003, **few)
+        add("CDS or UTR, head alone on first values", HeadAlone(adapter), base, first, seed, learning_rate=0.003, **few)
         add("lncRNA or mRNA, adapter", make(adapter), made, second, seed, learning_rate=0.003, **few)
         add("lncRNA or mRNA, head alone", HeadAlone(adapter), made, second, seed, learning_rate=0.003, **few)
         add("lncRNA or mRNA, all weights", make(whole), made, second, seed, learning_rate=0.001, **few)
@@ -130,7 +136,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory(prefix="rankwise-transcripts-") as folder:
         lines = measure(range(given.seeds), Path(folder))
-    print("| | AUROC | accuracy | trained parameters | CPU s |\n| --- | --- | --- | --- | --- |")
+    print("| | AUROC | of shuffled inputs | accuracy | trained parameters | CPU s |")
+    print("| --- | --- | --- | --- | --- | --- |")
     for line in lines:
         print(line.shown())
     if given.json is not None:

@@ -72,6 +72,7 @@ def convert_to_lora(
     out: Path,
     *,
     rank: int | None = None,
+    max_error: float | None = None,
     fingerprint: Fingerprint | None = None,
     base: Path | None = None,
     unpacked: str | None = None,
@@ -82,6 +83,7 @@ def convert_to_lora(
 
     Args:
         rank: of the result, capped for each module at the rank of its form; None keeps the form exactly.
+        max_error: largest ‖ΔW' − ΔW‖/‖ΔW‖ of the whole adapter that will do; None: any.
         fingerprint: the layers of the base model, for types whose files do not tell their sides (VeRA).
         base: folder of the base model, for types whose ΔW depends on its weights (DoRA).
         unpacked: of an LQ-LoRA, the name of the dense model that its packed weights became: the LoRA is then for that
@@ -89,8 +91,8 @@ def convert_to_lora(
         progress: called with the fraction done and a message; may raise to stop.
 
     Raises:
-        MergeRefused: a type or a form that is not converted, an exact form of too large a rank, or a base model that is
-            needed and not given or does not fit.
+        MergeRefused: a type or a form that is not converted, an exact form of too large a rank, a base model that is
+            needed and not given or does not fit, or more is lost than `max_error` allows.
         FileBroken: tensors that the type's form does not have.
         DiskFull
     """
@@ -103,12 +105,29 @@ def convert_to_lora(
             progress(0.9 * number / len(paths), f"Converting {number + 1} of {len(paths)} modules")
         found[path] = source.convert(path)
     largest = max(item.rank for _, item, _ in found.values())
-    _write(layout, {path: pair for path, (pair, _, _) in found.items()}, largest, out, lineage, unpacked)
     error = math.fsum(item[2][0] for item in found.values())
     energy = math.fsum(item[2][1] for item in found.values())
     modules = tuple(item for _, item, _ in found.values())
     exact = all(item.exact_rank is not None and item.rank == item.exact_rank for item in modules)
-    return ConversionReport(layout.config.method, largest, exact, _relative(error, energy), modules)
+    report = ConversionReport(layout.config.method, largest, exact, _relative(error, energy), modules)
+    if max_error is not None and report.relative_error > max_error:
+        raise _too_lossy(report, max_error)
+    _write(layout, {path: pair for path, (pair, _, _) in found.items()}, largest, out, lineage, unpacked)
+    return report
+
+
+def _too_lossy(report: ConversionReport, max_error: float) -> MergeRefused:
+    """The error, with the modules that lose most."""
+    worst = sorted(report.modules, key=lambda module: -module.relative_error)[:_NAMED]
+    told = f"a LoRA of rank {report.rank} loses {report.relative_error:.3g} of the change, {max_error:g} is allowed"
+    return MergeRefused(
+        f"A{told[1:]}.",
+        hint="Ask for a larger rank, or allow more with max_error.",
+        errors=[
+            FieldError("/max_error", f"{module.path}: {module.relative_error:.3g} at rank {module.rank}")
+            for module in worst
+        ],
+    )
 
 
 @dataclass(frozen=True)

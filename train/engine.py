@@ -164,6 +164,8 @@ def train_adapter(
     observer.progress(LOOP, "loading the adapter onto a fresh base model")
     fresh, course.reload = check_reload(task, partial(task.reload, method.reload), output, bench.probe_rows, expected)
     course.after = bench.scores(fresh, "after", (RELOADED, AFTER))
+    if course.after is not None:
+        course.more = task.measure_more(fresh, examples.validation, plan.evaluation)
     course.remarks = task.remarks(course.after)
     return world.from_first(replace(course.report(meter.peak()), beside=tuple(beside)))
 
@@ -178,6 +180,7 @@ class _Course:
     examples: Examples
     before: Scores | None = None
     after: Scores | None = None
+    more: Mapping[str, Any] = field(default_factory=dict)
     result: LoopResult = field(default_factory=LoopResult)
     reload: Reload | None = None
     parameters: int = 0
@@ -193,6 +196,7 @@ class _Course:
                 "before": self.before.to_dict(),
                 "after": self.after.to_dict(),
                 "difference": compare(self.before, self.after, plan.evaluation, plan.seed),
+                **self.more,
             }
             if self.examples.groups.validation:
                 measured["groups"] = by_group(self.before, self.after, self.examples.groups.validation)
@@ -254,7 +258,13 @@ def check_plan(
     targets = wanted_targets(adaptable, plan.options, plan.task)
     rows = len(examples.train)
     known = Circumstances(
-        targets, plan.training, plan.training.steps_for(rows), rows, is_packed(plan.task), plan.evaluation.grouped
+        targets,
+        plan.training,
+        plan.training.steps_for(rows),
+        rows,
+        is_packed(plan.task),
+        plan.evaluation.grouped,
+        devices,
     )
     check_method(plan.options, known)
     heads = sum(_parameters(model.get_submodule(path)) for path in whole)

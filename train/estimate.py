@@ -22,13 +22,14 @@ class Estimate:
     trainable_parameters: int
     base_bytes: int
     adapter_bytes: int
+    gradient_bytes: int
     optimizer_bytes: int
     activation_bytes: int
 
     @property
     def floor_bytes(self) -> int:
         """Weights, adapter, its gradients and the optimiser's state."""
-        return self.base_bytes + 2 * self.adapter_bytes + self.optimizer_bytes
+        return self.base_bytes + self.adapter_bytes + self.gradient_bytes + self.optimizer_bytes
 
     @property
     def peak_bytes(self) -> int:
@@ -59,7 +60,9 @@ def estimate(
         whole: parameters of modules that are trained as they are; what a new head has is known when the rows are read.
     """
     beside = whole + options.parameters_beside(_width(linear))
-    trainable = beside + sum(options.parameters_of(target.d_out, target.d_in) for target in targets)
+    of_layers = [options.parameters_of(target.d_out, target.d_in) for target in targets]
+    trainable = beside + sum(of_layers)
+    graded = max([beside, *of_layers]) if options.frees_gradients else trainable
     kept_of_layers = sum(options.optimizer_bytes_of(target.d_out, target.d_in) for target in targets)
     packed = packed or {}
     parameters = parameter_count or sum(
@@ -74,6 +77,7 @@ def estimate(
         trainable_parameters=trainable,
         base_bytes=frozen * width + sum(packed.values()),
         adapter_bytes=trainable * FLOAT32_BYTES,
+        gradient_bytes=graded * FLOAT32_BYTES,
         optimizer_bytes=kept_of_layers + beside * ADAM_STATE_BYTES,
         activation_bytes=int(kept / 4 if training.gradient_checkpointing else kept),
     )

@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,8 @@ class LoopInputs:
     """Everything that decides the course of the loop, and where it may write.
 
     Attributes:
-        micro_batches: split every batch into so many, with the same result but for rounding: less memory.
+        micro_batches: split every batch into so many, with the same result but for rounding: less memory. Not where
+            the method frees every gradient in the backward pass.
         carried: JSON to be found in every checkpoint.
         resume: an unpacked checkpoint.
         measure: the figure of a model that `settings.early_stopping` goes by.
@@ -63,6 +64,8 @@ def run_loop(
         DiskFull: a checkpoint could not be written; the one before is as it was.
         Whatever the observer raises.
     """
+    if method.options.frees_gradients:  # a second pass would find the weights moved
+        inputs = replace(inputs, micro_batches=1)
     result = LoopResult(devices=world.size)
     best = _best_step(method, inputs, world)
     if inputs.resume is not None and _is_over(inputs, best):

@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from artifacts.errors import TrainingDiverged
 from train.block_quantization import Blocks, decode_signed, decode_square, encode_signed, encode_square
 from train.projection import FEWEST, Projection
 from train.truncated_svd import truncated_svd
@@ -73,28 +75,59 @@ class ProjectedAdamW(Optimizer):
 
     Args:
         groups: param groups; `projected` is False unless given.
+
+    Attributes:
+        refreshed: how many parameters got a new subspace in the last step.
+        gradient_norm: of all gradients of the last step, where they were used in the backward pass.
     """
 
     def __init__(
         self, groups: Iterable[dict[str, Any]], projection: Projection, *, lr: float, weight_decay: float = 0.0
     ) -> None:
         self.projection = projection
-        self.refreshed = 0
+        self.refreshed, self.gradient_norm = 0, 0.0
+        self._renewed, self._squares = 0, 0.0
         super().__init__(list(groups), {"lr": lr, "weight_decay": weight_decay, "projected": False})
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """One update; `refreshed` then tells how many parameters got a new subspace in it."""
+        """One update, of what the backward pass has left to be updated."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self.refreshed = 0
         for group in self.param_groups:
             for parameter in group["params"]:
                 if parameter.grad is not None:
                     self._update(parameter, group)
+        self.refreshed, self.gradient_norm = self._renewed, math.sqrt(self._squares)
+        self._renewed, self._squares = 0, 0.0
         return loss
+
+    def update_in_backward(self) -> None:
+        """From now on every parameter is updated as soon as a backward pass has its gradient, which is freed at once.
+
+        The gradients of one step must come from one backward pass, and nobody can look at all of them: no accumulation,
+        no clipping by their common norm, no averaging over devices.
+        """
+        for number, group in enumerate(self.param_groups):
+            for parameter in group["params"]:
+                parameter.register_post_accumulate_grad_hook(partial(self._update_at_once, number))
+
+    @torch.no_grad()
+    def _update_at_once(self, number: int, parameter: Tensor) -> None:
+        assert parameter.grad is not None
+        norm = float(torch.linalg.vector_norm(parameter.grad))
+        if not math.isfinite(norm):
+            raise TrainingDiverged(
+                f"The norm of a gradient is {norm}; the training stopped in the backward pass, before it was used.",
+                hint="Take a lower learning rate, a warm-up or a higher precision, and look for odd rows in the data. "
+                "A retry of the job goes on from the last checkpoint.",
+            )
+        self._squares += norm * norm
+        # By its number: a state that is loaded makes new groups.
+        self._update(parameter, self.param_groups[number])
+        parameter.grad = None
 
     def load_state_dict(self, state_dict: Any) -> None:
         """As of any optimiser; codes, which it would make numbers of the parameters' kind, stay codes."""
@@ -134,7 +167,7 @@ class ProjectedAdamW(Optimizer):
             return old
         new = find_basis(D, self.projection.rank, *self.projection.projects(*D.shape))
         state["left"], state["right"] = new.left, new.right
-        self.refreshed += 1
+        self._renewed += 1
         if old is None or self.projection.on_refresh == "keep":
             return new
         shape = new.down(D).shape

@@ -320,11 +320,14 @@ def convert(
     dtype: Annotated[
         str | None, typer.Option("--dtype", help="Of the model: float32 (exact), bfloat16 or float16.")
     ] = None,
+    max_error: Annotated[
+        float | None, typer.Option("--max-error", min=0, max=1, help="Fail if a larger share of the change is lost.")
+    ] = None,
     name: Annotated[str | None, typer.Option("--name", help="Name of the converted adapter, or merged model.")] = None,
     as_json: Json = False,
 ) -> None:
     """Convert an AdaLoRA, DoRA, LoHa, LoKr, LQ-LoRA or VeRA adapter to a plain LoRA, an LQ-LoRA also to a model."""
-    wanted = {"to": to, "rank": rank, "base_model": base_model, "dtype": dtype, "name": name}
+    wanted = {"to": to, "rank": rank, "max_error": max_error, "base_model": base_model, "dtype": dtype, "name": name}
     body = {key: value for key, value in wanted.items() if value is not None}
     with context.obj() as client:
         job = require_success(watch(client, client.post(f"/adapters/{adapter}/convert", body)["id"]))

@@ -25,6 +25,11 @@ class Conversion(RequestModel):
         description="Of the result, at most; the nearest of that rank is made. Unset, the exact form of AdaLoRA, LoHa, "
         "LoKr, LQ-LoRA and VeRA, and twice the rank of a DoRA, whose change has full rank.",
     )
+    max_error: Annotated[float, Field(strict=True, ge=0, le=1, allow_inf_nan=False)] | None = Field(
+        None,
+        description="Largest ‖ΔW' − ΔW‖/‖ΔW‖ of the whole adapter; the job fails if more is lost. Unset, any will do; "
+        "the report tells it.",
+    )
     base_model: BaseModelName | None = Field(
         None,
         description="Id or name of the base model, for DoRA (its weights), VeRA (its layers) and LQ-LoRA (its "

@@ -137,6 +137,7 @@ class TrainEstimate(BaseModel):
     trainable_parameters: int | None = None
     base_bytes: int | None = Field(None, description="Weights of the base model.")
     adapter_bytes: int | None = None
+    gradient_bytes: int | None = Field(None, description="Of all gradients, or of the largest layer if each is freed.")
     optimizer_bytes: int | None = None
     activation_bytes: int | None = Field(None, description="A guess, for a batch of the longest rows.")
     floor_bytes: int | None = Field(None, description="Taken for certain: all but the activations.")

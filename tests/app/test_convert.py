@@ -42,7 +42,7 @@ def test_a_conversion_is_a_job_and_the_refused_merge_names_it(
     assert response.status_code == 202, response.text
     job = response.json()
     assert job["kind"] == "convert"
-    unset = dict.fromkeys(("rank", "base_model", "dtype", "name"))
+    unset = dict.fromkeys(("rank", "max_error", "base_model", "dtype", "name"))
     assert job["params"] == {"to": "lora", "adapter": adapter, **unset}
 
 
@@ -86,6 +86,7 @@ def test_what_was_trained_beside_packed_weights_becomes_a_model_with_those(
         "no base model": ({}, "/base_model", "belongs to no registered model"),
         "a dense one": ({"base_model": dense}, "/base_model", "are not packed"),
         "a rank": ({"base_model": packed, "rank": 2}, "/rank", "keeps the rank"),
+        "an error": ({"base_model": packed, "max_error": 0.1}, "/max_error", "loses nothing"),
         "an unknown dtype": ({"base_model": packed, "dtype": "int8"}, "/dtype", "should be"),
     }
     for name, (body, pointer, words) in refused.items():
@@ -106,7 +107,8 @@ def test_other_adapters_do_not_become_models(server: Any, adapter_files: Any, ma
 
 @pytest.mark.parametrize(
     ("body", "pointer"),
-    [({}, "/to"), ({"to": "loha"}, "/to"), ({"to": "lora", "rank": 0}, "/rank"), ({"to": "lora", "k": 1}, "/k")],
+    [({}, "/to"), ({"to": "loha"}, "/to"), ({"to": "lora", "rank": 0}, "/rank"), ({"to": "lora", "k": 1}, "/k")]
+    + [({"to": "lora", "max_error": value}, "/max_error") for value in (-0.1, 1.5, "0.1")],
 )
 def test_bodies_that_are_refused(server: Any, two_adapters: list[str], body: dict[str, Any], pointer: str) -> None:
     response = server.client.post(f"/adapters/{two_adapters[0]}/convert", json=body)

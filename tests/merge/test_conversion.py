@@ -181,8 +181,14 @@ def test_dora_by_the_weights_of_its_base(saved: Any, base: Path, tmp_path: Path)
         values = torch.linalg.svdvals(exact)
         assert module.relative_error == pytest.approx(float((found - exact).norm() / exact.norm()), rel=1e-3)
         assert module.relative_error <= 1.01 * float(values[4:].norm() / values.norm())
-    again = convert_to_lora(adapter, tmp_path / "again", base=base)
+    again = convert_to_lora(adapter, tmp_path / "again", base=base, max_error=small.relative_error)
     assert again == small
+    with pytest.raises(MergeRefused, match="rank 4 loses") as caught:
+        convert_to_lora(adapter, tmp_path / "refused", base=base, max_error=0.99 * small.relative_error)
+    assert {error.pointer for error in caught.value.errors} == {"/max_error"}
+    worst = max(small.modules, key=lambda module: module.relative_error)
+    assert caught.value.errors[0].message.startswith(f"{worst.path}: {worst.relative_error:.3g}")
+    assert not (tmp_path / "refused").exists()
     weights = "adapter_model.safetensors"
     assert (tmp_path / "again" / weights).read_bytes() == (tmp_path / "small" / weights).read_bytes()
 

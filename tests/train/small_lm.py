@@ -51,18 +51,18 @@ class SmallLanguageModel:
         config = AutoConfig.from_pretrained(directory, num_hidden_layers=LAYERS)
         model = AutoModelForCausalLM.from_pretrained(directory, config=config, dtype=torch.float32)
         train, held_out = (
-            {task: [_encode(tokenizer, item) for item in make_items(TASKS[task], split, count)] for task in tasks}
+            {task: [encoded(tokenizer, item) for item in make_items(TASKS[task], split, count)] for task in tasks}
             for split, count in (("train", rows), ("held_out", 16))
         )
         every = [ids for made in (train, held_out) for found in made.values() for ids, _ in found]
         words = sorted({word for ids in every for word in ids})
-        _keep_words(model, words)
+        keep_words(model, words)
         place = {word: number for number, word in enumerate(words)}
         mixed = [row for task in tasks for row in train[task]]
         if len(tasks) > 1:
             random.Random(0).shuffle(mixed)
-        batches = [_collate(mixed[start : start + size], place) for start in range(0, len(mixed), size)]
-        measured = {task: _collate(found, place) for task, found in held_out.items()}
+        batches = [collated(mixed[start : start + size], place) for start in range(0, len(mixed), size)]
+        measured = {task: collated(found, place) for task, found in held_out.items()}
         return cls(model.requires_grad_(False).eval(), batches, measured[tasks[0]], measured)
 
     def loss(self, model: nn.Module) -> float:
@@ -147,13 +147,14 @@ class SmallLanguageModel:
         return Trained(before, self.loss(model), model, method)
 
 
-def _encode(tokenizer: Any, item: Any) -> tuple[list[int], list[int]]:
+def encoded(tokenizer: Any, item: Any) -> tuple[list[int], list[int]]:
+    """Tokens and labels of an item of `examples.smollm2.tasks`."""
     prompt = tokenizer(item.prompt).input_ids
     completion = [*tokenizer(item.completion, add_special_tokens=False).input_ids, tokenizer.eos_token_id]
     return [*prompt, *completion], [*[IGNORED] * len(prompt), *completion]
 
 
-def _keep_words(model: Any, words: list[int]) -> None:
+def keep_words(model: Any, words: list[int]) -> None:
     """Leave out all other rows of the embedding, which is the output head as well."""
     kept = nn.Parameter(model.get_input_embeddings().weight.detach()[words].clone())
     model.get_input_embeddings().weight = kept
@@ -161,7 +162,8 @@ def _keep_words(model: Any, words: list[int]) -> None:
     model.config.vocab_size = model.vocab_size = len(words)
 
 
-def _collate(rows: list[tuple[list[int], list[int]]], place: Mapping[int, int]) -> Batch:
+def collated(rows: list[tuple[list[int], list[int]]], place: Mapping[int, int]) -> Batch:
+    """A batch whose words have the numbers that `place` gives them."""
     longest = max(len(ids) for ids, _ in rows)
     batch = {
         "input_ids": torch.zeros(len(rows), longest, dtype=torch.long),

@@ -11,10 +11,11 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from small_nets import Net, in_batches, prepare, regression_rows
+from test_methods import digests
 from torch import Tensor, nn
 from torch.nn import functional
 
-from artifacts.errors import RequestInvalid
+from artifacts.errors import RequestInvalid, TrainingDiverged
 from train.normalized_layers import LowRankNormalizedLinear, NormalizedLinear, WholeNormalizedLinear
 from train.projected_adamw import ProjectedAdamW
 from train.projection import Projection
@@ -179,6 +180,85 @@ def moved_rows(*, deferred: bool, steps: int = 50) -> int:
 def test_all_rows_of_a_move_where_the_first_space_waits_for_a_gradient() -> None:
     assert moved_rows(deferred=True) == 8
     assert moved_rows(deferred=False) == R
+
+
+def one_by_one(parameters_: dict[str, Any], steps: int = 12) -> tuple[Any, Net, list[int]]:
+    """A net that is trained in the backward pass, its method, and how many gradients there were at each update."""
+    torch.manual_seed(1)
+    net, counts = Net(), list[int]()
+    method = prepare(
+        "gradnormlorp", parameters_ | {"update_in_backward": True}, net, in_batches(ROWS), max_grad_norm=0.0
+    )
+    optimizer = method.optimizer(net, method.context.settings)
+    update = optimizer._update
+
+    def counted(parameter: Tensor, group: Any) -> None:
+        counts.append(sum(value.grad is not None for value in net.parameters()))
+        update(parameter, group)
+
+    optimizer._update = counted
+    for _ in range(steps):
+        net(**ROWS).loss.backward()
+        assert all(value.grad is None for value in net.parameters())
+        optimizer.step()
+    return method, net, counts
+
+
+@pytest.mark.parametrize(
+    "parameters_",
+    [{"rank": 4, "norm_grad": "exact"}, {"rank": 8, "optim_bits": 8}, {"mode": "full", "proj_rank": 2}],
+    ids=["exact", "8 bits", "full"],
+)
+def test_updates_in_the_backward_pass_are_those_after_it_with_one_gradient_at_a_time(
+    parameters_: dict[str, Any],
+) -> None:
+    parameters_ = {"update_proj_gap": 5, **parameters_}
+    method, net, counts = one_by_one(parameters_)
+    assert set(counts) == {1}
+    torch.manual_seed(1)
+    plain = Net()
+    usual = prepare("gradnormlorp", parameters_, plain, in_batches(ROWS))
+    optimizer = usual.optimizer(plain, usual.context.settings)
+    for step in range(12):
+        optimizer.zero_grad()
+        plain(**ROWS).loss.backward()
+        norm = float(torch.stack([value.grad.norm() for value in plain.parameters() if value.grad is not None]).norm())
+        optimizer.step()
+        told = usual.metrics()
+        assert "gradient_norm" not in told
+        assert told["new_spaces"] > 0 if step in (0, 5, 10) else True
+    for one, other in zip(net.parameters(), plain.parameters(), strict=True):
+        assert torch.equal(one, other)
+    assert method.metrics() == {"new_spaces": told["new_spaces"], "gradient_norm": pytest.approx(norm, rel=1e-5)}
+
+
+def test_a_gradient_that_is_not_finite_ends_the_backward_pass() -> None:
+    net = Net()
+    method = prepare("gradnormlorp", {"update_in_backward": True}, net, in_batches(ROWS), max_grad_norm=0.0)
+    method.optimizer(net, method.context.settings)
+    before = [value.detach().clone() for value in net.parameters()]
+    with pytest.raises(TrainingDiverged, match="norm of a gradient is nan"):
+        net(**ROWS, factor=float("nan")).loss.backward()
+    assert all(torch.equal(one, other) for one, other in zip(net.parameters(), before, strict=True))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("parameters_", [{"rank": 4}, {"mode": "full", "proj_rank": 2}], ids=["adapter", "full"])
+def test_a_training_with_updates_in_the_backward_pass_gives_the_same_bytes_and_resumes(
+    trainings: Any, parameters_: dict[str, Any]
+) -> None:
+    settings = {"steps": 8, "gradient_accumulation": 1, "max_grad_norm": 0.0, "gradient_checkpointing": True}
+    report, usual, watched = trainings.run("gradnormlorp", parameters_, **settings)
+    at_once = parameters_ | {"update_in_backward": True}
+    other, adapter, whole = trainings.run("gradnormlorp", at_once, checkpoint_steps=3, **settings)
+    assert digests(adapter) == digests(usual)
+    assert other.evaluation == report.evaluation
+    for step, values in whole.points.items():
+        assert values["gradient_norm"] == pytest.approx(watched.points[step]["gradient_norm"], rel=1e-5) != 0
+    assert other.estimate["gradient_bytes"] < report.estimate["gradient_bytes"]
+    again, resumed, _ = trainings.run("gradnormlorp", at_once, resume=whole.checkpoints[3], **settings)
+    assert again.resumed_at == 3
+    assert digests(resumed) == digests(adapter)
 
 
 # The export.

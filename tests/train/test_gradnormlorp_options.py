@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -72,6 +73,13 @@ def test_what_is_out_of_range_is_refused_where_it_stands(parameters: dict[str, A
         ),
         ({"mode": "full", "proj_rank": 4}, {"weight_decay": 0.1}, ["/training/weight_decay"], "full rank"),
         ({"mode": "full", "proj_rank": 48, "proj_type": "reverse_std"}, {}, ["/parameters/proj_type"], "below 48"),
+        ({"update_in_backward": True}, {}, ["/training/max_grad_norm"], "1 clips by the norm of all gradients"),
+        (
+            {"update_in_backward": True},
+            {"max_grad_norm": 0, "gradient_accumulation": 2, "precision": "float16"},
+            ["/training/gradient_accumulation", "/training/precision"],
+            "one backward pass, not 2",
+        ),
     ],
 )
 def test_what_does_not_go_together_is_refused(
@@ -82,6 +90,20 @@ def test_what_does_not_go_together_is_refused(
         check_method(options, circumstances(**training))
     assert [error.pointer for error in caught.value.errors] == pointers
     assert words in caught.value.errors[0].message
+
+
+def test_gradients_that_are_freed_one_by_one_need_one_device_and_one_layers_memory() -> None:
+    options = parse_parameters("gradnormlorp", {"mode": "full", "proj_rank": 4, "update_in_backward": True})
+    one = circumstances(max_grad_norm=0)
+    check_method(options, one)
+    with pytest.raises(RequestInvalid, match="averaged over 2 devices") as caught:
+        check_method(options, replace(one, devices=2))
+    assert [error.pointer for error in caught.value.errors] == ["/resources/devices"]
+    found = estimate(options, TARGETS, SIDES, one.training, CausalLmTask())
+    assert found.gradient_bytes == 4 * (48 * 128 + 48)
+    assert found.floor_bytes == found.base_bytes + found.adapter_bytes + found.gradient_bytes + found.optimizer_bytes
+    usual = estimate(parse_parameters("gradnormlorp", {}), TARGETS, SIDES, one.training, CausalLmTask())
+    assert usual.gradient_bytes == usual.adapter_bytes
 
 
 def test_the_exact_gradient_may_be_asked_for_in_both_modes() -> None:

@@ -69,6 +69,10 @@ def test_a_mode_learns_resumes_to_the_bit_and_says_what_simpler_models_reach(
     assert report.reload["largest_difference"] <= 1e-4 < report.reload["effect"]
     assert report.data["controls"].keys() == {"length", "orf_length", "kmer_counts"}
     assert report.data["controls"]["kmer_counts"]["auroc"] > 0.9
+    # One class is of A and T: no order is needed to tell that.
+    assert report.evaluation["shuffled"].keys() == after.keys()
+    assert report.evaluation["shuffled"]["auroc"] > after["auroc"] - 0.02
+    assert any("by composition and not by order" in warning for warning in report.warnings)
     assert after.keys() == report.data["controls"]["length"].keys()
     again, resumed, _ = transcript_trainings.run(
         "lora-bert", parameters, task=TASK, resume=whole.checkpoints[13], **settings
@@ -192,6 +196,25 @@ def test_padding_truncation_case_and_u(tiny_kmer_bert: Path, tmp_path: Path) -> 
     ]
     (first, _) = read(task, tmp_path, spelled, EvaluationSettings(validation_fraction=0)).train
     assert first.ids.tolist() == views[1].ids.tolist()
+
+
+@pytest.mark.parametrize("stride", [1, 3, 5])
+def test_shuffled_inputs_have_as_many_tokens_of_what_the_model_reads(
+    tiny_kmer_bert: Path, tmp_path: Path, stride: int
+) -> None:
+    task = task_of(tiny_kmer_bert, tmp_path, stride=stride, max_length=24)
+    examples = read(task, tmp_path, transcripts(40))
+    assert examples.report["cut_views"] > 0
+    model = task.load()
+    for view in examples.validation:
+        assert task.kmers.encode(view.read, stride).tolist() == view.ids.tolist()
+        shuffled = task._shuffled(view)
+        assert len(shuffled.ids) == len(view.ids)
+        assert sorted(shuffled.read.tolist()) == sorted(view.read.tolist())
+        assert shuffled.ids.tolist() == task._shuffled(view).ids.tolist()
+    assert any(task._shuffled(view).ids.tolist() != view.ids.tolist() for view in examples.validation)
+    found = task.measure_more(model, examples.validation, HALF)["shuffled"]
+    assert found != task.score(model, examples.validation, HALF, lambda _: None).to_dict()
 
 
 def test_what_belongs_together_is_held_out_together(tiny_kmer_bert: Path, tmp_path: Path) -> None:

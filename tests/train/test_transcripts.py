@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from itertools import permutations
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.stats import chi2
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import accuracy_score, f1_score, log_loss, matthews_corrcoef, precision_score, roc_auc_score
 
@@ -17,6 +21,7 @@ from train.transcripts.kmers import KmerTokens, all_kmers
 from train.transcripts.logistic_regression import fit
 from train.transcripts.nucleotides import codes_of, reverse_complement, text_of, words_of
 from train.transcripts.reading_frames import longest_frame, part_of
+from train.transcripts.shuffling import dinucleotide_shuffle
 
 SEQUENCES = st.text("ACGT", min_size=0, max_size=120)
 STOPS = ("TAA", "TAG", "TGA")
@@ -100,6 +105,34 @@ def test_the_longest_reading_frame_is_that_of_a_search_codon_by_codon(sequence: 
             lengths.append(at - start)
     found = longest_frame(codes_of(sequence))
     assert (0 if found is None else found.length) == max(lengths)
+
+
+def pairs_of(text: str) -> Counter[str]:
+    return Counter(text[place : place + 2] for place in range(len(text) - 1))
+
+
+@given(st.text("ACGTN", max_size=200), st.integers(0, 9))
+@settings(deadline=None)
+def test_a_shuffle_keeps_both_ends_and_the_count_of_every_dinucleotide(sequence: str, seed: int) -> None:
+    codes = codes_of(sequence)
+    shuffled = text_of(dinucleotide_shuffle(codes, np.random.default_rng(seed)))
+    assert text_of(codes) == sequence  # it is not changed in its place
+    assert pairs_of(shuffled) == pairs_of(sequence)
+    assert (shuffled[:1], shuffled[-1:]) == (sequence[:1], sequence[-1:])
+    assert shuffled == text_of(dinucleotide_shuffle(codes, np.random.default_rng(seed)))
+
+
+def test_every_order_with_the_same_dinucleotides_is_as_likely() -> None:
+    sequence, count = "AACTAGCA", 3000
+    orders = {"".join(order) for order in permutations(sequence)}
+    possible = {order for order in orders if pairs_of(order) == pairs_of(sequence) and order[0] == sequence[0]}
+    drawn = np.random.default_rng(0)
+    found = Counter(text_of(dinucleotide_shuffle(codes_of(sequence), drawn)) for _ in range(count))
+    assert found.keys() == possible
+    assert len(possible) == 12
+    expected = count / len(possible)
+    statistic = sum((number - expected) ** 2 / expected for number in found.values())
+    assert statistic < chi2.ppf(0.999, len(possible) - 1)
 
 
 @given(st.lists(st.lists(st.sampled_from("abcdefgh"), min_size=1, max_size=3), min_size=1, max_size=12), st.randoms())

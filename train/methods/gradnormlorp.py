@@ -76,11 +76,16 @@ class _NormalizedMethod(OwnMethod[GradnormlorpOptions]):
             lr=settings.learning_rate,
             weight_decay=settings.weight_decay,
         )
+        if self.options.update_in_backward:
+            self._optimizer.update_in_backward()
         return self._optimizer
 
     def metrics(self) -> dict[str, float]:
-        """How many parameters got a new space in the step."""
-        return {} if self._optimizer is None else {"new_spaces": float(self._optimizer.refreshed)}
+        """How many parameters got a new space in the step; the norm of its gradients, where the loop can not see it."""
+        if self._optimizer is None:
+            return {}
+        norm = {"gradient_norm": self._optimizer.gradient_norm} if self.options.update_in_backward else {}
+        return {"new_spaces": float(self._optimizer.refreshed), **norm}
 
     def state(self) -> dict[str, Any]:
         return {"optimizer": self._measured()}

@@ -43,6 +43,7 @@ class Circumstances:
         steps: optimiser steps of the whole training; None while the number of rows is not known.
         packed: several rows are joined to one.
         grouped: the rows are told apart by a column, and some of them are held out.
+        devices: that share the rows of every batch.
         rows: those that are trained on, with which `steps` goes. Before the dataset is read both are the most that it
             can come to: rows may be held out, dropped or packed.
     """
@@ -53,6 +54,7 @@ class Circumstances:
     rows: int | None = None
     packed: bool = False
     grouped: bool = False
+    devices: int = 1
 
 
 class TrainOptions(BaseModel):
@@ -82,6 +84,11 @@ class TrainOptions(BaseModel):
     @property
     def trains_base(self) -> bool:
         """Whether the base model's own weights are trained, so that a model comes out and no adapter."""
+        return False
+
+    @property
+    def frees_gradients(self) -> bool:
+        """Whether every gradient is used and freed before the next one is made."""
         return False
 
     @property

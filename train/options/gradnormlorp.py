@@ -72,6 +72,17 @@ class GradnormlorpOptions(LowRankOptions):
         "code, only proj_rank rows of A move before the second space.",
     )
 
+    update_in_backward: StrictBool = Field(
+        False,
+        description="Update every parameter within the backward pass, as soon as its gradient is there, and free that "
+        "gradient: the memory of one and not of all, which is much in mode full. Needs max_grad_norm 0, "
+        "gradient_accumulation 1, one device and no float16.",
+    )
+
+    @property
+    def frees_gradients(self) -> bool:
+        return self.update_in_backward
+
     @property
     def full(self) -> bool:
         return self.mode == "full"
@@ -111,6 +122,8 @@ class GradnormlorpOptions(LowRankOptions):
             found.append(FieldError("/training/optimizer", "GradNormLoRP projects what AdamW keeps; take adamw"))
         if self.full:
             found += self._problems_of_full(known)
+        if self.update_in_backward:
+            found += _problems_of_one_pass(known)
         smallest = min(known.targets, key=_smaller_side, default=None)
         if smallest is None or (self.full and self.proj_rank is None):
             return found
@@ -180,6 +193,23 @@ class GradnormlorpOptions(LowRankOptions):
     def _projected(self, d_out: int, d_in: int) -> list[tuple[int, int]]:
         """Rows and columns of what is trained by projected gradients."""
         return [(d_out, d_in)] if self.full else [(self.rank, d_in), (d_out, self.rank)]
+
+
+def _problems_of_one_pass(known: Circumstances) -> Iterator[FieldError]:
+    """Why gradients can not be used one by one."""
+    training = known.training
+    if training.max_grad_norm:
+        told = f"{training.max_grad_norm:g} clips by the norm of all gradients, which are gone one by one; set it to 0"
+        yield FieldError("/training/max_grad_norm", f"update_in_backward: {told}")
+    if training.gradient_accumulation > 1:
+        told = f"a step is one backward pass, not {training.gradient_accumulation}; take a larger batch_size"
+        yield FieldError("/training/gradient_accumulation", f"update_in_backward: {told}")
+    if training.precision == "float16":
+        told = "the scaled gradients of float16 are looked at together; take bfloat16"
+        yield FieldError("/training/precision", f"update_in_backward: {told}")
+    if known.devices > 1:
+        told = f"gradients are averaged over {known.devices} devices only when all are there; take one device"
+        yield FieldError("/resources/devices", f"update_in_backward: {told}")
 
 
 def _smaller_side(target: Target) -> int:

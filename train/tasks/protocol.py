@@ -120,6 +120,13 @@ class Task(ABC, Generic[Settings]):
             tick: called with the number of rows measured so far, before each batch.
         """
 
+    def measure_more(
+        self, model: nn.Module, examples: Sequence[Any], evaluation: EvaluationSettings
+    ) -> Mapping[str, Any]:
+        """What else is measured of the trained model on the validation rows, by its name in the report's evaluation."""
+        del model, examples, evaluation
+        return {}
+
     def remarks(self, after: Scores | None) -> Sequence[str]:
         """What the user should know of the trained model's figures: whole sentences."""
         del after

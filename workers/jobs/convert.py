@@ -20,7 +20,7 @@ LIBRARIES = ("rankwise", "torch")
 def run(context: JobContext) -> JobOutcome:
     """Convert the adapter that the job's parameters name.
 
-    `params`: {adapter, to, rank, base_model, dtype, name}.
+    `params`: {adapter, to, rank, max_error, base_model, dtype, name}.
 
     Raises:
         NotFound: the adapter was deleted, or the base model is gone, since the job was submitted.
@@ -52,6 +52,7 @@ def run(context: JobContext) -> JobOutcome:
         directory,
         output,
         rank=rank,
+        max_error=params.get("max_error"),
         fingerprint=fingerprint,
         base=base,
         lineage={"from": stored.id, **recipe},
