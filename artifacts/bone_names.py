@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from artifacts.errors import FileBroken
 from artifacts.layout import CONFIG_NAME, WEIGHTS_NAME, read_json
-from artifacts.safetensors_header import SafetensorsHeader, packed_header, read_header
+from artifacts.renaming import rename_tensors
+from artifacts.safetensors_header import SafetensorsHeader, read_header
 
 _OLD, _NEW = ".bone_", ".miss_"
 _CONCERNED = re.compile(rb'"peft_type"\s*:\s*"(?:BONE|MISS)"')
-_BUFFER_BYTES = 4 * 1024 * 1024
 
 
 def modernise(directory: Path) -> tuple[str, ...]:
@@ -54,7 +52,7 @@ def _rename_tensors(weights: Path, header: SafetensorsHeader) -> list[str]:
     if len(set(names.values())) != len(names):
         twice = next(name for name in renamed if names[name] in header.tensors)
         raise FileBroken(f"The file holds both {twice!r} and {names[twice]!r}.", hint="Upload each adapter by itself.")
-    _rewrite(weights, header, names)
+    rename_tensors(weights, header, names)
     said = (
         f"{len(renamed)} tensors were renamed, {_OLD!r} to {_NEW!r} in each name, for instance {renamed[0]!r} to "
         f"{names[renamed[0]]!r}; their values are as uploaded."
@@ -78,20 +76,6 @@ def _update(document: dict[str, Any], header: SafetensorsHeader) -> list[str]:
             "is of the first form of Bone, which PEFT renamed."
         )
     return said
-
-
-def _rewrite(weights: Path, header: SafetensorsHeader, names: Mapping[str, str]) -> None:
-    """The same file with other names in its header."""
-    document: dict[str, Any] = {"__metadata__": dict(header.metadata)} if header.metadata else {}
-    for name, info in header.tensors.items():
-        offsets = [info.begin - header.data_start, info.end - header.data_start]
-        document[names[name]] = {"dtype": info.dtype, "shape": list(info.shape), "data_offsets": offsets}
-    partial = weights.with_name(weights.name + ".partial")
-    with weights.open("rb") as source, partial.open("wb") as target:
-        target.write(packed_header(document))
-        source.seek(header.data_start)
-        shutil.copyfileobj(source, target, _BUFFER_BYTES)
-    partial.replace(weights)
 
 
 def _replace(path: Path, content: bytes) -> None:

@@ -20,6 +20,7 @@ from artifacts.gguf_file import is_gguf
 from artifacts.layout import CONFIG_NAME, WEIGHTS_NAME, AdapterLayout, parse_json, read_json, read_layout
 from artifacts.manifest import AdapterManifest, FileEntry, IgnoredKey, IntakeReport, NestedRanks
 from artifacts.nested_ranks import METHOD, nested_ranks
+from artifacts.numbered_layers import name_layers
 from artifacts.upload import MAX_FILES, IntakeLimits, pieces_of, role_of, sort
 
 __all__ = ["MAX_FILES", "IntakeLimits", "inspect", "media_type", "receive"]
@@ -63,7 +64,7 @@ def receive(
         kept, dropped = sort(pieces_of(files, unpacked, limits))
         for name, path in kept.items():
             _place(path, directory / name)
-        changes = _from_gguf(directory, base_config) or modernise(directory)
+        changes = _from_gguf(directory, base_config) or modernise(directory) or name_layers(directory)
         known = {name: digests[path] for name, path in kept.items() if digests and path in digests}
         if changes:
             known = {name: digest for name, digest in known.items() if name not in (WEIGHTS_NAME, CONFIG_NAME)}
