@@ -1,0 +1,43 @@
+"""ComfyUI. The trap: names of a model's first implementation, where one layer is several of diffusers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+Make = Callable[..., Any]
+AB = ("lora_A.weight", "lora_B.weight")
+
+
+def test_comfy_names_of_the_first_implementation(reading: Make, pair: Make) -> None:
+    shapes = {
+        **pair("diffusion_model.blocks.0.self_attn.o", 5120, 5120),
+        **pair("diffusion_model.blocks.0.cross_attn.k_img", 5120, 5120),
+        **pair("diffusion_model.blocks.0.ffn.2", 5120, 13824),
+    }
+    found = reading(shapes)
+    assert (found.format, found.architecture) == ("comfy", "wan-14b-i2v")
+    assert [module.path for module in found.modules] == [
+        "transformer.blocks.0.attn1.to_out.0",
+        "transformer.blocks.0.attn2.add_k_proj",
+        "transformer.blocks.0.ffn.net.2",
+    ]
+
+
+def test_a_fused_projection_beside_its_parts_is_redundant(reading: Make, pair: Make) -> None:
+    block = "diffusion_model.layers.0.attention"
+    shapes = pair(f"{block}.qkv", 11520, 3840)
+    for name in ("to_q", "to_k", "to_v"):
+        shapes |= pair(f"{block}.{name}", 3840, 3840)
+    found = reading(shapes)
+    assert len(found.modules) == 3
+    assert not any(module.b_rows for module in found.modules)
+    assert [item.note for item in found.verdicts if item.use == "ignored"] == [
+        "the same projections stand in the file one by one"
+    ] * 2
+
+
+def test_text_encoders_are_told_by_their_kind(reading: Make, pair: Make) -> None:
+    shapes = pair("text_encoders.clip_g.text_model.encoder.layers.31.mlp.fc1", 5120, 1280, ends=AB)
+    (module,) = reading(shapes).modules
+    assert module.path == "text_encoder_2.text_model.encoder.layers.31.mlp.fc1"
