@@ -112,7 +112,8 @@ def convert_to_lora(
     report = ConversionReport(layout.config.method, largest, exact, _relative(error, energy), modules)
     if max_error is not None and report.relative_error > max_error:
         raise _too_lossy(report, max_error)
-    _write(layout, {path: pair for path, (pair, _, _) in found.items()}, largest, out, lineage, unpacked)
+    kernels = {path: form.kernel for path, form in source.foreign.items()}
+    _write(layout, {path: pair for path, (pair, _, _) in found.items()}, kernels, largest, out, lineage, unpacked)
     return report
 
 
@@ -335,12 +336,13 @@ def _pattern(raw: Mapping[str, Any], name: str, path: str) -> float:
 def _write(
     layout: AdapterLayout,
     pairs: Mapping[str, Pair],
+    kernels: Mapping[str, tuple[int, ...]],
     rank: int,
     out: Path,
     lineage: Mapping[str, Any] | None,
     unpacked: str | None,
 ) -> None:
-    exported = [ExportedModule(_described(path, *pair), rank) for path, pair in pairs.items()]
+    exported = [ExportedModule(_described(path, *pair, kernels.get(path, ())), rank) for path, pair in pairs.items()]
     config = lora_config(
         rank=rank,
         target_modules=pairs,
@@ -364,10 +366,14 @@ def _original(raw: Mapping[str, Any]) -> str | None:
     return name if isinstance(name, str) else None
 
 
-def _described(path: str, A: Tensor, B: Tensor) -> LoraModule:
+def _described(path: str, A: Tensor, B: Tensor, kernel: tuple[int, ...]) -> LoraModule:
+    """`kernel`: (c_in, kh, kw) of a convolution, () of a linear layer."""
+    a_shape, b_shape = tuple(A.shape), tuple(B.shape)
+    if kernel:
+        a_shape, b_shape = (A.shape[0], *kernel), (*B.shape, 1, 1)
     return LoraModule(
-        path=path, kind="linear", a_key="", b_key="", rank=A.shape[0], alpha=1.0, scaling=1.0, d_in=A.shape[1],
-        d_out=B.shape[0], a_shape=tuple(A.shape), b_shape=tuple(B.shape), dtype="F32",
+        path=path, kind="conv" if kernel else "linear", a_key="", b_key="", rank=A.shape[0], alpha=1.0, scaling=1.0,
+        d_in=A.shape[1], d_out=B.shape[0], a_shape=a_shape, b_shape=b_shape, dtype="F32",
     )  # fmt: skip
 
 

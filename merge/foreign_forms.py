@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -21,12 +22,16 @@ FORMS = ("loha", "lokr")
 
 @dataclass(frozen=True, slots=True)
 class ForeignForm:
-    """One module: its tensors by role, and the rows of ΔW that are its own (`start` of None: all)."""
+    """One module: its tensors by role, all of them matrices, and the rows of ΔW that are its own (`start` None: all).
+
+    `kernel` is (c_in, kh, kw) of a convolution, whose ΔW has d_in = c_in·kh·kw; () of a linear layer.
+    """
 
     module: TypedModule
     tensors: Mapping[str, Tensor]
     start: int | None = None
     stop: int | None = None
+    kernel: tuple[int, ...] = ()
 
     def pair(self) -> Pair:
         """(A, B) with B·A = ΔW, the scaling included."""
@@ -60,7 +65,8 @@ def forms_of(reading: Reading, adapter: Adapter) -> dict[str, ForeignForm]:
     """Path → form, of every module of the file; the rows of a fused projection are split.
 
     Raises:
-        MergeRefused: other modules than LoHa's and LoKr's, convolutions, NaN or infinite numbers.
+        MergeRefused: other modules than LoHa's and LoKr's, convolutions that do not fit their model, NaN or infinite
+            numbers.
     """
     if reading.method not in FORMS:
         raise MergeRefused(f"The file is a {reading.method} in another format than PEFT's; only PEFT's are converted.")
@@ -73,13 +79,14 @@ def forms_of(reading: Reading, adapter: Adapter) -> dict[str, ForeignForm]:
         paths = module.targets or (module.path,)
         shapes = [_shape(reading, path) for path in paths]
         tensors = {role: adapter.tensor(key).float() for role, key in module.tensors.items() if role != "alpha"}
-        if any(tensor.ndim > 2 for tensor in tensors.values()) or any(len(shape) > 2 for shape in shapes):
-            raise MergeRefused(f"{module.path} is a convolution; only linear layers of {module.type} are converted.")
         if not all(bool(torch.isfinite(tensor).all()) for tensor in tensors.values()):
             raise MergeRefused(f"{module.path} holds NaN or infinite numbers.")
         if len(paths) == 1:
-            forms[paths[0]] = ForeignForm(module, tensors)
+            kernel = _kernel(module, tensors, shapes[0])
+            forms[paths[0]] = ForeignForm(module, as_matrices(tensors), kernel=kernel)
             continue
+        if any(tensor.ndim > 2 for tensor in tensors.values()) or any(len(shape) > 2 for shape in shapes):
+            raise MergeRefused(f"{module.path} is a convolution of several modules, which is not converted.")
         total, start = sum(shape[0] for shape in shapes), 0
         if any(module.d_out * shape[0] % total for shape in shapes):
             raise MergeRefused(f"{module.path}: {module.d_out} rows can not be split into its {len(paths)} modules.")
@@ -88,6 +95,40 @@ def forms_of(reading: Reading, adapter: Adapter) -> dict[str, ForeignForm]:
             forms[path] = ForeignForm(module, tensors, start, stop)
             start = stop
     return forms
+
+
+def as_matrices(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of a convolution as those of a matrix with c_in·kh·kw columns; a core goes into the factor beside it.
+
+    With a core T: (r, r, kh, kw) both factors have their rank first, and LyCORIS (arXiv:2309.14859) computes
+    W[o, i, k, l] = Σ_a Σ_b Wa[a, o]·T[a, b, k, l]·Wb[b, i].
+    """
+    found = {role: tensor.flatten(1) for role, tensor in tensors.items() if role not in _CORES}
+    for core, (left, right) in _CORES.items():
+        if core in tensors:
+            found[left] = tensors[left].T
+            found[right] = torch.einsum("abkl,bi->aikl", tensors[core], tensors[right]).flatten(1)
+    return found
+
+
+_CORES = {
+    "hada_t1": ("hada_w1_a", "hada_w1_b"),
+    "hada_t2": ("hada_w2_a", "hada_w2_b"),
+    "lokr_t2": ("lokr_w2_a", "lokr_w2_b"),
+}
+"""Core → the factors on both sides of it."""
+
+
+def _kernel(module: TypedModule, tensors: Mapping[str, Tensor], shape: tuple[int, ...]) -> tuple[int, ...]:
+    """(c_in, kh, kw), which the tensors of a convolution without a core do not tell; of its model's list."""
+    if len(shape) == 4:
+        d_out, d_in = module.d_out, module.d_in
+        if (d_out, d_in) != (shape[0], math.prod(shape[1:])) and d_out:
+            raise MergeRefused(f"{module.path}: ΔW is {d_out}×{d_in}, the convolution of the model is {shape}.")
+        return shape[1:]
+    if any(tensor.ndim > 2 for tensor in tensors.values()):
+        raise MergeRefused(f"{module.path} is a convolution, and no model whose modules are listed here has it.")
+    return ()
 
 
 def _shape(reading: Reading, path: str) -> tuple[int, ...]:
