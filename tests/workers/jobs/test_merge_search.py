@@ -109,6 +109,7 @@ def test_a_search_that_was_killed_finds_the_same(train_pool: Any, search: Any, t
     pool.start(kinds=kinds, model_roots=(str(tiny_base.parent),))
     first, second = (pool.ended(job_id, seconds=SECONDS) for job_id in (whole, killed))
     assert (first.attempt, second.attempt, first.error, second.error) == (1, 2, None, None)
+    assert second.result["report"]["tried"] == [5, 6, 7, 8]
     assert steady(first.result["report"]) == steady(second.result["report"])
     assert first.result["adapters"] == second.result["adapters"]  # stored by their bytes
 
