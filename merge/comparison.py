@@ -68,13 +68,14 @@ class StackShelf:
         key = (module.path, run.compute, tuple(owner for owner, _ in module.owners))
         found = self._kept.get(key)
         if found is not None:
-            return found
+            # What a method computes of a stack and leaves with it would be kept too, and would grow with every trial.
+            return found.bare()
         stack = run.load(module)
         size = sum(part.numel() * part.element_size() for part in (stack.A, stack.B, stack.gram_A, stack.gram_B))
         with self._lock:
             if self._used + size <= self._limit:
                 self._used += size
-                self._kept[key] = stack
+                self._kept[key] = stack.bare()
         return stack
 
 

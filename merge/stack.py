@@ -177,11 +177,17 @@ class Stack:
         of_unit = torch.tensor(weights, dtype=torch.float64, device=self.weights.device)[self.owners]
         if torch.equal(of_unit, self.weights):
             return self
-        found = self.with_weights(of_unit)
-        ordered = found.ordered()
-        if ordered is found:  # then the inner products are the same too
-            vars(found).update({name: vars(self)[name] for name in ("gram_A", "gram_B") if name in vars(self)})
-        return ordered
+        return self._with_products(of_unit).ordered()
+
+    def bare(self) -> Self:
+        """The same components and inner products, without what methods have computed of them."""
+        return self._with_products(self.weights)
+
+    def _with_products(self, weights: Tensor) -> Self:
+        """As `with_weights`, keeping the inner products, which do not depend on the weights."""
+        found = self.with_weights(weights)
+        vars(found).update({name: vars(self)[name] for name in ("gram_A", "gram_B") if name in vars(self)})
+        return found
 
     def ordered(self) -> Self:
         """The same components in the order of their contents."""

@@ -251,6 +251,8 @@ def test_trials_share_what_was_read_and_give_the_bytes_of_the_merge_alone(
     less = [pool[0], pool[1], (replace(pool[2][0], weight=0.0), pool[2][1])]
     compare_files(less, [Candidate("svd", "svd", parse_parameters("svd", {}))], tmp_path / "less", shelf=shelf)
     assert read[4:] == ["layers.0.q"]
+    # what the methods computed of a stack is not kept with it
+    assert all(set(vars(kept)) <= {*vars(kept.bare())} for kept in shelf._kept.values())
     small = StackShelf(0)
     for turn in range(2):
         compare_files(pool, [Candidate("cat", "cat", parse_parameters("cat", {}))], tmp_path / str(turn), shelf=small)
