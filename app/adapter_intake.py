@@ -26,7 +26,7 @@ TEXT_FIELDS = frozenset({"name", "base_model", "description", "tags"})
 
 
 @dataclass(frozen=True, slots=True)
-class _Prepared:
+class Prepared:
     """An upload whose bytes are stored already."""
 
     manifest: AdapterManifest
@@ -52,23 +52,26 @@ def store_upload(services: Services, upload: Upload, principal: Principal, idemp
     digests = [[file.name, file.sha256] for file in upload.files]
     key = request_key(principal.owner, idempotency_key, "POST /adapters", [as_json(form), digests])
 
-    def act(session: Session, prepared: _Prepared) -> Answer:
-        row, created = adapters.add_adapter(
-            session,
-            prepared.manifest,
-            name=prepared.name,
-            description=form.description,
-            tags=form.tags,
-            base_model=prepared.base_name,
-            model_id=prepared.model_id,
-            created_by=principal.key_id,
-        )
-        location = {"Location": f"/adapters/{row.id}"}
-        return Answer(
-            201 if created else 200, as_json(Adapter.of(row, kept=transferables.get(session, row.id))), location
-        )
+    def act(session: Session, prepared: Prepared) -> Answer:
+        return publish(session, prepared, form, principal.key_id)
 
-    return answer_after(services, key, lambda: _prepare(services, upload, form), act)
+    return answer_after(services, key, lambda: prepare(services, upload, form), act)
+
+
+def publish(session: Session, prepared: Prepared, form: AdapterForm, created_by: str | None) -> Answer:
+    """The row of an adapter whose bytes are stored: 201 for a new one, 200 for one that was there."""
+    row, created = adapters.add_adapter(
+        session,
+        prepared.manifest,
+        name=prepared.name,
+        description=form.description,
+        tags=form.tags,
+        base_model=prepared.base_name,
+        model_id=prepared.model_id,
+        created_by=created_by,
+    )
+    shown = as_json(Adapter.of(row, kept=transferables.get(session, row.id)))
+    return Answer(201 if created else 200, shown, {"Location": f"/adapters/{row.id}"})
 
 
 def parse_form(fields: dict[str, list[str]]) -> AdapterForm:
@@ -87,7 +90,8 @@ def parse_form(fields: dict[str, list[str]]) -> AdapterForm:
     return form_of(AdapterForm, values)
 
 
-def _prepare(services: Services, upload: Upload, form: AdapterForm) -> _Prepared:
+def prepare(services: Services, upload: Upload, form: AdapterForm) -> Prepared:
+    """Understand a staged upload and store its bytes. Raises as `store_upload`."""
     limits = intake.IntakeLimits(max_bytes=services.settings.max_upload_bytes)
     with services.database.read() as session:
         model, base_name = declared_base(session, form.base_model)
@@ -101,7 +105,7 @@ def _prepare(services: Services, upload: Upload, form: AdapterForm) -> _Prepared
     with services.database.write() as session:
         adapters.reserve_blobs(session, manifest.files)
     _store_files(services, directory, manifest, {file.sha256: file.crc32 for file in upload.files})
-    return _Prepared(
+    return Prepared(
         manifest=manifest,
         name=form.name or name_of_files([file.name for file in upload.files]),
         base_name=base_name,

@@ -11,11 +11,11 @@ from app.federations import settle_federations
 from app.model_retirement import retire_models
 from app.scheduling import Scheduler
 from app.settings import Settings
-from storage import deliveries, idempotency
+from storage import deliveries, idempotency, uploads
 from storage.blobs import BlobStore
 from storage.database import Database
 from storage.log_rescue import rescue_logs
-from storage.sweep import sweep_blobs
+from storage.sweep import remove_unused, sweep_blobs
 from workers.clockwork import Chore
 from workers.courier import Courier
 
@@ -53,6 +53,7 @@ def chores(
         Chore("webhooks", WEBHOOK_SECONDS, courier.run, interrupt=courier.close),
         Chore("sweep", HOUR_SECONDS, lambda: _sweep(database, blobs), AFTER_START_SECONDS),
         Chore("logs", HOUR_SECONDS, lambda: _rescue_logs(database, blobs), AFTER_START_SECONDS),
+        Chore("uploads", HOUR_SECONDS, lambda: _expire_uploads(database, blobs), AFTER_START_SECONDS),
         Chore("idempotency", HOUR_SECONDS, lambda: _forget_keys(database), AFTER_START_SECONDS),
         Chore("deliveries", HOUR_SECONDS, lambda: _forget_deliveries(database), AFTER_START_SECONDS),
     ]
@@ -67,6 +68,20 @@ def _rescue_logs(database: Database, blobs: BlobStore) -> None:
     rescued = rescue_logs(database, blobs)
     if rescued:
         _log.info("logs_rescued", attempts=rescued)
+
+
+def _expire_uploads(database: Database, blobs: BlobStore) -> None:
+    expired = 0
+    while True:
+        with database.write() as session:
+            batch, digests = uploads.expire(session)
+        for digest in digests:
+            remove_unused(database, blobs, digest)
+        expired += batch
+        if not batch:
+            break
+    if expired:
+        _log.info("uploads_expired", uploads=expired)
 
 
 def _forget_keys(database: Database) -> None:

@@ -40,6 +40,7 @@ from app.routes import (
     service,
     train,
     transfer,
+    uploads,
     webhooks,
     workers,
 )
@@ -60,6 +61,7 @@ MULTIPART_OVERHEAD = 1024**2
 
 _UPLOADS = (
     ("POST", re.compile("/adapters|/datasets")),
+    ("PATCH", re.compile("/uploads/[^/]+")),
     ("PUT", re.compile("/jobs/[^/]+/clients/[^/]+/rounds/[^/]+/update")),
 )
 """The calls whose bodies are files."""
@@ -118,6 +120,7 @@ def create_app(settings: Settings | None = None) -> RankwiseAPI:
         service,
         imports,
         adapters,
+        uploads,
         aliases,
         datasets,
         merge,

@@ -125,7 +125,7 @@ class _Receiver:
             if count >= MAX_FILES:
                 raise RequestInvalid(f"An upload has at most {MAX_FILES} files.")
             path = self.upload.folder / f"part-{count:04d}"
-            self._file = await _in_thread(StagedFile, part.file_name or "file", path)
+            self._file = await in_thread(StagedFile, part.file_name or "file", path)
         elif part.name in self._text_fields:
             self._fields += 1
             if self._fields > MAX_FIELDS:
@@ -161,7 +161,7 @@ class _Receiver:
         elif self._file is not None:
             await self._flush()
             await self._settle()
-            await _in_thread(self._file.close)
+            await in_thread(self._file.close)
             self.upload.files.append(self._file.result())
             self._file = None
 
@@ -185,10 +185,10 @@ class _Receiver:
             self._writing.exception()
             self._writing = None
         if self._file is not None:
-            await _in_thread(self._file.close)
+            await in_thread(self._file.close)
 
 
-async def _in_thread(function: Callable[..., T], *args: Any) -> T:
+async def in_thread(function: Callable[..., T], *args: Any) -> T:
     return await asyncio.get_running_loop().run_in_executor(_threads, function, *args)
 
 
@@ -201,7 +201,7 @@ def _decode(name: str, raw: bytes) -> str:
         ) from error
 
 
-def _make_folder(staging: Path) -> Path:
+def make_folder(staging: Path) -> Path:
     folder = staging / f"{STAGING_PREFIX}{uuid.uuid4().hex}"
     with full_disk_as_problem():
         folder.mkdir(parents=True, mode=0o700)
@@ -224,7 +224,7 @@ async def receive_upload(
         RequestInvalid: an unknown field, too many parts, or text that is too long or not UTF-8.
         DiskFull: no space to stage it.
     """
-    upload = Upload(await _in_thread(_make_folder, staging))
+    upload = Upload(await in_thread(make_folder, staging))
     receiver = _Receiver(upload, text_fields, file_field)
     try:
         async for event in read_parts(content_type, chunks):
@@ -238,4 +238,4 @@ async def receive_upload(
     finally:
         with anyio.CancelScope(shield=True):
             await receiver.abandon()
-            await _in_thread(shutil.rmtree, upload.folder)
+            await in_thread(shutil.rmtree, upload.folder)

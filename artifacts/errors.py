@@ -27,6 +27,7 @@
     ├── Conflict                      409 conflict
     │   ├── IdempotencyInFlight       409 idempotency_in_flight  the first request with this key still runs
     │   └── StateConflict             409 state_conflict         e.g. cancelling a job that has ended
+    │       └── UploadOffsetMismatch  409 upload_offset_mismatch an append begins at another byte than the next one
     ├── Gone                          410 gone                   it has ended, and takes nothing any more
     ├── PreconditionFailed            412 precondition_failed    If-Match names another version than the present one
     ├── TooLarge                      413 too_large
@@ -187,6 +188,20 @@ class IdempotencyInFlight(Conflict):
 
 class StateConflict(Conflict):
     code, title = "state_conflict", "Not possible in this state"
+
+
+class UploadOffsetMismatch(StateConflict):
+    """An append to an upload begins at byte `offset`; the next one is `expected`."""
+
+    code, title = "upload_offset_mismatch", "The upload goes on at another byte"
+
+    def __init__(self, expected: int, offset: int) -> None:
+        super().__init__(
+            f"the upload has {expected} bytes, and this append begins at byte {offset}",
+            hint=f"Send the bytes from {expected} on, with Upload-Offset: {expected}.",
+            errors=[FieldError("/header/Upload-Offset", f"must be {expected}")],
+        )
+        self.expected = expected
 
 
 class Gone(RankwiseError):

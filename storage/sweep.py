@@ -32,6 +32,7 @@ from storage.tables import (
     ModelFileRow,
     TransferableFileRow,
     TransferRow,
+    UploadSegmentRow,
 )
 from storage.unfinished import ADAPTER_ID, DATASET_ID, jobs_by_input
 from storage.upsert import insert_or_ignore
@@ -166,6 +167,7 @@ def _live_digests(
     live.update(session.scalars(select(TransferableFileRow.sha256)))
     live.update(session.scalars(select(HeldFileRow.sha256)))
     live.update(session.scalars(select(ModelFileRow.sha256)))
+    live.update(session.scalars(select(UploadSegmentRow.sha256)))
     logs = session.scalars(select(JobAttemptRow.log_sha256).where(JobAttemptRow.log_sha256.is_not(None)))
     live.update(digest for digest in logs if digest is not None)
     live.update(session.scalars(select(BlobRow.sha256).where(BlobRow.created_at >= cutoff)))
@@ -246,6 +248,7 @@ def _is_used() -> ColumnElement[bool]:
         | exists().where(TransferableFileRow.sha256 == BlobRow.sha256)
         | exists().where(HeldFileRow.sha256 == BlobRow.sha256)
         | exists().where(ModelFileRow.sha256 == BlobRow.sha256)
+        | exists().where(UploadSegmentRow.sha256 == BlobRow.sha256)
     )
 
 

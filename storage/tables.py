@@ -35,6 +35,7 @@ from storage.key_tables import AdapterKeysRow
 from storage.model_tables import AdapterWaiverRow, MadeModelRow, ModelFileRow, ModelRow
 from storage.training_tables import ClientUpdateRow, JobCheckpointRow, JobMetricRow
 from storage.transfer_tables import HeldFileRow, SealedInputRow, TransferableFileRow, TransferableRow, TransferRow
+from storage.upload_tables import UploadRow, UploadSegmentRow
 
 __all__ = [
     "ANONYMOUS",
@@ -77,6 +78,8 @@ __all__ = [
     "TransferRow",
     "TransferableFileRow",
     "TransferableRow",
+    "UploadRow",
+    "UploadSegmentRow",
     "WebhookDeliveryRow",
     "WebhookRow",
 ]

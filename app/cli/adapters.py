@@ -18,6 +18,7 @@ from app.cli.importing import import_adapter
 from app.cli.options import AdapterId, Cursor, Json, Limit, stem
 from app.cli.output import fields, moment, note_more, print_json, size, stdout, table
 from app.cli.progress import require_success, transfer, watch
+from app.cli.resuming import packed, upload_in_pieces
 from artifacts.errors import FormatUnknown, RequestInvalid
 from artifacts.formats.gguf import BASE_CONFIG
 
@@ -77,6 +78,14 @@ def upload(client: Client, path: Path, form: dict[str, Any]) -> tuple[dict[str, 
         return client.upload(files, form, lambda count: advance(count, None))
 
 
+def upload_resumably(client: Client, path: Path, form: dict[str, Any]) -> tuple[dict[str, Any], bool]:
+    """As `upload`; started again after an interruption, it goes on where that was."""
+    with tempfile.TemporaryDirectory(prefix="rankwise-upload-") as folder:
+        file = packed(files_of(path), Path(folder), stem(path))
+        with transfer(f"upload {path.name}", file.stat().st_size) as advance:
+            return upload_in_pieces(client, file, form, lambda count: advance(count, None))
+
+
 @app.command("add")
 def add(
     context: typer.Context,
@@ -90,6 +99,9 @@ def add(
     ] = None,
     description: Annotated[str | None, typer.Option("--description", help="A line about it.")] = None,
     tag: Annotated[list[str] | None, typer.Option("--tag", help="A tag; may be given several times.")] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Send in pieces; started again, go on where it was interrupted.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Upload adapters. The same content again gives the adapter that is there."""
@@ -100,7 +112,8 @@ def add(
         for path in paths:
             form = {"name": name or stem(path), "base_model": base_model, "tags": tag}
             form["description"] = description
-            adapter, new = upload(client, path, {key: value for key, value in form.items() if value})
+            send = upload_resumably if resume else upload
+            adapter, new = send(client, path, {key: value for key, value in form.items() if value})
             answers.append(adapter)
             if not as_json:
                 stdout().print(fields(f"{'added' if new else 'was there'}: {path}", summary(adapter)))

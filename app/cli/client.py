@@ -173,10 +173,14 @@ class Client:
                 raise self._unreachable(reason)
             time.sleep(RECONNECT_SECONDS * broken)
 
-    def _json(self, method: str, path: str, **kwargs: Any) -> Any:
+    def send(self, method: str, path: str, **kwargs: Any) -> httpx.Response:
+        """The answer to one request, which is a success."""
         with self._connected():
             answer = self._http.request(method, path, **kwargs)
-        body = self._checked(answer)
+        return self._checked(answer)
+
+    def _json(self, method: str, path: str, **kwargs: Any) -> Any:
+        body = self.send(method, path, **kwargs)
         return body.json() if body.content else None
 
     @contextmanager

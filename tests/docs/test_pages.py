@@ -77,6 +77,7 @@ def test_parameters_in_the_examples_are_accepted(root: Path, pages: dict[str, st
     """Each body of POST /merge and its kin that a page or the README shows is one that the service takes."""
     from app.schemas.merge import CompareMergesRequest, MergeRequest
     from app.schemas.train import TrainRequest
+    from app.schemas.uploads import UploadRequest
     from merge.catalog import SEARCH, parse_parameters
     from merge.search_space import SearchSpace
 
@@ -93,6 +94,9 @@ def test_parameters_in_the_examples_are_accepted(root: Path, pages: dict[str, st
             continue
         if '"transferable"' in filled:
             TrainRequest.model_validate_json(filled)
+            continue
+        if '"length"' in filled:
+            UploadRequest.model_validate_json(filled.replace('"…"', f'"{"0" * 64}"'))
             continue
         request = MergeRequest.model_validate_json(filled)
         if request.method == SEARCH.name:
