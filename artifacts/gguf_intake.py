@@ -68,9 +68,7 @@ def unpack_gguf(directory: Path, base_config: Mapping[str, Any] | None) -> tuple
     """
     weights = directory / WEIGHTS_NAME
     header = read_gguf_header(weights)
-    family = _family(header)
-    alpha = _alpha(header)
-    pairs, norms = _pairs(header, family, base_config)
+    family, alpha, pairs, norms = understand_gguf(header, base_config)
     _write(weights, [factor for pair in pairs.values() for factor in pair])
     replaced = (directory / CONFIG_NAME).exists()
     text = json.dumps(_config(header, pairs, alpha), indent=2, sort_keys=True)
@@ -89,6 +87,19 @@ def unpack_gguf(directory: Path, base_config: Mapping[str, Any] | None) -> tuple
     if norms:
         said.append(f"{len(norms)} tensors of norms were left out, as llama.cpp does, for instance {norms[0]!r}.")
     return tuple(said)
+
+
+def understand_gguf(
+    header: GgufHeader, base_config: Mapping[str, Any] | None
+) -> tuple[Family, float, dict[str, tuple[_Factor, _Factor]], list[str]]:
+    """The architecture, alpha (0 where there is none), path → A and B, and the names of what llama.cpp leaves out.
+
+    Raises:
+        FormatUnknown, FileBroken, ConfigRefused: as `unpack_gguf`.
+    """
+    family = _family(header)
+    alpha = _alpha(header)
+    return family, alpha, *_pairs(header, family, base_config)
 
 
 def _family(header: GgufHeader) -> Family:
@@ -131,11 +142,16 @@ def _pairs(
             raise FileBroken(f"{name!r} is no factor of a LoRA: their names end in {A_END} and {B_END}.")
     if not halves:
         raise FormatUnknown("The GGUF file holds no factors.")
+    paths = {stem: family.path(stem) for stem in sorted(halves)}
+    unknown = [stem for stem, path in paths.items() if path is None]
+    if unknown:
+        raise FormatUnknown(
+            f"{len(unknown)} modules, {unknown[0]!r} the first, are none of {family.name} that are read."
+        )
     pairs = {}
-    for stem, found in sorted(halves.items()):
-        path = family.path(stem)
-        if path is None:
-            raise FormatUnknown(f"{stem!r} is no module of {family.name} that is read.")
+    for stem, path in paths.items():
+        found = halves[stem]
+        assert path is not None
         for end in (A_END, B_END):
             if end not in found:
                 raise FileBroken(f"{stem}{end} is missing.")

@@ -23,6 +23,8 @@ from pathlib import Path
 from typing import Any
 
 from artifacts.errors import FileBroken, PickleRefused, RankwiseError
+from artifacts.gguf_file import ENCODINGS, GgufHeader, GgufTensor
+from artifacts.gguf_intake import understand_gguf
 from artifacts.layout import CONFIG_NAME, AdapterLayout, understand
 from artifacts.safetensors_header import DTYPE_BYTES, SafetensorsHeader, TensorInfo
 
@@ -102,8 +104,18 @@ def read(layout: Mapping[str, Any]) -> AdapterLayout:
     """
     if layout.get("container") == "torch-zip":
         raise PickleRefused("The weights are a pickle.")
+    if layout.get("container") == "gguf":
+        understand_gguf(_gguf_header(layout), None)
     document = document_of(layout)
     return understand(header_of(layout), CorpusValues(layout), document, Path("weights"), Path(CONFIG_NAME))
+
+
+def _gguf_header(layout: Mapping[str, Any]) -> GgufHeader:
+    encodings = {encoding.name: encoding for encoding in ENCODINGS.values()}
+    tensors = {
+        key: GgufTensor(key, encodings[dtype], tuple(shape), 0, 0) for key, (dtype, shape) in layout["tensors"].items()
+    }
+    return GgufHeader(_metadata(layout), frozenset(), tensors)
 
 
 def document_of(layout: Mapping[str, Any]) -> Any:

@@ -24,8 +24,8 @@ LAYOUTS = layouts()
 LARGEST = 80
 
 REFUSED = {
-    "gguf/gguf-alora-invocation": (ConfigRefused, ""),  # as safetensors; files of that container are read elsewhere
-    "gguf/gguf-mixtral-experts-embd": (ConfigRefused, ""),
+    "gguf/gguf-alora-invocation": (FormatUnknown, "activated LoRA"),
+    "gguf/gguf-mixtral-experts-embd": (FormatUnknown, "_exps' the first, are none of llama"),
     "legacy/litgpt-lora": (PickleRefused, "pickle"),
     "legacy/torchtune-native-adapter": (PickleRefused, "pickle"),
     "legacy/mistral-finetune-native": (ConfigRefused, "params.json is missing: it looks like a LoRA with Mistral"),

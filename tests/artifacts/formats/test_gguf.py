@@ -160,7 +160,7 @@ def test_an_embedding_is_transposed_and_norms_are_left_out(tmp_path: Path) -> No
         (pair(BLOCK, 32, 24), {"architecture": "mamba"}, None, FormatUnknown, "architecture 'mamba'"),
         (pair(BLOCK, 32, 24), {"adapter__alora__invocation_tokens": [1, 2]}, None, FormatUnknown, "activated LoRA"),
         (pair(BLOCK, 32, 24), {"alpha": -1.0}, HEADS, FileBroken, "alpha is -1.0"),
-        (pair("blk.0.ffn_gate_exps.weight", 8, 8), {}, None, FormatUnknown, "'blk.0.ffn_gate_exps' is no module"),
+        (pair("blk.0.ffn_gate_exps.weight", 8, 8), {}, None, FormatUnknown, "'blk.0.ffn_gate_exps' the first"),
         ({f"{BLOCK}.lora_a": np.ones((2, 4), np.float32)}, {}, None, FileBroken, "lora_b is missing"),
         ({BLOCK: np.ones((2, 4), np.float32)}, {}, None, FileBroken, "no factor of a LoRA"),
         (
