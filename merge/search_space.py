@@ -90,20 +90,20 @@ class SearchSpace:
                 is no number, values that it refuses; pointers lie below `/parameters`.
         """
         labels = labels_of([{"method": item.method, "label": item.label} for item in options.methods])
-        found = []
-        for position, (item, label) in enumerate(zip(options.methods, labels, strict=True)):
+        methods, found = [], []
+        for position, (asked, label) in enumerate(zip(options.methods, labels, strict=True)):
             place = f"/parameters/methods/{position}"
             with pointers_below(f"{place}/method", "/method"):
-                find_method(item.method)
+                find_method(asked.method)
             with pointers_below(f"{place}/parameters", "/parameters"):
+                item = _by_field(asked)
                 own = _own_dimensions(item, label)
             if options.ranks is not None and _takes_rank(item):
                 own["rank"] = _ranks(item, label, options.ranks)
             _check_values(item, own, place)
+            methods.append(item)
             found.append(own)
-        return cls(
-            tuple(options.methods), tuple(labels), tuple(found), _weights(options, weights), tuple(map(float, weights))
-        )
+        return cls(tuple(methods), tuple(labels), tuple(found), _weights(options, weights), tuple(map(float, weights)))
 
     def active(self, method: int) -> list[Dimension]:
         """The dimensions of a trial of that method, which is one itself when there are several."""
@@ -137,9 +137,9 @@ class SearchSpace:
         """The point of a method that can not be merged, if any of its points can not: least weights, largest rank."""
         point = self.plain(method)
         for name, item in self.dimensions[method].items():
-            if name == "rank" and item.choices:
+            if name == "rank":
                 numbers = [choice if isinstance(choice, int) else 0 for choice in item.choices]
-                point[item.name] = numbers.index(max(numbers))
+                point[item.name] = numbers.index(max(numbers)) if numbers else item.high
         for weight in self.weights:
             if isinstance(weight, Dimension):
                 point[weight.name] = weight.low if weight.low < 0 else weight.high
@@ -177,6 +177,19 @@ class SearchSpace:
         return Proposal(self.labels[method], self.methods[method].method, {**fixed, **own}, weights)
 
 
+def _by_field(item: SearchedMethod) -> SearchedMethod:
+    """The method with its parameters under their own names, not under an alias. Raises RequestInvalid."""
+    fields = find_method(item.method).options.model_fields
+    names = {field.alias: name for name, field in fields.items() if field.alias is not None}
+    found: dict[str, Any] = {}
+    for name, value in item.parameters.items():
+        own = names.get(name, name)
+        if own in found:
+            raise _refused(f"/parameters/{name}", f"{own} is given twice")
+        found[own] = value
+    return item.model_copy(update={"parameters": found})
+
+
 def _own_dimensions(item: SearchedMethod, label: str) -> dict[str, Dimension]:
     """Those parameters that are no fixed values. Raises RequestInvalid."""
     options = find_method(item.method).options
@@ -185,13 +198,12 @@ def _own_dimensions(item: SearchedMethod, label: str) -> dict[str, Dimension]:
         if not (isinstance(given, dict) and _MARKS & given.keys()):
             continue
         pointer = f"/parameters/{name}"
-        field = _field_of(options, name)
-        if field is None:
+        if name not in options.model_fields:
             raise _refused(pointer, f"method {item.method!r} has no parameter {name[:80]!r}")
         if "choices" in given:
             found[name] = _choices(f"{label}.{name}", given, pointer)
         else:
-            found[name] = _range(f"{label}.{field}", given, pointer, _number_kind(options, field))
+            found[name] = _range(f"{label}.{name}", given, pointer, _number_kind(options, name))
     return found
 
 
@@ -223,8 +235,7 @@ def _ranks(item: SearchedMethod, label: str, ranks: Sequence[int | str]) -> Dime
 
 
 def _takes_rank(item: SearchedMethod) -> bool:
-    taken = find_method(item.method).options.model_fields
-    return "rank" in taken and not {"rank", taken["rank"].alias} & item.parameters.keys()
+    return "rank" in find_method(item.method).options.model_fields and "rank" not in item.parameters
 
 
 def _check_values(item: SearchedMethod, own: Mapping[str, Dimension], place: str) -> None:
@@ -261,12 +272,6 @@ def _weights(options: SearchOptions, weights: Sequence[float]) -> tuple[float | 
         own = ranges[position if len(ranges) > 1 else 0]
         found.append(float(weight) if own is None else Dimension(f"weight {position}", own.low, own.high, own.log))
     return tuple(found)
-
-
-def _field_of(options: type[MergeOptions], name: str) -> str | None:
-    """The field that a parameter sets: its own name or its alias."""
-    fields = options.model_fields
-    return name if name in fields else next((key for key, field in fields.items() if field.alias == name), None)
 
 
 def _number_kind(options: type[MergeOptions], field: str) -> str | None:

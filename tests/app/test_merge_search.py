@@ -90,6 +90,11 @@ REFUSED: dict[str, tuple[dict[str, Any], str, str]] = {
         "rank_out_of_range",
         "/parameters/methods/0/parameters/rank",
     ),
+    "a range of ranks that ends above the sum": (
+        {"parameters": {"methods": [{"method": "lego", "parameters": {"k": {"low": 1, "high": 9}}}]}},
+        "rank_out_of_range",
+        "/parameters/methods/0/parameters/rank",
+    ),
     "weights that one method does not take": (
         {"parameters": {"weights": [{"low": -1, "high": 1}]}},
         "invalid_request",

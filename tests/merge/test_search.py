@@ -188,6 +188,10 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         {"methods": [{"method": "svd"}], "ranks": [4, "exact"]},
         "/parameters/ranks/1",
     ),
+    "a parameter under both its names": (
+        {"methods": [{"method": "lego", "parameters": {"k": {"low": 1, "high": 4}, "rank": 3}}]},
+        "/parameters/methods/0/parameters/rank",
+    ),
     "three ranges for two adapters": ({"weights": [None, None, {"low": 0, "high": 1}]}, "/parameters/weights"),
 }
 
@@ -198,6 +202,14 @@ def test_what_can_not_be_searched_is_refused_where_it_stands(name: str) -> None:
     with pytest.raises(RequestInvalid) as caught:
         space_of(body)
     assert [item.pointer for item in caught.value.errors] == [pointer]
+
+
+def test_a_range_of_ranks_may_have_its_other_name_and_is_planned_at_its_end() -> None:
+    space = space_of({"methods": [{"method": "lego", "parameters": {"k": {"low": 2, "high": 6}}}], "ranks": [16]})
+    assert space.size == 5
+    assert space.proposal(space.extreme(0)).parameters == {"rank": 6}
+    assert space.proposal(space.plain(0)).parameters == {"rank": 4}
+    assert parse_parameters("lego", space.proposal(space.plain(0)).parameters)
 
 
 def test_values_that_may_go_together_with_others_are_not_refused() -> None:
