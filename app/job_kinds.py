@@ -15,6 +15,7 @@ from app.compose_inputs import check_compare, check_compose
 from app.conversion_inputs import check_convert
 from app.import_inputs import check_import
 from app.merge_inputs import check_merge, check_merges
+from app.push_inputs import check_push
 from app.quantize_inputs import check_quantize
 from app.request_parts import parse_part
 from app.schemas.common import as_json
@@ -22,6 +23,7 @@ from app.schemas.compose import CompareParams, ComposeParams
 from app.schemas.conversion import ConvertParams
 from app.schemas.imports import ImportParams
 from app.schemas.merge import CompareMergesParams, MergeParams
+from app.schemas.pushes import PushParams
 from app.schemas.quantize import QuantizeParams
 from app.schemas.resources import Resources
 from app.schemas.train import TrainParams
@@ -123,6 +125,7 @@ JOB_KINDS: Mapping[str, JobKind] = MappingProxyType(
         "merge_compare": JobKind(CompareMergesParams, check_merges),
         "convert": JobKind(ConvertParams, check_convert),
         "import": JobKind(ImportParams, check_import),
+        "push": JobKind(PushParams, check_push),
         "compose": JobKind(ComposeParams, check_compose),
         "compare": JobKind(CompareParams, check_compare),
         "quantize": JobKind(QuantizeParams, check_quantize),

@@ -26,9 +26,9 @@ from app.routes import (
     attempts,
     compose,
     datasets,
+    exchange,
     fleets,
     images,
-    imports,
     jobs,
     merge,
     methods,
@@ -118,7 +118,7 @@ def create_app(settings: Settings | None = None) -> RankwiseAPI:
     problems.install(app)
     for room in (
         service,
-        imports,
+        exchange,
         adapters,
         uploads,
         aliases,

@@ -15,6 +15,8 @@ def remotes_of(settings: Settings) -> Remotes:
         hosts=settings.import_hosts,
         host_tokens={host.lower(): token.get_secret_value() for host, token in settings.import_tokens.items()},
         buckets=settings.import_buckets,
+        namespaces=settings.push_namespaces,
+        push_buckets=settings.push_buckets,
         policy=import_policy(settings),
         max_bytes=settings.max_upload_bytes,
         timeout_seconds=settings.import_timeout_seconds,

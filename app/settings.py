@@ -131,7 +131,7 @@ class Settings(BaseSettings):
     hub_endpoint: Annotated[HttpAddress | None, BeforeValidator(_off_is_none)] = Field(
         HUB,
         validate_default=True,
-        description="Hub that adapters are fetched from; it speaks the protocol of huggingface.co. off: none.",
+        description="Hub that adapters are fetched from and sent to; it speaks huggingface.co's protocol. off: none.",
     )
     hub_tokens: dict[str, SecretStr] = Field(
         {}, description='Tokens of the hub by names of yours, as {"default": "hf_…"}; jobs give a name, never a token.'
@@ -145,11 +145,17 @@ class Settings(BaseSettings):
     import_buckets: CommaSeparated = Field(
         (), description="Buckets that adapters may be fetched from, as s3://one,s3://two/prefix."
     )
+    push_namespaces: CommaSeparated = Field(
+        (), description="Owners of repositories of the hub that adapters may be sent to, as acme,me; * is any."
+    )
+    push_buckets: CommaSeparated = Field(
+        (), description="Buckets that adapters may be written to as OCI layouts, as s3://registry/adapters."
+    )
     import_allow_http: bool = Field(False, description="on: adapters may come from http:// URLs, beside https://.")
     import_allowed_networks: Annotated[tuple[IPvAnyNetwork, ...], NoDecode] = Field(
         (), description="Networks that are not public and that URLs of adapters may lead to, as 10.0.0.0/8."
     )
-    import_timeout_seconds: float = Field(3600.0, gt=0, description="Longest time to fetch one adapter in.")
+    import_timeout_seconds: float = Field(3600.0, gt=0, description="Longest time to fetch or send one adapter.")
     staging_max_age_hours: float = Field(24.0, gt=0, description="Uploads left by a killed server go after this time.")
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     log_format: Literal["json", "console"] = "json"
@@ -168,7 +174,7 @@ class Settings(BaseSettings):
     def _split_networks(cls, value: Any) -> Any:
         return _split_commas(value)
 
-    @field_validator("import_buckets")
+    @field_validator("import_buckets", "push_buckets")
     @classmethod
     def _check_buckets(cls, value: tuple[str, ...]) -> tuple[str, ...]:
         for url in value:

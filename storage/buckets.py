@@ -5,15 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 import obstore
-from obstore.exceptions import BaseError, NotFoundError
+from obstore.exceptions import AlreadyExistsError, BaseError, NotFoundError, PreconditionError
 
 from artifacts.errors import FieldError, NotFound, RemoteUnavailable, RequestInvalid
 from storage.object_stores import first_line, open_store
 
 MAX_OBJECTS = 10_000
 CHUNK_BYTES = 1 << 20
+MAX_SMALL_BYTES = 4 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +68,50 @@ class Bucket:
             options: obstore.GetOptions = {} if item.etag is None else {"if_match": item.etag}
             for chunk in obstore.get(self._store, item.key, options=options).stream(min_chunk_size=CHUNK_BYTES):
                 yield bytes(chunk)
+
+    def holds(self, key: str, size: int) -> bool:
+        """Whether there is an object of that key and size. Raises RemoteUnavailable."""
+        try:
+            return self.find(key).size == size
+        except RequestInvalid:
+            return False
+
+    def put_file(self, key: str, path: Path) -> None:
+        """Write a file, in parts if it is large. Raises RemoteUnavailable."""
+        with self._translated(f"/key {key}"):
+            obstore.put(self._store, key, path)
+
+    def put_bytes(self, key: str, data: bytes) -> None:
+        """Write some bytes. Raises RemoteUnavailable."""
+        with self._translated(f"/key {key}"):
+            obstore.put(self._store, key, data)
+
+    def get_small(self, key: str) -> tuple[bytes | None, str | None]:
+        """The bytes of an object and its ETag; None and None if there is none.
+
+        Raises:
+            RequestInvalid: it has more than `MAX_SMALL_BYTES`.
+            RemoteUnavailable
+        """
+        with self._translated(f"/key {key}"):
+            try:
+                found = obstore.get(self._store, key)
+            except (NotFoundError, FileNotFoundError):
+                return None, None
+            if found.meta["size"] > MAX_SMALL_BYTES:
+                problem = f"{key} has more than {MAX_SMALL_BYTES} bytes"
+                raise RequestInvalid(f"{problem}.", errors=[FieldError("/s3/prefix", problem)])
+            return bytes(found.bytes()), found.meta["e_tag"]
+
+    def replace(self, key: str, data: bytes, etag: str | None) -> bool:
+        """Write an object where there is none (`etag` None), or in the place of the one with that ETag; False if
+        somebody else was quicker. Raises RemoteUnavailable."""
+        with self._translated(f"/key {key}"):
+            try:
+                obstore.put(self._store, key, data, mode="create" if etag is None else {"e_tag": etag})
+            except (AlreadyExistsError, PreconditionError):
+                return False
+        return True
 
     @contextmanager
     def _translated(self, what: str) -> Iterator[None]:

@@ -13,11 +13,13 @@ KINDS: Mapping[str, str] = MappingProxyType(
         "merge_compare": "workers.jobs.merge_compare:run",
         "convert": "workers.jobs.convert:run",
         "import": "workers.jobs.import_adapter:run",
+        "push": "workers.jobs.push:run",
         "quantize": "workers.jobs.quantize:run",
         "train": "workers.jobs.train:run",
         "client_update": "workers.jobs.client_update:run",
         "transfer": "workers.jobs.transfer:run",
     }
 )
-SINGLE_USE = frozenset({"train", "transfer", "client_update"})
-"""Kinds whose worker process serves no other attempt afterwards: only its end surely returns a device's memory."""
+SINGLE_USE = frozenset({"train", "transfer", "client_update", "push"})
+"""Kinds whose worker process serves no other attempt afterwards: only its end surely returns a device's memory, or ends
+a thread that waits for another server."""

@@ -1,4 +1,4 @@
-"""Which other servers adapters may be fetched from, and with which secrets: what the operator has allowed."""
+"""Which servers adapters may be fetched from and sent to, and with which secrets: what the operator allows."""
 
 from __future__ import annotations
 
@@ -24,6 +24,8 @@ class Remotes:
         hosts: of URLs: "civitai.com", "*.example.org" for all below it, "*" for any.
         host_tokens: host → token that is sent to it and to no other (`Authorization: Bearer`).
         buckets: "s3://bucket" or "s3://bucket/prefix", with the endpoint and the credentials of the environment.
+        namespaces: owners of repositories of the hub that adapters may be sent to; "*" for any.
+        push_buckets: as `buckets`, for what adapters may be written to.
         policy: which addresses URLs may lead to. The hub's own address is the operator's word and is not judged.
         max_bytes: of one adapter.
         timeout_seconds: for all files of one adapter.
@@ -34,6 +36,8 @@ class Remotes:
     hosts: tuple[str, ...] = ()
     host_tokens: Mapping[str, str] = field(default_factory=dict, repr=False)
     buckets: tuple[str, ...] = ()
+    namespaces: tuple[str, ...] = ()
+    push_buckets: tuple[str, ...] = ()
     policy: EgressPolicy = field(default_factory=EgressPolicy)
     max_bytes: int = 8 * 1024**3
     timeout_seconds: float = 3600.0
@@ -73,17 +77,44 @@ class Remotes:
             )
 
     def check_bucket(self, bucket: str, path: str) -> None:
-        """Raises RequestInvalid: that part of that bucket is not one of the allowed ones."""
-        for allowed in map(urlsplit, self.buckets):
-            prefix = allowed.path.strip("/")
-            if allowed.netloc == bucket and (not prefix or f"{path}/".startswith(f"{prefix}/")):
-                return
-        listed = ", ".join(self.buckets) or "none"
-        raise _refused(
-            "/s3",
-            f"s3://{bucket}/{path} is not used by this server; allowed: {listed}",
-            "Whoever runs the service can set RANKWISE_IMPORT_BUCKETS.",
-        )
+        """Raises RequestInvalid: nothing is fetched from that part of that bucket."""
+        _check_bucket(self.buckets, bucket, path, "RANKWISE_IMPORT_BUCKETS")
+
+    def check_push_bucket(self, bucket: str, path: str) -> None:
+        """Raises RequestInvalid: nothing is written to that part of that bucket."""
+        _check_bucket(self.push_buckets, bucket, path, "RANKWISE_PUSH_BUCKETS")
+
+    def check_push_repo(self, repo: str, token: str | None) -> tuple[str, str]:
+        """The hub's address and the token. Raises RequestInvalid: nothing is sent to that repository."""
+        hub, owner = self.check_hub(), repo.rpartition("/")[0]
+        if not owner or not any(name in (ANY_HOST, owner) for name in self.namespaces):
+            listed = ", ".join(self.namespaces) or "none"
+            raise _refused(
+                "/hub/repo",
+                f"adapters are not sent to {repo}; allowed owners of repositories: {listed}",
+                "Whoever runs the service can set RANKWISE_PUSH_NAMESPACES.",
+            )
+        found = self.hub_token(token)
+        if found is None:
+            raise _refused(
+                "/hub/token",
+                "there is no token called default, and no other is named",
+                "Whoever runs the service can set RANKWISE_HUB_TOKENS.",
+            )
+        return hub, found
+
+
+def _check_bucket(allowed: tuple[str, ...], bucket: str, path: str, setting: str) -> None:
+    for item in map(urlsplit, allowed):
+        prefix = item.path.strip("/")
+        if item.netloc == bucket and (not prefix or f"{path}/".startswith(f"{prefix}/")):
+            return
+    listed = ", ".join(allowed) or "none"
+    raise _refused(
+        "/s3",
+        f"s3://{bucket}/{path} is not used by this server; allowed: {listed}",
+        f"Whoever runs the service can set {setting}.",
+    )
 
 
 def _fits(host: str, pattern: str) -> bool:

@@ -18,6 +18,7 @@ from app.cli.importing import import_adapter
 from app.cli.options import AdapterId, Cursor, Json, Limit, stem
 from app.cli.output import fields, moment, note_more, print_json, size, stdout, table
 from app.cli.progress import require_success, transfer, watch
+from app.cli.pushing import push_adapter
 from app.cli.resuming import packed, upload_in_pieces
 from artifacts.errors import FormatUnknown, RequestInvalid
 from artifacts.formats.gguf import BASE_CONFIG
@@ -25,6 +26,7 @@ from artifacts.formats.gguf import BASE_CONFIG
 app = typer.Typer(help="Adapters: upload, list, look at, download, delete, trace.", no_args_is_help=True)
 app.command("compatibility")(compatibility)
 app.command("import")(import_adapter)
+app.command("push")(push_adapter)
 CONFIG_FILE = "adapter_config.json"
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import http.server
 import json
@@ -37,6 +38,11 @@ class FileServer:
             def do_GET(self) -> None:
                 owner.got.append((self.path, {name.lower(): value for name, value in self.headers.items()}))
                 owner.answer(self)
+
+            def do_POST(self) -> None:
+                owner.receive(self, self.rfile.read(int(self.headers.get("content-length") or 0)))
+
+            do_PUT = do_POST  # noqa: N815
 
             def log_message(self, format: str, *args: Any) -> None:  # noqa: A002
                 return
@@ -82,6 +88,9 @@ class FileServer:
             return
         request.close_connection = True
 
+    def receive(self, request: http.server.BaseHTTPRequestHandler, body: bytes) -> None:
+        self.send(request, 405, {}, body[:0])
+
     def close(self) -> None:
         self.server.shutdown()
         self.server.server_close()
@@ -97,3 +106,91 @@ def add_repository(hub: FileServer, repo: str, files: dict[str, bytes], revision
     hub.files[f"/api/models/{repo}/revision/{revision}"] = json.dumps({"sha": COMMIT, "siblings": siblings}).encode()
     for name, data in files.items():
         hub.files[f"/{repo}/resolve/{COMMIT}/{name}"] = data
+
+
+@dataclass
+class FakeHub(FileServer):
+    """What huggingface_hub asks of a hub to make a repository and commit files to it; `objects` are what it was sent
+    by Git LFS, `commits` (repository, branch) → path → bytes."""
+
+    token: str = "hf_s3cret"
+    private: dict[str, bool] = field(default_factory=dict)
+    branches: set[tuple[str, str]] = field(default_factory=set)
+    objects: dict[str, bytes] = field(default_factory=dict)
+    commits: dict[tuple[str, str], dict[str, bytes]] = field(default_factory=dict)
+    paths: list[str] = field(default_factory=list)
+
+    def answer(self, request: http.server.BaseHTTPRequestHandler) -> None:
+        repo = request.path.removeprefix("/api/models/")
+        if self.refused(request):
+            return
+        if repo in self.private:
+            self.json(request, {"id": repo, "modelId": repo, "private": self.private[repo], "siblings": []})
+        else:
+            super().answer(request)
+
+    def receive(self, request: http.server.BaseHTTPRequestHandler, body: bytes) -> None:
+        path = unquote(urlsplit(request.path).path)
+        self.paths.append(path)
+        if path.startswith("/upload/"):
+            self.objects[path.removeprefix("/upload/")] = body
+            return self.json(request, {})
+        if self.refused(request):
+            return None
+        if path == "/api/repos/create":
+            return self.create(request, json.loads(body))
+        if path == "/api/validate-yaml":
+            return self.json(request, {"errors": [], "warnings": []})
+        if path.endswith(".git/info/lfs/objects/batch"):
+            return self.batch(request, json.loads(body))
+        repo, verb, branch = path.removeprefix("/api/models/").rsplit("/", 2)
+        if verb == "preupload":
+            modes = [
+                {
+                    "path": item["path"],
+                    "uploadMode": "lfs" if item["path"].endswith(".safetensors") else "regular",
+                    "shouldIgnore": False,
+                }
+                for item in json.loads(body)["files"]
+            ]
+            return self.json(request, {"files": modes})
+        if verb == "branch":
+            self.branches.add((repo, branch))
+            return self.json(request, {})
+        assert verb == "commit"
+        self.commits[repo, branch] = dict(map(self.committed, [json.loads(line) for line in body.splitlines()][1:]))
+        return self.json(
+            request, {"success": True, "commitOid": COMMIT, "commitUrl": f"{self.url}/{repo}/commit/{COMMIT}"}
+        )
+
+    def refused(self, request: http.server.BaseHTTPRequestHandler) -> bool:
+        status = self.statuses.pop(0) if self.statuses else 200
+        if status == 200 and request.headers.get("authorization") != f"Bearer {self.token}":
+            status = 401
+        if status != 200:
+            self.send(request, status, {}, b"")
+        return status != 200
+
+    def create(self, request: http.server.BaseHTTPRequestHandler, wanted: dict[str, Any]) -> None:
+        repo = f"{wanted['organization']}/{wanted['name']}" if wanted.get("organization") else wanted["name"]
+        status = 409 if repo in self.private else 200
+        self.private.setdefault(repo, wanted.get("visibility") == "private")
+        self.json(request, {"url": f"{self.url}/{repo}", "name": repo}, status)
+
+    def batch(self, request: http.server.BaseHTTPRequestHandler, wanted: dict[str, Any]) -> None:
+        found = [
+            {**item, "actions": {"upload": {"href": f"{self.url}/upload/{item['oid']}"}}}
+            if item["oid"] not in self.objects
+            else item
+            for item in wanted["objects"]
+        ]
+        self.json(request, {"transfer": "basic", "objects": found})
+
+    def committed(self, line: dict[str, Any]) -> tuple[str, bytes]:
+        value = line["value"]
+        if line["key"] == "lfsFile":
+            return value["path"], self.objects[value["oid"]]
+        return value["path"], base64.b64decode(value["content"])
+
+    def json(self, request: http.server.BaseHTTPRequestHandler, document: dict[str, Any], status: int = 200) -> None:
+        self.send(request, status, {"content-type": "application/json"}, json.dumps(document).encode())

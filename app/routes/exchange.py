@@ -1,4 +1,4 @@
-"""POST /adapters/import: adapters of other servers, checked when it is submitted, fetched by the pool."""
+"""Adapters fetched from other servers and sent to them: checked when it is submitted, done by the pool."""
 
 from __future__ import annotations
 
@@ -6,14 +6,16 @@ from fastapi import APIRouter, Request
 from starlette.concurrency import run_in_threadpool
 from starlette.responses import JSONResponse
 
-from app.dependencies import IdempotencyKey, JobRunner, ServicesDep, WaitSeconds
+from app.dependencies import AdapterId, IdempotencyKey, JobRunner, ServicesDep, WaitSeconds
 from app.job_answers import JOB_RESPONSES, answer_or_wait
 from app.json_body import JsonRoute
 from app.problems import problem_responses
 from app.schemas.common import as_json
 from app.schemas.imports import ImportRequest
 from app.schemas.jobs import Job
+from app.schemas.pushes import PushRequest
 from app.submission import submit
+from storage import adapters
 
 router = APIRouter(tags=["adapters"], route_class=JsonRoute)
 
@@ -44,5 +46,37 @@ async def import_adapter(
         body.resources,
         idempotency_key=idempotency_key,
         request_id=request.state.request_id,
+    )
+    return await answer_or_wait(request, services, answer, wait)
+
+
+@router.post(
+    "/adapters/{adapter_id}/push",
+    status_code=202,
+    summary="Send an adapter elsewhere",
+    response_model=Job,
+    responses={**JOB_RESPONSES, **problem_responses(404, 409, 413, 415, 429, 507)},
+)
+async def push_adapter(
+    request: Request,
+    services: ServicesDep,
+    principal: JobRunner,
+    adapter_id: AdapterId,
+    body: PushRequest,
+    wait: WaitSeconds,
+    idempotency_key: IdempotencyKey = None,
+) -> JSONResponse:
+    """To a repository of the hub, or as an OCI image layout to a bucket, as far as the settings allow; in any format,
+    dtype and rank that a download has. The report has the commit or the manifest's digest, and that of every file."""
+    answer = await run_in_threadpool(
+        submit,
+        services,
+        principal,
+        "push",
+        {"adapter": adapter_id, **as_json(body, exclude={"resources"})},
+        body.resources,
+        idempotency_key=idempotency_key,
+        request_id=request.state.request_id,
+        subject=lambda session: adapters.get_adapter(session, adapter_id),
     )
     return await answer_or_wait(request, services, answer, wait)

@@ -1,0 +1,155 @@
+"""Adapters sent to a hub: one commit with all files, in a repository that is as private as was asked."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, NoReturn, TypeVar
+
+from artifacts.errors import FieldError, RemoteUnavailable, RequestInvalid
+from workers.pushed_files import PushedFile
+
+T = TypeVar("T")
+_WATCH_SECONDS = 0.2
+_BUSY = (408, 429, 500, 502, 503, 504)
+
+
+@dataclass(frozen=True, slots=True)
+class HubTarget:
+    """Where to: the hub's address and token, repository, branch, folder in it, and whether it may be public."""
+
+    hub: str
+    token: str
+    repo: str
+    revision: str
+    path: str | None
+    private: bool
+
+
+def push(
+    target: HubTarget,
+    files: Sequence[PushedFile],
+    message: str,
+    *,
+    timeout_seconds: float,
+    check_stop: Callable[[], None],
+) -> dict[str, Any]:
+    """Make the repository and the branch if they are not there, and commit the files. Files that are the same there
+    already are not sent.
+
+    Returns:
+        {commit, url}.
+
+    Raises:
+        RequestInvalid: the hub refuses it, the repository is public and was to be private, or it took too long.
+        RemoteUnavailable: the hub is away or busy.
+    """
+    return watched(lambda: _commit(target, files, message), timeout_seconds, check_stop)
+
+
+def _commit(target: HubTarget, files: Sequence[PushedFile], message: str) -> dict[str, Any]:
+    from huggingface_hub import CommitOperationAdd, HfApi
+
+    api = HfApi(endpoint=target.hub, token=target.token)
+    with _plain_uploads(), _translated(target):
+        api.create_repo(target.repo, private=target.private, exist_ok=True)
+        if target.private and not api.repo_info(target.repo).private:
+            problem = f"{target.repo} is there and is public"
+            raise RequestInvalid(
+                f"{problem}.",
+                hint="Send private: false if everybody may see the adapter.",
+                errors=[FieldError("/hub/private", problem)],
+            )
+        if target.revision != "main":
+            api.create_branch(target.repo, branch=target.revision, exist_ok=True)
+        folder = "" if target.path is None else f"{target.path}/"
+        operations = [CommitOperationAdd(f"{folder}{file.name}", str(file.path)) for file in files]
+        made = api.create_commit(target.repo, operations, commit_message=message, revision=target.revision)
+    return {"commit": made.oid, "url": f"{target.hub}/{target.repo}/tree/{made.oid}"}
+
+
+@contextmanager
+def _plain_uploads() -> Iterator[None]:
+    """Git LFS over HTTP, which every hub speaks; the chunked protocol of one company's hub is not asked for."""
+    from huggingface_hub import constants
+    from huggingface_hub.utils.tqdm import disable_progress_bars, tqdm
+
+    disable_progress_bars()
+    tqdm.monitor_interval = 0  # or it starts a thread that stays
+    before, constants.HF_HUB_DISABLE_XET = constants.HF_HUB_DISABLE_XET, True
+    try:
+        yield
+    finally:
+        constants.HF_HUB_DISABLE_XET = before
+
+
+@contextmanager
+def _translated(target: HubTarget) -> Iterator[None]:
+    """Failures of the hub as errors of our tree. Nothing of a request is in them, for it may hold the token."""
+    from httpx2 import HTTPError  # what huggingface_hub sends with, and the base of its own errors
+    from huggingface_hub.errors import OfflineModeIsEnabled
+
+    try:
+        yield
+    except OfflineModeIsEnabled as error:
+        raise RequestInvalid(
+            "Nothing is sent to a hub: HF_HUB_OFFLINE is set where this service's workers run.",
+            hint="Whoever runs the service can unset it.",
+        ) from error
+    except (HTTPError, OSError, RuntimeError, ValueError) as error:
+        status = next((found for found in map(_status, _causes(error)) if found is not None), None)
+        if status is not None and status not in _BUSY:
+            _refuse(target, status)
+        what = f"it answered {status}" if status is not None else type(error).__name__
+        raise RemoteUnavailable(f"Sending to {target.hub}/{target.repo} failed: {what}.") from error
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__
+
+
+def _status(error: BaseException) -> int | None:
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    return status if isinstance(status, int) else None
+
+
+def _refuse(target: HubTarget, status: int) -> NoReturn:
+    problem = f"the hub answered {status}"
+    raise RequestInvalid(
+        f"{target.hub} does not take {target.repo}: it answered {status}.",
+        hint="May the token write to that namespace?" if status in (401, 403, 404) else None,
+        errors=[FieldError("/hub/repo", problem)],
+    )
+
+
+def watched(work: Callable[[], T], seconds: float, check_stop: Callable[[], None]) -> T:
+    """What `work` returns, done in a thread that nobody waits for once the job is to stop or its time is over: the
+    process ends then, and the thread with it."""
+    results: list[T] = []
+    errors: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            results.append(work())
+        except BaseException as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=run, name="push", daemon=True)
+    thread.start()
+    left = seconds
+    while thread.is_alive():
+        thread.join(min(_WATCH_SECONDS, max(left, 0.0)))
+        left -= _WATCH_SECONDS
+        check_stop()
+        if left <= 0 and thread.is_alive():
+            raise RequestInvalid(
+                f"The adapter could not be sent within {seconds:g} s.",
+                hint="Whoever runs the service can set RANKWISE_IMPORT_TIMEOUT_SECONDS.",
+            )
+    if errors:
+        raise errors[0]
+    return results[0]
