@@ -21,7 +21,7 @@ from merge.rules import MASK_ROWS, compiled
 from merge.stack import Stack
 
 BLOCK_ROWS = 2 * MASK_ROWS
-TILE_BYTES = 1 << 19
+TILE_BYTES = 1 << 20
 """Of the deltas that are there at a time, in the cache of one core."""
 TILE_COLUMNS = 64
 """A tile's width is a multiple of it."""
