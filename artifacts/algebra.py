@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+SPARE_VECTORS = 4
+
 SAFE_INVERSE = 900.0
 """How large ‖T⁻¹‖²_F − n may be for the Cholesky factor T of a unit-diagonal Gram matrix to stand in for a QR factor.
 
@@ -68,6 +70,21 @@ def small_svd(core: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     projected = U.T @ core
     S = projected.norm(dim=1)
     return U, S, torch.where(S > 0, projected.T / S, 0.0)
+
+
+def small_svd_of_rank(core: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
+    """As `small_svd` of a core whose rank is at most `rank`, which may give fewer triplets than sides: none is lost.
+
+    The products with a few random vectors more than the rank span all columns of the core.
+    """
+    count = rank + SPARE_VECTORS
+    if 2 * count >= min(core.shape):
+        return small_svd(core)
+    generator = torch.Generator().manual_seed(count)
+    drawn = torch.randn(core.shape[1], count, dtype=core.dtype, generator=generator).to(core.device)
+    Q = torch.linalg.qr(core @ drawn).Q
+    U, S, V = small_svd(Q.T @ core)
+    return Q @ U, S, V
 
 
 def triangular(X: Tensor, gram_X: Tensor) -> tuple[Tensor, Tensor]:

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from merge import entry_loops
-from merge.rules import MASK_ROWS, compiled
+from merge.rules import MASK_ROWS, compiled, kth_largest
 from merge.stack import Stack
 
 BLOCK_ROWS = 2 * MASK_ROWS
@@ -108,7 +108,7 @@ def largest(deltas: DeltaRows, measure: Measure, counts: Sequence[Sequence[int]]
     if deltas.entries <= WHOLE:
         values = torch.cat([measure(tile).abs().flatten(1) for _, _, tile in deltas.tiles()], 1)
         return [
-            [_kth(channel, k) if k < len(channel) else 0.0 for k in wanted]
+            [kth_largest(channel, k) if k < len(channel) else 0.0 for k in wanted]
             for channel, wanted in zip(values, counts, strict=True)
         ]
     found = [[0.0 if k else float("inf") for k in wanted] for wanted in counts]
@@ -198,7 +198,7 @@ class _Brackets:
     def kth(self, ranks: Sequence[int]) -> list[float | None]:
         """By bracket, the k-th largest of all that was seen; None when it is not inside."""
         return [
-            _kth(inside[:count], k - above) if above < k <= above + count else None
+            kth_largest(inside[:count], k - above) if above < k <= above + count else None
             for k, above, count, inside in zip(
                 ranks, self.above.tolist(), self.count.tolist(), self.inside, strict=True
             )
@@ -210,13 +210,3 @@ def _descending(values: Tensor) -> Tensor:
     if values.device.type == "cpu":
         return torch.from_numpy(np.sort(values.numpy(), axis=1)).flip(1)
     return values.sort(dim=1, descending=True).values
-
-
-def _kth(values: Tensor, k: int) -> float:
-    """The k-th largest of (m,) values."""
-    if k == 0:
-        return float("inf")
-    place = len(values) - k
-    if values.device.type == "cpu":  # numpy selects many times faster than torch
-        return float(np.partition(values.numpy(), place)[place])
-    return float(values.kthvalue(place + 1).values)

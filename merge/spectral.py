@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from artifacts.algebra import small_svd
+from artifacts.algebra import small_svd, small_svd_of_rank
 
 
 def separated(cores: Tensor, ranks: Sequence[int], weights: Tensor, cutoff: float) -> Tensor:
@@ -29,7 +29,7 @@ def separated(cores: Tensor, ranks: Sequence[int], weights: Tensor, cutoff: floa
     room, total = min(cores.shape[1:]), sum(ranks)
     U, S, V = [], [], []
     for core, rank, weight in zip(cores, ranks, weights, strict=True):
-        own_U, own_S, own_V = small_svd(core)
+        own_U, own_S, own_V = small_svd_of_rank(core, rank)
         # a triplet of a null direction would turn the others
         there = int((cutoff * own_S[:1] < own_S).sum())
         share = min(rank if total <= room else max(rank * room // total, 1), there)
@@ -48,11 +48,11 @@ def isotropic(core: Tensor, cutoff: float) -> Tensor:
     return S[there].mean() * U[:, there] @ V[:, there].T
 
 
-def isotropic_with_specifics(cores: Tensor, common_fraction: float, cutoff: float) -> Tensor:
+def isotropic_with_specifics(cores: Tensor, ranks: Sequence[int], common_fraction: float, cutoff: float) -> Tensor:
     """Iso-CTS (arXiv:2502.04959): common directions of the sum beside specific ones of each matrix, all of one size.
 
     Args:
-        cores: (N, p, q), weights folded in.
+        cores: (N, p, q), weights folded in; ranks: of the N adapters.
         common_fraction: share of the directions that are taken from the sum.
         cutoff: what is rounding, relative to the largest singular value.
 
@@ -64,8 +64,8 @@ def isotropic_with_specifics(cores: Tensor, common_fraction: float, cutoff: floa
     common = max(directions - each * len(cores), 0)
     U, S, V = U[:, :common], S[:common], V[:, :common]
     parts_U, parts_S, parts_V = [U], [S], [V]
-    for core in cores:
-        own_U, own_S, own_V = small_svd(core - U @ (U.T @ core))
+    for core, rank in zip(cores, ranks, strict=True):
+        own_U, own_S, own_V = small_svd_of_rank(core - U @ (U.T @ core), rank)
         # an adapter of few components has fewer directions than its share; null vectors must not stand in for them
         share = min(each, int((cutoff * core.norm() < own_S).sum()))
         parts_U.append(own_U[:, :share])

@@ -40,7 +40,7 @@ def iso_cts(stack: Stack, options: IsoCtsOptions, rank: int) -> MergedModule:
     """Iso-CTS (arXiv:2502.04959) in the core: common directions of the sum and specific ones of each adapter."""
     frame = CoreFrame.of(stack)
     cores = frame.cores() * stack.owner_weights[:, None, None]
-    merged = spectral.isotropic_with_specifics(cores, options.common_fraction, frame.cutoff)
+    merged = spectral.isotropic_with_specifics(cores, stack.ranks, options.common_fraction, frame.cutoff)
     return frame.merged(merged * options.scale, rank)
 
 

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from artifacts.algebra import SPARE_VECTORS, small_svd_of_rank
 from merge import rules, spectral
 
 W = torch.tensor([1.0, 0.5, -0.7], dtype=torch.float64)
@@ -121,6 +122,20 @@ class TestDropping:
     def test_seeds_differ(self) -> None:
         X = torch.ones(20, 20)
         assert not torch.equal(rules.dropped(X, 0.5, 1), rules.dropped(X, 0.5, 2))
+
+
+@pytest.mark.parametrize("rank", [0, 1, 5, 11])
+def test_an_svd_of_known_rank_is_that_of_the_matrix(rank: int) -> None:
+    generator = torch.Generator().manual_seed(rank)
+    left, right = (torch.randn(40, rank, dtype=torch.float64, generator=generator) for _ in range(2))
+    core = left * torch.logspace(0, -4, rank, dtype=torch.float64) @ right.T
+    U, S, V = small_svd_of_rank(core, rank)
+    assert len(S) == rank + SPARE_VECTORS
+    exact = torch.linalg.svdvals(core)
+    torch.testing.assert_close(S, exact[: len(S)], rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(U * S @ V.T, core, rtol=0, atol=1e-11)
+    there = exact[: len(S)] > 1e-9
+    torch.testing.assert_close(U[:, there].T @ U[:, there], torch.eye(rank, dtype=torch.float64))
 
 
 class TestPolarFactor:
