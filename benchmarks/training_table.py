@@ -27,7 +27,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 
@@ -49,6 +49,7 @@ PAGE = Path(__file__).parent.parent / "docs" / "explanation" / "training-methods
 BEGIN, END = "<!-- begin of the table -->", "<!-- end of the table -->"
 
 VARIANTS: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
+    "lq-lora": {line: {} for line in ("lq-lora, 4 bits", "lq-lora, 3 bits")},  # the rank is that of the base
     "adalora": {"adalora": {"initial_rank": 12, "target_rank": RANK}},
     "eva": {"eva": {"rank": RANK, "rho": 1.0}},  # a pooler has one input a row, and a batch has to fill the rank
     "vera": {"vera": {"rank": 256}},
@@ -61,6 +62,8 @@ VARIANTS: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
     "increlora": {"increlora": {"target_rank": RANK, "initial_rank": RANK // 2, "increment": 2}},
 }
 """Lines of the table whose parameters are not just the rank."""
+PACKED: Mapping[str, Literal["nf3", "nf4"]] = {"lq-lora, 4 bits": "nf4", "lq-lora, 3 bits": "nf3"}
+"""Lines whose base is quantised first: their preset."""
 
 
 @dataclass(frozen=True)
@@ -170,10 +173,10 @@ def train_all(runs: Sequence[Run], workers: int) -> list[dict[str, Any]]:
 
 
 def lines_of(names: Sequence[str]) -> list[tuple[str, str, Mapping[str, Any]]]:
-    """(line of the table, method, parameters) of every method that serves the task on the unquantised base model."""
+    """(line of the table, method, parameters) of every method that serves the task."""
     found = []
     for name, row in METHODS.items():
-        if name != "lq-lora" and (not names or name in names) and "sequence-classification" in row.capabilities.tasks:
+        if (not names or name in names) and "sequence-classification" in row.capabilities.tasks:
             variants = VARIANTS.get(name, {name: {"rank": RANK}})
             found += [(line, name, parameters) for line, parameters in variants.items()]
     return found
@@ -185,8 +188,9 @@ def measure(names: Sequence[str], folder: Path, base: Path, workers: int) -> lis
     inner = write_rows([row for row in rows if split_of(row, HELD_OUT) == "train"], folder / "inner.jsonl")
     lines = lines_of(names)
     print(f"{len(rows)} questions of {len({row['label'] for row in rows})} topics, {len(lines)} lines", flush=True)
+    bases = {line: packed(base, PACKED[line], folder) if line in PACKED else base for line, _, _ in lines}
     searches = [
-        Run(line, method, parameters, rate, SEEDS[0], inner, SEARCHED, base)
+        Run(line, method, parameters, rate, SEEDS[0], inner, SEARCHED, bases[line])
         for line, method, parameters in lines
         for rate in LEARNING_RATES
     ]
@@ -195,7 +199,7 @@ def measure(names: Sequence[str], folder: Path, base: Path, workers: int) -> lis
         losses.setdefault(run.line, {})[run.learning_rate] = report["evaluation"]["after"]["loss"]
     chosen = {line: min(found, key=lambda rate: found[rate]) for line, found in losses.items()}
     runs = [
-        Run(line, method, parameters, chosen[line], seed, whole, HELD_OUT, base)
+        Run(line, method, parameters, chosen[line], seed, whole, HELD_OUT, bases[line])
         for line, method, parameters in lines
         for seed in SEEDS
     ]
@@ -203,6 +207,16 @@ def measure(names: Sequence[str], folder: Path, base: Path, workers: int) -> lis
     for run, report in zip(runs, train_all(runs, workers), strict=True):
         reports.setdefault(run.line, []).append(report)
     return [_line(line, chosen[line], found) for line, found in reports.items()]
+
+
+def packed(base: Path, preset: Literal["nf3", "nf4"], folder: Path) -> Path:
+    """The base model with every matrix in the format of a preset, and factors of the table's rank."""
+    from train.options.quantisation import QuantisationOptions
+    from train.quantised.engine import quantise_base
+
+    options = QuantisationOptions(rank=RANK, preset=preset)
+    quantise_base(base, folder / preset, options, progress=lambda fraction, message: None)
+    return folder / preset
 
 
 def _line(name: str, learning_rate: float, reports: Sequence[dict[str, Any]]) -> Line:
