@@ -24,6 +24,8 @@ MAX_NAME_BYTES = 500
 _MAX_DIMENSIONS = 4
 _MAX_TEXT_BYTES = 1 << 16
 _MOST_ELEMENTS = 1 << 48
+_MOST_VALUES, _MOST_TENSORS, _MOST_TEXTS = 10_000, 100_000, 1_000_000
+"""An adapter has some tens of values and two tensors for each module; lists of texts are those of a vocabulary."""
 
 Value = str | int | float | bool
 
@@ -130,8 +132,8 @@ class _Parser:
             raise FormatUnknown(f"It is GGUF of version {version}{other}; 2 and 3 are read, in little-endian order.")
         tensor_count, value_count = self._number(10), self._number(10)
         # a value has at least its key's length, its type and one byte; a tensor all its fields
-        self._check_count(value_count, 13, "values")
-        self._check_count(tensor_count, 33, "tensors")
+        self._check_count(value_count, 13, _MOST_VALUES, "values")
+        self._check_count(tensor_count, 33, _MOST_TENSORS, "tensors")
         values: dict[str, Value] = {}
         arrays: set[str] = set()
         for _ in range(value_count):
@@ -169,11 +171,10 @@ class _Parser:
     def _skip_array(self, key: str) -> None:
         kind, count = self._number(4), self._number(10)
         if kind == _STRING:
-            self._check_count(count, 8, f"elements of {key!r}")
+            self._check_count(count, 8, _MOST_TEXTS, f"elements of {key!r}")
             for _ in range(count):
                 self._take(self._number(10), "a text")
         elif kind in _SCALARS:
-            self._check_count(count, _SCALARS[kind].size, f"elements of {key!r}")
             self._take(count * _SCALARS[kind].size, f"{key!r}")
         else:
             raise FileBroken(f"{key!r} is a list of the type {kind}, which is not read.")
@@ -220,9 +221,10 @@ class _Parser:
             raise FileBroken(f"{self._file_size - start - position} bytes follow the last tensor.")
         return found
 
-    def _check_count(self, count: int, smallest: int, what: str) -> None:
-        if count * smallest > len(self._data) - self._at:
-            raise FileBroken(f"The header claims {count} {what}; that many do not fit into it.")
+    def _check_count(self, count: int, smallest: int, most: int, what: str) -> None:
+        if count > most or count * smallest > len(self._data) - self._at:
+            fault = "that many do not fit into it" if count <= most else f"at most {most} are accepted"
+            raise FileBroken(f"The header claims {count} {what}; {fault}.")
 
     def _text(self, most: int) -> str:
         length = self._number(10)

@@ -199,12 +199,24 @@ def test_what_is_written_is_what_llama_cpps_library_reads(tmp_path: Path) -> Non
         assert (found.begin, found.end - found.begin) == (tensor.data_offset, tensor.n_bytes)
 
 
+def with_list(kind: int, count: int) -> bytes:
+    """A header whose only value is a list."""
+    return b"GGUF" + struct.pack("<IQQQ", 3, 0, 1, 1) + b"x" + struct.pack("<IIQ", 9, kind, count) + bytes(64)
+
+
 @pytest.mark.parametrize(
     ("content", "words"),
     [
         (small()[:8] + struct.pack("<QQ", 2**63, 3) + small()[24:], "claims 9223372036854775808 tensors"),
         (small()[:8] + struct.pack("<QQ", 2, 2**60) + small()[24:], "claims 1152921504606846976 values"),
         (small()[:24] + struct.pack("<Q", 2**62) + small()[32:], "claims 4611686018427387904 bytes"),
+        (small()[:8] + struct.pack("<QQ", 2, 10_001) + small()[24:] + bytes(200_000), "at most 10000 are accepted"),
+        (small()[:8] + struct.pack("<QQ", 100_001, 3) + small()[24:] + bytes(10**7), "at most 100000 are accepted"),
+        (small()[:8] + struct.pack("<QQ", 900, 3) + small()[24:], "900 tensors; that many do not fit"),
+        (with_list(8, 2_000_000), "2000000 elements of 'x'; at most"),
+        (with_list(10, 2**61), "ends inside of 'x'"),
+        (with_list(8, 99), "99 elements of 'x'; that many do not fit"),
+        (with_list(9, 1), "'x' is a list of the type 9"),
         (small()[:-40], "Truncated"),
         (small() + bytes(33), "33 bytes follow"),
         (small()[:-150], "ends inside of"),
