@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
+import copy
+import random
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
 import torch
+from small_lm import collated, encoded, keep_words
 from torch import Tensor, nn
 from towers import Tower, drive, prepared, squared_error
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from examples.smollm2.base_model import base_model_directory
+from examples.smollm2.tasks import TASKS, make_items
 from train.layer_weights import Choice
 from train.methods.flexora import Flexora
+from train.options.flexora import FlexoraOptions
+from train.protocol import MethodContext
+from train.settings import TrainingSettings
 
 LAYERS, WIDTH, ROWS = 6, 16, 160
 FIRST, STEPS = 100, 220
@@ -151,3 +162,66 @@ def test_on_little_data_the_chosen_layers_generalise_better_than_all_and_than_ch
     assert count <= 0.7 * LAYERS
     assert chosen <= 1.01 * everywhere, (method.learnt.weights, everywhere)
     assert chosen <= sum(chance) / 3, chance
+
+
+@dataclass(frozen=True)
+class FewRows:
+    """SmolLM2-135M with the words of one small task, 64 rows to train on and others to measure."""
+
+    base: nn.Module
+    words: dict[int, int]
+    rows: list[Any]
+    held_out: Mapping[str, Tensor]
+
+    @classmethod
+    def load(cls) -> FewRows:
+        folder = base_model_directory()
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        rows, new = (
+            [encoded(tokenizer, item) for item in make_items(TASKS["numbers"], split, count)]
+            for split, count in (("train", 64), ("held_out", 48))
+        )
+        words = sorted({word for ids, _ in rows + new for word in ids})
+        place = {word: number for number, word in enumerate(words)}
+        base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).requires_grad_(False)
+        base.config.use_cache = False
+        keep_words(base, words)
+        return cls(base, place, rows, collated(new, place))
+
+    def train(self, layers: tuple[int, ...] | None, first: int) -> tuple[float, Flexora]:
+        """Three passes over the rows in these layers, or in those that are chosen in so many steps before."""
+        torch.manual_seed(0)
+        model = copy.deepcopy(self.base)
+        held = {"validation_rows": 16, "validation_batches": 2, "validation_batch_size": 4}
+        method = Flexora(FlexoraOptions(rank=8, selection="above_mean", selection_steps=first, **held))
+        context = MethodContext(
+            [f"model.layers.{number}.self_attn.{name}" for number in range(30) for name in ("q_proj", "v_proj")],
+            first + 3 * 64 // 8,
+            lambda: iter(()),
+            TrainingSettings(learning_rate=3e-3, schedule="cosine", batch_size=8),
+            rows=64,
+            batch_of=lambda numbers: collated([self.rows[number] for number in numbers], self.words),
+        )
+        method.prepare(model, context)
+        if layers is not None:
+            method.learnt.choose = lambda rule, count: Choice(layers, "given")  # type: ignore[method-assign]
+        drive(method, model, context.total_steps)
+        with torch.no_grad():
+            return float(model.eval()(**self.held_out).loss), method
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_on_64_rows_the_chosen_layers_of_a_real_model_learn_more_than_as_many_of_chance() -> None:
+    """Three passes over so few rows do not over-fit at this rate, so that all layers are better still."""
+    data = FewRows.load()
+    chosen, method = data.train(None, 12)
+    assert method.choice is not None
+    count = len(method.choice.layers)
+    everywhere, _ = data.train(tuple(range(30)), 1)
+    drawn = random.Random(0)
+    chance = [data.train(tuple(sorted(drawn.sample(range(30), count))), 1)[0] for _ in range(3)]
+    print(f"{count} of 30 layers {chosen:.3f}, all {everywhere:.3f}, of chance {[round(loss, 3) for loss in chance]}")
+    assert count <= 0.7 * 30
+    assert chosen <= sum(chance) / 3
+    assert chosen <= 1.2 * everywhere
