@@ -6,8 +6,10 @@ import hashlib
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from peft import PeftModel
@@ -32,6 +34,9 @@ from train.targets import check_method
 from train.tasks.classification import LABELS_KEY
 from train.tasks.protocol import TaskContext
 from train.tasks.transcript_classification import KMERS_KEY, TranscriptClassification
+from train.transcripts.kmers import all_kmers
+from train.transcripts.nucleotides import codes_of, text_of
+from train.transcripts.shuffling import dinucleotide_shuffle
 
 HALF = EvaluationSettings(validation_fraction=0.5)
 MODES = {
@@ -215,6 +220,35 @@ def test_shuffled_inputs_have_as_many_tokens_of_what_the_model_reads(
     assert any(task._shuffled(view).ids.tolist() != view.ids.tolist() for view in examples.validation)
     found = task.measure_more(model, examples.validation, HALF)["shuffled"]
     assert found != task.score(model, examples.validation, HALF, lambda _: None).to_dict()
+
+
+class CountsOneWord(torch.nn.Module):
+    """Says lncRNA by how often a token is in the input."""
+
+    def __init__(self, token: int) -> None:
+        super().__init__()
+        self.token, self.place = token, torch.nn.Parameter(torch.zeros(1))
+
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> SimpleNamespace:
+        counts = ((input_ids == self.token) * attention_mask).sum(1).float()
+        return SimpleNamespace(logits=torch.stack([torch.zeros_like(counts), counts], 1))
+
+
+def test_what_only_order_tells_is_gone_from_shuffled_inputs(tiny_kmer_bert: Path, tmp_path: Path) -> None:
+    """One class is the other one with its nucleotides shuffled: as often as there is each dinucleotide in both."""
+    drawn = np.random.default_rng(0)
+    ordered = ["ACG" * drawn.integers(0, 3) + "GCATTC" * drawn.integers(12, 18) for _ in range(40)]
+    shuffled = [text_of(dinucleotide_shuffle(codes_of(text), drawn)) for text in ordered]
+    records = [(f"A{number} label=lncRNA", text) for number, text in enumerate(ordered)]
+    records += [(f"B{number} label=mRNA", text) for number, text in enumerate(shuffled)]
+    task = task_of(tiny_kmer_bert, tmp_path, views="full")
+    examples = read(task, tmp_path, records)
+    model = CountsOneWord(int(task.kmers.ids[all_kmers(3).index("GCA")]))
+    assert task.score(model, examples.validation, HALF, lambda _: None).to_dict()["auroc"] == 1.0
+    found = task.measure_more(model, examples.validation, HALF)["shuffled"]["auroc"]
+    assert 0.3 < found < 0.7
+    after = task.score(model, examples.validation, HALF, lambda _: None)
+    assert not any("by composition" in remark for remark in task.remarks(after))
 
 
 def test_what_belongs_together_is_held_out_together(tiny_kmer_bert: Path, tmp_path: Path) -> None:
