@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from artifacts.errors import BlobMissing, FieldError, RequestInvalid
+from artifacts.formats.gguf import BASE_CONFIG
 from artifacts.layout import CONFIG_NAME, METADATA_KEY, WEIGHTS_NAME
 from artifacts.manifest import PEFT_FORMATS
 from artifacts.rank_cut import config_text, rank_cut
@@ -66,7 +67,9 @@ def peft_download(blobs: BlobStore, crc32: Crc32Cache, row: AdapterRow) -> Downl
     check_blobs(blobs, row.files)
     weights = weights_of(row)
     if any(file.path == CONFIG_NAME for file in row.files):
-        entries = [blob_entry(file.path, file.sha256, file.size, crc32.get(file.sha256)) for file in row.files]
+        entries = [
+            blob_entry(file.path, file.sha256, file.size, crc32.get(file.sha256)) for file in directory_files(row)
+        ]
     else:
         if not _is_one_component(row.config):
             raise RequestInvalid(
@@ -126,7 +129,7 @@ def cut_download(blobs: BlobStore, crc32: Crc32Cache, row: AdapterRow, rank: int
         return Download(content, etag, SAFETENSORS_TYPE, f"{name}.safetensors")
     size = total_size(content)
     sum_of_weights = crc32.made(etag.strip('"'), lambda: read_segments(blobs, content, 0, size))
-    others = [file for file in row.files if file.path not in (CONFIG_NAME, weights.path)]
+    others = [file for file in directory_files(row) if file.path not in (CONFIG_NAME, weights.path)]
     entries = [blob_entry(file.path, file.sha256, file.size, crc32.get(file.sha256)) for file in others]
     entries.append(bytes_entry(CONFIG_NAME, config_text(cut.config)))
     entries.append(ZipEntry(WEIGHTS_NAME, sum_of_weights, size, content))
@@ -159,6 +162,12 @@ def weights_of(row: AdapterRow) -> AdapterFileRow:
         if file.path.endswith(".safetensors"):
             return file
     raise BlobMissing(f"{row.id} has no weights on record.")
+
+
+def directory_files(row: AdapterRow) -> list[AdapterFileRow]:
+    """The files of a PEFT directory: without config.json of the base model, by which transformers would take the
+    directory for a model's."""
+    return [file for file in row.files if file.path != BASE_CONFIG]
 
 
 def check_blobs(blobs: BlobStore, files: Sequence[AdapterFileRow]) -> None:

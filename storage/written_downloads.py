@@ -33,6 +33,7 @@ from storage.downloads import (
     DownloadDtype,
     DownloadFormat,
     check_blobs,
+    directory_files,
     etag_of,
     file_stem,
     stored_header,
@@ -170,7 +171,7 @@ def _as_file(
     else:
         checksum = crc32.made(etag.strip('"'), lambda: read_segments(blobs, content, 0, size))
     weights = weights_of(row)
-    others = [file for file in row.files if file.path not in (CONFIG_NAME, weights.path)]
+    others = [file for file in directory_files(row) if file.path not in (CONFIG_NAME, weights.path)]
     entries = [blob_entry(file.path, file.sha256, file.size, crc32.get(file.sha256)) for file in others]
     entries.append(bytes_entry(CONFIG_NAME, config_text(written.config)))
     entries.append(ZipEntry(WEIGHTS_NAME, checksum, size, content))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +89,16 @@ def test_an_adapter_goes_out_and_comes_back(server: Any, tmp_path: Path, dtype: 
     assert (back.json()["name"], back.json()["format"]) == ("again", "peft")
     again = server.client.get(f"/adapters/{back.json()['id']}/download", params={"format": "gguf"})
     near(applied(answer.content, tmp_path), applied(again.content, tmp_path), 1e-6)
+
+
+@pytest.mark.parametrize("wanted", [{}, {"dtype": "float16"}, {"rank": 2}])
+def test_a_peft_directory_does_not_hold_the_base_models_configuration(server: Any, wanted: dict[str, Any]) -> None:
+    """With it `AutoModel.from_pretrained` takes the directory for a model, and finds no weights of one."""
+    sent = server.upload(with_base(peft_files())).json()
+    assert "config.json" in {file["path"] for file in sent["files"]}
+    answer = server.client.get(f"/adapters/{sent['id']}/download", params=wanted)
+    with zipfile.ZipFile(io.BytesIO(answer.content)) as archive:
+        assert {Path(name).name for name in archive.namelist()} == {"adapter_config.json", "adapter_model.safetensors"}
 
 
 def test_a_smaller_rank(server: Any, tmp_path: Path) -> None:
