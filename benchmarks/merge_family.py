@@ -4,9 +4,9 @@
 
 Synthetic adapters of the Llama-2-7B shape (7 linear modules a layer, bfloat16); --layers 32 is the whole model. Each
 method is one merge from files to a file in a process of its own; its ratio is to a plain read and write in the same
-run, and its CPU seconds are those of all threads, which a busy machine disturbs less. A method on the entries of the
-deltas is measured against a second floor too, in CPU seconds: forming every entry of every ΔWᵢ once, in tiles of a
-core's cache, and touching it once.
+run. CPU seconds are those of all threads, which a busy machine disturbs less: their ratio is to those of the read and
+write, which takes one thread, times the cores. A method on the entries of the deltas is measured against a second floor
+too, in CPU seconds: forming every entry of every ΔWᵢ once, in tiles of a core's cache, and touching it once.
 
 --peft: two adapters of two layers, by `add_weighted_adapter` of stock PEFT and by the method of the same meaning here,
 each in a process of its own: CPU seconds, and memory above the idle process. A combination that takes dense SVDs, one
@@ -82,20 +82,23 @@ def family_table(arguments: argparse.Namespace, scratch: Path) -> dict[str, Any]
     size = sum((path / WEIGHTS).stat().st_size for path in inputs)
     output = size // arguments.adapters
     rows: dict[str, Any] = {}
+    cores = os.cpu_count() or 1
     for method in arguments.methods:
         if METHODS[method].capabilities.only_adapters not in (None, arguments.adapters):
             continue
         entrywise = METHODS[method].family == "entrywise"
         runs = []
         for number in range(arguments.runs):
-            base = floor(inputs, output, scratch)
+            started = time.process_time()
+            base = floor(inputs, output, scratch), time.process_time() - started
             dense = dense_floor(arguments.adapters, arguments.rank, arguments.layers) if entrywise else None
             out = scratch / f"out-{method}-{number}"
             runs.append((merge_once(inputs, method, parameters_of(method, arguments.rank), out), base, dense))
         rows[method] = {
             "seconds": statistics.median(run["seconds"] for run, _, _ in runs),
             "cpu_seconds": statistics.median(run["cpu_seconds"] for run, _, _ in runs),
-            "ratio": statistics.median(run["seconds"] / base for run, base, _ in runs),
+            "ratio": statistics.median(run["seconds"] / base for run, (base, _), _ in runs),
+            "cpu_ratio": statistics.median(run["cpu_seconds"] / base / cores for run, (_, base), _ in runs),
             "dense_ratio": statistics.median(run["cpu_seconds"] / dense for run, _, dense in runs if dense)
             if entrywise
             else None,
@@ -104,14 +107,14 @@ def family_table(arguments: argparse.Namespace, scratch: Path) -> dict[str, Any]
             "relative_error": runs[0][0]["relative_error"],
         }
         print(shown(method, rows[method]), flush=True)
-    return {"input_bytes": size, "cores": os.cpu_count(), "layers": arguments.layers, "methods": rows}
+    return {"input_bytes": size, "cores": cores, "layers": arguments.layers, "methods": rows}
 
 
 def shown(method: str, row: dict[str, Any]) -> str:
     dense = f"{row['dense_ratio']:6.1f} × dense floor" if row["dense_ratio"] else ""
     return (
         f"{method:20} {row['seconds']:8.2f} s ({row['cpu_seconds']:.2f} CPU s) {row['ratio']:8.1f} × floor "
-        f"(goal {row['goal']:.0f}) {dense:22} "
+        f"({row['cpu_ratio']:.1f} in CPU seconds; goal {row['goal']:.0f}) {dense:20} "
         f"{row['memory_above_idle_mb']:8.0f} MB   error to the sum {row['relative_error']:.3f}"
     )
 

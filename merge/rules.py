@@ -130,6 +130,15 @@ def trimmed(X: Tensor, density: float) -> Tensor:
     return above(X, kth_largest(X.abs().flatten(), kept))
 
 
+def trimming(X: Tensor, density: float) -> Window | None:
+    """The window in which `trimmed` keeps each block of X (N, rows, columns); None when it keeps all."""
+    kept = kept_count(density, X[0].numel())
+    if kept >= X[0].numel():
+        return None
+    lower = X.new_tensor([kth_largest(x.abs().flatten(), kept) for x in X])
+    return Window(lower, torch.full_like(lower, math.inf))
+
+
 def kth_largest(values: Tensor, k: int) -> float:
     """Of (m,) values, 1 ≤ k ≤ m; ∞ for k = 0."""
     if k == 0:

@@ -23,10 +23,12 @@ NULL = 1e-5
 def merge(stack: Stack, options: KnotsOptions, rank: int) -> MergedModule:
     """Merge one module; B stays in the span of the adapters' B, A leaves that of their A (but with rule `sum`)."""
     basis, of_B = _left_basis(stack)
-    parts = torch.stack([of_B[:, own].to(stack.A.dtype) @ stack.A[own] for _, own in stack.members])
+    parts = stack.A.new_empty(len(stack.members), of_B.shape[0], stack.A.shape[1])
+    for part, (_, own) in zip(parts, stack.members, strict=True):
+        torch.mm(of_B[:, own].to(stack.A.dtype), stack.A[own], out=part)
     # A direction of an SVD has no sign of its own, but a vote that ends even goes to plus: one sign for all.
     signs = torch.where(parts.sum((0, 2)) < 0, -1.0, 1.0)
-    parts, basis = parts * signs[:, None].to(parts), basis * signs.to(basis)
+    parts, basis = parts.mul_(signs[:, None].to(parts)), basis * signs.to(basis)
     merged = _merged_parts(parts, stack, options) * options.scale
     return _factored(stack, basis, merged, rank)
 
@@ -49,10 +51,9 @@ def _merged_parts(parts: Tensor, stack: Stack, options: KnotsOptions) -> Tensor:
         parts = torch.stack(
             [rules.dropped(part, options.density, seed) for part, seed in zip(parts, seeds, strict=True)]
         )
-    if options.rule == "ties":
-        parts = torch.stack([rules.trimmed(part, options.density) for part in parts])
     if options.rule in ("ties", "dare_ties"):
-        return rules.elected_sum(parts, weights, options.majority_sign_method)
+        window = rules.trimming(parts, options.density) if options.rule == "ties" else None
+        return rules.elected_sum(parts, weights, options.majority_sign_method, window)
     return rules.weighted_sum(parts, weights)
 
 
