@@ -5,7 +5,7 @@
 
 All methods merge the same two adapters with weight 1 and their default parameters, in one comparison (as
 `POST /merge/compare` does); a method with a choice of rules has a row for each of them. Then the base model answers
-with each result. About 15 CPU minutes. `seconds` are those of the merge alone.
+with each result. About 20 CPU minutes. `seconds` are those of the merge alone.
 """
 
 from __future__ import annotations
