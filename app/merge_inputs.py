@@ -9,8 +9,10 @@ from dataclasses import replace
 from sqlalchemy.orm import Session
 
 from app.base_models import base_model, weights_problem
+from app.conversion_inputs import check_convert
 from app.dataset_choice import check_suitable
 from app.request_parts import parse_part
+from app.schemas.conversion import ConvertParams
 from app.schemas.merge import CompareMergesParams, MergeAdapter, MergeEvaluation, MergeParams
 from app.settings import Settings
 from app.stored_inputs import stored_adapters, stored_dataset
@@ -18,6 +20,7 @@ from artifacts.base_model import check_modules, compare
 from artifacts.errors import BaseMismatch, FieldError, MergeRefused, RequestInvalid
 from artifacts.pointers import pointers_below
 from merge.catalog import SEARCH, parse_parameters
+from merge.convertible import PACKED
 from merge.engine_form import check_merged
 from merge.options import MergeOptions
 from merge.plan import NAMED_OFFENDERS, MergeInput, plan_merge
@@ -28,7 +31,7 @@ from storage.tables import ModelRow
 from train.feasibility import check_base_kind
 
 
-def check_merge(_: Settings, session: Session, request: MergeParams, devices: int) -> str | None:
+def check_merge(settings: Settings, session: Session, request: MergeParams, devices: int) -> str | None:
     """Refuse a merge that can not be done. It works on the factors alone: it loads no base model.
 
     For a merge into the base model, or a search, `request` gets its id, if it does not name it.
@@ -42,21 +45,42 @@ def check_merge(_: Settings, session: Session, request: MergeParams, devices: in
     """
     del devices
     if request.method == SEARCH.name:
+        if request.convert:
+            problem = "is not for method search"
+            raise RequestInvalid(f"convert {problem}.", errors=[FieldError("/convert", problem)])
         return _check_search(session, request)
     if request.evaluation is not None:
         problem = "belongs to method search; POST /merge/compare measures other merges"
         raise RequestInvalid(f"evaluation {problem}.", errors=[FieldError("/evaluation", problem)])
     options = parse_parameters(request.method, request.parameters)
     inputs = merge_inputs(session, request.adapters)
-    plan = plan_merge(inputs, request.method, options)
-    if request.target_engine is not None:
-        check_merged(plan, request.target_engine)
+    others = [position for position, item in enumerate(inputs) if not item.mergeable] if request.convert else []
+    for position in others:
+        _check_conversion(settings, session, request.adapters[position].id, f"/adapters/{position}/id")
+    if not others:  # else the worker plans, once their ranks are known
+        plan = plan_merge(inputs, request.method, options)
+        if request.target_engine is not None:
+            check_merged(plan, request.target_engine)
     if request.output == "adapter":
         return None
     row = _base_of(session, [item.id for item in request.adapters], request.base_model)
     _check_base(row, inputs, options)
     request.base_model = row.id
     return row.id
+
+
+def _check_conversion(settings: Settings, session: Session, adapter_id: str, place: str) -> None:
+    """Raises RequestInvalid and its kin: the adapter can not be made a plain LoRA with what is registered."""
+    wanted = ConvertParams(adapter=adapter_id, to="lora")
+    with pointers_below(place, "/base_model"), pointers_below(place, "/adapter"):
+        check_convert(settings, session, wanted, 1)
+        if adapters.get_adapter(session, adapter_id).method == PACKED:
+            problem = f"a {PACKED} becomes a LoRA of another base model"
+            raise MergeRefused(
+                f"A{problem[1:]}.",
+                hint="Convert it with POST /adapters/{id}/convert, and merge the result.",
+                errors=[FieldError(place, problem)],
+            )
 
 
 def _base_of(session: Session, ids: Sequence[str], name: str | None) -> ModelRow:

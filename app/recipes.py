@@ -55,6 +55,7 @@ def _of_merge(session: Session, row: AdapterRow, edges: Sequence[LineageRow]) ->
         "method": recipe["method"],
         "parameters": recipe["parameters"],
         "name": row.name,
+        **({"convert": True} if recipe.get("convert") else {}),
     }
     because = [
         *_other_versions(recipe["versions"]),

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -38,6 +39,7 @@ class Order:
     name: str | None
     output: Path | None
     target_engine: str | None = None
+    more: Mapping[str, Any] = field(default_factory=dict)
 
 
 def merge(
@@ -54,6 +56,17 @@ def merge(
     ] = None,
     name: Annotated[str | None, typer.Option("--name", help="Name of the merged adapter.")] = None,
     target_engine: TargetEngine = None,
+    convert: Annotated[
+        bool, typer.Option("--convert", help="Make adapters of other types (LoHa, DoRA …) plain LoRAs first.")
+    ] = False,
+    into_base: Annotated[
+        bool, typer.Option("--into-base", help="Add the merged ΔW to the base model, and store that as a model.")
+    ] = False,
+    base_model: Annotated[
+        str | None, typer.Option("--base-model", help="With --into-base: by name or id; else the adapters' own.")
+    ] = None,
+    dtype: Annotated[str | None, typer.Option("--dtype", help="With --into-base: of the model; else as it is.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="With --into-base: even if rounding loses much.")] = False,
     wait: Annotated[bool, typer.Option("--wait/--no-wait", help="Follow the job to its end.")] = True,
     device: Annotated[str, typer.Option("--device", help="Device of a merge of files: cpu or cuda:0.")] = "cpu",
     as_json: Json = False,
@@ -65,11 +78,20 @@ def merge(
             raise typer.BadParameter("the rank is given twice", param_hint="--rank")
         parameters["rank"] = int(rank) if rank.isdecimal() else rank
     aligned = aligned_weights(inputs, parse_weights(weights or ()))
-    order = Order(inputs, aligned, method, parameters, name, output, target_engine)
+    only = {"base_model": base_model, "dtype": dtype, "force": force or None}
+    more = {key: value for key, value in only.items() if value is not None}
+    if more and not into_base:
+        raise typer.BadParameter("goes with --into-base", param_hint=f"--{next(iter(more)).replace('_', '-')}")
+    more |= ({"output": "base"} if into_base else {}) | ({"convert": True} if convert else {})
+    order = Order(inputs, aligned, method, parameters, name, output, target_engine, more)
     if are_remote(inputs):
+        if into_base and output is not None:
+            raise typer.BadParameter("is for an adapter; GET /models/{id}/files has the model's", param_hint="-o")
         with context.obj() as client:
             _merge_by_id(client, order, wait, as_json)
         return
+    if more:
+        raise typer.BadParameter("a merge of files takes neither --into-base nor --convert")
     if output is None:
         raise typer.BadParameter("a merge of files needs a folder to write into", param_hint="-o")
     if not wait:
@@ -115,6 +137,7 @@ def _merge_by_id(client: Client, order: Order, wait: bool, as_json: bool) -> Non
         "parameters": order.parameters,
         **({"name": order.name} if order.name else {}),
         **({"target_engine": order.target_engine} if order.target_engine else {}),
+        **order.more,
     }
     job = client.post("/merge", document)
     if wait:
@@ -122,6 +145,8 @@ def _merge_by_id(client: Client, order: Order, wait: bool, as_json: bool) -> Non
     print_json(job) if as_json else show(job)
     if not wait:
         note(f"follow it: rankwise jobs watch {job['id']}")
+    elif job["result"].get("models"):
+        note(f"stored as the base model {job['result']['models'][0]}")
     elif order.output is not None:
         target = fetch(client, job["result"]["adapters"][0], order.output, DownloadFormat.PEFT, unpack=True)
         note(f"written to {target}")

@@ -94,6 +94,11 @@ class MergeParams(MergePool):
     )
 
     target_engine: TargetEngine = None
+    convert: Annotated[bool, Field(strict=True)] = Field(
+        False,
+        description="Adapters of other types are made plain LoRAs first, as by POST /adapters/{id}/convert with "
+        "nothing but `to`; report: conversions.",
+    )
 
     @model_validator(mode="after")
     def _only_for_adapters(self) -> Self:

@@ -121,3 +121,17 @@ def test_a_lora_is_one_already_and_nothing_is_not_found(server: Any, two_adapter
     assert (response.status_code, response.json()["errors"][0]["pointer"]) == (422, "/adapter")
     assert "takes as it is" in response.json()["detail"]
     assert server.client.post(f"/adapters/adp_{'f' * 32}/convert", json={"to": "lora"}).status_code == 404
+
+
+def test_a_merge_that_converts_takes_what_can_be_converted(
+    server: Any, adapter_files: Any, make_safetensors: Any, two_adapters: list[str]
+) -> None:
+    loha = upload(server, adapter_files(), make_safetensors, "LOHA", LOHA, alpha=4)
+    vera = upload(server, adapter_files(), make_safetensors, "VERA", VERA)
+    body = {"adapters": [{"id": two_adapters[0]}, {"id": loha}], "method": "cat"}
+    assert server.client.post("/merge", json=body).json()["code"] == "not_mergeable"
+    response = server.client.post("/merge", json={**body, "convert": True})
+    assert response.status_code == 202, response.text
+    assert response.json()["params"]["convert"] is True
+    refused = server.client.post("/merge", json={"adapters": [{"id": loha}, {"id": vera}], "convert": True})
+    assert (refused.status_code, refused.json()["errors"][0]["pointer"]) == (422, "/adapters/1/id")

@@ -27,7 +27,7 @@ def test_a_submission_is_as_it_will_be_stored(server: Any, two_adapters: list[st
     assert found.params == {
         "adapters": [{"id": two_adapters[0], "weight": 1.0}], "method": "lego", "parameters": {}, "name": None,
         "output": "adapter", "base_model": None, "dtype": "auto", "force": False, "target_engine": None,
-        "evaluation": None,
+        "convert": False, "evaluation": None,
     }  # fmt: skip
     assert (found.kind, found.resources, found.affinity) == ("merge", {"devices": 1}, None)
     assert submit(server, "merge", found.params, found.resources) == found, "what was stored can be submitted again"

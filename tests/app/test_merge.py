@@ -37,6 +37,7 @@ def test_a_merge_is_a_queued_job(server: Any, two_adapters: list[str]) -> None:
         "dtype": "auto",
         "force": False,
         "target_engine": None,
+        "convert": False,
         "evaluation": None,
     }
     assert (job["result"], job["error"], job["started_at"], job["cancel_requested"]) == (None, None, None, False)

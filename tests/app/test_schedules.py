@@ -78,6 +78,7 @@ def test_a_schedule_is_made_and_shown(server: Any, two_adapters: list[str]) -> N
             "dtype": "auto",
             "force": False,
             "target_engine": None,
+            "convert": False,
             "evaluation": None,
         },
         "resources": {},

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from merge.conversion import convert_to_lora
+from merge.conversion import ConversionReport, Progress, convert_to_lora
 from merge.convertible import CONVERTIBLE, PACKED
 from storage import made_models, models
 from storage.adapters import Parent
@@ -40,25 +41,18 @@ def run(context: JobContext) -> JobOutcome:
         "weights_digest": stored.manifest.weights_digest,
         "versions": {library: version(library) for library in LIBRARIES},
     }
-    fingerprint, base = None, None
-    if params.get("base_model") is not None:
-        if CONVERTIBLE.get(stored.manifest.method) == "weights":
-            model, source = context.model_source(params["base_model"])
-            base, fingerprint = Path(source.location), model.ref.fingerprint
-        else:
-            fingerprint = context.stored_model(params["base_model"]).ref.fingerprint
     output = context.scratch / "converted"
-    report = convert_to_lora(
+    told = to_lora(
+        context,
+        stored,
         directory,
         output,
         rank=rank,
         max_error=params.get("max_error"),
-        fingerprint=fingerprint,
-        base=base,
+        base_model=params.get("base_model"),
         lineage={"from": stored.id, **recipe},
         progress=lambda fraction, message: context.progress(0.05 + 0.9 * fraction, message),
-    )
-    told = report.to_dict()
+    ).to_dict()
     base_model, model_id = stored.base_model, stored.model_id
     if stored.manifest.method == PACKED:
         base_model, model_id = _original(context, stored)
@@ -73,6 +67,46 @@ def run(context: JobContext) -> JobOutcome:
         parents=(Parent(stored.id, recipe),),
     )
     return JobOutcome((converted,), told)
+
+
+def to_lora(
+    context: JobContext,
+    stored: StoredAdapter,
+    directory: Path,
+    output: Path,
+    *,
+    base_model: str | None,
+    rank: int | None = None,
+    max_error: float | None = None,
+    lineage: Mapping[str, Any] | None = None,
+    progress: Progress | None = None,
+) -> ConversionReport:
+    """Write the adapter as a plain LoRA into the new folder `output`.
+
+    Args:
+        base_model: id of the registered base model, for types that need it.
+
+    Raises:
+        NotFound: the base model is gone.
+        MergeRefused and its kin: as `merge.conversion.convert_to_lora`.
+    """
+    fingerprint, base = None, None
+    if base_model is not None:
+        if CONVERTIBLE.get(stored.manifest.method) == "weights":
+            model, source = context.model_source(base_model)
+            base, fingerprint = Path(source.location), model.ref.fingerprint
+        else:
+            fingerprint = context.stored_model(base_model).ref.fingerprint
+    return convert_to_lora(
+        directory,
+        output,
+        rank=rank,
+        max_error=max_error,
+        fingerprint=fingerprint,
+        base=base,
+        lineage=lineage,
+        progress=progress,
+    )
 
 
 def _original(context: JobContext, stored: StoredAdapter) -> tuple[str | None, str | None]:

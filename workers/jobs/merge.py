@@ -23,7 +23,7 @@ def run(context: JobContext) -> JobOutcome:
     """Merge the adapters that the job's parameters name.
 
     `params`: {adapters: [{id, weight}], method, parameters, name, output, base_model, dtype, force,
-    target_engine}; of the method "search" see `workers.jobs.merge_search.run`.
+    target_engine, convert}; of the method "search" see `workers.jobs.merge_search.run`.
 
     Raises:
         NotFound: an adapter was deleted since the job was submitted.
@@ -39,6 +39,8 @@ def run(context: JobContext) -> JobOutcome:
         # The factors are rounded once, together with the weights that they are added to.
         options = options.model_copy(update={"output_dtype": "float32"})
     sources = MergeSources.fetch(context, FETCHED)
+    if context.params.get("convert"):
+        sources = sources.converted(context)
     recipe = sources.recipe(method, options)
     output = context.scratch / "merged"
     merged = MERGED_INTO_BASE if into_base else MERGED
@@ -53,6 +55,8 @@ def run(context: JobContext) -> JobOutcome:
         # No job's id: the same merge gives the same bytes.
         lineage=recipe,
     ).to_dict()
+    if sources.conversions:
+        report["conversions"] = [dict(item) for item in sources.conversions]
     if into_base:
         model, folded = fold(context, sources, output, recipe)
         return JobOutcome(models=(model,), report={**report, "base": folded})

@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from artifacts import intake
+from artifacts.pointers import pointers_below
+from merge.convertible import CONVERTIBLE
 from merge.options import MergeOptions
 from merge.plan import MergeInput
+from storage import adapters
 from storage.adapters import Parent
 from workers.adapter_names import default_name
 from workers.context import JobContext, NewAdapter, StoredAdapter
+from workers.jobs.convert import to_lora
 
 LIBRARIES = ("rankwise", "torch", "numpy", "numba")
 
@@ -23,6 +28,8 @@ class MergeSources:
     """The adapters of a merge in the order of the request, each with its weight and a folder of its files."""
 
     items: tuple[tuple[StoredAdapter, float, Path], ...]
+    conversions: tuple[Mapping[str, Any], ...] = ()  # the report on each that was made a plain LoRA first
+    digests: Mapping[str, str] = field(default_factory=dict)  # id → that of its own weights, of those
 
     @classmethod
     def fetch(cls, context: JobContext, share: float) -> MergeSources:
@@ -43,6 +50,36 @@ class MergeSources:
             found.append((stored, 1.0 if weight is None else float(weight), directory))
         return cls(tuple(found))
 
+    def converted(self, context: JobContext) -> MergeSources:
+        """With plain LoRAs in the place of adapters that a merge does not take as they are; each is made with the base
+        model that it belongs to.
+
+        Raises:
+            MergeRefused and its kin: as `merge.conversion.convert_to_lora`.
+        """
+        items, reports, digests = [], [], {}
+        for position, (stored, weight, directory) in enumerate(self.items):
+            if stored.manifest.mergeable:
+                items.append((stored, weight, directory))
+                continue
+            with context.database.read() as session:
+                model = adapters.model_of(session, adapters.get_adapter(session, stored.id))
+            output = context.scratch / "converted" / str(position)
+            output.parent.mkdir(exist_ok=True)
+            needs = CONVERTIBLE.get(stored.manifest.method) in ("sides", "weights")
+            place = f"/adapters/{position}/id"
+            with pointers_below(place, "/base_model"), pointers_below(place, "/rank"):
+                report = to_lora(
+                    context, stored, directory, output, base_model=model.id if needs and model is not None else None
+                )
+            digests[stored.id] = stored.manifest.weights_digest
+            manifest = intake.inspect(output, base_model=stored.base_model)
+            items.append((replace(stored, manifest=manifest), weight, output))
+            told = report.to_dict()
+            del told["modules"]
+            reports.append({"adapter": stored.id, **told})
+        return MergeSources(tuple(items), tuple(reports), digests)
+
     def inputs(self) -> list[tuple[MergeInput, Path]]:
         """As the engine takes them."""
         return [
@@ -58,11 +95,15 @@ class MergeSources:
             "parameters": parameters,
             "seed": parameters.get("seed"),
             "adapters": [
-                {"id": stored.id, "weight": weight, "weights_digest": stored.manifest.weights_digest}
+                {
+                    "id": stored.id,
+                    "weight": weight,
+                    "weights_digest": self.digests.get(stored.id, stored.manifest.weights_digest),
+                }
                 for stored, weight, _ in self.items
             ],
             "versions": {library: version(library) for library in LIBRARIES},
-        }
+        } | ({"convert": True} if self.conversions else {})
 
     def weighted(self, weights: Sequence[float]) -> MergeSources:
         """The same adapters under other weights."""

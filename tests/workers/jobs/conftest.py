@@ -16,13 +16,61 @@ from tiny_base import sums, write_rows, write_tiny_base
 
 from artifacts.base_model import inspect_base
 from artifacts.content import file_sha256
-from storage import datasets, models
+from artifacts.errors import RankwiseError
+from storage import claims, datasets, models
 from storage.blobs import BlobStore
+from workers.attempt import AttemptSpec
+from workers.context import Interruption, JobContext, JobOutcome
+from workers.kinds import KINDS
+from workers.publishing import publish
+from workers.remotes import Remotes
+from workers.runtime import load_function
 
 
 @pytest.fixture(scope="session")
 def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_tiny_base(tmp_path_factory.mktemp("tiny-base"))
+
+
+@pytest.fixture
+def run_here(pool: Any) -> Callable[..., dict[str, Any]]:
+    """Runs a job in this process and publishes what it made; gives the job's result. What it raises is raised."""
+
+    def do(
+        kind: str, *, remotes: Remotes | None = None, interruption: Interruption | None = None, **params: Any
+    ) -> dict[str, Any]:
+        job_id = pool.submit(kind, **params)
+        with pool.database.write() as session:
+            claim = claims.claim_next(session, server_id="srv", boot_id="run", slot="cpu:0", lease_seconds=60.0)
+        assert claim is not None
+        assert claim.job_id == job_id
+        spec = AttemptSpec(
+            job_id=job_id,
+            attempt=claim.attempt,
+            kind=kind,
+            params=claim.params,
+            slot="cpu:0",
+            device="cpu",
+            database_url="",
+            blob_url=pool.settings().blob_url,
+            scratch=str(pool.folder / job_id),
+            cache=str(pool.folder / "cache"),
+            model_roots=(),
+            function=KINDS[kind],
+            remotes=remotes or Remotes(),
+        )
+        context = JobContext(spec, pool.database, BlobStore(spec.blob_url), interruption or Interruption())
+        context.scratch.mkdir()
+        try:
+            outcome = load_function(spec.function)(context)
+            assert isinstance(outcome, JobOutcome)
+            return publish(context, outcome)
+        except RankwiseError:
+            with pool.database.write() as session:
+                claims.finish_failed(session, job_id, claim.attempt, {"code": "x", "detail": "", "hint": None}, {})
+            raise
+
+    return do
 
 
 @pytest.fixture

@@ -30,15 +30,11 @@ from artifacts.errors import (
     ShapeMismatch,
     TooLarge,
 )
-from storage import adapters, claims, models
-from storage.blobs import BlobStore
+from storage import adapters, models
 from workers import remote_client
-from workers.attempt import AttemptSpec
-from workers.context import Interruption, JobContext
+from workers.context import Interruption
 from workers.egress import EgressPolicy
-from workers.jobs.import_adapter import run
 from workers.kinds import KINDS
-from workers.publishing import publish
 from workers.remotes import Remotes
 
 LOOPBACK = EgressPolicy(allow_http=True, allowed_networks=(ipaddress.ip_network("127.0.0.1/32"),))
@@ -80,38 +76,12 @@ def servers(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., FileServe
 
 
 @pytest.fixture
-def import_(pool: Any) -> Callable[..., dict[str, Any]]:
+def import_(run_here: Any) -> Callable[..., dict[str, Any]]:
     """Runs an import in this process and publishes it; gives the job's result."""
 
     def do(remotes: Remotes, interruption: Interruption | None = None, **params: Any) -> dict[str, Any]:
-        job_id = pool.submit("import", **params)
-        with pool.database.write() as session:
-            claim = claims.claim_next(session, server_id="srv", boot_id="run", slot="cpu:0", lease_seconds=60.0)
-        assert claim is not None
-        assert claim.job_id == job_id
-        spec = AttemptSpec(
-            job_id=job_id,
-            attempt=claim.attempt,
-            kind="import",
-            params=claim.params,
-            slot="cpu:0",
-            device="cpu",
-            database_url="",
-            blob_url=pool.settings().blob_url,
-            scratch=str(pool.folder / job_id),
-            cache=str(pool.folder / "cache"),
-            model_roots=(),
-            function=KINDS["import"],
-            remotes=remotes,
-        )
-        context = JobContext(spec, pool.database, BlobStore(spec.blob_url), interruption or Interruption())
-        context.scratch.mkdir()
-        try:
-            return publish(context, run(context))
-        except RankwiseError:
-            with pool.database.write() as session:
-                claims.finish_failed(session, job_id, claim.attempt, {"code": "x", "detail": "", "hint": None}, {})
-            raise
+        result: dict[str, Any] = run_here("import", remotes=remotes, interruption=interruption, **params)
+        return result
 
     return do
 

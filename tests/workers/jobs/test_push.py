@@ -15,14 +15,8 @@ from huggingface_hub import close_session, constants
 from remote_servers import COMMIT, FakeHub
 
 from artifacts.errors import AttemptCancelled, FileBroken, RemoteUnavailable, RequestInvalid
-from storage import adapters, claims
-from storage.blobs import BlobStore
-from workers.attempt import AttemptSpec
-from workers.context import Interruption, JobContext
+from storage import adapters
 from workers.hub_push import watched
-from workers.jobs.push import run
-from workers.kinds import KINDS
-from workers.publishing import publish
 from workers.remotes import Remotes
 
 # huggingface_hub sends files in a way that its own HTTP library wants otherwise
@@ -40,32 +34,11 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
 
 
 @pytest.fixture
-def push(pool: Any) -> Callable[..., dict[str, Any]]:
+def push(run_here: Any) -> Callable[..., dict[str, Any]]:
     """Runs a push in this process; gives its report."""
 
     def do(remotes: Remotes, **params: Any) -> dict[str, Any]:
-        job_id = pool.submit("push", **params)
-        with pool.database.write() as session:
-            claim = claims.claim_next(session, server_id="srv", boot_id="run", slot="cpu:0", lease_seconds=60.0)
-        assert claim is not None
-        spec = AttemptSpec(
-            job_id=job_id,
-            attempt=claim.attempt,
-            kind="push",
-            params=claim.params,
-            slot="cpu:0",
-            device="cpu",
-            database_url="",
-            blob_url=pool.settings().blob_url,
-            scratch=str(pool.folder / job_id),
-            cache=str(pool.folder / "cache"),
-            model_roots=(),
-            function=KINDS["push"],
-            remotes=remotes,
-        )
-        context = JobContext(spec, pool.database, BlobStore(spec.blob_url), Interruption())
-        context.scratch.mkdir()
-        report: dict[str, Any] = publish(context, run(context))["report"]
+        report: dict[str, Any] = run_here("push", remotes=remotes, **params)["report"]
         return report
 
     return do
