@@ -165,7 +165,14 @@ def dropped(X: Tensor, density: float, seed: int, first_row: int = 0) -> Tensor:
     """
     if density >= 1:
         return X
-    return X * kept_rows([seed], first_row, X.shape[0], X.shape[1], density)[0].to(X.device) / density
+    # numpy's own generator: one seed would leave most lanes of the compiled one idle
+    draws = [
+        np.random.Generator(np.random.SFC64([seed, row])).random(
+            (min(MASK_ROWS, first_row + len(X) - row), X.shape[1]), np.float32
+        )
+        for row in range(first_row, first_row + len(X), MASK_ROWS)
+    ]
+    return X * (torch.from_numpy(np.concatenate(draws)) < density).to(X.device) / density
 
 
 def kept_rows(seeds: Sequence[int], first_row: int, rows: int, columns: int, density: float) -> Tensor:

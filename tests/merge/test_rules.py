@@ -119,6 +119,11 @@ class TestDropping:
         parts = [rules.dropped(X[:cut], 0.5, 7), rules.dropped(X[cut:], 0.5, 7, first_row=cut)]
         assert torch.equal(whole, torch.cat(parts))
 
+    def test_masks_are_those_of_the_rows_of_a_delta(self) -> None:
+        X = torch.ones(rules.MASK_ROWS + 5, 9)
+        kept = rules.kept_rows([7, 8], 0, len(X), 9, 0.5)
+        assert torch.equal(rules.dropped(X, 0.5, seed=8) > 0, kept[1])
+
     def test_seeds_differ(self) -> None:
         X = torch.ones(20, 20)
         assert not torch.equal(rules.dropped(X, 0.5, 1), rules.dropped(X, 0.5, 2))
