@@ -26,7 +26,8 @@ from storage.tables import UploadRow
 
 router = APIRouter(tags=["uploads"], route_class=JsonRoute)
 
-MEDIA_TYPE = "application/partial-upload"
+MEDIA_TYPES = ("application/partial-upload", "application/octet-stream")
+"""The draft's, and that of clients which know no other."""
 UploadId = Annotated[str, Path(pattern=f"^upl_{HEX_ID}$", description="Id of the upload.")]
 _INTEGER = {"schema": {"type": "integer"}}
 _TEXT = {"schema": {"type": "string"}}
@@ -129,7 +130,9 @@ def head_upload(services: ServicesDep, principal: Writer, upload_id: UploadId) -
         **problem_responses(404, 409, 413, 415, 429, 507),
     },
     openapi_extra={
-        "requestBody": {"content": {MEDIA_TYPE: {"schema": {"type": "string", "format": "binary"}}}},
+        "requestBody": {
+            "content": {media_type: {"schema": {"type": "string", "format": "binary"}} for media_type in MEDIA_TYPES}
+        },
     },
 )
 async def append_upload(
@@ -151,8 +154,8 @@ async def append_upload(
     this can be asked again.
     """
     media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if media_type != MEDIA_TYPE:
-        raise UnsupportedMedia(f"The body has content type {media_type[:80]!r}.", hint=f"Send {MEDIA_TYPE}.")
+    if media_type not in MEDIA_TYPES:
+        raise UnsupportedMedia(f"The body has content type {media_type[:80]!r}.", hint=f"Send {MEDIA_TYPES[0]}.")
     try:
         row = await run_in_threadpool(find_upload, services, principal, upload_id)
         if row.state != "done" or completing == "?0":

@@ -100,7 +100,7 @@ def test_pieces_become_the_adapter_that_one_body_would(server: Any, adapter_file
     assert pieces.offset == 1000
     head = server.client.head(pieces.path)
     assert (head.headers["upload-length"], head.headers["cache-control"]) == (str(length), "no-store")
-    assert pieces.send(1000, 1001).status_code == 204
+    assert pieces.send(1000, 1001, **{"Content-Type": "application/octet-stream"}).status_code == 204
     last = pieces.send(1001, length, complete=True)
     assert last.status_code == 201, last.text
     adapter = last.json()
