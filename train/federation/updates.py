@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import TYPE_CHECKING, Any
 
 from artifacts.errors import FieldError, FileBroken
 from artifacts.safetensors_header import SafetensorsHeader, TensorInfo, read_header
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 DTYPE = "F32"
 """Of all tensors that clients train."""
@@ -37,6 +37,9 @@ def check_update(update: Path, start: Path, trained: Mapping[str, TensorInfo], m
         FileBroken: no safetensors file; other names, shapes or types; a number that is not finite; or farther away
             than `max_norm`. Each finding points to `/file/` and the name of the tensor.
     """
+    # Not at the top: the service imports this module, and does without numpy until a client gives something.
+    import numpy as np
+
     header = read_header(update, max_header_bytes=HEADER_BYTES)
     _raise(list(_odd(header, trained)))
     problems, square = [], 0.0
@@ -69,6 +72,8 @@ def _odd(header: SafetensorsHeader, trained: Mapping[str, TensorInfo]) -> Iterat
 
 
 def _values(path: Path, info: TensorInfo) -> NDArray[Any]:
+    import numpy as np
+
     if info.elements == 0:
         return np.empty(info.shape, "<f4")
     return np.memmap(path, "<f4", "r", info.begin, info.shape)
