@@ -26,7 +26,7 @@ COPY . .
 # Editable: the rooms run from /srv/rankwise, beside their migrations, and `rankwise` is on the PATH.
 RUN pip install --no-deps -e . \
     && python -m compileall -q app artifacts compose merge storage train transfer workers \
-    && python -c 'from merge.kmeans import compile_loops; compile_loops()' \
+    && python -m merge.compiling \
     && rankwise --help > /dev/null
 
 FROM ${PYTHON_IMAGE} AS runtime

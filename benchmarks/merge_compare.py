@@ -40,8 +40,8 @@ def measure(folder: Path, count: int, rank: int, layers: int) -> dict[str, Any]:
     from artifacts.base_model import BaseModelRef
     from merge.catalog import parse_parameters
     from merge.comparison import Candidate, compare_files
+    from merge.compiling import compile_loops
     from merge.engine import merge_files
-    from merge.kmeans import compile_loops
     from merge.plan import MergeInput
 
     compile_loops()

@@ -103,10 +103,3 @@ def sklearn_tolerance(gram: Floats, dimensions: int, tol: float) -> float:
     n = len(gram)
     variance = np.trace(gram) / n - gram.sum() / n**2
     return tol * max(float(variance), 0.0) / dimensions
-
-
-def compile_loops() -> None:
-    """Compile the loops, or load them from the cache beside their source, before the first merge has to."""
-    points = np.random.default_rng(0).normal(size=(6, 3))
-    for signed in (False, True):
-        gram_kmeans(points @ points.T, np.ones(6), 2, signed=signed)

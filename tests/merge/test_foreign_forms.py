@@ -59,10 +59,10 @@ def test_lokr_is_scaled_only_where_a_factor_has_a_rank(tmp_path: Path, factored:
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
-def test_convolutions_and_mixtures_are_refused_by_name(tmp_path: Path) -> None:
-    tensors, _ = loha(CONV, 320, 2880)
+def test_mixtures_and_what_does_not_fit_are_refused_by_name(tmp_path: Path) -> None:
+    tensors, _ = loha(CONV, 320, 2889)
     save_file(tensors, tmp_path / "conv.safetensors")
-    with pytest.raises(MergeRefused, match="is a convolution"):
+    with pytest.raises(MergeRefused, match=r"320×2889, the convolution of the model is"):
         convert_to_lora(tmp_path / "conv.safetensors", tmp_path / "out")
     stem = "lora_unet_double_blocks_0_img_attn_proj"
     dora = {"lora_down.weight": torch.ones(2, 8), "lora_up.weight": torch.ones(8, 2), "dora_scale": torch.ones(8, 1)}

@@ -1,0 +1,40 @@
+"""Compiles every compiled loop, or loads it from the cache beside its source, before the first merge has to.
+
+`python -m merge.compiling` does it for an installation; it takes about half a minute, once.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from merge.catalog import METHODS, parse_parameters
+from merge.kmeans import gram_kmeans
+from merge.methods import entrywise
+from merge.stack import Stack
+
+_SIDE, _RANK = 1056, 2
+"""Above `merge.rows.WHOLE` entries, so that order statistics are bracketed."""
+
+
+def compile_loops() -> None:
+    """Small merges by every method that has such loops."""
+    points = np.random.default_rng(0).normal(size=(6, 3))
+    for signed in (False, True):
+        gram_kmeans(points @ points.T, np.ones(6), 2, signed=signed)
+    numbers = torch.Generator().manual_seed(0)
+    stack = Stack(
+        A=torch.randn(2 * _RANK, _SIDE, generator=numbers),
+        B=torch.randn(_SIDE, 2 * _RANK, generator=numbers),
+        owners=torch.arange(2).repeat_interleave(_RANK),
+        weights=torch.ones(2 * _RANK, dtype=torch.float64),
+        places=torch.arange(_RANK).repeat(2),
+        scalings=torch.ones(2 * _RANK, dtype=torch.float64),
+    ).ordered()
+    for name, row in METHODS.items():
+        if row.implementation.startswith(entrywise.__name__):
+            row.load()(stack, parse_parameters(name, {}), _RANK)
+
+
+if __name__ == "__main__":
+    compile_loops()
