@@ -209,7 +209,7 @@ def test_client_that_disconnects_mid_upload(untouched_server: Any, adapter_files
         b'--x\r\nContent-Disposition: form-data; name="file"; filename="a.safetensors"\r\n\r\n'
     )
     created, removed = threading.Event(), threading.Event()
-    make, remove = uploads._make_folder, uploads.shutil.rmtree
+    make, remove = uploads.make_folder, uploads.shutil.rmtree
 
     def watch_make(staging: Path) -> Path:
         folder = make(staging)
@@ -221,7 +221,7 @@ def test_client_that_disconnects_mid_upload(untouched_server: Any, adapter_files
         removed.set()
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(uploads, "_make_folder", watch_make)
+        patch.setattr(uploads, "make_folder", watch_make)
         patch.setattr(uploads.shutil, "rmtree", watch_remove)
         with socket.create_connection(("127.0.0.1", untouched_server.port)) as connection:
             connection.sendall(head + b"\0" * 5_000_000)

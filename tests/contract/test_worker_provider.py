@@ -358,10 +358,10 @@ def test_closing_leaves_no_process_and_no_thread(fresh_provider: Any, bell: Bell
     threads = set(threading.enumerate())
     (slot, *_) = wait_until(provider.slots, "the slots are known")
     worker = ready(provider.start([slot], bell), bell)
+    pid = wait_until(lambda: worker.pid, "its process is known")
     provider.close()
     assert not worker.alive()
-    assert worker.pid is not None
-    wait_until(lambda: not exists(worker.pid), "the process is gone")
+    wait_until(lambda: not exists(pid), "the process is gone")
     assert set(threading.enumerate()) <= threads
     worker.terminate()
     worker.kill()

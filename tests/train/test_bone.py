@@ -374,12 +374,14 @@ def test_a_lossy_export_is_checked_and_measured_as_what_it_is(trainings: Any) ->
 
 
 def test_a_declared_adapter_that_is_not_the_trained_model_is_found_out(trainings: Any, monkeypatch: Any) -> None:
-    fill = declared._fill
+    fill = declared.fill
 
-    def spoilt(places: Any, stored: Any) -> None:
-        fill(places, {name: value * 1.01 for name, value in stored.items()})
+    def spoilt(places: Any, directory: Any) -> None:
+        fill(places, directory)
+        for place in places.values():
+            place.mul_(1.01)
 
-    monkeypatch.setattr(declared, "_fill", spoilt)
+    monkeypatch.setattr(declared, "fill", spoilt)
     with pytest.raises(ReloadMismatch, match="logits that differ by"):
         trainings.run("bone", {"variant": "bat_row", "rank": 8}, steps=2)
 
