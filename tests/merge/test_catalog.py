@@ -78,3 +78,17 @@ def test_every_entry_is_complete(name: str) -> None:
 def test_the_menu_needs_no_torch() -> None:
     code = "import sys, merge.catalog, merge.plan; sys.exit('torch' in sys.modules or 'numpy' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_each_row_is_whole(name: str) -> None:
+    row = METHODS[name]
+    module, _, function = row.implementation.partition(":")
+    assert row.name == name
+    assert name in (function, module.rpartition(".")[2])
+    assert row.options.__name__.endswith("Options")
+    assert row.reference_url.startswith("https://")
+    assert (row.arxiv is None) is ("arxiv.org" not in row.reference_url)
+    assert row.arxiv is None or row.reference_url == f"https://arxiv.org/abs/{row.arxiv}"
+    assert {type(row.capabilities.negative_weights), type(row.capabilities.exact_sum)} == {bool}
+    assert parse_parameters(name, {}).scale == 1

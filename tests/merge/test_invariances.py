@@ -97,6 +97,19 @@ def test_the_common_size_of_the_adapters_is_that_of_the_result(
     assert close(run_method(name, stack_of(sized), **fixed), one * size**2)
 
 
+@pytest.mark.parametrize("name", [name for name in NAMES if name not in BY_PLACE or name.startswith("robust")])
+def test_a_negative_scaling_is_that_of_the_other_delta(
+    name: str, stack_of: Any, random_adapters: Any, run_method: Any
+) -> None:
+    """Without masks, which follow the numbers, and PEFT's sums of factors, in which the sign goes with the weight."""
+    fixed = {"density": 1.0} if "density" in METHODS[name].options.model_fields else {}
+    (A, B, s), other = random_adapters([3, 5])
+    one = run_method(name, stack_of([(A, B, -s), other]), **fixed)
+    turned = run_method(name, stack_of([(A, -B, s), other]), **fixed)
+    assert close(one, turned, 1e-4)
+    assert not close(one, run_method(name, stack_of([(A, B, s), other]), **fixed), 1e-2)
+
+
 @pytest.mark.parametrize("name", sorted(IDENTITY))
 def test_a_single_adapter_comes_back(name: str, stack_of: Any, random_adapters: Any, run_method: Any) -> None:
     ((A, B, s),) = random_adapters([5])
