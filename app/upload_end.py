@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
 from pathlib import Path
 
-import structlog
 from sqlalchemy.orm import Session
 
 from app.adapter_intake import prepare, publish
@@ -15,16 +13,14 @@ from app.idempotency import Answer
 from app.schemas.adapters import Adapter, AdapterForm
 from app.schemas.common import as_json
 from app.state import Services
-from app.upload_segments import find_upload, lifetime_of
+from app.upload_segments import drop_blobs, find_upload, lifetime_of
 from app.uploads import StagedFile, Upload, UploadedFile, make_folder
-from artifacts.errors import BlobMissing, FieldError, FileBroken, MalformedRequest, RankwiseError
+from artifacts.errors import BlobCorrupt, BlobMissing, FieldError, FileBroken, MalformedRequest, RankwiseError
 from storage import adapters, transferables, uploads
-from storage.sweep import remove_unused
 from storage.tables import UploadRow
 
 _FINAL = frozenset({413, 415, 422})
 """Statuses of errors that the same bytes would get again."""
-_log = structlog.stdlib.get_logger(__name__)
 
 
 def complete(services: Services, principal: Principal, upload_id: str) -> Answer:
@@ -34,6 +30,7 @@ def complete(services: Services, principal: Principal, upload_id: str) -> Answer
         NotFound, StateConflict: there is no such upload of this key, or it has failed.
         MalformedRequest: bytes are missing.
         FileBroken and other errors of intake: the upload has failed.
+        BlobMissing, BlobCorrupt: the store has lost some of its bytes, and the upload has failed.
         QuotaExceeded, BlobStoreUnavailable, DatabaseUnavailable, DiskFull: it can be completed later.
     """
     outcome = "refused"
@@ -65,18 +62,26 @@ def _complete(services: Services, principal: Principal, upload_id: str) -> Answe
     answer, digests = None, list[str]()
     try:
         form = AdapterForm.model_validate(row.form)
-        prepared = prepare(services, Upload(folder, files=[_assembled(services, row, folder)]), form)
+        try:
+            file = _assembled(services, row, folder)
+        except (BlobMissing, BlobCorrupt) as error:
+            found = find_upload(services, principal, upload_id)
+            if found.state == "done":  # another request has completed it meanwhile, and took the segments away
+                return _again(services, found)
+            uploads.check_open(found)
+            lost = type(error)(f"bytes that had come are lost: {error.detail}", hint="Begin a new upload.")
+            _fail(services, principal, upload_id, lost)
+            raise lost from error
+        prepared = prepare(services, Upload(folder, files=[file]), form)
         with services.database.write() as session:
             locked = _locked(session, principal, upload_id)
             if locked.state != "done":
                 uploads.check_open(locked)
+                # First the blobs, then the key, as in every other transaction: else two could wait for each other.
+                adapters.reserve_blobs(session, prepared.manifest.files)
                 uploads.release(session, locked)  # what the adapter stores is charged instead
                 answer = publish(session, prepared, form, locked.created_by)
                 digests = list(uploads.finish(session, locked, answer.body["id"]))
-    except BlobMissing:  # another request may have completed it meanwhile, which took the segments away
-        locked = find_upload(services, principal, upload_id)
-        if locked.state != "done":
-            raise
     except RankwiseError as error:
         if error.status in _FINAL:
             _fail(services, principal, upload_id, error)
@@ -94,15 +99,6 @@ def cancel(services: Services, principal: Principal, upload_id: str) -> None:
     with services.database.write() as session:
         digests = uploads.remove(session, _locked(session, principal, upload_id))
     drop_blobs(services, digests)
-
-
-def drop_blobs(services: Services, digests: Sequence[str]) -> None:
-    """Remove the bytes of segments now, unless something else has the same ones; the sweep takes what this leaves."""
-    for digest in digests:
-        try:
-            remove_unused(services.database, services.blobs, digest)
-        except RankwiseError as error:
-            _log.warning("segment_not_removed", sha256=digest, code=error.code, detail=error.detail)
 
 
 def _locked(session: Session, principal: Principal, upload_id: str) -> UploadRow:

@@ -6,24 +6,29 @@ What has come when a client leaves is kept too. A server that is killed loses at
 from __future__ import annotations
 
 import shutil
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 
 import anyio
+import structlog
 
 from app.auth import Principal
 from app.state import Services
 from app.uploads import BATCH_BYTES, StagedFile, in_thread, make_folder
-from artifacts.errors import RankwiseError, TooLarge
+from artifacts.errors import NotFound, RankwiseError, StateConflict, TooLarge
 from artifacts.manifest import FileEntry
 from storage import uploads
-from storage.blob_rows import reserve_blobs
+from storage.blob_rows import end_reservation, reserve_blobs
+from storage.sweep import remove_unused
 from storage.tables import UploadRow
 
 SEGMENT_BYTES = 16 * 1024**2
 """Bytes that are collected before they are stored: what a killed server loses, and the size of a stored piece."""
+
+
+_log = structlog.stdlib.get_logger(__name__)
 
 
 def lifetime_of(services: Services) -> timedelta:
@@ -68,6 +73,15 @@ async def append(
     return await in_thread(find_upload, services, principal, upload_id)
 
 
+def drop_blobs(services: Services, digests: Sequence[str]) -> None:
+    """Remove the bytes of segments now, unless something else has the same ones; the sweep takes what this leaves."""
+    for digest in digests:
+        try:
+            remove_unused(services.database, services.blobs, digest)
+        except RankwiseError as error:
+            _log.warning("segment_not_removed", sha256=digest, code=error.code, detail=error.detail)
+
+
 class _Appender:
     def __init__(self, services: Services, row: UploadRow, folder: Path) -> None:
         self._services, self._row, self._folder = services, row, folder
@@ -98,9 +112,15 @@ class _Appender:
     async def _write(self) -> None:
         data = b"".join(self._batch)
         self._batch, self._batched = [], 0
-        if self._segment is None:
-            self._segment = await in_thread(StagedFile, "segment", self._folder / f"{self._offset}")
-        await in_thread(self._segment.write, data)
+        try:
+            with anyio.CancelScope(shield=True):
+                if self._segment is None:
+                    self._segment = await in_thread(StagedFile, "segment", self._folder / f"{self._offset}")
+                await in_thread(self._segment.write, data)
+        except BaseException:
+            # Some of the batch may be in the file and is not in its digest: the segment is no blob any more.
+            self.refused = True
+            raise
 
     async def keep(self) -> None:
         """Make durable, and count, what has come."""
@@ -111,21 +131,29 @@ class _Appender:
         segment, self._segment = self._segment, None
         try:
             await in_thread(self._store, segment)
-        except RankwiseError:
+        except BaseException:
             self.refused = True
             raise
 
     def _store(self, segment: StagedFile) -> None:
         segment.close()
         found = segment.result()
+        if not found.size or found.path.stat().st_size != found.size:
+            raise AssertionError(f"a segment of {found.path.stat().st_size} bytes was hashed over {found.size}")
         with self._services.database.write() as session:
             reserve_blobs(session, [FileEntry(found.name, found.sha256, found.size, "application/octet-stream")])
         self._services.blobs.put_file(found.path, found.sha256)
         found.path.unlink()
-        with self._services.database.write() as session:
-            uploads.add_segment(
-                session, self._row.id, self._offset, found.size, found.sha256, lifetime_of(self._services)
-            )
+        try:
+            with self._services.database.write() as session:
+                uploads.add_segment(
+                    session, self._row.id, self._offset, found.size, found.sha256, lifetime_of(self._services)
+                )
+        except (NotFound, StateConflict):
+            with suppress(RankwiseError), self._services.database.write() as session:
+                end_reservation(session, found.sha256)
+            drop_blobs(self._services, [found.sha256])
+            raise
         self._offset += found.size
         self._services.metrics.upload_bytes.inc(found.size)
 

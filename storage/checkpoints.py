@@ -9,13 +9,13 @@ from sqlalchemy.orm import Session
 
 from artifacts.manifest import FileEntry
 from storage import database
-from storage.blob_rows import reserve_blobs
+from storage.blob_rows import use_reserved
 from storage.tables import TERMINAL_STATES, JobCheckpointRow, JobRow
 from storage.transitions import lock_running
 
 
 def record_checkpoint(session: Session, job_id: str, attempt: int, *, step: int, sha256: str, size: int) -> str | None:
-    """The blob is in the store: from now on the job goes on from it.
+    """The blob was reserved and is in the store: from now on the job goes on from it.
 
     A job that got further than before has no failures of its infrastructure to its count any more: they are limited in
     a row, not over the weeks that it may take.
@@ -28,8 +28,7 @@ def record_checkpoint(session: Session, job_id: str, attempt: int, *, step: int,
         AttemptCancelled: the job is being cancelled.
     """
     job = lock_running(session, job_id, attempt)
-    # Again, in the same transaction: the row must be there, and the sweep must not take it for an old one.
-    reserve_blobs(session, [FileEntry(path="checkpoint.tar", sha256=sha256, size=size, media_type="application/x-tar")])
+    use_reserved(session, [FileEntry(path="checkpoint.tar", sha256=sha256, size=size, media_type="application/x-tar")])
     moment = database.now(session)
     row = session.get(JobCheckpointRow, job_id)
     if row is None or step > row.step:

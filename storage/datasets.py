@@ -14,7 +14,7 @@ from artifacts.errors import Conflict, NotFound, StateConflict
 from artifacts.manifest import FileEntry
 from storage import database
 from storage.adapter_names import has_part
-from storage.blob_rows import reserve_blobs
+from storage.blob_rows import use_reserved
 from storage.ids import new_id
 from storage.pagination import DEFAULT_LIMIT, Page, page_of
 from storage.quotas import charge_bytes
@@ -68,7 +68,7 @@ def add_dataset(
         QuotaExceeded: a new dataset, and more bytes than the key that makes it may store.
         RequestInvalid: a text that can not be stored.
     """
-    reserve_blobs(session, [file_entry(sha256, size)])
+    use_reserved(session, [file_entry(sha256, size)])
     values: dict[str, Any] = {
         "id": new_id("dat"),
         "name": storable(name, "/name", 200),

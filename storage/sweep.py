@@ -114,18 +114,17 @@ def sweep_blobs(
 
 
 def remove_unused(database: Database, blobs: BlobStore, sha256: str) -> bool:
-    """Remove one blob now, if no row refers to it; whether it was removed.
+    """Remove one blob now, if no row refers to it and nobody has it reserved; whether it was removed.
 
-    For what is replaced often and large, such as checkpoints: the sweep would let a day's worth of them pile up.
+    For what is replaced often and large, such as checkpoints: the sweep would let a day's worth of them pile up. What
+    this leaves, since another is about to refer to it or died before, is left to the sweep.
 
     Raises:
         DatabaseUnavailable, BlobStoreUnavailable
     """
     with database.write() as session:
-        # What is put or reserved in this very moment is younger, and stays.
-        moment = clock.now(session)
-        unused = and_(BlobRow.sha256 == sha256, BlobRow.created_at < moment, ~_is_used())
-        if session.scalar(select(BlobRow.sha256).where(unused).with_for_update()) is None:
+        free = and_(BlobRow.sha256 == sha256, BlobRow.reservations == 0)
+        if not _is_locked_unused(session, free):
             return False
         blobs.delete(sha256)
         session.execute(delete(BlobRow).where(BlobRow.sha256 == sha256))
@@ -226,9 +225,15 @@ def _lock_unused(session: Session, blob: BlobInfo, cutoff: datetime) -> bool:
     """Lock the blob's row (made if absent, so that a reservation has to wait) and tell whether it is unused."""
     placeholder = {"sha256": blob.sha256, "size": blob.size, "created_at": blob.modified}
     session.execute(insert_or_ignore(session, BlobRow, placeholder))
-    unused = and_(BlobRow.sha256 == blob.sha256, BlobRow.created_at < cutoff)
-    locked = session.scalar(select(BlobRow.sha256).where(unused).with_for_update())
-    return locked is not None and session.scalar(select(BlobRow.sha256).where(unused, ~_is_used())) is not None
+    return _is_locked_unused(session, and_(BlobRow.sha256 == blob.sha256, BlobRow.created_at < cutoff))
+
+
+def _is_locked_unused(session: Session, chosen: ColumnElement[bool]) -> bool:
+    """Lock the chosen blob's row, if there is one, and tell whether nothing refers to it."""
+    if session.scalar(select(BlobRow.sha256).where(chosen).with_for_update()) is None:
+        return False
+    # Another statement, which sees what the lock has waited for: on PostgreSQL the first one may not.
+    return session.scalar(select(BlobRow.sha256).where(chosen, ~_is_used())) is not None
 
 
 def _drop_unused_rows(database: Database, cutoff: datetime) -> None:

@@ -95,7 +95,8 @@ class BlobRow(Base):
 
     sha256: Mapped[str] = mapped_column(String(64), primary_key=True)
     size: Mapped[int] = mapped_column(BigInteger)
-    created_at: Mapped[datetime]
+    created_at: Mapped[datetime]  # when it was last reserved
+    reservations: Mapped[int] = mapped_column(Integer, server_default="0")  # that were not ended; see blob_rows
 
 
 def _live_index(name: str, *columns: str) -> Index:

@@ -45,4 +45,4 @@ class UploadSegmentRow(Base):
     upload_id: Mapped[str] = mapped_column(ForeignKey("uploads.id"), primary_key=True)
     start: Mapped[int] = mapped_column(BigInteger, primary_key=True)
     size: Mapped[int] = mapped_column(BigInteger)
-    sha256: Mapped[str] = mapped_column(String(64), index=True)
+    sha256: Mapped[str] = mapped_column(ForeignKey("blobs.sha256"), index=True)

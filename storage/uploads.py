@@ -15,6 +15,7 @@ from sqlalchemy.orm import Session
 
 from artifacts.errors import NotFound, QuotaExceeded, StateConflict, UploadOffsetMismatch
 from storage import database, quotas
+from storage.blob_rows import end_reservation
 from storage.ids import new_id
 from storage.pagination import DEFAULT_LIMIT, Page, page_of
 from storage.tables import UploadRow, UploadSegmentRow
@@ -45,7 +46,9 @@ def create_upload(
     Raises:
         QuotaExceeded: the key has too many open uploads, or no room for so many bytes.
     """
-    opened = select(func.count()).select_from(UploadRow).where(UploadRow.state == "open", _of(created_by))
+    moment = database.now(session)
+    is_open = (UploadRow.state == "open", UploadRow.expires_at > moment, _of(created_by))
+    opened = select(func.count()).select_from(UploadRow).where(*is_open)
     if (session.scalar(opened) or 0) >= MAX_OPEN:
         raise QuotaExceeded(
             f"{MAX_OPEN} uploads are open already",
@@ -53,7 +56,6 @@ def create_upload(
             retry_after=quotas.RETRY_SECONDS,
         )
     quotas.charge_bytes(session, created_by, length)
-    moment = database.now(session)
     row = UploadRow(
         id=new_id("upl"),
         created_by=created_by,
@@ -131,11 +133,11 @@ def check_offset(row: UploadRow, offset: int) -> None:
 
 
 def add_segment(session: Session, upload_id: str, start: int, size: int, sha256: str, lifetime: timedelta) -> None:
-    """Count the bytes of a stored blob as those from `start` on.
+    """Count the bytes of a blob, which was reserved and stored, as those from `start` on.
 
     Raises:
         UploadOffsetMismatch: others have come to that place.
-        StateConflict: it takes no more bytes, or has too many pieces.
+        StateConflict: it takes no more bytes, or has too many pieces, or the blob was swept meanwhile.
         NotFound: it was deleted.
     """
     row = session.get(UploadRow, upload_id, with_for_update=True, populate_existing=True)
@@ -147,6 +149,10 @@ def add_segment(session: Session, upload_id: str, start: int, size: int, sha256:
         raise StateConflict(
             f"the upload {upload_id} has come in {MAX_SEGMENTS} pieces, which is the most",
             hint="Begin a new one, and append more bytes at a time.",
+        )
+    if not end_reservation(session, sha256):
+        raise StateConflict(
+            f"the bytes from {start} on were removed before they counted", hint="Append the same bytes again."
         )
     session.add(UploadSegmentRow(upload_id=upload_id, start=start, size=size, sha256=sha256))
     row.received += size
@@ -197,7 +203,7 @@ def expire(session: Session) -> tuple[int, Sequence[str]]:
     """Forget some of those whose time is over; returns how many, and the digests of their segments."""
     statement = select(UploadRow).where(UploadRow.expires_at <= database.now(session)).limit(_BATCH)
     rows = session.scalars(statement.with_for_update(skip_locked=True)).all()
-    for row in rows:
+    for row in sorted(rows, key=lambda row: row.created_by or ""):  # in one order for all: it locks their keys
         release(session, row)
     ids = [row.id for row in rows]
     digests = _drop_segments(session, ids)

@@ -26,13 +26,3 @@ def insert_or_ignore(
     read, unless it was rolled back, and then the insert goes through.
     """
     return dialect_insert(session, table).values(values).on_conflict_do_nothing()
-
-
-def insert_or_update(
-    session: Session, table: type[Base], values: Sequence[Mapping[str, Any]], *, key: str, update: Sequence[str]
-) -> sqlite.Insert | postgresql.Insert:
-    """An INSERT that, where the unique column `key` has the value already, sets the columns `update` instead."""
-    statement = dialect_insert(session, table).values(values)
-    return statement.on_conflict_do_update(
-        index_elements=[key], set_={column: statement.excluded[column] for column in update}
-    )

@@ -47,12 +47,15 @@ def upgrade() -> None:
         sa.Column("start", sa.BigInteger(), nullable=False),
         sa.Column("size", sa.BigInteger(), nullable=False),
         sa.Column("sha256", sa.String(64), nullable=False),
+        sa.ForeignKeyConstraint(["sha256"], ["blobs.sha256"], name=op.f("fk_upload_segments_sha256")),
         sa.ForeignKeyConstraint(["upload_id"], ["uploads.id"], name=op.f("fk_upload_segments_upload_id")),
         sa.PrimaryKeyConstraint("upload_id", "start", name=op.f("pk_upload_segments")),
     )
     op.create_index(op.f("ix_upload_segments_sha256"), "upload_segments", ["sha256"])
+    op.add_column("blobs", sa.Column("reservations", sa.Integer(), nullable=False, server_default="0"))
 
 
 def downgrade() -> None:
+    op.drop_column("blobs", "reservations")
     op.drop_table("upload_segments")
     op.drop_table("uploads")

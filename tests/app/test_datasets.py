@@ -14,8 +14,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from app import dataset_intake
-from storage import jobs, keys
+from storage import datasets, jobs, keys
 from storage.keys import KeyLimits
+from storage.sweep import remove_unused
 from storage.tables import ApiKeyRow, DatasetRow
 from train.rows import inspect
 
@@ -271,3 +272,14 @@ def test_uploads_are_counted(server: Any) -> None:
     text = server.client.get("/metrics").text
     for outcome in ("created", "known", "file_broken"):
         assert f'rankwise_uploads_total{{outcome="{outcome}"}} 1.0' in text
+
+
+def test_nothing_keeps_the_bytes_of_a_dataset_that_uploads_have_finished_with(server: Any) -> None:
+    """A job that drops its dataset removes the bytes at once."""
+    ids = [send(server, JSONL).json()["id"] for _ in range(2)]
+    services = server.services
+    with services.database.write() as session:
+        (digest,) = datasets.remove_dataset(session, ids[0])
+    assert ids[0] == ids[1]
+    assert remove_unused(services.database, services.blobs, digest)
+    assert nothing_left(server)

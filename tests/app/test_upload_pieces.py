@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import os
 import signal
 import socket
-import tarfile
 import threading
 import urllib.parse
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -22,7 +19,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import save
-from sqlalchemy import update
+from sqlalchemy import event, update
+from upload_pieces import PARTIAL, Pieces, archive
 
 from app import upload_segments
 from app.chores import chores
@@ -32,58 +30,6 @@ from storage import keys, quotas
 from storage import uploads as stored_uploads
 from storage.keys import KeyLimits
 from storage.tables import ApiKeyRow, UploadRow
-
-PARTIAL = {"Content-Type": "application/partial-upload"}
-
-
-def archive(files: Any) -> bytes:
-    """A tar of the two files of an adapter."""
-    target = io.BytesIO()
-    with tarfile.open(fileobj=target, mode="w") as tar:
-        for _, (name, data) in files.parts():
-            entry = tarfile.TarInfo(name)
-            entry.size = len(data)
-            tar.addfile(entry, io.BytesIO(data))
-    return target.getvalue()
-
-
-@dataclass
-class Pieces:
-    """One upload of `content` to a server."""
-
-    client: httpx.Client
-    content: bytes
-    path: str = ""
-    headers: dict[str, str] | None = None
-
-    def begin(self, **changes: Any) -> httpx.Response:
-        digest = hashlib.sha256(self.content).hexdigest()
-        body = {"length": len(self.content), "sha256": digest, "file_name": "mine.tar", **changes}
-        answer = self.client.post("/uploads", json=body, headers=self.headers)
-        self.path = answer.headers.get("location", "")
-        return answer
-
-    def send(self, start: int, stop: int, complete: bool = False, **options: Any) -> httpx.Response:
-        headers = {**PARTIAL, "Upload-Offset": str(start), "Upload-Complete": f"?{complete:d}", **(self.headers or {})}
-        content = options.pop("content", self.content[start:stop])
-        client = options.pop("client", self.client)
-        return client.patch(self.path, content=content, headers=headers | options)
-
-    @property
-    def offset(self) -> int:
-        answer = self.client.head(self.path, headers=self.headers)
-        assert answer.status_code == 204
-        return int(answer.headers["upload-offset"])
-
-    def show(self) -> dict[str, Any]:
-        found: dict[str, Any] = self.client.get(self.path, headers=self.headers).json()
-        return found
-
-
-@pytest.fixture
-def small_segments(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(upload_segments, "SEGMENT_BYTES", 300)
-    monkeypatch.setattr(upload_segments, "BATCH_BYTES", 100)
 
 
 def test_pieces_become_the_adapter_that_one_body_would(server: Any, adapter_files: Any, small_segments: None) -> None:
@@ -195,6 +141,7 @@ def test_of_two_appends_at_one_place_one_counts(server: Any, adapter_files: Any)
     thread.join()
     assert (answers[0].status_code, answers[0].json()["code"]) == (409, "upload_offset_mismatch")
     assert pieces.offset == 600
+    assert server.blob_count() == 1, "what did not count is gone"
     assert pieces.send(600, len(pieces.content), complete=True).status_code == 201
 
 
@@ -341,6 +288,27 @@ def test_what_is_given_up_counts_no_longer_and_leaves_nothing(key_of: Any, adapt
     assert (counted(server, key), server.blob_count()) == (0, 0)
     status = server.client.head(pieces.path, headers=headers).status_code
     assert status == (204 if how == "failed" else 404)
+
+
+def test_a_completion_locks_blobs_before_the_key(key_of: Any, adapter_files: Any) -> None:
+    """As every other transaction that stores something: in the other order, two could wait for each other."""
+    content = archive(adapter_files())
+    server, _, headers = key_of("read", "write")
+    pieces = Pieces(server.client, content, headers=headers)
+    pieces.begin()
+    pieces.send(0, len(content))
+    noted: list[tuple[Any, str]] = []
+
+    def note(connection: Any, _cursor: Any, statement: str, *_others: Any) -> None:
+        noted.append((connection, statement))
+
+    event.listen(server.services.database.engine, "before_cursor_execute", note)
+    assert pieces.send(len(content), len(content), complete=True).status_code == 201
+    event.remove(server.services.database.engine, "before_cursor_execute", note)
+    (inside,) = [connection for connection, statement in noted if statement.startswith("INSERT INTO adapters ")]
+    words = [statement.split() for connection, statement in noted if connection is inside]
+    locks = [row[1] if row[0] == "UPDATE" else row[2] for row in words if row[0] in ("UPDATE", "INSERT")]
+    assert locks.index("blobs") < locks.index("api_keys")
 
 
 def test_a_completion_that_found_no_room_is_asked_again(key_of: Any, adapter_files: Any) -> None:

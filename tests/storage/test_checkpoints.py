@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from datetime import timedelta
 from typing import Any
 
@@ -9,7 +10,9 @@ import pytest
 from sqlalchemy import update
 
 from artifacts.errors import AttemptCancelled, NotFound
+from artifacts.manifest import FileEntry
 from storage import checkpoints, claims, job_metrics, jobs
+from storage.blob_rows import end_reservation, reserve_blobs
 from storage.blobs import BlobStore
 from storage.database import Database, now
 from storage.job_metrics import Point
@@ -106,8 +109,29 @@ def test_a_retry_of_a_job_without_a_checkpoint_begins_anew(database: Database, j
         assert checkpoints.newest_checkpoint(session, again) is None
 
 
-def test_a_blob_that_was_just_reserved_is_not_removed(database: Database, blobs: BlobStore) -> None:
-    assert not remove_unused(database, blobs, "0" * 64)
+def test_what_a_checkpoint_shares_with_a_reservation_is_not_removed(
+    database: Database, blobs: BlobStore, job_id: str
+) -> None:
+    """It may be about to be published as something else."""
+    entry = FileEntry("checkpoint.tar", hashlib.sha256(b"one").hexdigest(), 3, "t")
+    for _ in range(2):
+        with database.write() as session:
+            reserve_blobs(session, [entry])
+    digest, _ = keep(database, blobs, job_id, "one", 1)
+    assert digest == entry.sha256
+    with database.write() as session:
+        assert checkpoints.drop_checkpoint(session, job_id) == digest
+    assert not remove_unused(database, blobs, digest)
+    with database.write() as session:
+        assert end_reservation(session, digest)
+    assert remove_unused(database, blobs, digest)
+    assert not blobs.exists(digest)
+
+
+def test_a_blob_without_a_row_is_not_removed(database: Database, blobs: BlobStore) -> None:
+    digest = blobs.put_bytes(b"put before its row")
+    assert not remove_unused(database, blobs, digest)
+    assert blobs.exists(digest)
 
 
 def test_the_sweep_keeps_the_checkpoint_of_a_job_until_a_day_after_its_end(
