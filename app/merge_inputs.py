@@ -23,7 +23,7 @@ from merge.catalog import SEARCH, parse_parameters
 from merge.convertible import PACKED
 from merge.engine_form import check_merged
 from merge.options import MergeOptions
-from merge.plan import NAMED_OFFENDERS, MergeInput, plan_merge
+from merge.plan import NAMED_OFFENDERS, MergeInput, at_least_rank, plan_merge
 from merge.search_options import SearchOptions
 from merge.search_space import SearchSpace
 from storage import adapters, models
@@ -60,7 +60,7 @@ def check_merge(settings: Settings, session: Session, request: MergeParams, devi
     if not others:  # else the worker plans, once their ranks are known
         plan = plan_merge(inputs, request.method, options)
         if request.target_engine is not None:
-            check_merged(plan, request.target_engine)
+            check_merged(at_least_rank(plan, options), request.target_engine)
     if request.output == "adapter":
         return None
     row = _base_of(session, [item.id for item in request.adapters], request.base_model)
@@ -214,7 +214,7 @@ def _check_search(session: Session, request: MergeParams) -> str | None:
         with space.located(position):
             plan = plan_merge(weighted, extreme.method, found)
             if request.target_engine is not None:
-                check_merged(plan, request.target_engine)
+                check_merged(at_least_rank(plan, found), request.target_engine)
     minimum = options.methods[0].parameters.get("minimum_compatibility")
     common = MergeOptions(minimum_compatibility=minimum if isinstance(minimum, str) else None)
     request.evaluation = _with_base(session, request.evaluation, inputs, common)

@@ -18,7 +18,7 @@ import torch
 
 from artifacts.adapter import Adapter
 from artifacts.export import PeftWriter
-from merge.engine import COMPUTE_SHARE, MergeRun, Progress
+from merge.engine import COMPUTE_SHARE, Check, MergeRun, Progress
 from merge.memory import keep_freed_memory
 from merge.options import MergeOptions
 from merge.plan import MergeInput, PlannedModule
@@ -87,6 +87,7 @@ def compare_files(
     progress: Progress | None = None,
     device: str = "cpu",
     shelf: StackShelf | None = None,
+    check: Check | None = None,
 ) -> list[Compared]:
     """Merge the adapters by every candidate, each into a folder below the new `folder`.
 
@@ -95,7 +96,7 @@ def compare_files(
     precision of the computation.
 
     Args:
-        progress: as of `merge.engine.merge_files`.
+        progress, check: as of `merge.engine.merge_files`.
         shelf: of earlier comparisons of the same files, whatever their weights and methods were.
 
     Raises: as `merge.engine.merge_files`.
@@ -104,6 +105,8 @@ def compare_files(
     tell = progress or (lambda _fraction, _message: None)
     open_adapter = cache(Adapter.open)
     runs = [MergeRun.of(inputs, item.method, item.options, torch.device(device), open_adapter) for item in candidates]
+    for run in runs if check is not None else ():
+        check(run.plan)
     places = [folder / str(number) for number in range(len(candidates))]
     with ExitStack() as opened:
         writers = [

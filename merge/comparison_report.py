@@ -14,9 +14,10 @@ def rank_by(report: dict[str, Any], metric: str, order: Mapping[str, float]) -> 
 
     Args:
         metric: what it is by.
-        order: label → number, the smallest of which is the best.
+        order: label → number, the smallest of which is the best; who has none is not ranked.
     """
-    report["ranking"] = sorted(report["ranking"], key=lambda label: order[label])
+    ranked = [label for label in report["ranking"] if label in order]
+    report["ranking"] = sorted(ranked, key=lambda label: order[label])
     report["ranked_by"] = metric
 
 

@@ -21,7 +21,7 @@ from merge.catalog import find_method
 from merge.memory import keep_freed_memory
 from merge.norms import adapter_factors, module_factors
 from merge.options import MergeOptions
-from merge.plan import MergeInput, MergePlan, PlannedModule, plan_merge
+from merge.plan import MergeInput, MergePlan, PlannedModule, may_share_rank, plan_merge
 from merge.reload import Probe, check_reload
 from merge.report import MergeReport, ModuleReport, measure_module
 from merge.result import MergedModule
@@ -30,6 +30,8 @@ from merge.threads import module_threads
 from merge.warnings import merge_warnings
 
 Progress = Callable[[float, str], None]
+Check = Callable[[MergePlan], None]
+"""Called with a plan at the rank that is written, before anything is merged; may raise to refuse it."""
 
 COMPUTE_SHARE = 0.95
 """Part of the progress bar that is the computation; the rest is reading the result back."""
@@ -46,6 +48,7 @@ def merge_files(
     progress: Progress | None = None,
     device: str = "cpu",
     lineage: Mapping[str, Any] | None = None,
+    check: Check | None = None,
 ) -> MergeReport:
     """Merge the adapters at the given paths by `method` and write a PEFT directory to `out_dir`.
 
@@ -55,6 +58,7 @@ def merge_files(
         inputs: descriptions and places (a PEFT directory, or one safetensors file) in the order of the request.
         progress: called with the fraction done and a message, from the calling thread; may raise to stop the merge.
         lineage: stored in the file's metadata.
+        check: of the plan.
 
     Raises:
         MergeRefused and its kin: as `merge.plan.plan_merge`; also on NaN or infinite numbers.
@@ -64,6 +68,8 @@ def merge_files(
     keep_freed_memory()
     report_progress = progress or (lambda _fraction, _message: None)
     run = MergeRun.of(inputs, method, options, torch.device(device))
+    if check is not None:
+        check(run.plan)
     modules, probes = run.write(out_dir, lineage, report_progress)
     rounding = check_reload(out_dir, probes, lambda: report_progress(COMPUTE_SHARE, "Reading back"))
     report_progress(1.0, "Merged")
@@ -100,7 +106,7 @@ class MergeRun:
         adapters = {
             position: open_adapter(path) for position, (_, path) in enumerate(inputs) if plan.weights[position] != 0
         }
-        if getattr(options, "rank", None) == "exact" and options.norm_equalize == "none":
+        if may_share_rank(options):
             plan = replace(plan, output_rank=shared_rank(plan, adapters) or plan.output_rank)
         with_bias = any(module.bias_key for item in plan.modules for _, module in item.owners)
         dtype = _output_dtype(options, adapters)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Self
 
 from artifacts.base_model import STRENGTH, BaseModelRef, Level, compare
@@ -132,6 +132,20 @@ def plan_merge(inputs: Sequence[MergeInput], method: str, options: MergeOptions)
         compatibility=compatibility,
         warnings=tuple(warnings),
     )
+
+
+def may_share_rank(options: MergeOptions) -> bool:
+    """Whether the exact sum is written at the rank of one adapter where all of them turn out to share lora_A."""
+    return getattr(options, "rank", None) == "exact" and options.norm_equalize == "none"
+
+
+def at_least_rank(plan: MergePlan, options: MergeOptions) -> MergePlan:
+    """The plan at the least rank that the merge may be written at: headers do not tell whether lora_A is shared."""
+    if not may_share_rank(options) or any(
+        len({(module.rank, abs(module.scaling)) for _, module in item.owners}) > 1 for item in plan.modules
+    ):
+        return plan
+    return replace(plan, output_rank=max(module.rank for item in plan.modules for _, module in item.owners))
 
 
 def _some(names: Sequence[str]) -> str:

@@ -9,6 +9,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -50,7 +51,7 @@ def merge_local(
     from artifacts.engine_outlook import parse_engine
     from merge.catalog import parse_parameters
     from merge.engine_form import check_merged, fit_engine
-    from merge.plan import plan_merge
+    from merge.plan import at_least_rank, plan_merge
 
     options = parse_parameters(method, parameters)
     with _beside(output) as scratch:
@@ -59,7 +60,7 @@ def merge_local(
         plan = plan_merge([item for item, _ in taken], method, options)
         engine = None if target_engine is None else parse_engine(target_engine)
         if engine is not None:
-            check_merged(plan, engine)
+            check_merged(at_least_rank(plan, options), engine)
         progress(0.1, "load torch")
         from merge.engine import merge_files
 
@@ -72,6 +73,7 @@ def merge_local(
             progress=lambda fraction, message: progress(0.1 + 0.9 * fraction, message),
             device=device,
             lineage=_recipe(name, method, options, [item for item, _ in taken]),
+            check=None if engine is None else partial(check_merged, engine=engine),
         ).to_dict()
         if engine is not None:
             report["target_engine"] = fit_engine(result, engine, scratch / "for-engine")[1]

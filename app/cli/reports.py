@@ -53,9 +53,11 @@ def print_report(console: Console, report: dict[str, Any]) -> None:
 
 
 def print_comparison(console: Console, report: dict[str, Any]) -> None:
-    """A row for each candidate, the best one first, then how the adapters interfere, and each warning."""
+    """A row for each candidate, the best one first and those that could not be measured last; then how the adapters
+    interfere, and each warning."""
     rows = {row["label"]: row for row in report["candidates"]}
-    shown = [rows[label] for label in report["ranking"]]
+    unranked = [row for label, row in rows.items() if label not in report["ranking"]]
+    shown = [*(rows[label] for label in report["ranking"]), *unranked]
     metric = [f"#{report['ranked_by']}"] if report.get("evaluation") else []
     console.print(
         table(
@@ -68,7 +70,7 @@ def print_comparison(console: Console, report: dict[str, Any]) -> None:
                     row["rank"],
                     _percent(row["energy_kept"]),
                     _percent(row["relative_error"]),
-                    *(row["figures"][name.removeprefix("#")] for name in metric),
+                    *(row["figures"][name.removeprefix("#")] if "figures" in row else row["problem"] for name in metric),
                     row["seconds"],
                     len(row["warnings"]),
                 )

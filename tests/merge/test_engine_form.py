@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any, get_args
 
@@ -14,10 +15,12 @@ from artifacts.compatibility import VLLM_RANKS, Engine, findings, loads
 from artifacts.engine_outlook import parse_engine
 from artifacts.errors import RequestInvalid
 from artifacts.intake import inspect
+from merge.catalog import parse_parameters
+from merge.comparison import Candidate, compare_files
 from merge.engine import merge_files
 from merge.engine_form import check_merged, fit_engine
 from merge.options import CatOptions
-from merge.plan import MergeInput, plan_merge
+from merge.plan import MergeInput, at_least_rank, plan_merge
 
 ENGINES: tuple[Engine, ...] = get_args(Engine)
 Q, V = "model.layers.0.self_attn.q_proj", "model.layers.0.self_attn.v_proj"
@@ -116,6 +119,64 @@ def test_the_outlook_of_a_merge_is_what_its_file_shows(
     for item, error in zip(refusing, caught.value.errors, strict=True):
         assert item.rule in error.message
         assert item.source in error.message
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_what_only_the_factors_tell_is_refused_before_the_work(
+    write_adapter: Any, tmp_path: Path, shared: bool
+) -> None:
+    """Adapters that share lora_A, as those of FFA-LoRA do, are summed at their own rank; their headers do not tell."""
+    rank = VLLM_RANKS[-1] // 2 + 1
+    taken = []
+    for number in (0, 1):
+        A, B = factors(rank, 0 if shared else number)[0], factors(rank, number + 2)[1]
+        directory = write_adapter(f"input-{number}", {Q: (A, B)})
+        taken.append((MergeInput.of(inspect(directory), str(number), "x", None), directory))
+    options = parse_parameters("linear", {})
+    plan = plan_merge([item for item, _ in taken], "linear", options)
+    assert plan.output_rank == 2 * rank
+    check_merged(at_least_rank(plan, options), "vllm")  # it may be loaded
+    check = partial(check_merged, engine="vllm")
+    out = tmp_path / "merged"
+    if shared:
+        assert merge_files(taken, "linear", options, out, check=check).rank == rank
+        assert loads(findings(inspect(out), "vllm"))
+        return
+    candidate = Candidate("linear", "linear", options)
+    for merge in (
+        lambda: merge_files(taken, "linear", options, out, check=check),
+        lambda: compare_files(taken, [candidate], out, check=check),
+    ):
+        with pytest.raises(RequestInvalid, match="vllm would not load the result") as caught:
+            merge()
+        assert [item.pointer for item in caught.value.errors] == ["/parameters/rank"]
+        assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("parameters", "ranks", "config"),
+    [
+        ({"rank": "2r"}, (300, 300), {}),
+        ({"norm_equalize": "module"}, (300, 300), {}),
+        ({}, (300, 299), {}),
+        ({}, (300, 300), {"lora_alpha": 7}),
+    ],
+)
+def test_what_the_headers_tell_is_refused_from_them(
+    write_adapter: Any, parameters: dict[str, Any], ranks: tuple[int, int], config: dict[str, Any]
+) -> None:
+    options = parse_parameters("linear", parameters)
+    inputs = [
+        MergeInput.of(
+            inspect(write_adapter(str(number), {Q: factors(rank, number)}, **(config if number else {}))),
+            str(number),
+            "x",
+            None,
+        )
+        for number, rank in enumerate(ranks)
+    ]
+    with pytest.raises(RequestInvalid, match="vllm would not load the result"):
+        check_merged(at_least_rank(plan_merge(inputs, "linear", options), options), "vllm")
 
 
 def test_an_engine_that_there_is_not() -> None:

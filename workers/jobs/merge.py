@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from workers.adapter_names import NAME_LIMIT
 from workers.context import JobContext, JobOutcome, NewModel
 from workers.jobs import merge_search
 from workers.jobs.merge_inputs import MergeSources
-from workers.jobs.target_engine import for_engine
+from workers.jobs.target_engine import check_for_engine, for_engine
 
 # Shares of the progress bar.
 FETCHED, MERGED_INTO_BASE, MERGED = 0.1, 0.3, 0.95
@@ -27,7 +28,8 @@ def run(context: JobContext) -> JobOutcome:
 
     Raises:
         NotFound: an adapter was deleted since the job was submitted.
-        RequestInvalid: the merge can not be done (`merge.plan.plan_merge`).
+        RequestInvalid: the merge can not be done (`merge.plan.plan_merge`), or the target engine would not load it
+            (`merge.engine_form.check_merged`).
         AttemptCancelled, AttemptStale
     """
     method: str = context.params["method"]
@@ -54,6 +56,7 @@ def run(context: JobContext) -> JobOutcome:
         device="cpu" if context.reduce_memory else context.device,
         # No job's id: the same merge gives the same bytes.
         lineage=recipe,
+        check=partial(check_for_engine, context),
     ).to_dict()
     if sources.conversions:
         report["conversions"] = [dict(item) for item in sources.conversions]

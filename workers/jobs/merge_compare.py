@@ -6,6 +6,7 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from artifacts.errors import RequestInvalid
 from artifacts.labels import labels_of
 from merge.catalog import parse_parameters
 from merge.comparison import Candidate, Compared, compare_files
@@ -55,7 +56,11 @@ def run(context: JobContext) -> JobOutcome:
 def _measure(
     context: JobContext, compared: Sequence[Compared], report: dict[str, Any], wanted: Mapping[str, Any]
 ) -> None:
-    """Measure every candidate on the base model, and rank them by the metric, in the report."""
+    """Measure every candidate on the base model, and rank them by the metric, in the report; one without finite figures
+    gets a problem in their place, and no rank.
+
+    Raises RequestInvalid: none has any.
+    """
     part, share = 0, (_MERGED - _MERGED_TO_MEASURE) / (len(compared) + 1)
 
     def tick(done: int, total: int) -> None:
@@ -66,11 +71,19 @@ def _measure(
     context.progress(_MERGED_TO_MEASURE, "loading the base model")
     evaluation = MergeEvaluation(context, wanted, tick)
     order = {}
+    problems = []
     for item, row in zip(compared, report["candidates"], strict=True):
         part += 1
-        found = evaluation.of(item.directory)
+        try:
+            found = evaluation.of(item.directory)
+        except RequestInvalid as error:
+            problems.append(error.detail)
+            row["problem"] = error.detail
+            continue
         row |= found
         order[row["label"]] = evaluation.order(found["figures"])
+    if not order:
+        raise RequestInvalid(f"None of the {len(compared)} merges could be measured. The first: {problems[0]}")
     rank_by(report, evaluation.metric, order)
     report["evaluation"] = evaluation.report()
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+from artifacts.errors import RequestInvalid
+from merge.plan import NAMED_OFFENDERS
 from train.base_files import BaseFiles
 from train.data import DataFile
 from train.measurement import Measurement, Tick
@@ -19,7 +22,9 @@ class MergeEvaluation:
     def __init__(self, context: JobContext, wanted: Mapping[str, Any], tick: Tick) -> None:
         """Load the base model and the rows, and measure the model alone.
 
-        Raises: what is wrong with a dataset or with the base model (`train.measurement.Measurement`).
+        Raises:
+            RequestInvalid: the base model's own figures are NaN or infinite; or what is wrong with a dataset or with the
+                base model (`train.measurement.Measurement`).
         """
         self._settings = MeasurementSettings.model_validate(
             {name: value for name, value in wanted.items() if name not in ("dataset", "datasets", "base_model")}
@@ -35,6 +40,7 @@ class MergeEvaluation:
             context.scratch / "measured",
             tick,
         )
+        _check_finite("the base model alone", {"figures": self._measurement.base})
 
     @property
     def metric(self) -> Literal["loss", "perplexity", "exact_match"]:
@@ -42,8 +48,10 @@ class MergeEvaluation:
         return self._settings.metric
 
     def of(self, directory: Path) -> dict[str, Any]:
-        """As `train.measurement.Measurement.of`."""
-        return self._measurement.of(directory)
+        """As `train.measurement.Measurement.of`. Raises RequestInvalid: a figure is NaN or infinite."""
+        found = self._measurement.of(directory)
+        _check_finite("the merged adapter", found)
+        return found
 
     def order(self, figures: dict[str, float]) -> float:
         """What sorts by the metric, the best one first."""
@@ -68,3 +76,24 @@ class MergeEvaluation:
             "rows": sum(measured.rows),
             "base": measured.base,
         }
+
+
+def _check_finite(whose: str, found: Mapping[str, Any]) -> None:
+    wrong = [f"{name} is {value}" for name, value in _numbers(found, "") if not math.isfinite(value)]
+    if wrong:
+        raise RequestInvalid(
+            f"Measuring {whose} gave numbers that are not finite: {', '.join(wrong[:NAMED_OFFENDERS])}.",
+            hint="Smaller weights may help, or output_dtype float32.",
+        )
+
+
+def _numbers(found: Any, name: str) -> Iterator[tuple[str, float]]:
+    """Every number with the names that lead to it."""
+    if isinstance(found, int | float):
+        yield name, found
+    elif isinstance(found, Mapping):
+        for key, value in found.items():
+            yield from _numbers(value, f"{name}.{key}".removeprefix("."))
+    elif isinstance(found, Sequence) and not isinstance(found, str):
+        for position, value in enumerate(found):
+            yield from _numbers(value, f"{name}.{position}".removeprefix("."))

@@ -8,11 +8,12 @@ import shutil
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from artifacts.errors import RequestInvalid
+from artifacts.errors import ReloadMismatch, RequestInvalid
 from artifacts.free_memory import free_memory
 from merge import engine
 from merge.catalog import SEARCH
@@ -25,7 +26,7 @@ from workers.checkpointing import Checkpoints
 from workers.context import JobContext, JobOutcome
 from workers.jobs.merge_evaluation import MergeEvaluation
 from workers.jobs.merge_inputs import MergeSources
-from workers.jobs.target_engine import for_engine
+from workers.jobs.target_engine import check_for_engine, for_engine
 
 TRIALS = "trials.json"
 _SHELF_SHARE = 4  # of the free memory one part for what was read
@@ -68,11 +69,12 @@ class _Search:
         self._context, self._sources, self._options, self._number = context, sources, options, done
         # After the device's memory ran out once, main memory takes the job.
         self._device = "cpu" if context.reduce_memory else context.device
-        self._shelf = StackShelf(free_memory(self._device) // _SHELF_SHARE)
         context.progress(_FETCHED, "loading the base model")
         self._prepared = False
         self._evaluation = MergeEvaluation(context, context.params["evaluation"], self._tick)
         self._prepared = True
+        # Of what the base model left.
+        self._shelf = StackShelf(free_memory(self._device) // _SHELF_SHARE)
 
     def begin(self, number: int) -> None:
         """A trial begins."""
@@ -103,8 +105,8 @@ class _Search:
         folder = self._context.scratch / "trial"
         try:
             return replace(self._measured(wanted, folder), seconds=round(time.monotonic() - started, 3))
-        except RequestInvalid as error:
-            # A merge that can not be done is an answer; the others go on.
+        except (RequestInvalid, ReloadMismatch) as error:
+            # A merge that can not be done, or overflows what it is written in, is an answer; the others go on.
             return replace(wanted, problem=error.detail, seconds=round(time.monotonic() - started, 3))
         finally:
             shutil.rmtree(folder, ignore_errors=True)
@@ -118,15 +120,13 @@ class _Search:
             progress=lambda part, message: self._tell(0.2 * part, message),
             device=self._device,
             shelf=self._shelf,
+            check=partial(check_for_engine, self._context),
         )
         found = self._evaluation.of(compared.directory)
-        value = self._evaluation.order(found["figures"])
-        if not math.isfinite(value):
-            return replace(wanted, problem=f"its {self._evaluation.metric} is {value}")
         return replace(
             wanted,
             state="measured",
-            value=value,
+            value=self._evaluation.order(found["figures"]),
             rank=compared.report.rank,
             relative_error=compared.report.totals()["relative_error"],
             figures=found,

@@ -5,8 +5,20 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from merge.engine_form import fit_engine
+from merge.engine_form import check_merged, fit_engine
+from merge.plan import MergePlan
 from workers.context import JobContext
+
+
+def check_for_engine(context: JobContext, plan: MergePlan) -> None:
+    """Refuse a merge whose result the job's `target_engine` will not load: what could not be known before.
+
+    Raises:
+        RequestInvalid: pointers are those of a merge's request.
+    """
+    engine = context.params.get("target_engine")
+    if engine is not None:
+        check_merged(plan, engine)
 
 
 def for_engine(context: JobContext, directory: Path) -> tuple[Path, dict[str, Any]]:

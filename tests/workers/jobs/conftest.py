@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(0, str(Path(__file__).parent.parent.parent / "train"))
@@ -33,11 +34,17 @@ def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def run_here(pool: Any) -> Callable[..., dict[str, Any]]:
+def run_here(pool: Any, monkeypatch: pytest.MonkeyPatch) -> Callable[..., dict[str, Any]]:
     """Runs a job in this process and publishes what it made; gives the job's result. What it raises is raised."""
+    monkeypatch.setattr(tqdm, "monitor_interval", 0)  # its thread would stay
 
     def do(
-        kind: str, *, remotes: Remotes | None = None, interruption: Interruption | None = None, **params: Any
+        kind: str,
+        *,
+        remotes: Remotes | None = None,
+        interruption: Interruption | None = None,
+        model_roots: tuple[str, ...] = (),
+        **params: Any,
     ) -> dict[str, Any]:
         job_id = pool.submit(kind, **params)
         with pool.database.write() as session:
@@ -55,7 +62,7 @@ def run_here(pool: Any) -> Callable[..., dict[str, Any]]:
             blob_url=pool.settings().blob_url,
             scratch=str(pool.folder / job_id),
             cache=str(pool.folder / "cache"),
-            model_roots=(),
+            model_roots=model_roots,
             function=KINDS[kind],
             remotes=remotes or Remotes(),
         )

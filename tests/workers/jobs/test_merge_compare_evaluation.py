@@ -11,6 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from artifacts.base_model import inspect_base
+from artifacts.errors import RequestInvalid
 from train.base_files import BaseFiles
 from train.data import DataFile
 from train.measurement import Measurement
@@ -105,6 +106,39 @@ def test_exact_match_is_the_better_the_higher(tiny_base: Path, data: Path, tmp_p
 def test_packs_are_refused() -> None:
     with pytest.raises(ValueError, match="packing"):
         MeasurementSettings.model_validate({"task": {"type": "causal-lm", "packing": True}})
+
+
+def test_a_merge_without_finite_figures_is_told_and_not_ranked(
+    tiny_base: Path,
+    run_here: Any,
+    add_adapter: Any,
+    add_dataset: Any,
+    base_id: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    sides = {"d_in": 32, "d_out": 32, "modules": MODULES, "base_model": inspect_base(tiny_base).name}
+    wanted = {
+        "adapters": [{"id": add_adapter("a", 1, **sides)}],
+        "candidates": [{"method": "cat"}, {"method": "svd", "parameters": {"rank": 1}, "label": "thin"}],
+        "evaluation": {"dataset": add_dataset(ROWS), "base_model": base_id, "metric": "loss", "max_rows": 2},
+        "publish": "all",
+    }
+    of, infinite = Measurement.of, {"0"}
+
+    def some_infinite(self: Measurement, directory: Path) -> dict[str, Any]:
+        found = of(self, directory)
+        return found | {"figures": found["figures"] | {"loss": -math.inf}} if directory.name in infinite else found
+
+    monkeypatch.setattr(Measurement, "of", some_infinite)
+    result = run_here("merge_compare", model_roots=(str(tiny_base.parent),), **wanted)
+    first, second = result["report"]["candidates"]
+    assert result["report"]["ranking"] == ["thin"]
+    assert "figures.loss is -inf" in first["problem"]
+    assert (first["adapter"], second["adapter"], len(result["adapters"])) == (None, 0, 1)
+    assert "figures" in second
+    infinite.add("1")
+    with pytest.raises(RequestInvalid, match="None of the 2 merges could be measured"):
+        run_here("merge_compare", model_roots=(str(tiny_base.parent),), **wanted)
 
 
 @pytest.mark.slow

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from artifacts.base_model import inspect_base
+from artifacts.errors import RequestInvalid
+from artifacts.free_memory import free_memory
 from storage import adapters
+from train.measurement import Measurement
+from workers.jobs import merge_search
 from workers.kinds import KINDS
 
 MODULES = ("model.layers.0.self_attn.q_proj", "model.layers.1.self_attn.q_proj")
@@ -153,3 +158,75 @@ def test_merges_that_can_not_be_done_are_failed_trials_and_a_search_of_nothing_e
     error = pool.ended(nothing, seconds=SECONDS).error
     assert error["code"] == "invalid_request"
     assert "None of the" in error["detail"]
+
+
+def test_a_merge_that_overflows_and_figures_that_are_not_finite_are_failed_trials(
+    tiny_base: Any, run_here: Any, search: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    of, asked = Measurement.of, []
+
+    def infinite_once(self: Measurement, directory: Path) -> dict[str, Any]:
+        asked.append(directory)
+        found = of(self, directory)
+        if len(asked) == 1:
+            # not what the trials are chosen by
+            found["datasets"][1]["figures"]["perplexity"] = math.inf
+        return found
+
+    monkeypatch.setattr(Measurement, "of", infinite_once)
+    order: list[str] = []
+    monkeypatch.setattr(Measurement, "__init__", told(order, "base model", Measurement.__init__))
+    monkeypatch.setattr(merge_search, "free_memory", told(order, "memory", free_memory))
+    scales = {"scale": {"choices": [1e-6, 1e6, 5e-7]}, "output_dtype": "float16"}
+    parameters = {
+        "methods": [{"method": "svd", "parameters": scales}],
+        "weights": None,
+        "ranks": None,
+        "trials": 6,
+        "sampler": "random",
+    }
+    wanted = search(parameters=parameters)
+    for item in wanted["adapters"]:
+        item["weight"] = 1e6
+    report = run_here("merge", model_roots=(str(tiny_base.parent),), **wanted)["report"]
+    found = {trial["parameters"]["scale"]: trial for trial in report["trials"] if trial["state"] != "repeated"}
+    assert {scale: trial["state"] for scale, trial in found.items()} == {1e-6: "failed", 1e6: "failed", 5e-7: "measured"}
+    assert "the merged adapter gave numbers that are not finite: datasets.1.figures.perplexity is inf" in str(
+        found[1e-6]["problem"]
+    )
+    assert "differs by" in found[1e6]["problem"]
+    assert report["trials"][report["best"]]["parameters"]["scale"] == 5e-7
+    assert order == ["base model", "memory"]  # what is left for the shelf is known only then
+
+
+def test_a_base_model_without_finite_figures_is_told_at_once(
+    tiny_base: Any, run_here: Any, search: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Measurement, "base", property(lambda _: {"loss": 800.0, "perplexity": math.inf}))
+    monkeypatch.setattr(Measurement, "of", lambda *_: pytest.fail("a merge was measured"))
+    with pytest.raises(RequestInvalid, match=r"the base model alone gave .*: figures.perplexity is inf"):
+        run_here("merge", model_roots=(str(tiny_base.parent),), **search())
+
+
+def test_a_trial_that_the_engine_would_not_load_has_failed(
+    tiny_base: Any, run_here: Any, search: Any, add_adapter: Any
+) -> None:
+    sides = {"d_in": 32, "d_out": 32, "modules": MODULES, "base_model": inspect_base(tiny_base).name, "rank": 257}
+    methods = [{"method": "linear"}, {"method": "svd", "parameters": {"rank": 4}}]
+    parameters = {"methods": methods, "weights": None, "ranks": None}
+    wanted = search(parameters=parameters, target_engine="vllm")
+    wanted["adapters"] = [{"id": add_adapter(name, seed, **sides)} for seed, name in enumerate("cd")]
+    report = run_here("merge", model_roots=(str(tiny_base.parent),), **wanted)["report"]
+    assert [trial["state"] for trial in report["trials"]] == ["failed", "measured"]
+    assert "vllm would not load the result" in report["trials"][0]["problem"]
+    assert report["merge"]["target_engine"]["loads"]
+
+
+def told(order: list[str], name: str, function: Any) -> Any:
+    """The function, which tells when it is called."""
+
+    def called(*args: Any, **options: Any) -> Any:
+        order.append(name)
+        return function(*args, **options)
+
+    return called

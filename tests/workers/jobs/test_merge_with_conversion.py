@@ -11,7 +11,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from artifacts import intake
-from artifacts.errors import NotMergeable
+from artifacts.errors import NotMergeable, RequestInvalid
+from merge.engine import MergeRun
 from storage import adapters
 from storage.blobs import BlobStore
 
@@ -75,3 +76,26 @@ def test_a_loha_is_part_of_a_sum(pool: Any, run_here: Any, tmp_path: Path) -> No
     D = {name: tensor.double() for name, tensor in w.items()}
     expected = B.double() @ A.double() + 0.5 * 2.0 * (D["w1_a"] @ D["w1_b"]) * (D["w2_a"] @ D["w2_b"])
     assert float((delta - expected).norm() / expected.norm()) < 1e-5
+
+
+def test_what_the_engine_would_not_load_is_known_once_it_is_converted(
+    pool: Any, run_here: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lora = store(
+        pool,
+        tmp_path / "lora",
+        {f"{PATH}.lora_A.weight": torch.ones(511, D_IN), f"{PATH}.lora_B.weight": torch.ones(D_OUT, 511)},
+        {"peft_type": "LORA", "r": 511, "lora_alpha": 3},
+    )
+    w = {"w1_a": (D_OUT, 2), "w1_b": (2, D_IN), "w2_a": (D_OUT, 2), "w2_b": (2, D_IN)}
+    loha = store(
+        pool,
+        tmp_path / "loha",
+        {f"{PATH}.hada_{name}": torch.ones(*shape) for name, shape in w.items()},
+        {"peft_type": "LOHA", "r": 2, "alpha": 4},
+    )
+    wanted = {"adapters": [{"id": lora}, {"id": loha}], "method": "cat", "convert": True, "target_engine": "vllm"}
+    monkeypatch.setattr(MergeRun, "write", lambda *_: pytest.fail("it was merged"))
+    with pytest.raises(RequestInvalid, match="vllm would not load the result") as caught:
+        run_here("merge", **wanted)
+    assert [item.pointer for item in caught.value.errors] == ["/parameters/rank"]
