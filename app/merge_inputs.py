@@ -19,7 +19,7 @@ from app.stored_inputs import stored_adapters, stored_dataset
 from artifacts.base_model import check_modules, compare
 from artifacts.errors import BaseMismatch, FieldError, MergeRefused, RequestInvalid
 from artifacts.pointers import pointers_below
-from merge.catalog import SEARCH, parse_parameters
+from merge.catalog import SEARCH, parse_parameters, pointers_as_sent
 from merge.convertible import PACKED
 from merge.engine_form import check_merged
 from merge.options import MergeOptions
@@ -58,9 +58,10 @@ def check_merge(settings: Settings, session: Session, request: MergeParams, devi
     for position in others:
         _check_conversion(settings, session, request.adapters[position].id, f"/adapters/{position}/id")
     if not others:  # else the worker plans, once their ranks are known
-        plan = plan_merge(inputs, request.method, options)
-        if request.target_engine is not None:
-            check_merged(at_least_rank(plan, options), request.target_engine)
+        with pointers_as_sent(request.method, request.parameters):
+            plan = plan_merge(inputs, request.method, options)
+            if request.target_engine is not None:
+                check_merged(at_least_rank(plan, options), request.target_engine)
     if request.output == "adapter":
         return None
     row = _base_of(session, [item.id for item in request.adapters], request.base_model)
@@ -158,7 +159,7 @@ def check_merges(_: Settings, session: Session, request: CompareMergesParams, de
             options.append(parse_parameters(item.method, item.parameters))
     inputs = merge_inputs(session, request.adapters)
     for position, (item, found) in enumerate(zip(request.candidates, options, strict=True)):
-        with _of_candidate(position):
+        with _of_candidate(position), pointers_as_sent(item.method, item.parameters):
             plan_merge(inputs, item.method, found)
     if request.evaluation is None:
         return None

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 from artifacts.menu import find_row, parse_options
+from artifacts.pointers import pointers_below
 from merge import entrywise_options as entrywise
 from merge import peer_options as peer
 from merge.options import CatOptions, LegoOptions, LinearOptions, MergeOptions, SvdOptions
@@ -375,3 +377,19 @@ def parse_parameters(method: str, parameters: Mapping[str, Any]) -> MergeOptions
         RequestInvalid: unknown method or parameter, or a value out of range; each finding with its JSON pointer.
     """
     return parse_options(find_method(method).options, "merge", "merge", method, parameters)
+
+
+def aliases(method: str) -> Mapping[str, str]:
+    """Other names that parameters may be given under, each with the parameter's own."""
+    fields = find_method(method).options.model_fields
+    return {field.alias: name for name, field in fields.items() if field.alias is not None}
+
+
+@contextmanager
+def pointers_as_sent(method: str, parameters: Mapping[str, Any]) -> Iterator[None]:
+    """Errors from inside point to a parameter by the name that the client gave it."""
+    with ExitStack() as stack:
+        for alias, name in aliases(method).items():
+            if alias in parameters:
+                stack.enter_context(pointers_below(f"/parameters/{alias}", f"/parameters/{name}"))
+        yield

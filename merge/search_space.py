@@ -12,7 +12,7 @@ from typing import Any
 from artifacts.errors import FieldError, RankwiseError, RequestInvalid
 from artifacts.labels import labels_of
 from artifacts.pointers import pointers_below
-from merge.catalog import find_method, parse_parameters
+from merge.catalog import aliases, find_method, parse_parameters, pointers_as_sent
 from merge.options import MergeOptions
 from merge.search_options import Range, SearchedMethod, SearchOptions
 
@@ -69,6 +69,7 @@ class SearchSpace:
     """All that a search may try.
 
     Attributes:
+        methods: with their parameters under their own names; `asked` has them as they were given.
         labels: of the methods.
         dimensions: of each method its own, by the name of the parameter.
         weights: the weight of each adapter, or what it may be.
@@ -79,6 +80,7 @@ class SearchSpace:
     dimensions: tuple[Mapping[str, Dimension], ...]
     weights: tuple[float | Dimension, ...]
     requested: tuple[float, ...]
+    asked: tuple[SearchedMethod, ...]
 
     @classmethod
     def of(cls, options: SearchOptions, weights: Sequence[float]) -> SearchSpace:
@@ -97,13 +99,25 @@ class SearchSpace:
                 find_method(asked.method)
             with pointers_below(f"{place}/parameters", "/parameters"):
                 item = _by_field(asked)
-                own = _own_dimensions(item, label)
+                with pointers_as_sent(asked.method, asked.parameters):
+                    own = _own_dimensions(item, label)
             if options.ranks is not None and _takes_rank(item):
                 own["rank"] = _ranks(item, label, options.ranks)
-            _check_values(item, own, place)
+            with (
+                pointers_below(f"{place}/parameters", "/parameters"),
+                pointers_as_sent(asked.method, asked.parameters),
+            ):
+                _check_values(item, own)
             methods.append(item)
             found.append(own)
-        return cls(tuple(methods), tuple(labels), tuple(found), _weights(options, weights), tuple(map(float, weights)))
+        return cls(
+            tuple(methods),
+            tuple(labels),
+            tuple(found),
+            _weights(options, weights),
+            tuple(map(float, weights)),
+            tuple(options.methods),
+        )
 
     def active(self, method: int) -> list[Dimension]:
         """The dimensions of a trial of that method, which is one itself when there are several."""
@@ -148,10 +162,11 @@ class SearchSpace:
     @contextmanager
     def located(self, method: int) -> Iterator[None]:
         """Errors from inside, about a merge by that method, point to what the search was asked for."""
-        own = self.dimensions[method].get("rank")
+        own, asked = self.dimensions[method].get("rank"), self.asked[method]
         shared = own is not None and "rank" not in self.methods[method].parameters
         try:
-            yield
+            with pointers_as_sent(asked.method, asked.parameters):
+                yield
         except RankwiseError as error:
             error.errors = tuple(
                 FieldError(self._place(method, item.pointer, shared_ranks=shared), item.message)
@@ -179,8 +194,7 @@ class SearchSpace:
 
 def _by_field(item: SearchedMethod) -> SearchedMethod:
     """The method with its parameters under their own names, not under an alias. Raises RequestInvalid."""
-    fields = find_method(item.method).options.model_fields
-    names = {field.alias: name for name, field in fields.items() if field.alias is not None}
+    names = aliases(item.method)
     found: dict[str, Any] = {}
     for name, value in item.parameters.items():
         own = names.get(name, name)
@@ -238,15 +252,14 @@ def _takes_rank(item: SearchedMethod) -> bool:
     return "rank" in find_method(item.method).options.model_fields and "rank" not in item.parameters
 
 
-def _check_values(item: SearchedMethod, own: Mapping[str, Dimension], place: str) -> None:
+def _check_values(item: SearchedMethod, own: Mapping[str, Dimension]) -> None:
     """Every choice and both ends of every range, each beside what is fixed. Raises RequestInvalid."""
     fixed = {name: value for name, value in item.parameters.items() if name not in own}
-    with pointers_below(f"{place}/parameters", "/parameters"):
-        _check(item.method, fixed, alone=not own)
-        for name, dimension in own.items():
-            if name in item.parameters:  # else it is of `ranks`, which are checked
-                for value in dimension.choices or (dimension.value(dimension.low), dimension.value(dimension.high)):
-                    _check(item.method, {**fixed, name: value}, alone=False)
+    _check(item.method, fixed, alone=not own)
+    for name, dimension in own.items():
+        if name in item.parameters:  # else it is of `ranks`, which are checked
+            for value in dimension.choices or (dimension.value(dimension.low), dimension.value(dimension.high)):
+                _check(item.method, {**fixed, name: value}, alone=False)
 
 
 def _check(method: str, parameters: Mapping[str, Any], *, alone: bool) -> None:

@@ -74,6 +74,7 @@ REFUSED: dict[str, tuple[Any, str, str]] = {
     "unknown parameter": (lambda ids: merge(ids, parameters={"colour": 1}), "invalid_request", "/parameters/colour"),
     "rank 0": (lambda ids: merge(ids, parameters={"rank": 0}), "invalid_request", "/parameters/rank"),
     "rank above the sum": (lambda ids: merge(ids, parameters={"rank": 9}), "rank_out_of_range", "/parameters/rank"),
+    "k above the sum": (lambda ids: merge(ids, parameters={"k": 9}), "rank_out_of_range", "/parameters/k"),
     "negative weight": (lambda ids: weighted(ids, 1.0, -1.0), "invalid_request", "/adapters/1/weight"),
     "all weights zero": (lambda ids: weighted(ids, 0.0, 0), "invalid_request", "/adapters"),
     "weight as text": (lambda ids: weighted(ids, 1.0, "1"), "invalid_request", "/adapters/1/weight"),

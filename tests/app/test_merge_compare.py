@@ -35,6 +35,11 @@ REFUSED: dict[str, tuple[dict[str, Any], str, str]] = {
         "rank_out_of_range",
         "/candidates/1/parameters/rank",
     ),
+    "k above the sum": (
+        {"candidates": [{"method": "cat"}, {"method": "lego", "parameters": {"k": 9}}]},
+        "rank_out_of_range",
+        "/candidates/1/parameters/k",
+    ),
     "unknown publish": ({"publish": "worst"}, "invalid_request", "/publish"),
     "unknown adapter": ({"adapters": [{"id": "adp_" + "f" * 32}]}, "invalid_request", "/adapters/0/id"),
 }

@@ -93,7 +93,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str, str]] = {
     "a range of ranks that ends above the sum": (
         {"parameters": {"methods": [{"method": "lego", "parameters": {"k": {"low": 1, "high": 9}}}]}},
         "rank_out_of_range",
-        "/parameters/methods/0/parameters/rank",
+        "/parameters/methods/0/parameters/k",
     ),
     "weights that one method does not take": (
         {"parameters": {"weights": [{"low": -1, "high": 1}]}},

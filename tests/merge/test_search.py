@@ -192,6 +192,14 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         {"methods": [{"method": "lego", "parameters": {"k": {"low": 1, "high": 4}, "rank": 3}}]},
         "/parameters/methods/0/parameters/rank",
     ),
+    "an end out of range, under the other name": (
+        {"methods": [{"method": "lego", "parameters": {"k": {"low": 0, "high": 4}}}]},
+        "/parameters/methods/0/parameters/k",
+    ),
+    "a range turned round, under the other name": (
+        {"methods": [{"method": "lego", "parameters": {"k": {"low": 4, "high": 1}}}]},
+        "/parameters/methods/0/parameters/k",
+    ),
     "three ranges for two adapters": ({"weights": [None, None, {"low": 0, "high": 1}]}, "/parameters/weights"),
 }
 
