@@ -105,8 +105,9 @@ def compare_files(
     tell = progress or (lambda _fraction, _message: None)
     open_adapter = cache(Adapter.open)
     runs = [MergeRun.of(inputs, item.method, item.options, torch.device(device), open_adapter) for item in candidates]
-    for run in runs if check is not None else ():
-        check(run.plan)
+    if check is not None:
+        for run in runs:
+            check(run.plan)
     places = [folder / str(number) for number in range(len(candidates))]
     with ExitStack() as opened:
         writers = [

@@ -70,7 +70,10 @@ def print_comparison(console: Console, report: dict[str, Any]) -> None:
                     row["rank"],
                     _percent(row["energy_kept"]),
                     _percent(row["relative_error"]),
-                    *(row["figures"][name.removeprefix("#")] if "figures" in row else row["problem"] for name in metric),
+                    *(
+                        row["figures"][name.removeprefix("#")] if "figures" in row else row["problem"]
+                        for name in metric
+                    ),
                     row["seconds"],
                     len(row["warnings"]),
                 )

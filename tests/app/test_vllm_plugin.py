@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import hashlib
 import importlib
 import io
 import json
 import logging
+import os
 import sys
 import threading
+import time
 import tomllib
 import types
 import zipfile
@@ -29,6 +32,7 @@ from storage import keys
 
 PLUGIN = Path(__file__).parent.parent.parent / "integrations" / "vllm"
 BASE = "acme/tiny-llm"
+WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
 
 @dataclass
@@ -212,16 +216,18 @@ def test_the_key_is_sent_and_never_logged(
 
 
 class Liar(HTTPServer):
-    """Answers in place of a service: `zip_bytes` for the download, and `location` as a redirect of everything."""
+    """Answers in place of a service: `zip_bytes` for the download, `location` as a redirect of everything, and first
+    of all `answers`, by the beginning of the path."""
 
     files: list[dict[str, Any]]
     zip_bytes = b""
     location = ""
     asked: list[str]
+    answers: dict[str, bytes]
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), LiarHandler)
-        self.files, self.asked = [], []
+        self.files, self.asked, self.answers = [], [], {}
         self.thread = threading.Thread(target=self.serve_forever, daemon=True)
         self.thread.start()
 
@@ -238,7 +244,10 @@ class LiarHandler(BaseHTTPRequestHandler):
             self.end_headers()
             return
         body = self.server.zip_bytes
-        if "/compatibility" in self.path:
+        given = [answer for begin, answer in self.server.answers.items() if self.path.startswith(begin)]
+        if given:
+            body = given[0]
+        elif "/compatibility" in self.path:
             body = b'{"loads": true, "findings": []}'
         elif "/download" not in self.path:
             body = json.dumps({"id": "adp_" + "1" * 32, "base_model": BASE, "files": self.server.files}).encode()
@@ -260,15 +269,20 @@ def liar() -> Iterator[Liar]:
     server.server_close()
 
 
-def zipped(files: dict[str, bytes]) -> bytes:
+def zipped(files: dict[str, bytes], packed: int = zipfile.ZIP_STORED) -> bytes:
     target = io.BytesIO()
-    with zipfile.ZipFile(target, "w") as archive:
+    with zipfile.ZipFile(target, "w", packed) as archive:
         for name, data in files.items():
             archive.writestr(name, data)
     return target.getvalue()
 
 
-WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+def broken_stream() -> bytes:
+    """A zip whose directory is right and whose first member is no stream of deflate."""
+    content = bytearray(zipped({WEIGHTS: b"right" * 50, CONFIG: b"{}"}, zipfile.ZIP_DEFLATED))
+    first = 30 + len(WEIGHTS)  # behind the local header
+    content[first : first + 4] = b"\xff" * 4
+    return bytes(content)
 
 
 @pytest.mark.parametrize(
@@ -280,6 +294,13 @@ WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
         (zipped({WEIGHTS: b"right", CONFIG: b"{}", "../evil": b""}), "has a file called '../evil'"),
         (zipped({WEIGHTS: b"right", CONFIG: b"{}", "/evil": b""}), "has a file called '/evil'"),
         (zipped({WEIGHTS: b"right", CONFIG: bytes(2 << 20)}), "more bytes came"),
+        (
+            # each of them alone would fit, and the archive is small
+            zipped({WEIGHTS: b"right", CONFIG: bytes(600_000), "README.md": bytes(600_000)}, zipfile.ZIP_DEFLATED),
+            "more bytes came",
+        ),
+        (zipped({WEIGHTS: b"right", CONFIG: b"{}"}, zipfile.ZIP_LZMA), "is packed in a way"),
+        (broken_stream(), "is no zip"),
         (b"no zip at all", "is no zip"),
     ],
 )
@@ -293,6 +314,89 @@ def test_a_download_that_is_not_what_was_announced_leaves_nothing(
     assert resolve(resolver(f"http://127.0.0.1:{liar.server_port}"), "adp_" + "1" * 32) is None
     assert words in caplog.text
     assert list((tmp_path / "cache").iterdir()) == []
+
+
+ID = "adp_" + "1" * 32
+ADAPTER: dict[str, Any] = {"id": ID, "base_model": BASE, "files": []}
+
+
+@pytest.mark.parametrize(
+    ("path", "answer"),
+    [
+        (f"/adapters/{ID}", []),
+        (f"/adapters/{ID}", {}),
+        (f"/adapters/{ID}", {**ADAPTER, "id": 1}),
+        (f"/adapters/{ID}", {**ADAPTER, "id": "../../x"}),
+        (f"/adapters/{ID}", {**ADAPTER, "base_model": {}}),
+        (f"/adapters/{ID}", {**ADAPTER, "files": None}),
+        (f"/adapters/{ID}", {**ADAPTER, "files": [{"path": WEIGHTS}]}),
+        (f"/adapters/{ID}", {**ADAPTER, "files": [{"path": WEIGHTS, "sha256": "x", "size": 1}]}),
+        (f"/adapters/{ID}", {**ADAPTER, "files": [{"path": WEIGHTS, "sha256": "0" * 64, "size": -1}]}),
+        (f"/adapters/{ID}/compatibility", {"loads": True}),
+        (f"/adapters/{ID}/compatibility", {"loads": True, "findings": ["x"]}),
+        ("/aliases/orders", {"name": "orders"}),
+        ("/aliases/orders", {"adapter": "../keys"}),
+        ("/adapters?", {"items": [{"id": ID}], "next": None}),
+        ("/adapters?", {"items": [], "next": 7}),
+        ("/adapters?", "deep"),
+    ],
+)
+def test_json_of_another_shape_is_an_answer_of_something_else(
+    liar: Liar, resolver: Any, caplog: pytest.LogCaptureFixture, path: str, answer: Any
+) -> None:
+    caplog.set_level(logging.INFO)
+    liar.answers[path] = b"[" * 200_000 if answer == "deep" else json.dumps(answer).encode()
+    registry = f"http://127.0.0.1:{liar.server_port}"
+    if path == "/adapters?":
+        registry_of = importlib.import_module("rankwise_vllm.registry").Registry
+        found = resolver(registry)
+        with pytest.raises(importlib.import_module("rankwise_vllm.registry").RegistryError, match="as Rankwise does"):
+            registry_of(registry)._named("orders")
+        return
+    found = resolver(registry)
+    assert resolve(found, "orders" if path.startswith("/aliases") else ID) is None
+    assert "did not answer as Rankwise does" in caplog.text
+
+
+def test_a_name_in_very_many_names_is_not_searched_for_without_end(liar: Liar, resolver: Any) -> None:
+    resolver(f"http://127.0.0.1:{liar.server_port}")
+    module = importlib.import_module("rankwise_vllm.registry")
+    page = {"items": [{"id": ID, "name": "a longer one"}], "next": "more"}
+    liar.answers["/adapters?"] = json.dumps(page).encode()
+    with pytest.raises(module.AmbiguousNameError, match="more than 1000 adapters have 'a' in their names"):
+        module.Registry(f"http://127.0.0.1:{liar.server_port}")._named("a")
+    assert len(liar.asked) == 5
+
+
+def test_a_full_disk_is_not_told_as_a_silent_service(
+    server: Any, adapter_files: Any, resolver: Any, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    caplog.set_level(logging.INFO)
+    adapter = upload(server, adapter_files())
+    found = resolver(server.url)
+
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(importlib.import_module("rankwise_vllm.cache"), "_copy", full)
+    assert resolve(found, adapter) is None
+    assert "No space left on device" in caplog.text
+    assert "no answer from" not in caplog.text
+
+
+def test_what_a_killed_process_left_is_removed_a_day_later(
+    server: Any, adapter_files: Any, resolver: Any, tmp_path: Path
+) -> None:
+    cache = tmp_path / "cache"
+    for name, age in ((".fetch-old", 2), (".fetch-new", 0.5), ("kept", 9)):
+        (cache / name).mkdir(parents=True)
+        (cache / name / WEIGHTS).write_bytes(b"half")
+        then = time.time() - age * 24 * 60 * 60
+        os.utime(cache / name, (then, then))
+    found = resolve(resolver(server.url), upload(server, adapter_files()))
+    assert found is not None
+    names = {folder.name for folder in cache.iterdir()}
+    assert names == {".fetch-new", "kept", Path(found.lora_path).name}
 
 
 def test_no_redirect_is_followed_and_an_absent_service_is_no_crash(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 
@@ -10,7 +10,7 @@ from artifacts.compatibility import Engine
 from artifacts.errors import RequestInvalid
 from train.catalog import METHODS, find_method, parse_parameters
 from train.engine_outlook import check_trained
-from train.options.common import Target
+from train.options.common import Target, TrainOptions
 from train.settings import TaskName
 
 LAYERS = (Target("model.layers.0.self_attn.q_proj", 4096, 4096),)
@@ -35,6 +35,17 @@ def test_engines_of_language_models_take_what_ends_as_a_plain_lora(method: str, 
         else:
             with pytest.raises(RequestInvalid, match=f"{engine} would not load the result"):
                 check(engine, method, row.capabilities.tasks[0], known, **options)
+
+
+def test_what_gives_adapters_beside_its_own_is_made_for_no_engine() -> None:
+    """Only the main adapter is written for an engine: one that an engine loads would need the others written too."""
+    options = parse_parameters("smora", {"fold": "per_task"})
+    assert options.gives_beside
+    for engine in get_args(Engine):
+        with pytest.raises(RequestInvalid, match="would not load the result"):
+            check_trained(find_method("smora"), options, "causal-lm", LAYERS, engine)
+    others = [name for name in METHODS if find_method(name).options.gives_beside is not TrainOptions.gives_beside]
+    assert others == ["smora"]
 
 
 @pytest.mark.parametrize(

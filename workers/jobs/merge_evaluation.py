@@ -23,8 +23,8 @@ class MergeEvaluation:
         """Load the base model and the rows, and measure the model alone.
 
         Raises:
-            RequestInvalid: the base model's own figures are NaN or infinite; or what is wrong with a dataset or with the
-                base model (`train.measurement.Measurement`).
+            RequestInvalid: the base model's own figures are NaN or infinite; or what is wrong with a dataset or with
+                the base model (`train.measurement.Measurement`).
         """
         self._settings = MeasurementSettings.model_validate(
             {name: value for name, value in wanted.items() if name not in ("dataset", "datasets", "base_model")}

@@ -5,13 +5,12 @@ from __future__ import annotations
 import asyncio
 import logging
 from pathlib import Path
-from typing import Any
 
 from vllm.lora.request import LoRARequest
 from vllm.lora.resolver import LoRAResolver
 
 from rankwise_vllm.cache import AdapterCache, CacheError
-from rankwise_vllm.registry import Registry, RegistryError
+from rankwise_vllm.registry import Registry, RegistryError, StoredAdapter
 
 _log = logging.getLogger(__name__)
 
@@ -45,14 +44,14 @@ class RankwiseResolver(LoRAResolver):
             return None
         return self._cache.fetch(self._registry, adapter)
 
-    def _fits(self, adapter: dict[str, Any], base_model: str, name: str) -> bool:
-        if adapter["base_model"] != base_model:
-            _log.warning("the adapter %r is for the base model %r, not for %r", name, adapter["base_model"], base_model)
+    def _fits(self, adapter: StoredAdapter, base_model: str, name: str) -> bool:
+        if adapter.base_model != base_model:
+            _log.warning("the adapter %r is for the base model %r, not for %r", name, adapter.base_model, base_model)
             return False
-        answer = self._registry.compatibility(adapter["id"])
-        for finding in answer["findings"]:
-            if finding["level"] == "needs":
-                _log.info("the adapter %r: %s", name, finding["message"])
+        answer = self._registry.compatibility(adapter.id)
+        for level, message in answer.findings:
+            if level == "needs":
+                _log.info("the adapter %r: %s", name, message)
             else:
-                _log.warning("vLLM would not load the adapter %r: %s", name, finding["message"])
-        return bool(answer["loads"])
+                _log.warning("vLLM would not load the adapter %r: %s", name, message)
+        return answer.loads

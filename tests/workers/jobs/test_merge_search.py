@@ -190,7 +190,11 @@ def test_a_merge_that_overflows_and_figures_that_are_not_finite_are_failed_trial
         item["weight"] = 1e6
     report = run_here("merge", model_roots=(str(tiny_base.parent),), **wanted)["report"]
     found = {trial["parameters"]["scale"]: trial for trial in report["trials"] if trial["state"] != "repeated"}
-    assert {scale: trial["state"] for scale, trial in found.items()} == {1e-6: "failed", 1e6: "failed", 5e-7: "measured"}
+    assert {scale: trial["state"] for scale, trial in found.items()} == {
+        1e-6: "failed",
+        1e6: "failed",
+        5e-7: "measured",
+    }
     assert "the merged adapter gave numbers that are not finite: datasets.1.figures.perplexity is inf" in str(
         found[1e-6]["problem"]
     )
