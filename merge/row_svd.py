@@ -19,8 +19,6 @@ OVERSAMPLING = 8
 
 ROOM = Room(1 << 29)
 """For the matrices that this process keeps between two passes over their rows; others come anew in every pass."""
-KEPT_ROWS = 256
-"""Rows of a kept matrix that are taken at a time."""
 
 Blocks = Callable[[], Iterable[Tensor]]
 """Yields the matrix from top to bottom, (rows, d_in) at a time; the same every time it is called. The next block may
@@ -77,20 +75,21 @@ def _replayed(blocks: Blocks, shape: tuple[int, int], like: Tensor, passes: int)
 
 
 def _kept(blocks: Blocks, shape: tuple[int, int], like: Tensor) -> Blocks:
-    kept: Tensor | None = None
+    """The same blocks again: whether there was room must not show in the order in which sums are rounded."""
+    kept: list[Tensor] = []
 
     def replayed() -> Iterator[Tensor]:
-        nonlocal kept
-        if kept is not None:
-            yield from torch.split(kept, KEPT_ROWS)
+        if kept:
+            yield from kept
             return
-        matrix, row = _empty(shape, like), 0
+        matrix, row, copies = _empty(shape, like), 0, []
         for block in blocks():
             rows = matrix[row : row + len(block)]
             rows.copy_(block)
             yield rows
+            copies.append(rows)
             row += len(block)
-        kept = matrix
+        kept.extend(copies)
 
     return replayed
 
