@@ -85,13 +85,14 @@ def elected(X, lower, upper, votes, weights, shares, by_count, result):
 
 
 @compiled
-def bracketed(values, channels, low, high, above, inside, found):
-    """How many |values| lie above each bracket is added to `above`; those from low to high go to `inside`.
+def bracketed(values, channels, low, high, above, at_high, at_low, inside, found):
+    """How many |values| lie above each bracket, at its high and at its low border is added to `above`, `at_high` and
+    `at_low`; those strictly between go to `inside`. Where both borders are one, it is the high one.
 
     Args:
         values: (channels, m).
         channels, low, high: (P,) each bracket's channel and borders.
-        above, found: (P,) counts so far. What is found goes to inside[p, found[p]:], with room for m + GLANCE more.
+        above, at_high, at_low, found: (P,) counts so far. What is found goes to inside[p, found[p]:], with room for m + GLANCE more.
     """
     for p in range(len(channels)):
         lowest, highest, place = low[p], high[p], found[p]
@@ -108,7 +109,9 @@ def bracketed(values, channels, low, high, above, inside, found):
                 for c in range(len(x)):
                     size = abs(x[c])
                     kept[place] = size
-                    place += (size >= lowest) & (size <= highest)
+                    place += (size > lowest) & (size < highest)
+                    at_high[p] += size == highest
+                    at_low[p] += (size == lowest) & (size < highest)
         found[p] = place
 
 

@@ -16,6 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from artifacts.errors import MergeRefused
 from merge import entry_loops
 from merge.rules import MASK_ROWS, compiled, kth_largest
 from merge.stack import Stack
@@ -104,16 +105,19 @@ def largest(deltas: DeltaRows, measure: Measure, counts: Sequence[Sequence[int]]
 
     A small matrix is sorted as a whole. Of a large one a sample brackets the value, and one pass over the rows counts
     what lies above the bracket and keeps what lies in it; only a bracket that missed costs another pass.
+
+    Raises:
+        MergeRefused: the measure of an entry is NaN, for the deltas are too large for their dtype.
     """
     if deltas.entries <= WHOLE:
-        values = torch.cat([measure(tile).abs().flatten(1) for _, _, tile in deltas.tiles()], 1)
+        values = _numbers(torch.cat([measure(tile).abs().flatten(1) for _, _, tile in deltas.tiles()], 1))
         return [
             [kth_largest(channel, k) if k < len(channel) else 0.0 for k in wanted]
             for channel, wanted in zip(values, counts, strict=True)
         ]
     found = [[0.0 if k else float("inf") for k in wanted] for wanted in counts]
     open_ = [(c, t) for c, wanted in enumerate(counts) for t, k in enumerate(wanted) if 0 < k < deltas.entries]
-    sample = _descending(measure(deltas.sample()).abs())
+    sample = _descending(_numbers(measure(deltas.sample()).abs()))
     margin = MARGIN
     while open_:
         ranks = [counts[channel][number] for channel, number in open_]
@@ -121,7 +125,7 @@ def largest(deltas: DeltaRows, measure: Measure, counts: Sequence[Sequence[int]]
             [(c, k / deltas.entries) for (c, _), k in zip(open_, ranks, strict=True)], sample, margin
         )
         for _, _, tile in deltas.tiles():
-            brackets.add(measure(tile).flatten(1))
+            brackets.add(_numbers(measure(tile).flatten(1)))
         missed = []
         for place, value in zip(open_, brackets.kth(ranks), strict=True):
             if value is None:
@@ -132,21 +136,30 @@ def largest(deltas: DeltaRows, measure: Measure, counts: Sequence[Sequence[int]]
     return found
 
 
+def overflow() -> MergeRefused:
+    """The error of deltas, or of what is made of them, that their dtype can not hold."""
+    return MergeRefused("The entries of ΔW overflow in the merge.", hint="Set compute_dtype to float64.")
+
+
 @dataclass(slots=True, eq=False)
 class _Brackets:
     """What a pass has seen of some channels' |values|: how many lay above `high`, and those from `low` to `high`.
 
+    Values at a border are only counted: they may be all of a matrix, as the zeros of a module that was never trained.
+
     Attributes:
         channels: (P,) the channel of each bracket.
         low, high: (P,).
-        above, count: (P,) how many lay above, and inside.
-        inside: (P, room) those inside, `count` of them.
+        above, at_high, at_low, count: (P,) how many lay above, at the borders (one border: at `high`), and between.
+        inside: (P, room) those strictly between, `count` of them.
     """
 
     channels: NDArray[np.int64]
     low: Tensor
     high: Tensor
     above: NDArray[np.int64]
+    at_high: NDArray[np.int64]
+    at_low: NDArray[np.int64]
     count: NDArray[np.int64]
     inside: Tensor
 
@@ -164,9 +177,8 @@ class _Brackets:
             np.array([channel for channel, _ in places]),
             sample.new_tensor(low),
             sample.new_tensor(high),
-            np.zeros(count, np.int64),
-            np.zeros(count, np.int64),
-            sample.new_empty(count, 0),
+            *(np.zeros(count, np.int64) for _ in range(4)),
+            inside=sample.new_empty(count, 0),
         )
 
     def add(self, values: Tensor) -> None:
@@ -183,6 +195,8 @@ class _Brackets:
                 self.low.numpy(),
                 self.high.numpy(),
                 self.above,
+                self.at_high,
+                self.at_low,
                 self.inside.numpy(),
                 self.count,
             )
@@ -191,18 +205,36 @@ class _Brackets:
         for number, channel in enumerate(self.channels):
             of_channel = sizes[channel]
             self.above[number] += int((of_channel > self.high[number]).count_nonzero())
-            kept = of_channel[(of_channel >= self.low[number]) & (of_channel <= self.high[number])]
+            at_high = of_channel == self.high[number]
+            self.at_high[number] += int(at_high.count_nonzero())
+            self.at_low[number] += int(((of_channel == self.low[number]) & ~at_high).count_nonzero())
+            kept = of_channel[(of_channel > self.low[number]) & (of_channel < self.high[number])]
             self.inside[number, self.count[number] : self.count[number] + len(kept)] = kept
             self.count[number] += len(kept)
 
     def kth(self, ranks: Sequence[int]) -> list[float | None]:
         """By bracket, the k-th largest of all that was seen; None when it is not inside."""
-        return [
-            kth_largest(inside[:count], k - above) if above < k <= above + count else None
-            for k, above, count, inside in zip(
-                ranks, self.above.tolist(), self.count.tolist(), self.inside, strict=True
-            )
-        ]
+        return [self._kth(number, k) for number, k in enumerate(ranks)]
+
+    def _kth(self, number: int, k: int) -> float | None:
+        k -= int(self.above[number])
+        if k <= 0:
+            return None
+        k -= int(self.at_high[number])
+        if k <= 0:
+            return float(self.high[number])
+        count = int(self.count[number])
+        if k <= count:
+            return kth_largest(self.inside[number, :count], k)
+        return float(self.low[number]) if k - count <= self.at_low[number] else None
+
+
+def _numbers(values: Tensor) -> Tensor:
+    """The values, none of which is NaN: no bracket would ever hold that."""
+    # a NaN makes the sum one, and a sum makes no copy
+    if bool(values.sum().isnan()) and bool(values.isnan().any()):
+        raise overflow()
+    return values
 
 
 def _descending(values: Tensor) -> Tensor:

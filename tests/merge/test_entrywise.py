@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from artifacts.errors import RankOutOfRange, RequestInvalid
+from artifacts.errors import MergeRefused, RankOutOfRange, RequestInvalid
 from merge import row_svd, rows, rules
 from merge.catalog import METHODS, parse_parameters
 from merge.memory import Room
@@ -172,6 +172,62 @@ class TestALargeMatrix:
         assert (brackets.low.tolist(), brackets.high.tolist()) == ([2.0], [3.0])
         brackets.add(torch.tensor([[4.0, -3.0, 2.0, 1.0, -2.5]], dtype=dtype))
         assert [brackets.kth([k])[0] for k in range(1, 6)] == [None, 3.0, 2.5, 2.0, None]
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+    @pytest.mark.parametrize("size", [0.0, 3.0])
+    def test_values_that_are_all_equal_are_counted_and_not_held(
+        self, size: float, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(rows, "SAMPLE", 4)
+        brackets = rows._Brackets.around([(0, 0.4), (1, 0.4)], torch.full((2, 4), size), 0.5)
+        tile = torch.full((2, 100), size, dtype=dtype)
+        tile[1, :4] = torch.tensor([4.0, 5.0, -6.0, size / 2])
+        for _ in range(50):
+            brackets.add(tile)
+        assert not brackets.count.any()
+        assert brackets.inside.shape[1] <= 4 * 100
+        assert brackets.kth([1, 150]) == [size, None]
+        assert brackets.kth([5000, 151]) == [size, size]
+        last = 5000 - 50 * (size > 0)
+        assert brackets.kth([5001, last + 1])[0] is None
+        assert brackets.kth([1, last]) == [size, size]
+        assert brackets.kth([1, last + 1])[1] is None
+
+    def test_most_entries_of_a_module_that_was_half_trained_are_not_held(
+        self, stack_of: Any, random_adapters: Any, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        pairs = random_adapters([3, 4], d_out=700, d_in=50)
+        for _, B, _ in pairs:
+            B[70:] = 0
+        deltas = rows.DeltaRows.of(stack_of(pairs))
+        counts = [[700, 3499, 20_000]] * 2
+        exact = rows.largest(deltas, lambda X: X, counts)
+        monkeypatch.setattr(rows, "WHOLE", 100)
+        monkeypatch.setattr(rows, "SAMPLE", 1 << 10)
+        monkeypatch.setattr(rows, "TILE_BYTES", 1)
+        held = 0
+        add = rows._Brackets.add
+
+        def watched(brackets: Any, values: Tensor) -> None:
+            nonlocal held
+            add(brackets, values)
+            held = max(held, *brackets.count[[2, 5]].tolist())
+
+        monkeypatch.setattr(rows._Brackets, "add", watched)
+        assert rows.largest(deltas, lambda X: X, counts) == exact
+        assert (exact[0][2], exact[1][2], held) == (0.0, 0.0, 0)
+
+    @pytest.mark.parametrize("whole", [1 << 20, 100])
+    def test_deltas_that_overflow_are_refused(
+        self, whole: int, stack_of: Any, random_adapters: Any, run_method: Any, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(rows, "WHOLE", whole)
+        monkeypatch.setattr(row_svd, "WHOLE", whole)
+        monkeypatch.setattr(rows, "SAMPLE", 1 << 10)
+        pairs = [(A * 1e18, B * 1e18, s) for A, B, s in random_adapters([3, 4], d_out=70, d_in=50)]
+        with pytest.raises(MergeRefused, match="overflow") as caught:
+            run_method("sce", stack_of(pairs, [1e3, 1e3]), rank=4, **parameters("sce"))
+        assert "float64" in (caught.value.hint or "")
 
     def test_a_matrix_without_room_comes_anew_in_every_pass(self, monkeypatch: pytest.MonkeyPatch) -> None:
         M = torch.randn(1400, 900, generator=torch.Generator().manual_seed(0))
