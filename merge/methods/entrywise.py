@@ -155,14 +155,20 @@ def _trimming(deltas: DeltaRows, density: float) -> rules.Window | None:
 
 
 def _middle(deltas: DeltaRows, options: BreadcrumbsOptions) -> rules.Window | None:
-    """`density` of each delta's entries below its largest `gamma`."""
+    """`density` of each delta's entries below its largest `gamma`; those at either border all stay."""
     if options.density >= 1:
         return None
     kept = rules.kept_count(options.density, deltas.entries)
     # what is to be kept comes first: then fewer of the largest go
     dropped = min(rules.kept_count(options.gamma, deltas.entries), deltas.entries - kept)
-    found = largest(deltas, _entries, [[dropped, dropped + kept]] * len(deltas.A))
-    return rules.Window(_per_delta(deltas, found, 1), _per_delta(deltas, found, 0))
+    if kept == 0:
+        nothing = deltas.A[0].new_full((len(deltas.A),), math.inf)
+        return rules.Window(nothing, nothing)
+    # of all entries the last one is no border
+    first = min(dropped + 1, deltas.entries - 1)
+    found = largest(deltas, _entries, [[first, dropped + kept]] * len(deltas.A))
+    upper = _per_delta(deltas, found, 0)
+    return rules.Window(_per_delta(deltas, found, 1), upper.nextafter(torch.full_like(upper, math.inf)))
 
 
 def _entries(X: Tensor) -> Tensor:

@@ -266,6 +266,26 @@ class TestALargeMatrix:
         assert errors[2] == pytest.approx(best, rel=1e-3)
 
 
+class TestBreadcrumbs:
+    @pytest.mark.parametrize("whole", [1 << 20, 100])
+    def test_entries_that_are_as_large_as_the_largest_that_stays_all_stay(
+        self, whole: int, stack_of: Any, run_method: Any, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(rows, "WHOLE", whole)
+        monkeypatch.setattr(rows, "SAMPLE", 1 << 10)
+        sizes = torch.cat([torch.full((4, 1), 9.0), torch.full((60, 1), 5.0), torch.full((36, 1), 1.0)])
+        A = torch.cat([torch.ones(1, 20), -torch.ones(1, 20)], 1)
+        # 4 % are larger than the 60 % that are equal
+        D = sizes @ A
+        for gamma, expected in ((0.04, D * (sizes == 5)), (0.02, D * (sizes >= 5)), (0.5, D * (sizes <= 5))):
+            found = run_method("breadcrumbs", stack_of([(A, sizes, 1.0)]), rank=4, density=0.3, gamma=gamma)
+            assert near(found, expected.double())
+
+    def test_a_density_of_no_entry_keeps_none(self, stack_of: Any, run_method: Any) -> None:
+        stack = stack_of([(torch.ones(1, 3), torch.ones(3, 1), 1.0)])
+        assert not run_method("breadcrumbs", stack, rank=1, density=0.1).any()
+
+
 class TestDella:
     @pytest.mark.parametrize("rescale", [True, False])
     @pytest.mark.parametrize("columns", [1, 60])
