@@ -92,7 +92,8 @@ def bracketed(values, channels, low, high, above, at_high, at_low, inside, found
     Args:
         values: (channels, m).
         channels, low, high: (P,) each bracket's channel and borders.
-        above, at_high, at_low, found: (P,) counts so far. What is found goes to inside[p, found[p]:], with room for m + GLANCE more.
+        above, at_high, at_low, found: (P,) counts so far.
+        inside: (P, room) what is found goes to inside[p, found[p]:], with room for m + GLANCE more.
     """
     for p in range(len(channels)):
         lowest, highest, place = low[p], high[p], found[p]

@@ -172,13 +172,16 @@ class _Brackets:
             upper, lower = share - half, share + half
             high.append(float(sample[channel, int(upper * SAMPLE)]) if upper > 0 else float("inf"))
             low.append(float(sample[channel, int(lower * SAMPLE)]) if lower < 1 else 0.0)
-        count = len(places)
+        above, at_high, at_low, count = np.zeros((4, len(places)), np.int64)
         return cls(
             np.array([channel for channel, _ in places]),
             sample.new_tensor(low),
             sample.new_tensor(high),
-            *(np.zeros(count, np.int64) for _ in range(4)),
-            inside=sample.new_empty(count, 0),
+            above,
+            at_high,
+            at_low,
+            count,
+            sample.new_empty(len(places), 0),
         )
 
     def add(self, values: Tensor) -> None:
