@@ -23,8 +23,9 @@ from artifacts.layout import AdapterLayout, read_layout
 from artifacts.low_rank_forms import Pair
 from artifacts.manifest import LoraModule
 from artifacts.peft_patterns import PatternTable
-from merge.convertible import MAX_EXACT_RANK, MAX_FORM_RANK
+from merge.convertible import MAX_EXACT_RANK, MAX_RESULT_BYTES
 from merge.foreign_forms import ForeignForm, forms_of
+from merge.form_sizes import form_size
 from merge.model_layout import ModelLayout
 
 PREFIX = "base_model.model."
@@ -100,11 +101,20 @@ def convert_to_lora(
     source = _Source.of(layout, fingerprint, base, rank, unpacked)
     paths = source.paths()
     found: dict[str, tuple[Pair, ConvertedModule, tuple[float, float]]] = {}
+    largest = sides = 0
     for number, path in enumerate(paths):
         if progress is not None:
             progress(0.9 * number / len(paths), f"Converting {number + 1} of {len(paths)} modules")
         found[path] = source.convert(path)
-    largest = max(item.rank for _, item, _ in found.values())
+        (A, B), item, _ = found[path]
+        largest, sides = max(largest, item.rank), sides + A.shape[1] + B.shape[0]
+        if 4 * largest * sides > MAX_RESULT_BYTES:  # every module is written with the largest rank
+            raise MergeRefused(
+                f"As a LoRA of rank {largest} the first {number + 1} of {len(paths)} modules take more than "
+                f"{MAX_RESULT_BYTES} bytes.",
+                hint="Ask for a smaller rank.",
+                errors=[FieldError("/rank", "makes the result too large")],
+            )
     error = math.fsum(item[2][0] for item in found.values())
     energy = math.fsum(item[2][1] for item in found.values())
     modules = tuple(item for _, item, _ in found.values())
@@ -197,7 +207,6 @@ class _Source:
 
     def _form(self, path: str, tensors: Tensors) -> Pair:
         if path in self.foreign:
-            _check_form(path, self.foreign[path].rank)
             return self.foreign[path].pair()
         raw = self.layout.config.raw
         kind = self.layout.config.peft_type
@@ -214,16 +223,16 @@ class _Source:
                 return trained[0], trained[1] * scaling
             return low_rank_forms.difference(trained, start, scaling)
         scaling = _pattern(raw, "alpha", path) / _pattern(raw, "r", path)
+        if kind in ("LOHA", "LOKR"):
+            form_size(path, kind.lower(), {name: tuple(tensor.shape) for name, tensor in tensors.items()})
         if kind == "LOHA":
             w1_a, w1_b, w2_a, w2_b = (tensors[f"hada_{name}"] for name in ("w1_a", "w1_b", "w2_a", "w2_b"))
-            _check_form(path, w1_a.shape[1] * w2_a.shape[1])
             return low_rank_forms.loha(w1_a, w1_b, w2_a, w2_b, scaling)
         if kind == "LOKR":
             parts = [
                 low_rank_forms.factored(tensors.get(name), tensors.get(f"{name}_a"), tensors.get(f"{name}_b"))
                 for name in ("lokr_w1", "lokr_w2")
             ]
-            _check_form(path, parts[0][0].shape[0] * parts[1][0].shape[0])
             return low_rank_forms.lokr(parts[0], parts[1], scaling)
         raise MergeRefused(f"Adapters of the type {kind} are not converted to LoRA.")
 
@@ -302,11 +311,6 @@ class _Source:
         error = float((delta - pair[1] @ pair[0]).double().square().sum())
         full = wanted if wanted == min(delta.shape) else None
         return pair, ConvertedModule(path, wanted, full, _relative(error, energy)), (error, energy)
-
-
-def _check_form(path: str, rank: int) -> None:
-    if rank > MAX_FORM_RANK:
-        raise MergeRefused(f"{path} is a LoRA of rank {rank} exactly; forms above {MAX_FORM_RANK} are not converted.")
 
 
 def _base_weight(layout: ModelLayout, path: str, shape: tuple[int, int]) -> Tensor:

@@ -11,6 +11,13 @@ MAX_EXACT_RANK = 1024
 MAX_FORM_RANK = 4096
 """Largest rank of a form that is worked with at all, to be cut to a smaller one."""
 
+MAX_FORM_SIDE = 1 << 20
+"""Longest side of a ΔW that is made of small factors."""
+MAX_FORM_BYTES = 1 << 30
+"""Of the factors of one module, in float32."""
+MAX_RESULT_BYTES = 1 << 33
+"""Of a whole result, in float32: as large as an upload may be, unless the settings say otherwise."""
+
 Need = Literal["nothing", "sides", "weights"]
 
 CONVERTIBLE: Mapping[str, Need] = MappingProxyType(

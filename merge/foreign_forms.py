@@ -16,6 +16,7 @@ from artifacts.formats.architectures import architecture
 from artifacts.formats.reading import Reading
 from artifacts.low_rank_forms import Pair
 from artifacts.manifest import TypedModule
+from merge.form_sizes import FormSize, form_size
 
 FORMS = ("loha", "lokr")
 
@@ -47,26 +48,14 @@ class ForeignForm:
             A, B = low_rank_forms.lokr(one, two, scaling)
         return A, B[self.start : self.stop]
 
-    @property
-    def rank(self) -> int:
-        """Of the form: what `pair` gives, found from shapes alone."""
-        named = self.tensors
-        if self.module.type == "loha":
-            return named["hada_w1_a"].shape[1] * named["hada_w2_a"].shape[1]
-        ranks = []
-        for name in ("lokr_w1", "lokr_w2"):
-            whole, left, right = named.get(name), named.get(f"{name}_a"), named.get(f"{name}_b")
-            sides = whole.shape if whole is not None else (left.shape[0], right.shape[1])  # type: ignore[union-attr]
-            ranks.append(min(*sides, *(() if right is None else right.shape[:1])))
-        return ranks[0] * ranks[1]
-
 
 def forms_of(reading: Reading, adapter: Adapter) -> dict[str, ForeignForm]:
     """Path → form, of every module of the file; the rows of a fused projection are split.
 
     Raises:
         MergeRefused: other modules than LoHa's and LoKr's, convolutions that do not fit their model, NaN or infinite
-            numbers.
+            numbers, forms that are too large.
+        FileBroken: tensors of a form are missing, or do not fit each other.
     """
     if reading.method not in FORMS:
         raise MergeRefused(f"The file is a {reading.method} in another format than PEFT's; only PEFT's are converted.")
@@ -81,17 +70,19 @@ def forms_of(reading: Reading, adapter: Adapter) -> dict[str, ForeignForm]:
         tensors = {role: adapter.tensor(key).float() for role, key in module.tensors.items() if role != "alpha"}
         if not all(bool(torch.isfinite(tensor).all()) for tensor in tensors.values()):
             raise MergeRefused(f"{module.path} holds NaN or infinite numbers.")
+        sizes = {role: tuple(tensor.shape) for role, tensor in tensors.items()}
+        size = form_size(module.path, module.type, sizes)
         if len(paths) == 1:
-            kernel = _kernel(module, tensors, shapes[0])
+            kernel = _kernel(module.path, size, tensors, shapes[0])
             forms[paths[0]] = ForeignForm(module, as_matrices(tensors), kernel=kernel)
             continue
         if any(tensor.ndim > 2 for tensor in tensors.values()) or any(len(shape) > 2 for shape in shapes):
             raise MergeRefused(f"{module.path} is a convolution of several modules, which is not converted.")
         total, start = sum(shape[0] for shape in shapes), 0
-        if any(module.d_out * shape[0] % total for shape in shapes):
-            raise MergeRefused(f"{module.path}: {module.d_out} rows can not be split into its {len(paths)} modules.")
+        if any(size.d_out * shape[0] % total for shape in shapes):
+            raise MergeRefused(f"{module.path}: {size.d_out} rows can not be split into its {len(paths)} modules.")
         for path, shape in zip(paths, shapes, strict=True):
-            stop = start + module.d_out * shape[0] // total
+            stop = start + size.d_out * shape[0] // total
             forms[path] = ForeignForm(module, tensors, start, stop)
             start = stop
     return forms
@@ -119,15 +110,14 @@ _CORES = {
 """Core → the factors on both sides of it."""
 
 
-def _kernel(module: TypedModule, tensors: Mapping[str, Tensor], shape: tuple[int, ...]) -> tuple[int, ...]:
+def _kernel(path: str, size: FormSize, tensors: Mapping[str, Tensor], shape: tuple[int, ...]) -> tuple[int, ...]:
     """(c_in, kh, kw), which the tensors of a convolution without a core do not tell; of its model's list."""
     if len(shape) == 4:
-        d_out, d_in = module.d_out, module.d_in
-        if (d_out, d_in) != (shape[0], math.prod(shape[1:])) and d_out:
-            raise MergeRefused(f"{module.path}: ΔW is {d_out}×{d_in}, the convolution of the model is {shape}.")
+        if size[:2] != (shape[0], math.prod(shape[1:])):
+            raise MergeRefused(f"{path}: ΔW is {size.d_out}×{size.d_in}, the convolution of the model is {shape}.")
         return shape[1:]
     if any(tensor.ndim > 2 for tensor in tensors.values()):
-        raise MergeRefused(f"{module.path} is a convolution, and no model whose modules are listed here has it.")
+        raise MergeRefused(f"{path} is a convolution, and no model whose modules are listed here has it.")
     return ()
 
 

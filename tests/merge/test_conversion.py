@@ -226,6 +226,35 @@ def test_convolutions_are_refused(tmp_path: Path) -> None:
         convert_to_lora(tmp_path / "adapter", tmp_path / "out")
 
 
+def peft_lokr(folder: Path, modules: int, **shapes: tuple[int, ...]) -> Path:
+    folder.mkdir()
+    names = [f"layers.{number}.q_proj" for number in range(modules)]
+    save_file(
+        {f"base_model.model.{name}.{role}": torch.ones(shape) for name in names for role, shape in shapes.items()},
+        folder / "adapter_model.safetensors",
+    )
+    config = {"peft_type": "LOKR", "r": 2, "alpha": 2, "target_modules": ["q_proj"], "base_model_name_or_path": "tiny"}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    return folder
+
+
+def test_a_form_that_is_larger_than_its_tensors_by_far_is_refused(tmp_path: Path) -> None:
+    folder = peft_lokr(tmp_path / "long", 1, lokr_w1=(1, 2**12), lokr_w2=(1, 2**12))
+    with pytest.raises(MergeRefused, match="side above 1048576"):
+        convert_to_lora(folder, tmp_path / "out")
+
+
+def test_a_result_that_is_too_large_as_a_whole_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = peft_lokr(tmp_path / "many", 4, lokr_w1=(2, 2), lokr_w2=(4, 8))
+    module = 4 * 8 * (8 + 16)
+    monkeypatch.setattr("merge.conversion.MAX_RESULT_BYTES", 3 * module)
+    with pytest.raises(MergeRefused, match="rank 8 the first 4 of 4 modules"):
+        convert_to_lora(folder, tmp_path / "out")
+    assert convert_to_lora(folder, tmp_path / "smaller", rank=4).rank == 4
+    monkeypatch.setattr("merge.conversion.MAX_RESULT_BYTES", 4 * module)
+    assert convert_to_lora(folder, tmp_path / "whole").exact
+
+
 def test_an_exact_rank_that_is_too_large_asks_for_one(
     saved: Any, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -93,6 +93,46 @@ def test_a_convolution_whose_kernel_nothing_tells_is_refused(tmp_path: Path) -> 
         convert_to_lora(tmp_path / "x.safetensors", tmp_path / "out")
 
 
+BROKEN = {
+    "a core of another rank": (loha_with_cores, {"hada_t1": (3, 2, 3, 3)}, r"core hada_t1 of the shape \(3, 2, 3, 3\)"),
+    "a core without a kernel": (lokr_with_a_core, {"lokr_t2": (2, 2, 3)}, r"core lokr_t2 of the shape \(2, 2, 3\)"),
+    "a vector": (whole_lokr, {"lokr_w1": (16,)}, r"lokr_w1 has the shape \(16,\)"),
+    "nothing": (whole_lokr, {"lokr_w1": (16, 0)}, r"lokr_w1 has the shape \(16, 0\)"),
+    "another rank": (plain_loha, {"hada_w2_a": (320, 3)}, "hada_w2_a has 3 columns, hada_w2_b has 2 rows"),
+    "another product": (plain_loha, {"hada_w2_b": (2, 35)}, "products are 320×36 and 320×35"),
+    "another kernel": (
+        loha_with_cores,
+        {"hada_t1": (2, 2, 2, 2), "hada_t2": (2, 2, 2, 2)},
+        "ΔW is 320×16, the convolution",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_tensors_that_do_not_fit_each_other_are_named(tmp_path: Path, name: str) -> None:
+    make, shapes, told = BROKEN[name]
+    made, _ = make()
+    with pytest.raises((MergeRefused, FileBroken), match=told):
+        converted(tmp_path, STEM, made | {role: torch.ones(shape) for role, shape in shapes.items()})
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("shapes", "told"),
+    [
+        ({"lokr_w1": (1, 2**12), "lokr_w2": (1, 2**12)}, "1×16777216; forms with a side above 1048576"),
+        ({"lokr_w1": (64, 64), "lokr_w2": (2**10, 2**10)}, "rank 65536 exactly"),
+        ({"lokr_w1": (2**8, 2**8), "lokr_w2": (2**4, 2**12)}, "takes 17246978048 bytes"),
+        ({"lokr_w1": (1, 1), "lokr_w2_a": (2, 1), "lokr_w2_b": (2, 2**11), "lokr_t2": (2, 2, 1, 2**10)}, "1×2097152"),
+    ],
+)
+def test_small_tensors_of_a_large_product_are_refused_before_it_is_made(
+    tmp_path: Path, shapes: dict[str, tuple[int, ...]], told: str
+) -> None:
+    with pytest.raises(MergeRefused, match=told):
+        converted(tmp_path, "unet.no_such_layer", {role: torch.ones(shape) for role, shape in shapes.items()})
+
+
 def test_a_kernel_of_another_size_is_refused(tmp_path: Path) -> None:
     with pytest.raises((MergeRefused, FileBroken), match="320×16, the"):
         converted(tmp_path, STEM, {"lokr_w1": random(16, 2), "lokr_w2": random(20, 2, 2, 2)})
