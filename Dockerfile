@@ -23,6 +23,8 @@ COPY scripts/list_dependencies.py /tmp/list_dependencies.py
 RUN python /tmp/list_dependencies.py pyproject.toml "${EXTRAS}" > /tmp/requirements.txt \
     && pip install -c requirements.lock -r /tmp/requirements.txt
 COPY . .
+# Not beside the source, where the image's user may not write: then nothing that is there would be used.
+ENV NUMBA_CACHE_DIR=/opt/numba
 # Editable: the rooms run from /srv/rankwise, beside their migrations, and `rankwise` is on the PATH.
 RUN pip install --no-deps -e . \
     && python -m compileall -q app artifacts compose merge storage train transfer workers \
@@ -36,11 +38,14 @@ RUN groupadd --gid 10001 rankwise \
     && useradd --uid 10001 --gid rankwise --home-dir /var/lib/rankwise --create-home --shell /usr/sbin/nologin rankwise
 COPY --from=builder /opt/venv /opt/venv
 COPY --from=builder /srv/rankwise /srv/rankwise
+# Its own, for what another processor needs compiled anew.
+COPY --from=builder --chown=10001:10001 /opt/numba /opt/numba
 # Keys are on because the container listens on every address; Rankwise refuses to start otherwise. It is a switch, no secret.
 # hadolint ignore=DL3064
 ENV PATH=/opt/venv/bin:$PATH \
     PYTHONUNBUFFERED=1 \
     PYTHONDONTWRITEBYTECODE=1 \
+    NUMBA_CACHE_DIR=/opt/numba \
     RANKWISE_HOST=0.0.0.0 \
     RANKWISE_PORT=8000 \
     RANKWISE_API_KEYS=on \
