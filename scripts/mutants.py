@@ -21,8 +21,11 @@ from collections.abc import Iterable
 from pathlib import Path
 
 MUTANTS = Path("mutants")
-SURVIVED, NO_TESTS = 0, 33
-"""Exit codes that mutmut keeps; every other one is of tests that failed, ran too long or crashed."""
+SURVIVED = (0, 5, 33)
+"""Exit codes that mutmut keeps of mutants that no test noticed, or that have no test (pytest's 5 and its own 33)."""
+NOT_RUN = (None, 2, 34)
+"""Of those that were not tried to the end: not yet, interrupted, skipped. All other codes are of tests that failed, ran
+too long or crashed."""
 NOTHING = "no.such.mutant"
 
 
@@ -51,9 +54,9 @@ def table(names: Iterable[str], found: dict[str, int | None]) -> str:
     """Killed of those run, by module and in all."""
     rows: dict[str, list[int]] = defaultdict(lambda: [0, 0])
     for name in names:
-        if (code := found.get(name)) is not None:
+        if (code := found.get(name)) not in NOT_RUN:
             for row in (rows[module_of(name)], rows["merge, all"]):
-                row[0] += code not in (SURVIVED, NO_TESTS)
+                row[0] += code not in SURVIVED
                 row[1] += 1
     lines = [f"{'module':36} killed    run   share"]
     for module, (killed, count) in sorted(rows.items(), key=lambda item: (item[0] == "merge, all", item[0])):
@@ -79,7 +82,8 @@ def main(arguments: list[str] | None = None) -> int:
     names = given.patterns
     if given.sample is not None:
         mutmut(NOTHING)  # makes the mutants; it ends with an error, for there is none of that name
-        names = random.Random(given.seed).sample(sorted(outcomes()), given.sample)  # noqa: S311
+        everything = sorted(outcomes())
+        names = random.Random(given.seed).sample(everything, min(given.sample, len(everything)))  # noqa: S311
     code = mutmut("--max-children", str(given.children), *names)
     found = outcomes()
     sys.stdout.write(table(names if given.sample is not None else found, found) + "\n")

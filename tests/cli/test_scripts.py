@@ -86,11 +86,12 @@ def test_the_table_of_mutants() -> None:
     mutants = load("mutants")
     found = {"merge.cat.x_merge__mutmut_1": 1, "merge.cat.x_merge__mutmut_2": 0, "merge.svd.x_f__mutmut_1": 33}
     found |= {"merge.svd.x_f__mutmut_2": -24, "merge.svd.x_f__mutmut_3": None}
+    found |= {"merge.svd.x_f__mutmut_4": 5, "merge.svd.x_f__mutmut_5": 2, "merge.svd.x_f__mutmut_6": 34}
     lines = [line.split() for line in mutants.table(found, found).splitlines()]
     assert lines[1:4] == [
         ["merge.cat", "1", "2", "50.0%"],
-        ["merge.svd", "1", "2", "50.0%"],
-        ["merge,", "all", "2", "4", "50.0%"],
+        ["merge.svd", "1", "3", "33.3%"],
+        ["merge,", "all", "2", "5", "40.0%"],
     ]
     # 85 of 100, as the textbook has it
     assert mutants.interval(85, 100) == pytest.approx((0.7672, 0.9069), abs=1e-4)
