@@ -60,7 +60,8 @@ def run_loop(
     """Train `model` in place; every rank calls it, with a folder of its own.
 
     Raises:
-        TrainingDiverged: the loss of a step was NaN or infinite on some rank; the optimiser has not used it.
+        TrainingDiverged: the loss of a step was NaN or infinite on some rank; the optimiser has not used it, unless
+            the method updates weights in the backward pass (`frees_gradients`).
         DiskFull: a checkpoint could not be written; the one before is as it was.
         Whatever the observer raises.
     """
