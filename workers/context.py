@@ -87,7 +87,7 @@ class StoredModel:
 class NewAdapter:
     """An adapter that a job made or fetched: a directory in the attempt's scratch, and what its row will say.
 
-    `on_new_model`: its base is the first of the models that the job made.
+    `on_new_model`: its base is the first of the models that the job made, and part of what the adapter is.
     """
 
     directory: Path

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,10 @@ from artifacts import intake
 from artifacts.base_model import BaseModelRef, inspect_base
 from artifacts.content import file_sha256
 from artifacts.errors import BlobStoreUnavailable, DatabaseUnavailable
-from artifacts.manifest import FileEntry
+from artifacts.manifest import AdapterManifest, FileEntry
 from storage import adapters, checkpoints, claims, images, made_models, previews, sealed_inputs
 from storage.sweep import remove_unused
+from storage.tables import ModelRow
 from workers.context import JobContext, JobOutcome, NewModel
 
 log = structlog.get_logger(__name__)
@@ -59,7 +61,7 @@ def publish(context: JobContext, outcome: JobOutcome) -> dict[str, Any]:
         for new, manifest in inspected:
             row, _ = adapters.add_adapter(
                 session,
-                manifest,
+                _of_model(manifest, rows[0]) if new.on_new_model else manifest,
                 name=new.name,
                 description=new.description,
                 tags=new.tags,
@@ -89,6 +91,12 @@ def publish(context: JobContext, outcome: JobOutcome) -> dict[str, Any]:
     for sha256 in unused if left is None else [left, *unused]:
         forget_blob(context, sha256)
     return result
+
+
+def _of_model(manifest: AdapterManifest, model: ModelRow) -> AdapterManifest:
+    """The adapter as one of that model alone: the same factors for another model that a job made are another one."""
+    identity = hashlib.sha256(f"{manifest.identity_digest} {model.identity_digest}".encode()).hexdigest()
+    return replace(manifest, identity_digest=identity)
 
 
 def described(context: JobContext, new: NewModel) -> tuple[BaseModelRef, list[FileEntry]]:

@@ -8,13 +8,14 @@ from typing import Any
 import pytest
 from sqlalchemy import select
 
+from artifacts.base_model import BaseModelRef
 from storage import adapters, claims
 from storage.blobs import BlobStore
 from storage.sweep import sweep_blobs
 from storage.tables import AdapterRow, BlobRow
 from workers import publishing
 from workers.attempt import AttemptSpec
-from workers.context import Interruption, JobContext, JobOutcome, NewAdapter
+from workers.context import Interruption, JobContext, JobOutcome, NewAdapter, NewModel
 from workers.publishing import publish
 
 
@@ -76,6 +77,26 @@ def test_nothing_is_visible_before_all_of_it_is(
     result = publish(context, JobOutcome(tuple(made), {}))
     with pool.database.read() as session:
         assert sorted(session.scalars(select(AdapterRow.id))) == sorted(result["adapters"])
+
+
+def test_the_same_factors_for_two_new_models_are_two_adapters(
+    pool: Any, context: JobContext, write_adapter: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(publishing.claims, "finish_succeeded", lambda *_: None)
+    new = NewAdapter(write_adapter(context.scratch / "out", 5), "made", on_new_model=True)
+
+    def published(digest: str) -> tuple[str, str]:
+        ref = BaseModelRef(f"model {digest}", "files", digest * 64, weights_digest=digest * 64)
+        monkeypatch.setattr(publishing, "described", lambda *_: (ref, []))
+        model = NewModel(context.scratch, ref.name)
+        result = publish(context, JobOutcome((new,), {}, models=(model,)))
+        return result["adapters"][0], result["models"][0]
+
+    first, second = published("a"), published("b")
+    assert published("a") == first
+    assert {first[0], first[1]}.isdisjoint(second)
+    with pool.database.read() as session:
+        assert [adapters.get_adapter(session, id_).model_id for id_, _ in (first, second)] == [first[1], second[1]]
 
 
 def test_the_blobs_of_an_attempt_that_died_are_swept(
