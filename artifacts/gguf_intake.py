@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from artifacts.errors import ConfigRefused, FileBroken, FormatUnknown
+from artifacts.errors import ConfigRefused, FileBroken, FormatUnknown, TooLarge
 from artifacts.float_codes import decode, encode
 from artifacts.formats.gguf import A_END, ALPHA_KEY, B_END, BASE_CONFIG, EMBEDDING, FAMILIES, Family, head_rows
 from artifacts.formats.written_config import most_common, short
@@ -51,11 +51,12 @@ class _Factor:
         return math.prod(self.shape) * DTYPE_BYTES[self.dtype]
 
 
-def unpack_gguf(directory: Path, base_config: Mapping[str, Any] | None) -> tuple[str, ...]:
+def unpack_gguf(directory: Path, base_config: Mapping[str, Any] | None, max_bytes: int) -> tuple[str, ...]:
     """Rewrite the weights in `directory`, a GGUF file, as a PEFT adapter with its configuration.
 
     Args:
         base_config: config.json of the base model, which tells the heads.
+        max_bytes: of the tensors as they are written.
 
     Returns:
         What was done, in sentences. The files are new ones: a hard link elsewhere keeps the
@@ -65,11 +66,15 @@ def unpack_gguf(directory: Path, base_config: Mapping[str, Any] | None) -> tuple
         FormatUnknown: a model, or an adapter of a type or architecture that is not read.
         FileBroken: a broken file, a half of a pair, a tensor that is no part of a LoRA.
         ConfigRefused: heads must be known, and are not.
+        TooLarge: more than `max_bytes`, since blocks become float32.
     """
     weights = directory / WEIGHTS_NAME
     header = read_gguf_header(weights)
     family, alpha, pairs, norms = understand_gguf(header, base_config)
-    _write(weights, [factor for pair in pairs.values() for factor in pair])
+    factors = [factor for pair in pairs.values() for factor in pair]
+    if sum(factor.size for factor in factors) > max_bytes:
+        raise TooLarge(f"The GGUF file's tensors have more than {max_bytes} bytes as a PEFT adapter.")
+    _write(weights, factors)
     replaced = (directory / CONFIG_NAME).exists()
     text = json.dumps(_config(header, pairs, alpha), indent=2, sort_keys=True)
     partial = directory / f"{CONFIG_NAME}.partial"
@@ -242,7 +247,9 @@ def _raw_rows(file: BufferedReader, factor: _Factor) -> Iterator[bytes]:
     rows, width = factor.source.shape
     row_bytes = width // factor.source.encoding.block * factor.source.encoding.bytes
     together = factor.head_rows or 1
-    if row_bytes * (rows if factor.turned else together) > _MOST_AT_ONCE:
+    # what is transposed is there as it is stored, joined and turned, each of them as wide as float32 at most
+    needed = 3 * 4 * width * rows if factor.turned else row_bytes * together
+    if needed > _MOST_AT_ONCE:
         raise FileBroken(f"{factor.source.name!r} of the shape {factor.source.shape} is too wide to be read.")
     step = max(_CHUNK_BYTES // (row_bytes * together), 1) * together
     file.seek(factor.source.begin)

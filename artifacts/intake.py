@@ -64,7 +64,7 @@ def receive(
         kept, dropped = sort(pieces_of(files, unpacked, limits))
         for name, path in kept.items():
             _place(path, directory / name)
-        changes = _from_gguf(directory, base_config) or modernise(directory) or name_layers(directory)
+        changes = _from_gguf(directory, base_config, limits.max_bytes) or modernise(directory) or name_layers(directory)
         known = {name: digests[path] for name, path in kept.items() if digests and path in digests}
         if changes:
             known = {name: digest for name, digest in known.items() if name not in (WEIGHTS_NAME, CONFIG_NAME)}
@@ -84,13 +84,13 @@ def receive(
     return directory
 
 
-def _from_gguf(directory: Path, base_config: Mapping[str, Any] | None) -> tuple[str, ...]:
+def _from_gguf(directory: Path, base_config: Mapping[str, Any] | None, max_bytes: int) -> tuple[str, ...]:
     if not is_gguf(directory / WEIGHTS_NAME):
         return ()
     from artifacts.gguf_intake import unpack_gguf
 
     sent = directory / BASE_CONFIG
-    return unpack_gguf(directory, read_json(sent) if sent.is_file() else base_config)
+    return unpack_gguf(directory, read_json(sent) if sent.is_file() else base_config, max_bytes)
 
 
 def inspect(directory: Path, *, base_model: str | None = None) -> AdapterManifest:

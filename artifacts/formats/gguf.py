@@ -183,5 +183,10 @@ class GgufWriter:
         """The alpha of most pairs, as float32 has it. llama.cpp takes 0 for none, which means a scaling of 1."""
         alphas = [pair.alpha for pair in pairs if pair.alpha]
         alpha: float = most_common(alphas) if alphas else float(pairs[0].rank)
-        (single_precision,) = struct.unpack("<f", struct.pack("<f", alpha))
+        try:
+            (single_precision,) = struct.unpack("<f", struct.pack("<f", alpha))
+        except OverflowError:
+            single_precision = 0.0
+        if not single_precision:
+            refuse(self.name, f"its alpha is {alpha:g}, which float32 can not hold")
         return float(single_precision)

@@ -118,6 +118,7 @@ def test_a_smaller_rank(server: Any, tmp_path: Path) -> None:
         (peft_files(), None, "Send config.json of the base model along"),
         (peft_files(), {**HEADS, "architectures": ["MambaForCausalLM"]}, "the base model is a MambaForCausalLM"),
         (peft_files(), {**HEADS, "num_attention_heads": 5}, "not those of 5 heads"),
+        (peft_files({"lora_alpha": 1e-50}), HEADS, "which float32 can not hold"),
         (peft_files(path="encoder.layer.3"), HEADS, "has no module 'encoder.layer.3"),
     ],
 )

@@ -20,8 +20,9 @@ from numpy.typing import NDArray
 from safetensors.numpy import load_file
 from transformers.modeling_gguf_pytorch_utils import LlamaTensorProcessor
 
+from artifacts import gguf_intake
 from artifacts.adapter import Adapter
-from artifacts.errors import ConfigRefused, FileBroken, FormatUnknown, RankwiseError
+from artifacts.errors import ConfigRefused, FileBroken, FormatUnknown, RankwiseError, TooLarge
 from artifacts.formats.gguf import FAMILIES
 from artifacts.gguf_file import gguf_head, padding, parse_gguf_header, read_gguf_header
 from artifacts.intake import IntakeLimits, inspect, receive
@@ -67,6 +68,30 @@ def take_in(folder: Path, path: Path, config: Any = HEADS) -> Path:
         beside.write_text(json.dumps(config))
         sent.append(("config.json", beside))
     return receive(sent, folder / "work", IntakeLimits())
+
+
+def test_blocks_that_become_more_bytes_than_an_upload_may_have_are_refused(tmp_path: Path) -> None:
+    eight = quantize(np.ones((32, 320), np.float32), GGMLQuantizationType.Q8_0)
+    tensors = {f"blk.0.attn_v.weight.lora_{half}": (eight[:, :34], GGMLQuantizationType.Q8_0) for half in "ab"}
+    path = write(tmp_path / "x.gguf", tensors)
+    for limit in (8192, 8191):
+        assert path.stat().st_size < limit
+        sent, work = [("adapter.gguf", path)], tmp_path / str(limit)
+        if limit == 8192:
+            receive(sent, work, IntakeLimits(max_bytes=limit))
+        else:
+            with pytest.raises(TooLarge, match="more than 8191 bytes as a PEFT adapter"):
+                receive(sent, work, IntakeLimits(max_bytes=limit))
+
+
+def test_what_is_transposed_counts_as_often_as_it_is_held(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    a, b = np.ones((64, 2), np.float16), np.ones((16, 2), np.float16)
+    path = write(tmp_path / "x.gguf", {"token_embd.weight.lora_a": a, "token_embd.weight.lora_b": b})
+    monkeypatch.setattr(gguf_intake, "_MOST_AT_ONCE", 3 * 4 * a.size)
+    take_in(tmp_path / "held", path, None)
+    monkeypatch.setattr(gguf_intake, "_MOST_AT_ONCE", 3 * 4 * a.size - 1)
+    with pytest.raises(FileBroken, match="too wide"):
+        take_in(tmp_path, path, None)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
