@@ -21,6 +21,7 @@ from storage.conditions import IS_ACTIVE
 from storage.queues import in_lock_order
 from storage.servers import beat_server, list_servers, register_server
 from storage.tables import JobAttemptRow, JobRow
+from storage.text import mended
 from storage.transitions import append_event, change_state, close_attempt, lock_attempt, lock_running
 
 __all__ = [
@@ -278,7 +279,7 @@ def _requeue(
         if job.failures > max_failures:
             _fail(session, job, error, ended, "lost")
             return "failed"
-    moment = database.now(session)
+    moment, error, ended = database.now(session), mended(error), mended(ended)
     close_attempt(session, job, "lost", ended, moment)
     job.available_at = moment + timedelta(seconds=delay_seconds)
     change_state(session, job, "queued", moment, reason=error, available_at=job.available_at.isoformat())
@@ -287,8 +288,8 @@ def _requeue(
 
 
 def _fail(session: Session, job: JobRow, error: dict[str, Any], ended: dict[str, Any] | None, outcome: str) -> None:
-    moment = database.now(session)
-    job.error = {"hint": None, "exit": ended} | error
+    moment, ended = database.now(session), mended(ended)
+    job.error = {"hint": None, "exit": ended} | mended(error)
     close_attempt(session, job, outcome, ended, moment)
     change_state(session, job, "failed", moment, error=job.error)
     session.flush()
@@ -296,7 +297,7 @@ def _fail(session: Session, job: JobRow, error: dict[str, Any], ended: dict[str,
 
 def _cancel(session: Session, job: JobRow, ended: dict[str, Any] | None) -> None:
     moment = database.now(session)
-    close_attempt(session, job, "cancelled", ended, moment)
+    close_attempt(session, job, "cancelled", mended(ended), moment)
     change_state(session, job, "cancelled", moment)
     session.flush()
 

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
+from itertools import islice
 from typing import Any
 
 from artifacts.errors import FieldError, RequestInvalid
 
 _SURROGATE = re.compile("[\ud800-\udfff]")
+_UNSTORABLE = re.compile("[\x00\ud800-\udfff]")
+_MEND_CHARACTERS, _MEND_ITEMS, _MEND_DEPTH = 32 * 1024, 1000, 8
 _ESCAPED_NUL = re.compile(r"(?<!\\)(?:\\\\)*\\u0000")
 
 
@@ -34,6 +38,22 @@ def storable(value: str, pointer: str, limit: int | None = None) -> str:
 def is_storable(value: str) -> bool:
     """Whether stored text could equal `value`: a search for text that can not be stored finds nothing."""
     return "\x00" not in value and not _SURROGATE.search(value)
+
+
+def mended(value: Any, depth: int = _MEND_DEPTH) -> Any:
+    """A value that `dump_json` takes, whatever `value` is: of what failures say, which must be written in any case.
+
+    Characters that can not be stored become question marks; what is too long, or too deep, is cut.
+    """
+    if value is None or isinstance(value, bool | int):
+        return value
+    if isinstance(value, float):
+        return value if math.isfinite(value) else str(value)
+    if isinstance(value, dict) and depth > 0:
+        return {mended(str(key)): mended(item, depth - 1) for key, item in islice(value.items(), _MEND_ITEMS)}
+    if isinstance(value, list | tuple) and depth > 0:
+        return [mended(item, depth - 1) for item in value[:_MEND_ITEMS]]
+    return _UNSTORABLE.sub("?", str(value)[:_MEND_CHARACTERS])
 
 
 def fold(value: str) -> str:

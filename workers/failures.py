@@ -119,6 +119,12 @@ def timed_out(seconds: float) -> dict[str, Any]:
     )
 
 
+def end_not_written(error: BaseException) -> dict[str, Any]:
+    """The error of an attempt whose end could not be written as it was."""
+    detail = f"How the attempt ended could not be written: an unexpected {type(error).__name__}."
+    return _error("internal_error", detail, "The server's log has the traceback.")
+
+
 def unknown_kind(kind: str) -> dict[str, Any]:
     """The error of a job that this server has no function for."""
     return _error("unknown_kind", f"This server can not run jobs of kind {kind!r}.", "Are all servers of one version?")

@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from storage.log_text import decode
+
 TAIL_LINES = 200
 TAIL_BYTES = 32 * 1024  # they are kept in the job's row
 
@@ -44,4 +46,4 @@ def read_tail(path: Path, lines: int = TAIL_LINES) -> list[str]:
             data = file.read()
     except FileNotFoundError:
         return []
-    return data.decode("utf-8", errors="replace").splitlines()[-lines:]
+    return decode(data).splitlines()[-lines:]

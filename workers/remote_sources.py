@@ -21,6 +21,7 @@ Tell = Callable[[int, int | None], None]
 """Given the bytes that are here and all of them, if that is known; raises to stop."""
 T = TypeVar("T")
 _WATCH_SECONDS = 0.2
+_NAME_CHARACTERS = 200
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,7 +107,7 @@ async def _from_url(url: str, sha256: str | None, remotes: Remotes, folder: Path
             Address(url, "/url", remotes.check_url), folder / "file-0000", remotes.max_bytes, tell
         )
     shown, _, query = url.partition("?")
-    name = got.name or PurePosixPath(unquote(urlsplit(url).path)).name or "file"
+    name = _printable(got.name or PurePosixPath(unquote(urlsplit(url).path)).name) or "file"
     received = [(name, got)]
     _check_alone(received, sha256)
     # A query may hold a secret: that there was one is all that is kept.
@@ -156,6 +157,11 @@ def _check_alone(received: list[tuple[str, ReceivedFile]], sha256: str | None) -
         )
     name, file = received[0]
     check_digest("/sha256", name, file.sha256, sha256)
+
+
+def _printable(name: str) -> str:
+    """A name that somebody else chose, as a person may read it: only what is printed, and not too long."""
+    return "".join(character if character.isprintable() else "?" for character in name)[-_NAME_CHARACTERS:]
 
 
 def _named(received: list[tuple[str, ReceivedFile]]) -> tuple[tuple[str, ReceivedFile], ...]:

@@ -367,12 +367,29 @@ class Supervisor:
         except AttemptStale as stale:
             known.warning("attempt_was_stale", detail=stale.detail)
             state = "lost"
+        except (DatabaseUnavailable, DiskFull):
+            raise
+        except Exception as broken:
+            known.exception("attempt_end_not_written")
+            error = failures.end_not_written(broken)
+            state = self._fail_plainly(claim, error, ended)
         else:
             known.info("attempt_ended", state=state, error=error.get("code"), detail=error.get("detail"), exit=ended)
         if state == "queued":
             self._observer.retried(claim.kind, str(error.get("code")))
         self._observer.ended(claim.kind, state, time.monotonic() - running.began)
         lane.clear()
+
+    def _fail_plainly(self, claim: Claim, error: dict[str, Any], ended: dict[str, Any]) -> str:
+        """The end of an attempt that could not be written as it was. If this can not be written either, the lease of
+        the job ends, and it is taken back like that of a silent server: the slot must not wait for it for ever."""
+        try:
+            return self._ledger.fail((claim.job_id, claim.attempt), error, ended)
+        except (DatabaseUnavailable, DiskFull):
+            raise
+        except Exception:
+            log.exception("attempt_left_to_its_lease", job_id=claim.job_id, attempt=claim.attempt)
+            return "lost"
 
     def _drain(self, now: float, provider: WorkerProvider) -> None:
         """Stop the attempts, reap every worker, and give the jobs back."""

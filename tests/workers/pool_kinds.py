@@ -37,7 +37,7 @@ def user_error(context: JobContext) -> JobOutcome:
 def bug(context: JobContext) -> JobOutcome:
     for number in range(300):
         print(f"line {number}")
-    os.write(2, b"written past Python\n")
+    os.write(2, b"written past Python\0\n")
     return JobOutcome(report={"x": {}["absent"]})
 
 

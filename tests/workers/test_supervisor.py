@@ -93,7 +93,7 @@ def test_a_bug_is_an_internal_error_with_the_last_lines_of_the_log(pool: Any) ->
     assert job.error["detail"] == "An unexpected KeyError ended the attempt: 'absent'"
     log = job.error["log"]
     assert len(log) == 200
-    assert "written past Python" in log
+    assert "written past Python?" in log
     assert "line 299" in log
     assert "line 0" not in log
     assert any(line.startswith("Traceback") for line in log)
@@ -227,6 +227,37 @@ def test_a_bug_in_a_round_is_logged_and_does_not_end_the_pool(pool: Any, monkeyp
         supervisor.start()
         assert pool.ended(job_id).state == "succeeded"
     assert [entry["event"] for entry in logs].count("supervisor_round_failed") == 2
+
+
+@pytest.mark.parametrize("nothing_can_be_written", [False, True])
+def test_an_end_that_can_not_be_written_keeps_no_slot(
+    pool: Any, monkeypatch: pytest.MonkeyPatch, nothing_can_be_written: bool
+) -> None:
+    supervisor = pool.supervisor(lease_seconds=3.0)
+    settle, fail, broken = supervisor._ledger.settle, supervisor._ledger.fail, pool.submit("user_error")
+
+    def only_others(write: Any) -> Any:
+        def written(of: Any, *rest: Any, **options: Any) -> Any:
+            if (getattr(of, "key", of)) == (broken, 1):
+                raise ZeroDivisionError("a bug")
+            return write(of, *rest, **options)
+
+        return written
+
+    monkeypatch.setattr(supervisor._ledger, "settle", only_others(settle))
+    if nothing_can_be_written:
+        monkeypatch.setattr(supervisor._ledger, "fail", only_others(fail))
+    other = pool.submit("succeed")
+    with capture_logs() as logs:
+        supervisor.start()
+        assert pool.ended(other).state == "succeeded"
+        job = pool.ended(broken)
+    assert [entry["event"] for entry in logs].count("attempt_end_not_written") == 1
+    if nothing_can_be_written:  # its lease ended: it ran again
+        assert (job.attempt, job.failures, job.error["code"]) == (2, 1, "invalid_request")
+    else:
+        assert (job.attempt, job.error["code"]) == (1, "internal_error")
+        assert "ZeroDivisionError" in job.error["detail"]
 
 
 def test_only_one_supervisor_serves_under_an_id(pool: Any) -> None:

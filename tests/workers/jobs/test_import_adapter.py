@@ -285,6 +285,24 @@ def test_a_silent_server_ends_with_the_time_limit_and_with_a_cancel(import_: Any
         silence.set()
 
 
+def test_names_that_no_database_holds_end_the_import_and_not_the_pool(pool: Any, servers: Any) -> None:
+    """U+0000 in the path of a URL, and in the files' names of a hub."""
+    server, hub = servers(files={"/a\0b.zip": zipped(), "/c.zip": zipped()}), servers()
+    add_repository(hub, "acme/mine", {"a\0b/x.safetensors": b"", "c/y.safetensors": b""})
+    sources = [
+        {"url": f"{server.url}/a%00b.zip", "sha256": "0" * 64},
+        hub_source(),
+        {"url": f"{server.url}/c.zip"},
+    ]
+    ids = [pool.submit("import", source=source) for source in sources]
+    pool.start(kinds=KINDS, remotes=hub_of(hub, hosts=("127.0.0.1",)))
+    url, folder, good = [pool.ended(job_id) for job_id in ids]
+    assert (url.state, folder.state, good.state) == ("failed", "failed", "succeeded")
+    assert url.error["code"] == "file_broken"
+    assert url.error["detail"].startswith("a?b.zip has the SHA-256")
+    assert folder.error["hint"].endswith("lie in: a?b, c.")
+
+
 def test_an_adapter_that_does_not_fit_the_model_that_is_named_is_refused(pool: Any, import_: Any, servers: Any) -> None:
     ref = BaseModelRef("other", "path", "/other", fingerprint=(("layer", 9, 9),))
     with pool.database.write() as session:
