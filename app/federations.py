@@ -36,7 +36,7 @@ def check_federation(session: Session, request: TrainParams, devices: int) -> No
     problems = []
     for number, client in enumerate(options.clients):
         if client.dataset is not None:
-            problems += _dataset_problems(session, request, options, f"/parameters/clients/{number}", client.dataset)
+            problems += _dataset_problems(session, request, options, number, client.dataset)
     for number, remote in options.remotes.items():
         problems += _remote_problems(session, request, f"/parameters/clients/{number}/remote", remote)
     if devices != 1:
@@ -53,14 +53,14 @@ def check_federation(session: Session, request: TrainParams, devices: int) -> No
 
 
 def _dataset_problems(
-    session: Session, request: TrainParams, options: FfaLoraOptions, pointer: str, dataset_id: str
+    session: Session, request: TrainParams, options: FfaLoraOptions, number: int, dataset_id: str
 ) -> list[FieldError]:
-    pointer = f"{pointer}/dataset"
+    pointer = f"/parameters/clients/{number}/dataset"
     if dataset_id == request.dataset:
         return [FieldError(pointer, "is the server's dataset, which is measured on and never trained on: give another")]
     dataset = stored_dataset(session, dataset_id, pointer)
     check_suitable(dataset, request.full_task, pointer)
-    return options.row_problems(dataset.rows, request.training.batch_size, pointer)
+    return options.row_problems(dataset.rows, request.training.batch_size, pointer, number)
 
 
 def _remote_problems(session: Session, request: TrainParams, pointer: str, remote: Remote) -> Iterator[FieldError]:

@@ -148,12 +148,19 @@ def _state(part: ClientUpdateRow | None) -> str:
 
 def _parameters(client: RemoteClient) -> dict[str, Any]:
     """The method's parameters; of the other clients not even the names."""
+    own = client.remote.model_dump(mode="json", include={"name", "max_rows"})
     found: dict[str, Any] = client.options.model_dump(mode="json")
     found["clients"] = [
-        {"remote": {"name": client.remote.name if number == client.number else f"client-{number}"}}
+        {"remote": own if number == client.number else {"name": _mask(number, client.remote.name)}}
         for number in range(len(client.options.clients or ()))
     ]
     return found
+
+
+def _mask(number: int, own: str) -> str:
+    """What another client is called: no two clients have one name, so it is not the own one either."""
+    mask = f"client-{number}"
+    return mask if mask != own else f"other-{number}"
 
 
 def adapter_file(services: Services, principal: Principal, run_id: str, number: int, round_: int) -> Download:
@@ -252,9 +259,7 @@ def store_update(expected: Expected) -> Callable[[Services, Upload, Principal, s
 
 
 def _check_rows(client: RemoteClient, rows: int) -> None:
-    problems = client.options.row_problems(rows, client.batch_size, "/rows")
-    if rows > client.remote.max_rows:
-        problems.append(FieldError("/rows", f"is {rows}; max_rows of this client is {client.remote.max_rows}"))
+    problems = client.options.row_problems(rows, client.batch_size, "/rows", client.number)
     if problems:
         raise RequestInvalid(f"{problems[0].pointer} {problems[0].message}.", errors=problems)
 

@@ -159,10 +159,17 @@ def record_epsilons(session: Session, run_id: str, round_: int, epsilons: Mappin
 
 
 def unsettled(session: Session) -> list[str]:
-    """Trainings that may need `settle`: with clients that are waited for, or waiting themselves."""
+    """Trainings that may need `settle`: with clients that are waited for, or waiting themselves, or over with files of
+    clients left."""
     pending = session.scalars(select(ClientUpdateRow.job_id).where(_PENDING).distinct()).all()
     waiting = session.scalars(select(JobRow.id).where(IS_QUEUED, JobRow.available_at == AWAITING)).all()
-    return sorted({*pending, *waiting})
+    over = session.scalars(
+        select(ClientUpdateRow.job_id)
+        .join(JobRow, JobRow.id == ClientUpdateRow.job_id)
+        .where(ClientUpdateRow.sha256.is_not(None), JobRow.state.in_(TERMINAL_STATES))
+        .distinct()
+    ).all()
+    return sorted({*pending, *waiting, *over})
 
 
 def settle(session: Session, run_id: str) -> list[str]:

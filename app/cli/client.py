@@ -56,17 +56,21 @@ class _CountedFile:
 
 
 class Client:
-    """Calls one service. A context manager; every method raises `ProblemError`."""
+    """Calls one service. A context manager; every method raises `ProblemError`.
 
-    def __init__(self, server: str | None = None, api_key: str | None = None) -> None:
+    Args:
+        silence: seconds after which a service that says nothing counts as not there; by default it may take its time,
+            since a job's answer may be waited for.
+    """
+
+    def __init__(self, server: str | None = None, api_key: str | None = None, silence: float | None = None) -> None:
         # Here and not at the top: `rankwise --help` does without it.
         import httpx
 
         self.server = (server or os.environ.get("RANKWISE_SERVER") or DEFAULT_SERVER).rstrip("/")
         key = api_key or os.environ.get("RANKWISE_API_KEY")
         headers = {"Authorization": f"Bearer {key}"} if key else {}
-        # A job's answer may be waited for; only the connection has a limit of its own.
-        timeout = httpx.Timeout(None, connect=10.0)
+        timeout = httpx.Timeout(silence, connect=10.0)
         try:
             self._http = httpx.Client(base_url=self.server, headers=headers, timeout=timeout, trust_env=False)
         except httpx.InvalidURL as error:

@@ -11,6 +11,9 @@ from app.cli.options import JobId, Json
 from app.cli.output import note, print_json
 from app.cli.progress import steps
 
+SILENCE_SECONDS = 300.0
+"""After which a service that says nothing counts as away. It looks at what was sent before it answers."""
+
 
 def federate(
     context: typer.Context,
@@ -38,7 +41,7 @@ def federate(
     """
     from app.cli.remote_rounds import RemoteRounds  # with torch, which `--help` shall not wait for
 
-    with context.obj() as client, steps("federate") as advance:
+    with context.obj(silence=SILENCE_SECONDS) as client, steps("federate") as advance:
         rounds = RemoteRounds(client, job, number, base_model, data, device, poll, patience, tell_loss, advance)
         ended: dict[str, Any] = rounds.run()
     if as_json:

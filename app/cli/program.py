@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from functools import partial
 from typing import Annotated
 
 import typer
@@ -92,7 +93,7 @@ def root(
 ) -> None:
     del version
     # Made when a command first needs it: most of the set-up commands never do.
-    context.obj = lambda: Client(server, api_key)
+    context.obj = partial(Client, server, api_key)
 
 
 def run(arguments: Sequence[str] | None = None) -> int:

@@ -14,8 +14,6 @@ from artifacts.errors import RequestInvalid
 from train.rows import find_format, inspect
 
 T = TypeVar("T")
-_PASSING = frozenset({"unreachable", "database_unavailable", "blob_store_unavailable", "not_ready"})
-"""Problems of the service that go by themselves: it is restarted, or what it stands on is."""
 _OVER = frozenset({"state_conflict", "gone"})
 """The round went on without this client."""
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.5, 15.0
@@ -118,16 +116,21 @@ class RemoteRounds:
 
     def _patiently(self, act: Callable[[], T]) -> T:
         """Act, again and again while the service is away."""
-        pause, waited = _FIRST_PAUSE, 0.0
+        pause, since = _FIRST_PAUSE, time.monotonic()
         while True:
             try:
                 return act()
             except ProblemError as error:
-                if error.problem.get("code") not in _PASSING or waited >= self._patience:
+                if not _passes(error.problem) or time.monotonic() - since >= self._patience:
                     raise
             time.sleep(pause)
-            waited += pause
             pause = min(2 * pause, _LONGEST_PAUSE)
+
+
+def _passes(problem: Mapping[str, Any]) -> bool:
+    """Whether it goes by itself: the service is restarted or busy, or what it stands on is, or a proxy before it."""
+    status = problem.get("status")
+    return problem.get("code") == "unreachable" or (isinstance(status, int) and (status >= 500 or status == 429))
 
 
 def check_base(here: BaseModelRef, wanted: Mapping[str, Any]) -> None:

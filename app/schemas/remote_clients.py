@@ -19,7 +19,7 @@ class UpdateForm(RequestModel):
 
     rows: Annotated[int, Field(ge=1, le=MAX_ROWS)]
     seconds: Seconds = 0.0
-    loss: Annotated[float, Field(allow_inf_nan=False)] | None = None
+    loss: Annotated[float, Field(ge=0, le=1e9, allow_inf_nan=False)] | None = None
 
 
 UPDATE_FORM_SCHEMA: dict[str, Any] = {
@@ -35,7 +35,12 @@ UPDATE_FORM_SCHEMA: dict[str, Any] = {
             "description": "How many rows it was trained on.",
         },
         "seconds": {"type": "number", "minimum": 0, "maximum": 1e9, "description": "That the steps took."},
-        "loss": {"type": "number", "description": "Mean loss of the steps, if it may be told."},
+        "loss": {
+            "type": "number",
+            "minimum": 0,
+            "maximum": 1e9,
+            "description": "Mean loss of the steps, if it may be told.",
+        },
     },
 }
 

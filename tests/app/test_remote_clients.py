@@ -18,8 +18,11 @@ from storage.conditions import AWAITING
 from storage.database import now
 from storage.sweep import sweep_blobs
 from storage.tables import ClientUpdateRow
+from train.catalog import parse_parameters
+from train.options.ffa_lora import FfaLoraOptions
 
 B = "x.lora_B.weight"
+REMOTE = {"name": "site-0", "max_rows": 1000}
 
 
 @pytest.fixture
@@ -59,7 +62,7 @@ def test_a_client_is_told_what_to_do_and_gives_what_it_trained(training: RemoteT
     assert task["base_model"]["hub_id"] == "acme/tiny"
     assert task["training"]["batch_size"] == 4
     assert task["parameters"]["rounds"] == 2
-    assert "site-1" not in str(task)
+    assert task["parameters"]["clients"] == [{"remote": REMOTE}, {"remote": {"name": "client-1"}}]
     wanted = task["wanted"]
     assert {name: item["shape"] for name, item in wanted["tensors"].items()} == {
         name: list(value.shape) for name, value in TRAINED.items()
@@ -115,6 +118,8 @@ def spoiled(value: float) -> np.ndarray[Any, Any]:
         pytest.param(update(), {"rows": 3}, "/rows", "fewer than training.batch_size", id="rows below a batch"),
         pytest.param(update(), {"rows": 1001}, "/rows", "max_rows of this client is 1000", id="too many rows"),
         pytest.param(update(), {"loss": "nan"}, "/loss", "finite", id="a loss that is not finite"),
+        pytest.param(update(), {"loss": 1e300}, "/loss", "less", id="a loss that no model has"),
+        pytest.param(update(), {"loss": -1}, "/loss", "greater", id="a negative loss"),
         pytest.param(update(), {"seconds": -1}, "/seconds", "greater", id="negative seconds"),
         pytest.param(update(), {"colour": "red"}, "/colour", "unknown field", id="an unknown field"),
         pytest.param(update(**{B: None}), {}, f"/file/{B}", "is missing", id="a tensor is missing"),
@@ -222,6 +227,38 @@ def test_a_late_client_is_refused_before_and_after_it_was_noticed(training: Remo
     assert "counts as late" in found["detail"]
     assert training.task(1)["state"] == "late"
     assert "not done at" in training.task(1)["reason"]
+
+
+def test_no_client_is_told_of_another_that_has_its_own_name(server: Any, tmp_path: Path) -> None:
+    training = RemoteTraining(server, tmp_path)
+    clients = [{"remote": {"name": name}} for name in ("client-1", "client-2", "b")]
+    assert training.submit(clients=clients).status_code == 202
+    training.open_round(clients=3)
+    for number in range(3):
+        parameters = training.task(number)["parameters"]
+        names = [client["remote"]["name"] for client in parameters["clients"]]
+        assert names[number] == clients[number]["remote"]["name"]
+        options = parse_parameters("ffa-lora", parameters)  # as the client itself does
+        assert isinstance(options, FfaLoraOptions)
+        assert len(options.remotes) == 3
+
+
+@pytest.mark.parametrize("last", [True, False])
+def test_what_clients_gave_is_gone_with_a_training_that_ends_without_averaging(
+    training: RemoteTraining, last: bool
+) -> None:
+    training.give(update())
+    if last:
+        training.give(update(0.25), client=1)
+    else:
+        pass_the_deadline(training)
+        settle_federations(training.server.services.database)
+    assert not waits(training)
+    assert training.http.post(f"/jobs/{training.id}/cancel").status_code == 200
+    settle_federations(training.server.services.database)
+    with training.server.services.database.read() as session:
+        assert [row.sha256 for row in federations.updates_of(session, training.id, 0)] == [None, None]
+        assert federations.unsettled(session) == []
 
 
 def test_a_training_that_has_ended_takes_nothing(training: RemoteTraining) -> None:

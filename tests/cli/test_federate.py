@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ from artifacts.errors import RequestInvalid
 OVER = {"state": "over", "training_state": "succeeded"}
 BASE = {"name": "base", "weights_digest": None, "tokenizer_digest": None}
 ASKED = {"state": "asked", "round": 1, "parameters": {"rounds": 2}, "base_model": BASE, "wanted": {"adapter": "/a"}}
+STATUSES = {"not_ready": 503, "internal_error": 500, "not_rankwise": 502, "quota_exceeded": 429, "not_found": 404}
 
 
 class Scripted:
@@ -29,7 +31,7 @@ class Scripted:
         assert path == "/jobs/job_1/clients/2"
         answer = self.answers.pop(0)
         if isinstance(answer, str):
-            raise ProblemError({"code": answer, "detail": answer})
+            raise ProblemError({"code": answer, "detail": answer, "status": STATUSES.get(answer)})
         return answer
 
     def download(self, *_: Any) -> Any:
@@ -38,9 +40,10 @@ class Scripted:
 
 @pytest.fixture
 def slept(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """How long it would have slept."""
+    """How long it would have slept, on a clock that passes only so."""
     found: list[float] = []
-    monkeypatch.setattr(remote_rounds.time, "sleep", found.append)
+    clock = SimpleNamespace(sleep=found.append, monotonic=lambda: sum(found))
+    monkeypatch.setattr(remote_rounds, "time", clock)
     return found
 
 
@@ -61,9 +64,10 @@ def rounds(tmp_path: Path, slept: list[float], monkeypatch: pytest.MonkeyPatch) 
 def test_it_waits_for_a_service_that_is_away_but_not_for_ever(
     rounds: Callable[..., RemoteRounds], slept: list[float]
 ) -> None:
-    assert rounds("unreachable", "not_ready", OVER).run() == {"training_state": "succeeded", "given": []}
-    assert slept == [0.5, 1.0]
-    slept.clear()
+    for away in ("unreachable", *(code for code in STATUSES if code != "not_found")):
+        assert rounds(away, away, OVER).run() == {"training_state": "succeeded", "given": []}
+        assert slept == [0.5, 1.0]
+        slept.clear()
     with pytest.raises(ProblemError, match="unreachable"):
         rounds(*["unreachable"] * 9).run()
     assert 5.0 <= sum(slept) < 10.0

@@ -448,9 +448,23 @@ def test_settings_of_the_loop_that_a_client_has_not_are_refused_by_their_names()
 def test_a_client_with_too_few_rows_for_a_batch_or_too_many_for_delta_is_refused() -> None:
     chosen = {"clients": clients_of(2), "privacy": {"epsilon": 1, "delta": 1e-2}}
     options = FfaLoraOptions.model_validate(chosen)
-    assert options.row_problems(50, 8, "/x") == []
-    assert [item.pointer for item in options.row_problems(7, 8, "/x")] == ["/x"]
-    assert [item.pointer for item in options.row_problems(100, 8, "/x")] == ["/parameters/privacy/delta"]
+    assert options.row_problems(50, 8, "/x", 0) == []
+    assert [item.pointer for item in options.row_problems(7, 8, "/x", 0)] == ["/x"]
+    assert [item.pointer for item in options.row_problems(100, 8, "/x", 0)] == ["/parameters/privacy/delta"]
+
+
+def test_a_remote_client_with_too_few_rows_or_too_many_is_refused_before_it_trains(runs: Runs) -> None:
+    clients = [{"remote": {"name": "a", "max_rows": 10}}, {"remote": {"name": "b"}}]
+    federation = runs.federation({"clients": clients}, batch_size=8)
+    count = len(federation._read(runs.files[0]).train)
+    assert count > 10
+    state = RunState({}, (ClientFacts(0), ClientFacts(0)))
+    with pytest.raises(RequestInvalid, match="max_rows of this client is 10") as caught:
+        federation.update(state, 0, runs.files[0])
+    assert caught.value.errors[0].pointer == "/parameters/clients/0/remote"
+    large = runs.federation({"clients": clients}, batch_size=count + 1)
+    with pytest.raises(RequestInvalid, match="fewer than training.batch_size"):
+        large.update(state, 1, runs.files[0])
 
 
 def test_a_training_with_clients_is_not_done_without_a_service(trainings: Any) -> None:

@@ -76,7 +76,10 @@ class Federation:
             FileBroken, RequestInvalid: a dataset, the layers or the privacy do not fit.
         """
         measured = self._measured(server)
-        rows = [0 if file is None else self._rows(file, number) for number, file in enumerate(clients)]
+        rows = [
+            0 if file is None else len(self._client_rows(file, number, "dataset"))
+            for number, file in enumerate(clients)
+        ]
         model = self.task.load()
         known, _ = check_plan(self.plan, model, measured, self.task.whole(model), 1)
         before = self._scores(model, measured)
@@ -99,8 +102,12 @@ class Federation:
 
         Args:
             tick: called before each step; raises to stop.
+
+        Raises:
+            RequestInvalid: it has fewer usable rows than a batch, or more than it may have.
+            FileBroken: its rows can not be read.
         """
-        examples = self._read(data).train
+        examples = self._client_rows(data, client, "remote" if client in self.options.remotes else "dataset")
         model = self.task.load()
         known, _ = check_plan(self.plan, model, Examples(examples, (), {}), self.task.whole(model), 1)
         trainable = self._prepared(model, known)
@@ -213,11 +220,11 @@ class Federation:
             return None
         return self.task.score(model, measured.train, self.plan.evaluation, lambda _: None)
 
-    def _rows(self, file: DataFile, number: int) -> int:
-        """How many rows a client trains on. Raises RequestInvalid: too few, or too many for δ."""
-        rows = len(self._read(file).train)
-        pointer = f"/parameters/clients/{number}/dataset"
-        problems = self.options.row_problems(rows, self.plan.training.batch_size, pointer)
+    def _client_rows(self, file: DataFile, number: int, source: str) -> Sequence[Any]:
+        """What a client trains on. Raises RequestInvalid: too few rows, or too many for it or for δ."""
+        rows = self._read(file).train
+        pointer = f"/parameters/clients/{number}/{source}"
+        problems = self.options.row_problems(len(rows), self.plan.training.batch_size, pointer, number)
         if problems:
             raise RequestInvalid(f"Client {number} can not take part: it {problems[0].message}.", errors=problems)
         return rows

@@ -200,9 +200,12 @@ class FfaLoraOptions(LowRankOptions):
         }
         return [FieldError(pointer, f"not in a federated run: {why}") for pointer, (odd, why) in refused.items() if odd]
 
-    def row_problems(self, rows: int, batch_size: int, pointer: str) -> list[FieldError]:
-        """Why a client with so many rows can not take part; `pointer` names it."""
+    def row_problems(self, rows: int, batch_size: int, pointer: str, client: int) -> list[FieldError]:
+        """Why the client at that place can not take part with so many rows; `pointer` names them."""
         found = []
+        remote = self.remotes.get(client)
+        if remote is not None and rows > remote.max_rows:
+            found.append(FieldError(pointer, f"has {rows} rows; max_rows of this client is {remote.max_rows}"))
         if rows < batch_size:
             found.append(FieldError(pointer, f"has {rows} rows, fewer than training.batch_size, {batch_size}"))
         if self.privacy is not None and self.privacy.delta * rows >= 1:
