@@ -77,6 +77,15 @@ class ImportSource(RequestModel):
         return self
 
 
+def shown_params(kind: str, params: dict[str, Any]) -> dict[str, Any]:
+    """The parameters of a job as answers show them: the query of an import's URL may hold a secret, which is for the
+    worker alone."""
+    source = params.get("source")
+    if kind != "import" or not isinstance(source, dict) or not isinstance(source.get("url"), str):
+        return params
+    return {**params, "source": {**source, "url": source["url"].partition("?")[0]}}
+
+
 class ImportParams(AdapterForm):
     """Fetch an adapter and take it in like an upload."""
 

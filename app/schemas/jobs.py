@@ -10,6 +10,7 @@ from sqlalchemy.orm import Session
 
 from app.dependencies import FilterText, PageQuery
 from app.schemas.common import Timestamp, as_json
+from app.schemas.imports import shown_params
 from app.schemas.resources import Resources
 from storage.outlook import Outlook, WaitReason, outlook_of, position_of
 from storage.retirement import warnings_of
@@ -130,7 +131,7 @@ class Job(BaseModel):
             state=row.state,
             attempt=row.attempt,
             progress=JobProgress(fraction=row.fraction, step=row.step, total=row.total, message=row.message),
-            params=row.params,
+            params=shown_params(row.kind, row.params),
             resources={name: value for name, value in row.resources.items() if name in Resources.model_fields},
             retry_of=row.retry_of,
             schedule_id=row.schedule_id,

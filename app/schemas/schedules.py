@@ -11,6 +11,7 @@ from app.dependencies import HEX_ID, PLAIN
 from app.job_kinds import JOB_KINDS
 from app.schemas.common import Name, RequestModel, Timestamp, as_json
 from app.schemas.fleets import FleetSelector, StartWindow
+from app.schemas.imports import shown_params
 from app.schemas.resources import Resources
 from storage import schedules
 from storage.schedules import Pace
@@ -172,7 +173,10 @@ class ScheduleResource(BaseModel):
             name=row.name,
             trigger=TriggerShown(cron=row.cron, timezone=row.timezone, event=row.event, subject=row.subject),
             job=JobShown(
-                kind=row.job_kind, params=row.job_params, resources=row.job_resources, selector=row.job_selector
+                kind=row.job_kind,
+                params=shown_params(row.job_kind, row.job_params),
+                resources=row.job_resources,
+                selector=row.job_selector,
             ),
             overlap=row.overlap,
             misfire=row.misfire,

@@ -8,6 +8,7 @@ import pytest
 from pydantic import ValidationError
 
 from app.settings import Settings
+from storage import jobs
 
 HUB = {"hub": {"repo": "acme/mine"}}
 
@@ -30,6 +31,35 @@ def test_an_import_is_a_job_that_holds_no_secret(importing: Any) -> None:
     assert job["kind"] == "import"
     assert job["params"]["source"]["hub"] == {"repo": "acme/mine", "revision": "main", "path": None, "token": "org"}
     assert "s3cret" not in response.text
+
+
+def test_no_answer_shows_the_query_of_a_url_and_a_retry_has_it(importing: Any) -> None:
+    url = "https://files.example.org/a.zip"
+    source = {"url": f"{url}?signature=s3cret", "sha256": "0" * 64}
+    asked = importing.client.post("/adapters/import", json={"source": source})
+    job_id = asked.json()["id"]
+    assert asked.json()["params"]["source"] == {"hub": None, "url": url, "s3": None, "sha256": "0" * 64}
+    schedule = {
+        "name": "nightly",
+        "trigger": {"cron": "0 3 * * *"},
+        "job": {"kind": "import", "params": {"source": source}},
+    }
+    importing.client.post(f"/jobs/{job_id}/cancel")
+    retried = importing.client.post(f"/jobs/{job_id}/retry")
+    answers = [
+        asked,
+        retried,
+        importing.client.get(f"/jobs/{job_id}"),
+        importing.client.get("/jobs"),
+        importing.client.post("/schedules", json=schedule),
+        importing.client.get("/schedules"),
+    ]
+    for answer in answers:
+        assert answer.is_success, answer.text
+        assert url in answer.text
+        assert "s3cret" not in answer.text
+    with importing.services.database.read() as session:
+        assert jobs.get_job(session, retried.json()["id"]).params["source"]["url"] == source["url"]
 
 
 @pytest.mark.parametrize(

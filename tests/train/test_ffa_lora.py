@@ -463,7 +463,7 @@ def test_a_remote_client_with_too_few_rows_or_too_many_is_refused_before_it_trai
         federation.update(state, 0, runs.files[0])
     assert caught.value.errors[0].pointer == "/parameters/clients/0/remote"
     large = runs.federation({"clients": clients}, batch_size=count + 1)
-    with pytest.raises(RequestInvalid, match="fewer than training.batch_size"):
+    with pytest.raises(RequestInvalid, match=r"fewer than training\.batch_size"):
         large.update(state, 1, runs.files[0])
 
 
