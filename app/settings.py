@@ -140,7 +140,9 @@ class Settings(BaseSettings):
         (), description="Hosts of URLs that adapters may be fetched from, as civitai.com,*.example.org; * is any."
     )
     import_tokens: dict[str, SecretStr] = Field(
-        {}, description='Tokens by host, as {"civitai.com": "…"}: sent to that host only, as Authorization: Bearer.'
+        {},
+        description='Tokens by host, as {"civitai.com": "…"}: sent to that host only, as Authorization: Bearer, '
+        "over https and to the usual port; or by origin, as http://files.internal:8080.",
     )
     import_buckets: CommaSeparated = Field(
         (), description="Buckets that adapters may be fetched from, as s3://one,s3://two/prefix."

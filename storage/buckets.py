@@ -8,7 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import obstore
-from obstore.exceptions import AlreadyExistsError, BaseError, NotFoundError, PreconditionError
+from obstore.exceptions import (
+    AlreadyExistsError,
+    BaseError,
+    NotFoundError,
+    PermissionDeniedError,
+    PreconditionError,
+    UnauthenticatedError,
+)
 
 from artifacts.errors import FieldError, NotFound, RemoteUnavailable, RequestInvalid
 from storage.object_stores import first_line, open_store
@@ -16,6 +23,7 @@ from storage.object_stores import first_line, open_store
 MAX_OBJECTS = 10_000
 CHUNK_BYTES = 1 << 20
 MAX_SMALL_BYTES = 4 << 20
+_CREDENTIALS = "Its address and credentials are those of the environment (AWS_…) of the server and its workers."
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,19 +55,12 @@ class Bucket:
     def children(self, prefix: str) -> list[BucketObject]:
         """The objects right under a prefix, as the files of a folder. Raises RequestInvalid, RemoteUnavailable."""
         folder = prefix.strip("/")
-        found: list[BucketObject] = []
-        seen = 0
         with self._translated(f"/prefix {folder}"):
-            for batch in obstore.list(self._store, prefix=folder or None, chunk_size=1000):
-                seen += len(batch)
-                if seen > MAX_OBJECTS:
-                    problem = f"there are more than {MAX_OBJECTS} objects under {folder!r}"
-                    raise RequestInvalid(f"T{problem[1:]}.", errors=[FieldError("/s3/prefix", problem)])
-                found += [
-                    BucketObject(meta["path"], meta["size"], meta["e_tag"])
-                    for meta in batch
-                    if meta["path"].rpartition("/")[0] == folder
-                ]
+            listed = obstore.list_with_delimiter(self._store, prefix=folder or None)["objects"]
+        if len(listed) > MAX_OBJECTS:
+            problem = f"there are more than {MAX_OBJECTS} objects right under {folder!r}"
+            raise RequestInvalid(f"T{problem[1:]}.", errors=[FieldError("/s3/prefix", problem)])
+        found = [BucketObject(meta["path"], meta["size"], meta["e_tag"]) for meta in listed]
         return sorted(found, key=lambda item: item.key)
 
     def read(self, item: BucketObject) -> Iterator[bytes]:
@@ -121,8 +122,13 @@ class Bucket:
         except (NotFoundError, FileNotFoundError, NotFound) as error:
             problem = f"there is no {name!r} in the bucket {self.name}"
             raise RequestInvalid(f"T{problem[1:]}.", errors=[FieldError(f"/s3{field}", problem)]) from error
+        except (PermissionDeniedError, UnauthenticatedError, PermissionError) as error:
+            problem = f"the bucket {self.name} does not allow {name!r} to this server"
+            raise RequestInvalid(
+                f"T{problem[1:]}: {first_line(error)}", hint=_CREDENTIALS, errors=[FieldError(f"/s3{field}", problem)]
+            ) from error
         except (BaseError, OSError) as error:
             raise RemoteUnavailable(
                 f"The bucket {self.name} can not be used: {first_line(error)}",
-                hint="Its address and credentials are those of the environment (AWS_…) of the server and its workers.",
+                hint=_CREDENTIALS,
             ) from error

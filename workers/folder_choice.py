@@ -53,7 +53,8 @@ def choose(files: Sequence[RemoteFile], path: str | None, place: str) -> list[Re
             f"Give the path of one: {', '.join(weights[:_NAMED])}.",
         )
     if WEIGHTS_NAME in weights:
-        here = [file for file in here if not is_weights(PurePosixPath(file.path)) or file.path.endswith(WEIGHTS_NAME)]
+        paths = {file: PurePosixPath(file.path) for file in here}
+        here = [file for file, path in paths.items() if not is_weights(path) or path.name == WEIGHTS_NAME]
     if len(here) > MAX_FILES:
         raise _refused(place, f"there are {len(here)} files in {where}; at most {MAX_FILES} are taken", None)
     return here

@@ -10,10 +10,10 @@ from typing import Any, NoReturn, TypeVar
 
 from artifacts.errors import FieldError, RemoteUnavailable, RequestInvalid
 from workers.pushed_files import PushedFile
+from workers.remote_client import is_passing
 
 T = TypeVar("T")
 _WATCH_SECONDS = 0.2
-_BUSY = (408, 429, 500, 502, 503, 504)
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +89,7 @@ def _plain_uploads() -> Iterator[None]:
 def _translated(target: HubTarget) -> Iterator[None]:
     """Failures of the hub as errors of our tree. Nothing of a request is in them, for it may hold the token."""
     from httpx2 import HTTPError  # what huggingface_hub sends with, and the base of its own errors
-    from huggingface_hub.errors import OfflineModeIsEnabled
+    from huggingface_hub.errors import HFValidationError, OfflineModeIsEnabled
 
     try:
         yield
@@ -100,8 +100,11 @@ def _translated(target: HubTarget) -> Iterator[None]:
         ) from error
     except (HTTPError, OSError, RuntimeError, ValueError) as error:
         status = next((found for found in map(_status, _causes(error)) if found is not None), None)
-        if status is not None and status not in _BUSY:
+        if status is not None and not is_passing(status):
             _refuse(target, status)
+        if isinstance(error, HFValidationError):  # by the rules of the client itself: nothing was sent
+            problem = f"{target.repo} at {target.revision} is no repository, or no branch, that hubs have"
+            raise RequestInvalid(f"{problem}.", hint=str(error), errors=[FieldError("/hub", problem)]) from error
         what = f"it answered {status}" if status is not None else type(error).__name__
         raise RemoteUnavailable(f"Sending to {target.hub}/{target.repo} failed: {what}.") from error
 

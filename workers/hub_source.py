@@ -12,6 +12,7 @@ from workers.folder_choice import RemoteFile, choose
 from workers.remote_client import Address, RemoteClient
 from workers.remotes import Remotes
 
+_SHA256 = re.compile(r"[0-9a-f]{64}")
 _COMMIT = re.compile(r"[0-9a-f]{40,64}")
 
 
@@ -45,6 +46,22 @@ def address_of(remotes: Remotes, repo: str, commit: str, file: RemoteFile, token
     return Address(url, "/hub", lambda _: None, token)
 
 
+def _size(given: Any) -> int | None:
+    if given is None:
+        return None
+    if isinstance(given, bool) or not isinstance(given, int) or given < 0:
+        raise ValueError(given)
+    return given
+
+
+def _digest(given: Any) -> str | None:
+    if given is None:
+        return None
+    if not isinstance(given, str) or not _SHA256.fullmatch(given):
+        raise ValueError(given)
+    return given
+
+
 def _read(document: Any) -> tuple[str, list[RemoteFile]]:
     """The commit and the files of a hub's answer. Raises RemoteUnavailable: it is not one."""
     try:
@@ -52,7 +69,7 @@ def _read(document: Any) -> tuple[str, list[RemoteFile]]:
         if not _COMMIT.fullmatch(commit):
             raise ValueError(commit)
         found = [
-            RemoteFile(str(item["rfilename"]), item.get("size"), (item.get("lfs") or {}).get("sha256"))
+            RemoteFile(str(item["rfilename"]), _size(item.get("size")), _digest((item.get("lfs") or {}).get("sha256")))
             for item in document["siblings"]
         ]
     except (KeyError, TypeError, ValueError, AttributeError) as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,8 @@ from storage.segments import Segment, read_segments, total_size
 from storage.tables import AdapterRow
 
 CARD_NAME = "README.md"
+_HUB_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*(?:/[A-Za-z0-9][A-Za-z0-9._-]*)?")
+"""What else an adapter may name as its base model is a path of somebody's machine, which is nobody else's business."""
 Tell = Callable[[int, int | None], None]
 """Given the bytes that are done and all of them; raises to stop."""
 
@@ -60,7 +63,7 @@ def card_of(row: AdapterRow, layout: str) -> str:
     facts: dict[str, object] = {"library_name": "peft" if layout == "peft" else "diffusers", "tags": ["lora"]}
     if layout not in ("peft", "diffusers"):
         del facts["library_name"]
-    if row.base_model is not None:
+    if row.base_model is not None and _HUB_NAME.fullmatch(row.base_model):
         facts["base_model"] = row.base_model
         facts["base_model_relation"] = "adapter"
     lines = [

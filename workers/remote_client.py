@@ -17,6 +17,7 @@ from typing import Any, Self
 import httpx
 
 from artifacts.errors import FieldError, FileBroken, RemoteUnavailable, RequestInvalid, TooLarge
+from artifacts.pointers import pointers_below
 from workers.egress import EgressPolicy, Resolver
 from workers.pinned_transport import PinnedTransport, resolve, tls_context
 
@@ -26,7 +27,7 @@ MAX_INTERRUPTIONS = 8
 MAX_JSON_BYTES = 16 * 1024**2
 USER_AGENT = "Rankwise-Import/1"
 _PAUSE_SECONDS = 0.5
-_BUSY = (429, 500, 502, 503, 504)
+_BUSY = (408, 429)
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +57,11 @@ class ReceivedFile:
     etag: str | None
 
 
+def is_passing(status: int) -> bool:
+    """Whether a server that answers with this status may answer otherwise later."""
+    return status >= 500 or status in _BUSY
+
+
 class _GrowingFile:
     """A file and the digest of what it holds so far."""
 
@@ -83,6 +89,7 @@ class RemoteClient:
 
     Args:
         policy: which addresses requests may go to.
+        tokens: by host, for https and the usual port; or by origin ("http://files.internal:8080").
         trusted: an origin ("https://hub.example.org") that the operator named, whatever its address is.
         resolver: how names become addresses; this machine's own way unless given.
     """
@@ -182,13 +189,20 @@ class RemoteClient:
         self, address: Address, headers: Mapping[str, str] | None = None
     ) -> AsyncIterator[httpx.Response]:
         """The answer at the end of the redirects, its body unread."""
+        # The policy points at "/url", whatever part of the request led to the URL that it refuses.
+        with pointers_below(address.place, instead_of="/url"):
+            async with self._followed(address, headers or {}) as response:
+                yield response
+
+    @asynccontextmanager
+    async def _followed(self, address: Address, headers: Mapping[str, str]) -> AsyncIterator[httpx.Response]:
         url = httpx.URL(address.url)
         first = origin_of(address.url)
         for _ in range(MAX_REDIRECTS + 1):
             address.check(str(url))
             token = address.token if origin_of(str(url)) == first else None
-            token = token or self._tokens.get(url.host.lower())
-            sent = {**(headers or {}), **({} if token is None else {"authorization": f"Bearer {token}"})}
+            token = token or self._token_of(url)
+            sent = {**headers, **({} if token is None else {"authorization": f"Bearer {token}"})}
             async with self._client.stream("GET", url, headers=sent) as response:
                 location = response.headers.get("location")
                 if not response.has_redirect_location or location is None:
@@ -199,6 +213,11 @@ class RemoteClient:
             except (httpx.InvalidURL, UnicodeError) as error:
                 raise RemoteUnavailable(f"{_shown(address.url)} redirects to something that is no URL.") from error
         raise RemoteUnavailable(f"{_shown(address.url)} redirects more than {MAX_REDIRECTS} times.")
+
+    def _token_of(self, url: httpx.URL) -> str | None:
+        """A host's token goes over https to the usual port alone: what else listens there may be somebody else's."""
+        usual = url.scheme == "https" and url.port is None
+        return self._tokens.get(origin_of(str(url))) or (self._tokens.get(url.host.lower()) if usual else None)
 
 
 def origin_of(url: str) -> str:
@@ -251,7 +270,7 @@ def _check_status(response: httpx.Response, address: Address) -> None:
     if response.is_success:
         return
     shown = _shown(address.url)
-    if status in _BUSY:
+    if is_passing(status):
         raise RemoteUnavailable(f"{shown} answered {status}.")
     problem = {401: "wants a token", 403: "is not for this server", 404: "is not there", 410: "is gone"}.get(status)
     raise RequestInvalid(
@@ -276,7 +295,10 @@ def _file_name(disposition: str) -> str | None:
     """The file's name by a Content-Disposition header. It is used for nothing but what a person reads."""
     message = Message()
     message["content-disposition"] = disposition.encode("latin-1", "replace").decode("ascii", "replace")
-    return message.get_filename() or None
+    try:
+        return message.get_filename() or None
+    except (UnicodeError, LookupError):  # a charset that is none, or that the bytes are not in
+        return None
 
 
 def _shown(url: str) -> str:

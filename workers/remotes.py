@@ -22,7 +22,8 @@ class Remotes:
         hub: address of a hub that speaks the protocol of huggingface.co; None: no hub.
         hub_tokens: name → token of that hub; the one called "default" is used by whoever names none.
         hosts: of URLs: "civitai.com", "*.example.org" for all below it, "*" for any.
-        host_tokens: host → token that is sent to it and to no other (`Authorization: Bearer`).
+        host_tokens: host → token that is sent to it and to no other (`Authorization: Bearer`), over https and to the
+            usual port; or origin ("http://files.internal:8080") → token.
         buckets: "s3://bucket" or "s3://bucket/prefix", with the endpoint and the credentials of the environment.
         namespaces: owners of repositories of the hub that adapters may be sent to; "*" for any.
         push_buckets: as `buckets`, for what adapters may be written to.

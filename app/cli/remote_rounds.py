@@ -12,6 +12,7 @@ from app.cli.client import Client, ProblemError
 from artifacts.base_model import BaseModelRef, inspect_base
 from artifacts.errors import RequestInvalid
 from train.rows import find_format, inspect
+from workers.remote_client import is_passing
 
 T = TypeVar("T")
 _OVER = frozenset({"state_conflict", "gone"})
@@ -130,7 +131,7 @@ class RemoteRounds:
 def _passes(problem: Mapping[str, Any]) -> bool:
     """Whether it goes by itself: the service is restarted or busy, or what it stands on is, or a proxy before it."""
     status = problem.get("status")
-    return problem.get("code") == "unreachable" or (isinstance(status, int) and (status >= 500 or status == 429))
+    return problem.get("code") == "unreachable" or (isinstance(status, int) and is_passing(status))
 
 
 def check_base(here: BaseModelRef, wanted: Mapping[str, Any]) -> None:

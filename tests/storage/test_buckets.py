@@ -6,8 +6,10 @@ import os
 
 import boto3
 import pytest
+from obstore.exceptions import PermissionDeniedError, UnauthenticatedError
 
 from artifacts.errors import RemoteUnavailable, RequestInvalid
+from storage import buckets
 from storage.buckets import Bucket
 
 
@@ -30,6 +32,28 @@ def test_objects_are_found_listed_as_a_folder_and_read(s3_bucket: str) -> None:
     put(s3_bucket, **{"loras/a.bin": b"changed"})
     with pytest.raises(RemoteUnavailable):  # it is another object by now
         b"".join(bucket.read(item))
+
+
+def test_a_folder_is_listed_however_much_lies_below_it(s3_bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(buckets, "MAX_OBJECTS", 2)
+    put(s3_bucket, **{"loras/a.bin": b"a", **{f"loras/deep/{number}": b"x" for number in range(5)}})
+    assert [item.key for item in Bucket(s3_bucket).children("loras")] == ["loras/a.bin"]
+    with pytest.raises(RequestInvalid, match="more than 2 objects") as caught:
+        Bucket(s3_bucket).children("loras/deep")
+    assert caught.value.errors[0].pointer == "/s3/prefix"
+
+
+@pytest.mark.parametrize("error", [PermissionDeniedError, UnauthenticatedError])
+def test_what_is_not_allowed_is_refused_and_not_tried_again(
+    s3_bucket: str, monkeypatch: pytest.MonkeyPatch, error: type[Exception]
+) -> None:
+    def refuse(*_: object) -> None:
+        raise error("AccessDenied")
+
+    monkeypatch.setattr(buckets.obstore, "head", refuse)
+    with pytest.raises(RequestInvalid, match=r"does not allow 'a\.zip'") as caught:
+        Bucket(s3_bucket).find("a.zip")
+    assert caught.value.errors[0].pointer == "/s3/key"
 
 
 def test_what_is_not_there_says_so(s3_bucket: str) -> None:

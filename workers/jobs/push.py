@@ -84,7 +84,8 @@ def _to_hub(context: JobContext, row: AdapterRow, files: tuple[PushedFile, ...])
 
 def _to_bucket(context: JobContext, row: AdapterRow, layout: str, files: tuple[PushedFile, ...]) -> dict[str, Any]:
     wanted = context.params["oci"]["s3"]
-    with pointers_below("/oci"):
+    # A push names a prefix: the keys below it are its own.
+    with pointers_below("/oci"), pointers_below("/s3/prefix", instead_of="/s3/key"):
         context.spec.remotes.check_push_bucket(wanted["bucket"], wanted["prefix"])
         made = manifest_of(row, layout, context.params.get("dtype") or row.dtype.lower(), files)
         tell = _teller(context, WRITTEN, 1.0, "writing the layout")

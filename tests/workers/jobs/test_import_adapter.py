@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import boto3
+import httpx
 import pytest
 from remote_servers import COMMIT, FileServer, add_repository
 
@@ -34,7 +35,9 @@ from storage import adapters, models
 from workers import remote_client
 from workers.context import Interruption
 from workers.egress import EgressPolicy
+from workers.folder_choice import RemoteFile, choose
 from workers.kinds import KINDS
+from workers.remote_client import RemoteClient
 from workers.remotes import Remotes
 
 LOOPBACK = EgressPolicy(allow_http=True, allowed_networks=(ipaddress.ip_network("127.0.0.1/32"),))
@@ -139,7 +142,7 @@ def test_a_broken_transfer_goes_on_where_it_broke_or_begins_again(import_: Any, 
     data = zipped()
     server = servers(files={"/a/lora.zip": data}, breaks=[100, 50], etags=etags)
     source = {"url": f"{server.url}/a/lora.zip?key=s3cret", "sha256": hashlib.sha256(data).hexdigest()}
-    result = import_(hosts(host_tokens={"127.0.0.1": "t0ken"}), source=source)
+    result = import_(hosts(host_tokens={server.url: "t0ken"}), source=source)
     ranges = [headers.get("range") for _, headers in server.got]
     assert ranges == ([None, "bytes=100-", "bytes=150-"] if etags else [None, None, None])
     assert {headers["authorization"] for _, headers in server.got} == {"Bearer t0ken"}
@@ -169,6 +172,23 @@ def test_a_server_that_breaks_off_again_and_again_is_tried_later(import_: Any, s
         import_(hosts(), source={"url": f"{server.url}/lora.zip"})
 
 
+def test_a_hosts_token_goes_over_https_and_to_the_usual_port_alone(import_: Any, servers: Any) -> None:
+    server = servers(files={"/lora.zip": zipped()})
+    import_(hosts(host_tokens={"127.0.0.1": "t0ken"}), source={"url": f"{server.url}/lora.zip"})
+    ((_, headers),) = server.got
+    assert "authorization" not in headers
+    client = RemoteClient(LOOPBACK, tokens={"files.org": "t0ken", "http://files.org:81": "other"})
+    urls = ("https://files.org/a", "https://files.org:444/a", "http://files.org/a", "http://files.org:81/a")
+    assert [client._token_of(httpx.URL(url)) for url in urls] == ["t0ken", None, None, "other"]
+
+
+@pytest.mark.parametrize("disposition", ["attachment; filename*=idna''abc", "attachment; filename*=undefined''a"])
+def test_a_name_in_no_known_charset_is_none(import_: Any, servers: Any, disposition: str) -> None:
+    server = servers(files={"/lora.zip": zipped()}, headers={"content-disposition": disposition})
+    result = import_(hosts(), source={"url": f"{server.url}/lora.zip"})
+    assert [file["path"] for file in result["report"]["source"]["files"]] == ["lora.zip"]
+
+
 def test_redirects_are_checked_hop_by_hop(import_: Any, servers: Any) -> None:
     inside = servers(host="127.0.0.2", files={"/secret.zip": zipped()})
     server = servers()
@@ -196,8 +216,9 @@ def test_a_hub_can_not_lead_inside(import_: Any, servers: Any) -> None:
     add_repository(hub, "acme/mine", PEFT)
     hub.redirects[f"/acme/mine/resolve/{COMMIT}/adapter_config.json"] = f"{inside.url}/metadata"
     del hub.files[f"/acme/mine/resolve/{COMMIT}/adapter_config.json"]
-    with pytest.raises(RequestInvalid, match=r"leads to 127\.0\.0\.2"):
+    with pytest.raises(RequestInvalid, match=r"leads to 127\.0\.0\.2") as caught:
         import_(hub_of(hub), source=hub_source())
+    assert [error.pointer for error in caught.value.errors] == ["/source/hub"]
     assert inside.got == []
 
 
@@ -249,7 +270,13 @@ def test_bytes_with_another_digest_than_the_hub_says_or_the_request_are_refused(
 
 @pytest.mark.parametrize(
     ("status", "error"),
-    [(401, RequestInvalid), (404, RequestInvalid), (429, RemoteUnavailable), (503, RemoteUnavailable)],
+    [
+        (401, RequestInvalid),
+        (404, RequestInvalid),
+        (429, RemoteUnavailable),
+        (520, RemoteUnavailable),
+        (503, RemoteUnavailable),
+    ],
 )
 def test_what_a_server_answers_decides_whether_to_try_again(
     import_: Any, servers: Any, status: int, error: type[RankwiseError]
@@ -261,7 +288,26 @@ def test_what_a_server_answers_decides_whether_to_try_again(
 
 def test_hostile_answers_of_a_hub(import_: Any, servers: Any) -> None:
     hub = servers()
-    for answer in (b"[" * 100_000, b"{}", b'{"sha": "../..", "siblings": []}', b'{"sha": 1, "siblings": [1]}', b"null"):
+    odd = [
+        {"size": "12"},
+        {"size": -1},
+        {"size": True},
+        {"size": 1.5},
+        {"lfs": {"sha256": 1}},
+        {"lfs": {"sha256": "0" * 63}},
+    ]
+    listed = [
+        json.dumps({"sha": COMMIT, "siblings": [{"rfilename": "a.safetensors", **item}, {"rfilename": "b.json"}]})
+        for item in odd
+    ]
+    for answer in (
+        *map(str.encode, listed),
+        b"[" * 100_000,
+        b"{}",
+        b'{"sha": "../..", "siblings": []}',
+        b'{"sha": 1, "siblings": [1]}',
+        b"null",
+    ):
         hub.files["/api/models/acme/mine/revision/main"] = answer
         with pytest.raises(RemoteUnavailable):
             import_(hub_of(hub), source=hub_source())
@@ -311,6 +357,12 @@ def test_an_adapter_that_does_not_fit_the_model_that_is_named_is_refused(pool: A
     add_repository(hub, "acme/mine", PEFT)
     with pytest.raises(ShapeMismatch):
         import_(hub_of(hub), source=hub_source(), base_model="other")
+
+
+def test_a_folders_weights_are_told_by_their_whole_name() -> None:
+    names = ("adapter_config.json", "adapter_model.safetensors", "my_adapter_model.safetensors")
+    found = choose([RemoteFile(name) for name in names], None, "/hub/path")
+    assert [file.path for file in found] == list(names[:2])
 
 
 def test_a_folder_and_an_object_of_a_bucket(pool: Any, import_: Any, s3_bucket: str) -> None:

@@ -17,6 +17,7 @@ from remote_servers import COMMIT, FakeHub
 from artifacts.errors import AttemptCancelled, FileBroken, RemoteUnavailable, RequestInvalid
 from storage import adapters
 from workers.hub_push import watched
+from workers.pushed_files import card_of
 from workers.remotes import Remotes
 
 # huggingface_hub sends files in a way that its own HTTP library wants otherwise
@@ -97,6 +98,7 @@ def test_a_public_repository_gets_nothing_that_was_to_be_private(hub: FakeHub, p
         ({"hub_tokens": {"default": "wrong"}}, [], RequestInvalid, "answered 401"),
         ({}, [403], RequestInvalid, "answered 403"),
         ({}, [500], RemoteUnavailable, "500"),
+        ({}, [520], RemoteUnavailable, "520"),
         ({"hub": "http://127.0.0.1:9"}, [], RemoteUnavailable, "failed: ConnectError"),
         ({"namespaces": ("other",)}, [], RequestInvalid, "RANKWISE|not sent"),
         ({"hub_tokens": {}}, [], RequestInvalid, "no token"),
@@ -110,6 +112,28 @@ def test_pushes_that_fail_say_why_and_whether_to_try_again(
     with pytest.raises(error, match=words) as caught:
         push(remotes_of(hub, **changes), adapter=adapter_id, hub=REPO)
     assert hub.token not in str(caught.value)
+
+
+@pytest.mark.parametrize("repo", ["acme/a--b", "acme/a..b", "acme/a.git"])
+def test_a_name_that_no_hub_has_is_refused_at_once(hub: FakeHub, push: Any, add_adapter: Any, repo: str) -> None:
+    with pytest.raises(RequestInvalid, match=repo) as caught:
+        push(remotes_of(hub), adapter=add_adapter("mine", 1), hub={**REPO, "repo": repo})
+    assert [error.pointer for error in caught.value.errors] == ["/hub"]
+    assert hub.paths == []
+
+
+@pytest.mark.parametrize(
+    ("base", "shown"),
+    [("acme/base-1.5", True), ("gpt2", True), ("/home/me/base", False), ("../base", False), ("C:\\base", False)],
+)
+def test_a_card_names_no_path_of_a_machine(pool: Any, add_adapter: Any, base: str, shown: bool) -> None:
+    with pool.database.read() as session:
+        row = adapters.get_adapter(session, add_adapter("mine", 1))
+        row.base_model = base
+        card = card_of(row, "peft")
+        session.expunge(row)
+    assert (f"base_model: {base}\n" in card) == shown
+    assert (base in card) == shown
 
 
 def test_a_service_that_is_offline_says_so(
