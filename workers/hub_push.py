@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NoReturn
 
 from artifacts.errors import FieldError, RemoteUnavailable, RequestInvalid
 from workers.pushed_files import PushedFile
 from workers.remote_client import is_passing
-
-T = TypeVar("T")
-_WATCH_SECONDS = 0.2
+from workers.watched_work import watched
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +43,7 @@ def push(
         RequestInvalid: the hub refuses it, the repository is public and was to be private, or it took too long.
         RemoteUnavailable: the hub is away or busy.
     """
-    return watched(lambda: _commit(target, files, message), timeout_seconds, check_stop)
+    return watched(lambda: _commit(target, files, message), timeout_seconds, check_stop, "sent")
 
 
 def _commit(target: HubTarget, files: Sequence[PushedFile], message: str) -> dict[str, Any]:
@@ -127,32 +124,3 @@ def _refuse(target: HubTarget, status: int) -> NoReturn:
         hint="May the token write to that namespace?" if status in (401, 403, 404) else None,
         errors=[FieldError("/hub/repo", problem)],
     )
-
-
-def watched(work: Callable[[], T], seconds: float, check_stop: Callable[[], None]) -> T:
-    """What `work` returns, done in a thread that nobody waits for once the job is to stop or its time is over: the
-    process ends then, and the thread with it."""
-    results: list[T] = []
-    errors: list[BaseException] = []
-
-    def run() -> None:
-        try:
-            results.append(work())
-        except BaseException as error:
-            errors.append(error)
-
-    thread = threading.Thread(target=run, name="push", daemon=True)
-    thread.start()
-    left = seconds
-    while thread.is_alive():
-        thread.join(min(_WATCH_SECONDS, max(left, 0.0)))
-        left -= _WATCH_SECONDS
-        check_stop()
-        if left <= 0 and thread.is_alive():
-            raise RequestInvalid(
-                f"The adapter could not be sent within {seconds:g} s.",
-                hint="Whoever runs the service can set RANKWISE_IMPORT_TIMEOUT_SECONDS.",
-            )
-    if errors:
-        raise errors[0]
-    return results[0]

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
+import structlog
 from sqlalchemy import select
 
+from artifacts.errors import DatabaseUnavailable, DiskFull
 from storage import claims, servers
 from storage.claims import Claims, Renewal, SlotOffer
 from storage.database import Database
@@ -17,6 +19,8 @@ from workers.settlement import Settlement, Stop
 
 MAX_FAILURES = 3
 Key = tuple[str, int]  # (job id, attempt)
+
+log = structlog.get_logger(__name__)
 
 
 class Ledger:
@@ -120,6 +124,22 @@ class Ledger:
     def fail(self, key: Key, error: dict[str, Any], ended: dict[str, Any]) -> str:
         with self._database.write() as session:
             return claims.finish_failed(session, *key, error, ended)
+
+    def fail_plainly(self, key: Key, error: dict[str, Any], ended: dict[str, Any]) -> str:
+        """The end of an attempt whose own could not be written, told while that failure is handled.
+
+        If this can not be written either, the lease of the job ends, and it is taken back like that of a silent server:
+        the slot must not wait for it for ever.
+        """
+        known = log.bind(job_id=key[0], attempt=key[1])
+        known.exception("attempt_end_not_written")
+        try:
+            return self.fail(key, error, ended)
+        except (DatabaseUnavailable, DiskFull):
+            raise
+        except Exception:
+            known.exception("attempt_left_to_its_lease")
+            return "lost"
 
     def cancel(self, key: Key, ended: dict[str, Any]) -> None:
         with self._database.write() as session:

@@ -6,21 +6,23 @@ import asyncio
 import hashlib
 from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
 from urllib.parse import unquote, urlsplit
 
 from artifacts.errors import RequestInvalid
+from artifacts.pointers import pointers_below
 from storage.buckets import Bucket
 from workers import hub_source
 from workers.folder_choice import RemoteFile, choose
 from workers.remote_client import Address, ReceivedFile, RemoteClient, check_digest, too_large
 from workers.remotes import Remotes
+from workers.watched_work import WATCH_SECONDS, out_of_time, watched
 
 Tell = Callable[[int, int | None], None]
 """Given the bytes that are here and all of them, if that is known; raises to stop."""
 T = TypeVar("T")
-_WATCH_SECONDS = 0.2
 _NAME_CHARACTERS = 200
 
 
@@ -47,7 +49,10 @@ def fetch(
     """
     folder.mkdir(parents=True)
     if source.get("s3") is not None:
-        return _from_bucket(source["s3"], source.get("sha256"), remotes, folder, tell)
+        s3, sha256 = source["s3"], source.get("sha256")
+        fetch_all = partial(_from_bucket, s3, sha256, remotes, folder, tell)
+        with pointers_below("/s3/prefix" if s3.get("key") is None else "/s3/key", instead_of="/s3/key"):
+            return watched(fetch_all, remotes.timeout_seconds, check_stop, "fetched")
     if source.get("hub") is not None:
         work = _from_hub(source["hub"], source.get("sha256"), remotes, folder, tell)
     else:
@@ -59,13 +64,10 @@ async def _watched(work: Coroutine[Any, Any, T], seconds: float, check_stop: Cal
     task = asyncio.create_task(work)
     try:
         async with asyncio.timeout(seconds):
-            while not (await asyncio.wait({task}, timeout=_WATCH_SECONDS))[0]:
+            while not (await asyncio.wait({task}, timeout=WATCH_SECONDS))[0]:
                 check_stop()
     except TimeoutError as error:
-        raise RequestInvalid(
-            f"The adapter could not be fetched within {seconds:g} s.",
-            hint="Whoever runs the service can set RANKWISE_IMPORT_TIMEOUT_SECONDS.",
-        ) from error
+        raise out_of_time("fetched", seconds) from error
     finally:
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)

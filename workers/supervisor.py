@@ -349,9 +349,8 @@ class Supervisor:
 
     def _settle(self, lane: Lane) -> None:
         """Write how the attempt ended. The slot is free afterwards; while the database is away, it is not."""
-        running = lane.running
+        running, ended, outcome = lane.running, lane.exit, lane.outcome
         assert running is not None
-        ended, outcome = lane.exit, lane.outcome
         settlement = settle(
             outcome, running.stop, ended, resources=running.claim.resources, start_problem=lane.start_problem
         )
@@ -370,26 +369,13 @@ class Supervisor:
         except (DatabaseUnavailable, DiskFull):
             raise
         except Exception as broken:
-            known.exception("attempt_end_not_written")
-            error = failures.end_not_written(broken)
-            state = self._fail_plainly(claim, error, ended)
+            state = self._ledger.fail_plainly(running.key, failures.end_not_written(broken), ended)
         else:
             known.info("attempt_ended", state=state, error=error.get("code"), detail=error.get("detail"), exit=ended)
         if state == "queued":
             self._observer.retried(claim.kind, str(error.get("code")))
         self._observer.ended(claim.kind, state, time.monotonic() - running.began)
         lane.clear()
-
-    def _fail_plainly(self, claim: Claim, error: dict[str, Any], ended: dict[str, Any]) -> str:
-        """The end of an attempt that could not be written as it was. If this can not be written either, the lease of
-        the job ends, and it is taken back like that of a silent server: the slot must not wait for it for ever."""
-        try:
-            return self._ledger.fail((claim.job_id, claim.attempt), error, ended)
-        except (DatabaseUnavailable, DiskFull):
-            raise
-        except Exception:
-            log.exception("attempt_left_to_its_lease", job_id=claim.job_id, attempt=claim.attempt)
-            return "lost"
 
     def _drain(self, now: float, provider: WorkerProvider) -> None:
         """Stop the attempts, reap every worker, and give the jobs back."""

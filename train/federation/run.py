@@ -220,7 +220,7 @@ class Federation:
             return None
         return self.task.score(model, measured.train, self.plan.evaluation, lambda _: None)
 
-    def _client_rows(self, file: DataFile, number: int, source: str) -> Sequence[Any]:
+    def _client_rows(self, file: DataFile, number: int, source: str) -> tuple[Any, ...]:
         """What a client trains on. Raises RequestInvalid: too few rows, or too many for it or for δ."""
         rows = self._read(file).train
         pointer = f"/parameters/clients/{number}/{source}"

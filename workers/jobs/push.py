@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 from artifacts.pointers import pointers_below
@@ -19,6 +20,7 @@ from workers.context import JobContext, JobOutcome
 from workers.hub_push import HubTarget
 from workers.oci_layout import manifest_of
 from workers.pushed_files import PushedFile, Tell, card_of, write_files
+from workers.watched_work import watched
 
 WRITTEN = 0.4
 
@@ -83,14 +85,16 @@ def _to_hub(context: JobContext, row: AdapterRow, files: tuple[PushedFile, ...])
 
 
 def _to_bucket(context: JobContext, row: AdapterRow, layout: str, files: tuple[PushedFile, ...]) -> dict[str, Any]:
-    wanted = context.params["oci"]["s3"]
+    wanted, remotes = context.params["oci"]["s3"], context.spec.remotes
     # A push names a prefix: the keys below it are its own.
     with pointers_below("/oci"), pointers_below("/s3/prefix", instead_of="/s3/key"):
-        context.spec.remotes.check_push_bucket(wanted["bucket"], wanted["prefix"])
+        remotes.check_push_bucket(wanted["bucket"], wanted["prefix"])
         made = manifest_of(row, layout, context.params.get("dtype") or row.dtype.lower(), files)
         tell = _teller(context, WRITTEN, 1.0, "writing the layout")
         tag = context.params["oci"].get("tag") or "latest"
-        sent = oci_push.push(Bucket(wanted["bucket"]), wanted["prefix"], tag, made, files, tell)
+        bucket = Bucket(wanted["bucket"])
+        work = partial(oci_push.push, bucket, wanted["prefix"], tag, made, files, tell)
+        sent = watched(work, remotes.timeout_seconds, context.check_cancelled, "sent")
     return {"oci": sent}
 
 

@@ -32,6 +32,7 @@ from artifacts.errors import (
     TooLarge,
 )
 from storage import adapters, models
+from storage.buckets import Bucket
 from workers import remote_client
 from workers.context import Interruption
 from workers.egress import EgressPolicy
@@ -347,6 +348,30 @@ def test_names_that_no_database_holds_end_the_import_and_not_the_pool(pool: Any,
     assert url.error["code"] == "file_broken"
     assert url.error["detail"].startswith("a?b.zip has the SHA-256")
     assert folder.error["hint"].endswith("lie in: a?b, c.")
+
+
+def test_a_silent_bucket_ends_with_the_time_limit_and_with_a_cancel(
+    import_: Any, s3_bucket: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    silence, interruption = threading.Event(), Interruption()
+
+    def wait(*_: object) -> None:
+        interruption.wanted = True
+        silence.wait(60)
+
+    monkeypatch.setattr(Bucket, "find", wait)
+    source = {"s3": {"bucket": s3_bucket, "key": "loras/mine.zip"}}
+    remotes = Remotes(buckets=(f"s3://{s3_bucket}/loras",))
+    try:
+        with pytest.raises(RequestInvalid, match=r"fetched within 0\.1 s"):
+            import_(dataclasses.replace(remotes, timeout_seconds=0.1), source=source)
+        with pytest.raises(AttemptCancelled):
+            import_(remotes, interruption, source=source)
+    finally:
+        silence.set()
+        for thread in threading.enumerate():
+            if thread.name.startswith("adapter "):
+                thread.join(30)
 
 
 def test_an_adapter_that_does_not_fit_the_model_that_is_named_is_refused(pool: Any, import_: Any, servers: Any) -> None:

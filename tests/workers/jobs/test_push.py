@@ -16,9 +16,10 @@ from remote_servers import COMMIT, FakeHub
 
 from artifacts.errors import AttemptCancelled, FileBroken, RemoteUnavailable, RequestInvalid
 from storage import adapters
-from workers.hub_push import watched
+from storage.buckets import Bucket
 from workers.pushed_files import card_of
 from workers.remotes import Remotes
+from workers.watched_work import watched
 
 # huggingface_hub sends files in a way that its own HTTP library wants otherwise
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=<...>' to upload raw bytes:DeprecationWarning")
@@ -147,15 +148,32 @@ def test_a_service_that_is_offline_says_so(
 def test_a_hub_that_is_silent_is_not_waited_for() -> None:
     silence = threading.Event()
     with pytest.raises(RequestInvalid, match=r"within 0 s"):
-        watched(silence.wait, 0.0, lambda: None)
+        watched(silence.wait, 0.0, lambda: None, "sent")
 
     def stop() -> None:
         raise AttemptCancelled("stop")
 
     with pytest.raises(AttemptCancelled):
-        watched(silence.wait, 100.0, stop)
+        watched(silence.wait, 100.0, stop, "sent")
     silence.set()
-    assert watched(silence.wait, 100.0, lambda: None) is True
+    assert watched(silence.wait, 100.0, lambda: None, "sent") is True
+
+
+def test_a_bucket_that_is_silent_is_not_waited_for(
+    push: Any, add_adapter: Any, s3_bucket: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    silence = threading.Event()
+    monkeypatch.setattr(Bucket, "put_file", lambda *_: silence.wait(60))
+    remotes = Remotes(push_buckets=(f"s3://{s3_bucket}/oci",), timeout_seconds=0.1)
+    place = {"s3": {"bucket": s3_bucket, "prefix": "oci/mine"}}
+    try:
+        with pytest.raises(RequestInvalid, match=r"sent within 0\.1 s"):
+            push(remotes, adapter=add_adapter("mine", 1), oci=place)
+    finally:
+        silence.set()
+        for thread in threading.enumerate():
+            if thread.name.startswith("adapter "):
+                thread.join(30)
 
 
 def test_an_oci_layout_has_every_file_as_a_layer_and_keeps_other_tags(
