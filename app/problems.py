@@ -171,18 +171,18 @@ def allowed_methods(scope: Scope) -> list[str]:
     return sorted(found)
 
 
+def method_not_allowed(request: Request, allowed: str, headers: Mapping[str, str] | None = None) -> Response:
+    """The answer to a method that a path does not take; `allowed` are those that it takes."""
+    problem = MethodNotAllowed(f"{request.method} is not possible here.", hint=f"This path takes {allowed}.")
+    return problem_of(request.scope, problem, {**(headers or {}), "Allow": allowed})
+
+
 def _http(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     headers = dict(error.headers or {})
     path = request.scope["path"]
     if error.status_code == 405:
-        allowed = ", ".join(allowed_methods(request.scope))
-        headers["Allow"] = allowed
-        return problem_of(
-            request.scope,
-            MethodNotAllowed(f"{request.method} is not possible here.", hint=f"This path takes {allowed}."),
-            headers,
-        )
+        return method_not_allowed(request, ", ".join(allowed_methods(request.scope)), headers)
     code, title, detail = {
         404: ("not_found", "Not found", f"There is nothing at {path[:200]!r}; GET /docs lists all calls."),
         413: ("too_large", "Too large", str(error.detail)),

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from fastapi import APIRouter, Request
 from starlette.concurrency import run_in_threadpool
-from starlette.responses import JSONResponse
+from starlette.responses import JSONResponse, Response
 
 from app.dependencies import AdapterId, IdempotencyKey, JobRunner, ServicesDep, WaitSeconds
 from app.job_answers import JOB_RESPONSES, answer_or_wait
 from app.json_body import JsonRoute
-from app.problems import problem_responses
+from app.problems import method_not_allowed, problem_responses
 from app.schemas.common import as_json
 from app.schemas.imports import ImportRequest
 from app.schemas.jobs import Job
@@ -48,6 +48,16 @@ async def import_adapter(
         request_id=request.state.request_id,
     )
     return await answer_or_wait(request, services, answer, wait)
+
+
+@router.api_route(
+    "/adapters/import",
+    methods=["GET", "HEAD", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE"],
+    include_in_schema=False,
+)
+def refuse_other_methods(request: Request) -> Response:
+    """No adapter has the id "import"."""
+    return method_not_allowed(request, "POST")
 
 
 @router.post(

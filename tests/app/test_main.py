@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -53,3 +54,11 @@ def test_the_pool_gets_the_settings(tmp_path: Path) -> None:
     assert pool.database_url == settings.database_url
     assert pool.server_id == pool_settings(settings).server_id
     assert list(map(str, pool.model_roots)) == ["/models"]
+
+
+def test_a_path_without_parameters_is_nobodys_id(server: Any) -> None:
+    for method in ("GET", "HEAD", "DELETE", "OPTIONS", "PUT"):
+        answer = server.client.request(method, "/adapters/import")
+        assert answer.status_code == 405, method
+        assert answer.headers["Allow"] == "POST"
+    assert server.client.request("OPTIONS", "/adapters/adp_1").headers["Allow"] == "DELETE, GET"
