@@ -7,6 +7,8 @@ from dataclasses import replace
 from typing import Any
 
 from sqlalchemy.orm import Session
+from starlette.concurrency import run_in_threadpool
+from starlette.requests import Request
 
 from app.auth import Principal
 from app.idempotency import Answer, answer_once, request_key
@@ -60,3 +62,30 @@ def submit(
     if not answer.replayed:
         services.job_made(kind)
     return answer
+
+
+async def submitted(
+    request: Request,
+    services: Services,
+    principal: Principal,
+    kind: str,
+    params: dict[str, Any],
+    resources: Resources | None,
+    idempotency_key: str | None,
+    *,
+    subject: Callable[[Session], object] | None = None,
+    sealed: dict[str, Any] | None = None,
+) -> Answer:
+    """`submit` for the call of a request, beside the loop that serves others. Raises what it does."""
+    return await run_in_threadpool(
+        submit,
+        services,
+        principal,
+        kind,
+        params,
+        resources,
+        idempotency_key=idempotency_key,
+        request_id=request.state.request_id,
+        subject=subject,
+        sealed=sealed,
+    )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from fastapi import APIRouter, Request
-from starlette.concurrency import run_in_threadpool
 from starlette.responses import Response
 
 from app.dependencies import IdempotencyKey, JobId, JobRunner, Reader, ServicesDep, WaitSeconds
@@ -14,7 +13,7 @@ from app.problems import problem_responses
 from app.schemas.common import as_json
 from app.schemas.compose import CompareRequest, ComposeRequest
 from app.schemas.jobs import Job
-from app.submission import submit
+from app.submission import submitted
 from storage import previews
 
 router = APIRouter(tags=["compose"], route_class=JsonRoute)
@@ -41,15 +40,8 @@ async def compose_image(
     What can not be made (a noun that is not in the prompt, adapters of another base model, numbers out of range) is
     refused here. With `Accept: image/png` and `Prefer: wait=60` the answer is the image, if it is made in time.
     """
-    answer = await run_in_threadpool(
-        submit,
-        services,
-        principal,
-        "compose",
-        as_json(body, exclude={"resources"}),
-        body.resources,
-        idempotency_key=idempotency_key,
-        request_id=request.state.request_id,
+    answer = await submitted(
+        request, services, principal, "compose", as_json(body, exclude={"resources"}), body.resources, idempotency_key
     )
     return await answer_image_or_job(request, services, answer, wait)
 
@@ -73,15 +65,8 @@ async def compare_images(
 
     With `Accept: image/png` and `Prefer: wait=60` the answer is the sheet, if it is made in time.
     """
-    answer = await run_in_threadpool(
-        submit,
-        services,
-        principal,
-        "compare",
-        as_json(body, exclude={"resources"}),
-        body.resources,
-        idempotency_key=idempotency_key,
-        request_id=request.state.request_id,
+    answer = await submitted(
+        request, services, principal, "compare", as_json(body, exclude={"resources"}), body.resources, idempotency_key
     )
     return await answer_image_or_job(request, services, answer, wait)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from fastapi import APIRouter, Request
-from starlette.concurrency import run_in_threadpool
 from starlette.responses import JSONResponse, Response
 
 from app.dependencies import AdapterId, IdempotencyKey, JobRunner, ServicesDep, WaitSeconds
@@ -14,7 +13,7 @@ from app.schemas.common import as_json
 from app.schemas.imports import ImportRequest
 from app.schemas.jobs import Job
 from app.schemas.pushes import PushRequest
-from app.submission import submit
+from app.submission import submitted
 from storage import adapters
 
 router = APIRouter(tags=["adapters"], route_class=JsonRoute)
@@ -37,15 +36,8 @@ async def import_adapter(
 ) -> JSONResponse:
     """From a hub, a URL or a bucket that the settings allow; taken in like an upload, with the commit and the digest of
     every file kept. The same content again gives the adapter that is there."""
-    answer = await run_in_threadpool(
-        submit,
-        services,
-        principal,
-        "import",
-        as_json(body, exclude={"resources"}),
-        body.resources,
-        idempotency_key=idempotency_key,
-        request_id=request.state.request_id,
+    answer = await submitted(
+        request, services, principal, "import", as_json(body, exclude={"resources"}), body.resources, idempotency_key
     )
     return await answer_or_wait(request, services, answer, wait)
 
@@ -78,15 +70,14 @@ async def push_adapter(
 ) -> JSONResponse:
     """To a repository of the hub, or as an OCI image layout to a bucket, as far as the settings allow; in any format,
     dtype and rank that a download has. The report has the commit or the manifest's digest, and that of every file."""
-    answer = await run_in_threadpool(
-        submit,
+    answer = await submitted(
+        request,
         services,
         principal,
         "push",
         {"adapter": adapter_id, **as_json(body, exclude={"resources"})},
         body.resources,
-        idempotency_key=idempotency_key,
-        request_id=request.state.request_id,
+        idempotency_key,
         subject=lambda session: adapters.get_adapter(session, adapter_id),
     )
     return await answer_or_wait(request, services, answer, wait)

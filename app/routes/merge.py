@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from fastapi import APIRouter, Request
-from starlette.concurrency import run_in_threadpool
 from starlette.responses import JSONResponse
 
 from app.dependencies import AdapterId, IdempotencyKey, JobRunner, ServicesDep, WaitSeconds
@@ -14,7 +13,7 @@ from app.schemas.common import as_json
 from app.schemas.conversion import ConvertRequest
 from app.schemas.jobs import Job
 from app.schemas.merge import CompareMergesRequest, MergeRequest
-from app.submission import submit
+from app.submission import submitted
 from storage import adapters
 
 router = APIRouter(tags=["merge"], route_class=JsonRoute)
@@ -40,15 +39,8 @@ async def merge_adapters(
     A merge that can not be done (unknown adapters, other base models or shapes, weights or ranks that make no sense)
     is refused here, not later in the queue. With `Prefer: wait=30` the answer is the finished job, if it ends in time.
     """
-    answer = await run_in_threadpool(
-        submit,
-        services,
-        principal,
-        "merge",
-        as_json(body, exclude={"resources"}),
-        body.resources,
-        idempotency_key=idempotency_key,
-        request_id=request.state.request_id,
+    answer = await submitted(
+        request, services, principal, "merge", as_json(body, exclude={"resources"}), body.resources, idempotency_key
     )
     return await answer_or_wait(request, services, answer, wait)
 
@@ -72,15 +64,14 @@ async def compare_merges(
 
     The adapters are read once for all candidates. What can not be merged by one of them is refused here.
     """
-    answer = await run_in_threadpool(
-        submit,
+    answer = await submitted(
+        request,
         services,
         principal,
         "merge_compare",
         as_json(body, exclude={"resources"}),
         body.resources,
-        idempotency_key=idempotency_key,
-        request_id=request.state.request_id,
+        idempotency_key,
     )
     return await answer_or_wait(request, services, answer, wait)
 
@@ -105,15 +96,14 @@ async def convert_adapter(
 
     What was trained beside packed weights (LQ-LoRA) also becomes a model that every program loads, with `to`.
     """
-    answer = await run_in_threadpool(
-        submit,
+    answer = await submitted(
+        request,
         services,
         principal,
         "convert",
         {"adapter": adapter_id, **as_json(body, exclude={"resources"})},
         body.resources,
-        idempotency_key=idempotency_key,
-        request_id=request.state.request_id,
+        idempotency_key,
         subject=lambda session: adapters.get_adapter(session, adapter_id),
     )
     return await answer_or_wait(request, services, answer, wait)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from fastapi import APIRouter, Request
-from starlette.concurrency import run_in_threadpool
 from starlette.responses import JSONResponse
 
 from app.dependencies import IdempotencyKey, JobRunner, ModelId, ServicesDep, WaitSeconds
@@ -13,7 +12,7 @@ from app.problems import problem_responses
 from app.schemas.common import as_json
 from app.schemas.jobs import Job
 from app.schemas.quantize import QuantizeRequest
-from app.submission import submit
+from app.submission import submitted
 from storage import models
 
 router = APIRouter(tags=["models"], route_class=JsonRoute)
@@ -40,15 +39,14 @@ async def quantize_model(
     With `budget_bits` every format is tried on every matrix and the best mix within the budget is taken. The report
     has the sizes and the error of each matrix.
     """
-    answer = await run_in_threadpool(
-        submit,
+    answer = await submitted(
+        request,
         services,
         principal,
         "quantize",
         {"model": model_id, **as_json(body, exclude={"resources"})},
         body.resources,
-        idempotency_key=idempotency_key,
-        request_id=request.state.request_id,
+        idempotency_key,
         subject=lambda session: models.get_model(session, model_id),
     )
     return await answer_or_wait(request, services, answer, wait)

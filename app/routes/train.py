@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Annotated
 
 from fastapi import APIRouter, Query, Request
-from starlette.concurrency import run_in_threadpool
 from starlette.responses import JSONResponse, Response
 
 from app.dependencies import IdempotencyKey, JobId, JobRunner, Reader, ServicesDep, WaitSeconds
@@ -15,7 +14,7 @@ from app.problems import problem_responses
 from app.schemas.federations import RoundList
 from app.schemas.jobs import Job
 from app.schemas.train import MetricSeries, TrainEstimate, TrainRequest
-from app.submission import submit
+from app.submission import submitted
 from app.train_inputs import estimate_training
 from artifacts.svg import MEDIA_TYPE
 from storage import federations
@@ -48,16 +47,15 @@ async def train_adapter(
     later in the queue. An interrupted training goes on from its newest checkpoint. With `transferable` the job also
     trains a discriminator, which stays with the adapter and is shown to nobody.
     """
-    answer = await run_in_threadpool(
-        submit,
+    answer = await submitted(
+        request,
         services,
         principal,
         "train",
         body.params(),
         body.resources,
+        idempotency_key,
         sealed=body.sealed(),
-        idempotency_key=idempotency_key,
-        request_id=request.state.request_id,
     )
     return await answer_or_wait(request, services, answer, wait)
 
