@@ -106,6 +106,7 @@ class TypedModule:
         d_out, d_in: of ΔW, flattened; 0 where the tensors do not tell.
         tensors: role ("hada_w1_a", "lokr_w2", "diff" …) → key in the file.
         targets: the modules, when a fused projection has several: in order of its rows.
+        swap: the two halves of the file's rows change places in the module.
     """
 
     path: str
@@ -117,6 +118,7 @@ class TypedModule:
     d_in: int
     tensors: Mapping[str, str]
     targets: tuple[str, ...] = ()
+    swap: bool = False
 
 
 KeyUse = Literal["used", "kept", "ignored"]

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from types import MappingProxyType
 from typing import Literal
+
+from artifacts.errors import MergeRefused
+from artifacts.manifest import LoraModule, TypedModule
 
 MAX_EXACT_RANK = 1024
 """Largest rank of an exact form that is written without being asked for."""
@@ -23,14 +26,42 @@ Need = Literal["nothing", "sides", "weights"]
 CONVERTIBLE: Mapping[str, Need] = MappingProxyType(
     {
         "adalora": "nothing",
+        "full": "nothing",
         "loha": "nothing",
         "lokr": "nothing",
         "lq_lora": "nothing",
+        "lycoris": "nothing",  # pairs and other modules in one file; see `need_of`
         "vera": "sides",
+        "boft": "weights",
         "dora": "weights",
+        "glora": "weights",
+        "ia3": "weights",
+        "loha-dora": "weights",
+        "lokr-dora": "weights",
+        "full-dora": "weights",
+        "oft": "weights",
     }
 )
 """Type of the adapter → what of its base model has to be known."""
 
 PACKED = "lq_lora"
 """The type that was trained beside packed weights, and that becomes a model together with those."""
+
+
+def need_of(method: str, modules: Iterable[LoraModule], typed: Iterable[TypedModule]) -> Need | None:
+    """What has to be known of the base model; None: adapters of this type are not converted.
+
+    A file of LyCORIS may hold modules of several types, of which one that needs the weights is enough.
+    """
+    need = CONVERTIBLE.get(method)
+    if need == "nothing":
+        magnitudes = any(module.magnitude_key for module in modules)
+        if magnitudes or any(CONVERTIBLE.get(module.type) == "weights" for module in typed):
+            return "weights"
+    return need
+
+
+def check_form(path: str, rank: int) -> None:
+    """Raises MergeRefused: a form of too large a rank to be worked with."""
+    if rank > MAX_FORM_RANK:
+        raise MergeRefused(f"{path} is a LoRA of rank {rank} exactly; forms above {MAX_FORM_RANK} are not converted.")

@@ -287,11 +287,14 @@ def typed_module(stem: str, parts: Parts, resolved: Resolved, values: Values) ->
         d_in=d_in,
         tensors={role: info.name for role, info in parts.items()},
         targets=resolved.paths if len(resolved.paths) > 1 else (),
+        swap=resolved.swap,
     )
 
 
 def _rank(kind: str, parts: Parts) -> int:
-    role = {"loha": "hada_w1_b", "adalora": A, "glora": "glora_a1"}.get(kind)
+    if kind == "glora" and len(parts["glora_a1"].shape) >= 2:
+        return min(parts["glora_a1"].shape[:2])  # which of its sides is the rank differs between releases
+    role = {"loha": "hada_w1_b", "adalora": A}.get(kind)
     if role is not None and role in parts and parts[role].shape:
         return parts[role].shape[0]
     if kind == "lokr":

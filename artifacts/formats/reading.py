@@ -30,6 +30,7 @@ class Reading:
         verdicts: one for each key of the file.
         refusals: why the adapter can not be merged; empty when it can.
         partial: whether tensors of an adapter were left out.
+        misfits: modules with other sides than the model has, in words.
         stems: distinct names of modules in the file.
     """
 
@@ -42,6 +43,7 @@ class Reading:
     refusals: tuple[str, ...]
     partial: bool
     stems: int
+    misfits: tuple[str, ...] = ()
 
     @property
     def used(self) -> tuple[str, ...]:
@@ -125,6 +127,7 @@ class _Reader:
             tuple(self._refusals),
             bool(resolution.unknown),
             len(members),
+            tuple(f"{name}: {reason}" for name, reason in resolution.misfits.items()),
         )
 
     def _place(self, info: TensorInfo) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -12,12 +13,24 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from peft import AdaLoraConfig, LoHaConfig, LoKrConfig, LoraConfig, PeftModel, VeraConfig, get_peft_model
+from peft import (
+    AdaLoraConfig,
+    BOFTConfig,
+    IA3Config,
+    LoHaConfig,
+    LoKrConfig,
+    LoraConfig,
+    OFTConfig,
+    PeftModel,
+    VeraConfig,
+    get_peft_model,
+)
+from peft.tuners.boft.layer import BOFTLayer
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from artifacts import low_rank_forms
+from artifacts import low_rank_forms, weight_forms
 from artifacts.adapter import Adapter
 from artifacts.base_model import inspect_base
 from artifacts.errors import FileBroken, MergeRefused
@@ -57,7 +70,10 @@ def saved(base: Path, tmp_path: Path) -> Callable[[Any], tuple[Path, torch.Tenso
         model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), config)
         with torch.no_grad():
             for name, value in model.named_parameters():
-                if any(part in name for part in ("lora_", "hada_", "lokr_", "vera_lambda")) and "ranknum" not in name:
+                if (
+                    any(part in name for part in ("lora_", "hada_", "lokr_", "vera_lambda", "oft_", "ia3_l"))
+                    and "ranknum" not in name
+                ):
                     value.add_(torch.randn(value.shape, generator=torch.Generator().manual_seed(len(name))) * 0.2)
         model.save_pretrained(tmp_path / "adapter")
         return tmp_path / "adapter", logits(PeftModel.from_pretrained(fresh(base), tmp_path / "adapter"))
@@ -193,6 +209,83 @@ def test_dora_by_the_weights_of_its_base(saved: Any, base: Path, tmp_path: Path)
     assert (tmp_path / "again" / weights).read_bytes() == (tmp_path / "small" / weights).read_bytes()
 
 
+OF_WEIGHTS: dict[str, Any] = {
+    "oft": lambda: OFTConfig(oft_block_size=4, target_modules=TARGETS),
+    "oft, exact": lambda: OFTConfig(r=2, oft_block_size=0, use_cayley_neumann=False, target_modules=TARGETS),
+    "oft, four terms": lambda: OFTConfig(oft_block_size=4, num_cayley_neumann_terms=4, target_modules=TARGETS),
+    "oft, bounded and shared": lambda: OFTConfig(
+        oft_block_size=8, coft=True, eps=0.5, block_share=True, target_modules=TARGETS
+    ),
+    "boft": lambda: BOFTConfig(boft_block_size=4, target_modules=TARGETS),
+    "ia3": lambda: IA3Config(target_modules=TARGETS, feedforward_modules=["down_proj"]),
+}
+
+
+@pytest.mark.parametrize("name", OF_WEIGHTS)
+def test_what_depends_on_weights_is_what_peft_merges(saved: Any, base: Path, tmp_path: Path, name: str) -> None:
+    adapter, _ = saved(OF_WEIGHTS[name]())
+    with pytest.raises(MergeRefused, match="depends on the weights") as refused:
+        convert_to_lora(adapter, tmp_path / "none")
+    assert refused.value.errors[0].pointer == "/base_model"
+    merged = PeftModel.from_pretrained(fresh(base), adapter).merge_and_unload().state_dict()
+    weights = fresh(base).state_dict()
+    whole = convert_to_lora(adapter, tmp_path / "whole", base=base)
+    small = convert_to_lora(adapter, tmp_path / "small", base=base, rank=3)
+    assert (whole.exact, small.exact, small.rank, small.source) == (True, False, 3, name.split(",")[0])
+    assert len(whole.modules) == 6
+    for module in small.modules:
+        wanted = (merged[f"{module.path}.weight"] - weights[f"{module.path}.weight"]).double()
+        exact, found = (
+            (f.scaling * f.B.double() @ f.A.double())
+            for f in (Adapter.open(tmp_path / folder)[module.path] for folder in ("whole", "small"))
+        )
+        torch.testing.assert_close(exact, wanted, rtol=1e-4, atol=2e-6)
+        values = torch.linalg.svdvals(wanted)
+        best = float(values[3:].norm() / values.norm())
+        assert module.relative_error == pytest.approx(best, rel=1e-4)
+        assert float((found - wanted).norm() / wanted.norm()) == pytest.approx(best, rel=1e-4)
+
+
+def test_a_butterfly_of_several_factors() -> None:
+    """PEFT computes these on GPUs only; its own permutations and rotations, put together as its merge does."""
+    W, R = torch.randn(6, 32), torch.randn(3, 8, 4, 4) * 0.2
+    wanted, scales = torch.eye(32), torch.randn(6)
+    for position, blocks in enumerate(R):
+        order = BOFTLayer.block_butterfly_perm(None, 32, 8 // 2**position, 2, 2)
+        P = BOFTLayer.perm2mat(None, order)
+        mixed = P @ torch.block_diag(*BOFTLayer.cayley_batch(None, blocks).unbind()) @ P.T
+        wanted = mixed @ wanted
+    wanted = (wanted @ W.T).T * scales[:, None] - W
+    found = weight_forms.boft_of_inputs(W, weight_forms.cayley(-(R - R.transpose(-1, -2)) / 2), scales)
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_what_of_these_does_not_fit_is_refused(saved: Any, base: Path, tmp_path: Path) -> None:
+    adapter, _ = saved(OF_WEIGHTS["ia3"]())
+    weights = adapter / "adapter_model.safetensors"
+    tensors = load_file(weights)
+    query = next(key for key in tensors if "q_proj" in key)
+    save_file({**tensors, query: torch.ones(15, 1)}, weights)
+    with pytest.raises(MergeRefused, match=r"shape \(15, 1\), the weight of the base model is \(16, 16\)"):
+        convert_to_lora(adapter, tmp_path / "out", base=base)
+    save_file({**tensors, query.replace("ia3_l", "bias"): torch.ones(16)}, weights)
+    with pytest.raises(MergeRefused, match="has bias, which is no part"):
+        convert_to_lora(adapter, tmp_path / "out", base=base)
+    save_file(tensors, weights)
+    biased = tmp_path / "biased"
+    shutil.copytree(base, biased)
+    config = json.loads((biased / "config.json").read_text())
+    (biased / "config.json").write_text(json.dumps({**config, "attention_bias": True}))
+    stored = load_file(biased / "model.safetensors")
+    more = {key.replace("weight", "bias"): torch.zeros(len(stored[key])) for key in stored if "q_proj" in key}
+    save_file({**stored, **more}, biased / "model.safetensors")
+    convert_to_lora(adapter, tmp_path / "out", base=biased, rank=2)
+    more = {key: bias + 1 for key, bias in more.items()}
+    save_file({**stored, **more}, biased / "model.safetensors")
+    with pytest.raises(MergeRefused, match="q_proj has a bias"):
+        convert_to_lora(adapter, tmp_path / "again", base=biased)
+
+
 def test_what_is_not_converted_says_why(saved: Any, base: Path, tmp_path: Path) -> None:
     adapter, _ = saved(VeraConfig(r=4, target_modules=["q_proj"]))
     with pytest.raises(MergeRefused, match="does not tell the sides"):
@@ -259,7 +352,7 @@ def test_an_exact_rank_that_is_too_large_asks_for_one(
     saved: Any, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     adapter, wanted = saved(LoHaConfig(r=6, alpha=5, target_modules=["q_proj"]))
-    monkeypatch.setattr("merge.conversion.MAX_EXACT_RANK", 15)
+    monkeypatch.setattr("merge.nearest_lora.MAX_EXACT_RANK", 15)
     with pytest.raises(MergeRefused, match="16 exactly") as refused:  # 6·6, and the layer is 16×16
         convert_to_lora(adapter, tmp_path / "out")
     assert refused.value.errors[0].pointer == "/rank"

@@ -1,0 +1,258 @@
+"""What adapters of PEFT's other types, and Rankwise's own, add to each module."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from artifacts import low_rank_forms, weight_forms
+from artifacts.adapter import Adapter
+from artifacts.base_model import Fingerprint, sides_of
+from artifacts.errors import FileBroken, MergeRefused
+from artifacts.layout import AdapterLayout
+from artifacts.low_rank_forms import Pair
+from artifacts.peft_patterns import PatternTable
+from merge.base_weights import BaseWeights, needed
+from merge.form_sizes import form_size
+
+PREFIX = "base_model.model."
+_NAMED = 20
+_MAX_TERMS = 1000
+
+Tensors = Mapping[str, Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """ΔW of one module: a pair (A, B), or the matrix itself.
+
+    `default_rank` is that of the LoRA where no other is asked for; None: the smallest that loses nothing.
+    `kernel` is (c_in, kh, kw) of a convolution, whose ΔW has d_in = c_in·kh·kw; () of a linear layer.
+    """
+
+    value: Pair | Tensor
+    default_rank: int | None = None
+    kernel: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class PeftForms:
+    """The modules of an adapter in PEFT's own layout, and what is known of its base model."""
+
+    layout: AdapterLayout
+    modules: Mapping[str, Tensors]  # path → name within the module → tensor
+    shared: Tensors  # that belong to no module
+    sides: Callable[[str], tuple[int, int] | None]
+    base: BaseWeights | None
+    unpacked: bool
+
+    @classmethod
+    def of(
+        cls, layout: AdapterLayout, fingerprint: Fingerprint | None, base: BaseWeights | None, *, unpacked: bool
+    ) -> PeftForms:
+        """Raises MergeRefused: numbers that are not finite, or modules that were trained whole."""
+        adapter = Adapter(layout)
+        modules: dict[str, dict[str, Tensor]] = {}
+        shared: dict[str, Tensor] = {}
+        for key in layout.header.tensors:
+            path, _, name = key.removeprefix(PREFIX).removesuffix(".weight").rpartition(".")
+            tensor = adapter.tensor(key).float()
+            if not bool(torch.isfinite(tensor).all()):
+                raise MergeRefused(f"{key} holds NaN or infinite numbers.")
+            if key.startswith(PREFIX):
+                modules.setdefault(path, {})[name] = tensor
+            else:
+                shared[name] = tensor
+        if not modules:
+            raise FileBroken("The adapter holds no module.")
+        whole = layout.config.modules_to_save
+        if whole:
+            raise MergeRefused(
+                f"The adapter holds modules that were trained whole: {', '.join(whole[:_NAMED])}.",
+                hint="They can not become part of a LoRA.",
+            )
+        return cls(layout, modules, shared, sides_of(fingerprint or ()), base, unpacked)
+
+    def paths(self) -> list[str]:
+        """Of all modules."""
+        return sorted(self.modules)
+
+    def change(self, path: str) -> Change:
+        """What is added to the module.
+
+        Raises:
+            MergeRefused: its form is not converted, or the base model does not fit.
+            KeyError, IndexError, RuntimeError: tensors that the form does not have.
+        """
+        tensors, kind = self.modules[path], self.layout.config.peft_type
+        if self.layout.config.method == "dora":
+            return self._dora(path, tensors)
+        if kind in _OF_WEIGHTS:
+            return self._of_weights(kind, path, tensors)
+        if any(tensor.ndim > 2 for tensor in tensors.values()):
+            raise MergeRefused(f"{path} is a convolution; only linear layers of {kind} are converted.")
+        return Change(self._pair(kind, path, tensors))
+
+    def _pair(self, kind: str, path: str, tensors: Tensors) -> Pair:
+        raw = self.layout.config.raw
+        if kind == "ADALORA":
+            return self._adalora(tensors)
+        if kind == "VERA":
+            return self._vera(path, tensors)
+        if kind == "RANKWISE_LQ_LORA":
+            scaling = float(raw["lora_alpha"]) / float(raw["r"])
+            trained, start = ((tensors[f"{name}_A"], tensors[f"{name}_B"]) for name in ("lora", "start"))
+            if self.unpacked:
+                return trained[0], trained[1] * scaling
+            return low_rank_forms.difference(trained, start, scaling)
+        if kind not in ("LOHA", "LOKR"):
+            raise MergeRefused(f"Adapters of the type {kind} are not converted to LoRA.")
+        scaling = _pattern(raw, "alpha", path) / _pattern(raw, "r", path)
+        form_size(path, kind.lower(), {name: tuple(tensor.shape) for name, tensor in tensors.items()})
+        if kind == "LOHA":
+            w1_a, w1_b, w2_a, w2_b = (tensors[f"hada_{name}"] for name in ("w1_a", "w1_b", "w2_a", "w2_b"))
+            return low_rank_forms.loha(w1_a, w1_b, w2_a, w2_b, scaling)
+        parts = [
+            low_rank_forms.factored(tensors.get(name), tensors.get(f"{name}_a"), tensors.get(f"{name}_b"))
+            for name in ("lokr_w1", "lokr_w2")
+        ]
+        return low_rank_forms.lokr(parts[0], parts[1], scaling)
+
+    def _adalora(self, tensors: Tensors) -> Pair:
+        raw = self.layout.config.raw
+        A, B, E = (tensors[f"lora_{name}"] for name in "ABE")
+        # As PEFT computes it: by the rank that the training began with, whatever has been pruned since.
+        return low_rank_forms.adalora(A, B, E, float(raw["lora_alpha"]) / (float(raw["init_r"]) + 1e-5))
+
+    def _vera(self, path: str, tensors: Tensors) -> Pair:
+        if not {"vera_A", "vera_B"} <= self.shared.keys():
+            raise MergeRefused(
+                "The adapter was saved without its projections (save_projection=False).",
+                hint="Save it with save_projection=True.",
+            )
+        sides = self.sides(path)
+        if sides is None:
+            raise MergeRefused(
+                f"A VeRA adapter does not tell the sides of its layers, and neither does its base model: {path}.",
+                hint="Register the base model from a folder of the server (POST /models), and name it as base_model.",
+            )
+        b, d = tensors["vera_lambda_b"], tensors["vera_lambda_d"]
+        if b.shape[0] != sides[0] or self.shared["vera_A"].shape[1] < sides[1]:
+            raise MergeRefused(f"{path} of the base model has other sides than the adapter.")
+        return low_rank_forms.vera(self.shared["vera_A"], self.shared["vera_B"], d, b, sides[1])
+
+    def _dora(self, path: str, tensors: Tensors) -> Change:
+        """ΔW = diag(m / ‖W + s·B·A‖)·(W + s·B·A) − W, norms of rows."""
+        base = needed(self.base, "DoRA")
+        module = next((item for item in self.layout.modules if item.path == path), None)
+        A, B, magnitude = tensors["lora_A"], tensors["lora_B"], tensors["lora_magnitude_vector"].flatten()
+        if module is None or A.ndim != 2:
+            raise MergeRefused(f"{path} is no linear layer; only those of DoRA are converted.")
+        W = linear_weight(base, path)
+        fits(path, W, (B.shape[0], A.shape[1]))
+        change = self.layout.config.scaling_for(path, A.shape[0]) * (B @ A)
+        delta = weight_forms.dora(W[:, :, None], change[:, :, None], magnitude, axis=0)
+        return Change(delta.flatten(1), 2 * A.shape[0])
+
+    def _of_weights(self, kind: str, path: str, tensors: Tensors) -> Change:
+        title, names, form = _OF_WEIGHTS[kind]
+        base = needed(self.base, title)
+        others = sorted(tensors.keys() - set(names))
+        if others:
+            raise MergeRefused(f"{path} has {others[0]}, which is no part of a linear layer of {title}.")
+        return Change(form(self, base, path, tensors))
+
+    def _oft(self, base: BaseWeights, path: str, tensors: Tensors) -> Tensor:
+        """Rotations of the inputs, from the upper triangles of skew-symmetric blocks."""
+        raw, upper = self.layout.config.raw, tensors["oft_R"]
+        size = (1 + math.isqrt(1 + 8 * upper.shape[1])) // 2
+        W = linear_weight(base, path)
+        shared = bool(raw.get("block_share"))
+        if upper.ndim != 2 or size * (size - 1) // 2 != upper.shape[1] or (shared and upper.shape[0] != 1):
+            raise FileBroken(f"{path}: oft_R of shape {tuple(upper.shape)} is no row of an upper triangle per block.")
+        if W.shape[1] % size or (not shared and W.shape[1] != size * upper.shape[0]):
+            raise misfit(path, f"{upper.shape[0]} blocks of {size} inputs", W)
+        Q = weight_forms.skew(upper, size)
+        if raw.get("coft"):
+            Q = weight_forms.bounded(Q, _number(raw, "eps", 6e-5))
+        if raw.get("use_cayley_neumann", True):
+            terms = _number(raw, "num_cayley_neumann_terms", 5)
+            if not 1 <= terms <= _MAX_TERMS:
+                raise MergeRefused(f"num_cayley_neumann_terms is {terms:g}; from 1 to {_MAX_TERMS} are converted.")
+            R = weight_forms.neumann_cayley(Q, int(terms))
+        else:
+            R = weight_forms.cayley(-Q)  # PEFT solves for (I − Q)·(I + Q)⁻¹, of which its series is the inverse
+        return weight_forms.oft_of_inputs(W, R)
+
+    def _boft(self, base: BaseWeights, path: str, tensors: Tensors) -> Tensor:
+        """Butterfly factors on the inputs, and a scale of every output."""
+        blocks, scales = tensors["boft_R"], tensors["boft_s"].flatten()
+        W = linear_weight(base, path)
+        if blocks.ndim != 4 or blocks.shape[2] != blocks.shape[3]:
+            raise FileBroken(f"{path}: boft_R of shape {tuple(blocks.shape)} is no stack of square blocks.")
+        factors, count, size = blocks.shape[:3]
+        if (scales.shape[0], count * size) != tuple(W.shape):
+            raise misfit(path, f"{scales.shape[0]} outputs and {count} blocks of {size} inputs", W)
+        if factors > 1 and (size % 2 or count % 2 ** (factors - 1)):
+            raise FileBroken(f"{path}: {count} blocks of {size} are none of a butterfly of {factors} factors.")
+        R = weight_forms.cayley(-(blocks - blocks.transpose(-1, -2)) / 2)
+        return weight_forms.boft_of_inputs(W, R, scales)
+
+    def _ia3(self, base: BaseWeights, path: str, tensors: Tensors) -> Tensor:
+        """ΔW = W∘l − W, with a row of scales of the inputs, or a column of scales of the outputs."""
+        scales, W = tensors["ia3_l"], linear_weight(base, path)
+        if tuple(scales.shape) not in ((1, W.shape[1]), (W.shape[0], 1)):
+            raise misfit(path, f"scales of shape {tuple(scales.shape)}", W)
+        if tuple(scales.shape) == (W.shape[0], 1) and base.has_bias(path):
+            raise MergeRefused(
+                f"{path} has a bias, which IA3 scales with the outputs: no LoRA does that.",
+                hint="Layers of feedforward_modules, whose inputs are scaled, are converted with biases too.",
+            )
+        return W * scales - W
+
+
+_OF_WEIGHTS: Mapping[str, tuple[str, tuple[str, ...], Callable[[PeftForms, BaseWeights, str, Tensors], Tensor]]] = {
+    "OFT": ("OFT", ("oft_R",), PeftForms._oft),
+    "BOFT": ("BOFT", ("boft_R", "boft_s"), PeftForms._boft),
+    "IA3": ("IA3", ("ia3_l",), PeftForms._ia3),
+}
+"""Type → its title, the tensors of a module, and ΔW."""
+
+
+def linear_weight(base: BaseWeights, path: str) -> Tensor:
+    """W: (d_out, d_in). Raises MergeRefused: it is none of a linear layer."""
+    W = base.of(path)
+    if W.ndim != 2:
+        raise MergeRefused(f"{path} is a convolution; only linear layers of this type are converted.")
+    return W
+
+
+def fits(path: str, W: Tensor, shape: tuple[int, ...]) -> None:
+    """Raises MergeRefused: the base model's weight has another shape."""
+    if tuple(W.shape) != shape:
+        raise MergeRefused(f"{path}: the adapter is for a weight of {shape}, the base model has {tuple(W.shape)}.")
+
+
+def misfit(path: str, found: str, W: Tensor) -> MergeRefused:
+    """The error of an adapter that has something else than fits the weight."""
+    return MergeRefused(f"{path}: the adapter has {found}, the weight of the base model is {tuple(W.shape)}.")
+
+
+def _number(raw: Mapping[str, Any], name: str, default: float) -> float:
+    value = raw.get(name, default)
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise MergeRefused(f"{name} of the configuration is no number.")
+    return float(value)
+
+
+def _pattern(raw: Mapping[str, Any], name: str, path: str) -> float:
+    """`r` or `alpha` of a module: of its pattern, else of all."""
+    field = {"r": "rank_pattern", "alpha": "alpha_pattern"}[name]
+    pattern = raw.get(field) or {}
+    value = PatternTable(field, pattern).lookup(path, raw[name])
+    return float(value)
