@@ -10,7 +10,7 @@ from app.settings import Settings
 from app.stored_inputs import stored_adapters
 from artifacts.errors import FieldError, MergeRefused, RequestInvalid
 from artifacts.quantised_base import packed_layers
-from merge.convertible import CONVERTIBLE, PACKED
+from merge.convertible import CONVERTIBLE, PACKED, need_of
 from storage import adapters
 from storage.tables import AdapterRow, ModelRow
 
@@ -32,7 +32,8 @@ def check_convert(_: Settings, session: Session, request: ConvertParams, devices
     if request.dtype is not None:
         problem = "a LoRA is written in float32; dtype is of the models that unpacked_lora and merged write"
         raise RequestInvalid(f"A{problem[1:]}.", errors=[FieldError("/dtype", problem)])
-    need = CONVERTIBLE.get(row.method)
+    manifest = adapters.manifest_of(row)
+    need = need_of(row.method, manifest.modules, manifest.report.facts.typed)
     if need is None:
         problem = (
             f"{row.name} is a {row.method}, which a merge takes as it is"

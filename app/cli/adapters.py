@@ -330,7 +330,7 @@ def convert(
     ] = "lora",
     base_model: Annotated[
         str | None,
-        typer.Option("--base-model", help="Base model by id or name, for DoRA, VeRA and LQ-LoRA; else its own."),
+        typer.Option("--base-model", help="Base model by id or name, for DoRA, OFT, IA3, VeRA …; else its own."),
     ] = None,
     dtype: Annotated[
         str | None, typer.Option("--dtype", help="Of the model: float32 (exact), bfloat16 or float16.")
@@ -341,7 +341,7 @@ def convert(
     name: Annotated[str | None, typer.Option("--name", help="Name of the converted adapter, or merged model.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Convert an AdaLoRA, DoRA, LoHa, LoKr, LQ-LoRA or VeRA adapter to a plain LoRA, an LQ-LoRA also to a model."""
+    """Convert an adapter of another type (AdaLoRA, DoRA, LoHa, OFT …) to a plain LoRA, an LQ-LoRA also to a model."""
     wanted = {"to": to, "rank": rank, "max_error": max_error, "base_model": base_model, "dtype": dtype, "name": name}
     body = {key: value for key, value in wanted.items() if value is not None}
     with context.obj() as client:

@@ -92,7 +92,8 @@ async def convert_adapter(
     wait: WaitSeconds,
     idempotency_key: IdempotencyKey = None,
 ) -> JSONResponse:
-    """AdaLoRA, LoHa, LoKr and VeRA exactly; DoRA, and any of them at a smaller rank, with the error in the report.
+    """AdaLoRA, GLoRA, LoHa, LoKr and VeRA exactly; BOFT, DoRA, IA3, OFT, full differences, and any of them at a smaller
+    rank, with the error in the report.
 
     What was trained beside packed weights (LQ-LoRA) also becomes a model that every program loads, with `to`.
     """

@@ -22,8 +22,8 @@ class Conversion(RequestModel):
     )
     rank: Annotated[int, Field(strict=True, ge=1, le=MAX_RANK)] | None = Field(
         None,
-        description="Of the result, at most; the nearest of that rank is made. Unset, the exact form of AdaLoRA, LoHa, "
-        "LoKr, LQ-LoRA and VeRA, and twice the rank of a DoRA, whose change has full rank.",
+        description="Of the result, at most; the nearest of that rank is made. Unset, the exact form, of a rank up to "
+        "1024, and twice the rank of a DoRA, whose change has full rank.",
     )
     max_error: Annotated[float, Field(strict=True, ge=0, le=1, allow_inf_nan=False)] | None = Field(
         None,
@@ -32,8 +32,8 @@ class Conversion(RequestModel):
     )
     base_model: BaseModelName | None = Field(
         None,
-        description="Id or name of the base model, for DoRA (its weights), VeRA (its layers) and LQ-LoRA (its "
-        "packed weights, unless it becomes a lora); unset, its own.",
+        description="Id or name of the base model, for BOFT, DoRA, GLoRA, IA3 and OFT (its weights), VeRA (its layers) "
+        "and LQ-LoRA (its packed weights, unless it becomes a lora); unset, its own.",
     )
     dtype: Literal["float32", "bfloat16", "float16"] | None = Field(
         None, description="Of the model that unpacked_lora and merged write; unset float32, which is exact."

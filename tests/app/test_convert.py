@@ -63,6 +63,35 @@ def test_a_vera_needs_the_layers_of_its_base(server: Any, adapter_files: Any, ma
     assert (named.status_code, named.json()["params"]["base_model"]) == (202, known)
 
 
+LAYERS = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_"
+
+
+def test_a_file_of_lycoris_needs_weights_when_one_of_its_modules_does(
+    server: Any, adapter_files: Any, make_safetensors: Any
+) -> None:
+    numbers = adapter_files().numbers
+    full = {f"{LAYERS}q.diff": ("F32", [320, 320], numbers(320 * 320, 1))}
+    pair = {f"{LAYERS}k.lora_{end}.weight": ("F32", shape, numbers(640, 1)) for end, shape in
+            (("down", [2, 320]), ("up", [320, 2]))}  # fmt: skip
+    ia3 = {f"{LAYERS}v.weight": ("F32", [320], numbers(320, 1)), f"{LAYERS}v.on_input": ("F32", [], numbers(1, 1))}
+    found = {}
+    for name, tensors in (("full", full), ("mixed", full | pair), ("weights", pair | ia3)):
+        response = server.upload([("file", ("x.safetensors", make_safetensors(tensors)))])
+        assert response.status_code == 201, response.text
+        found[name] = (f"/adapters/{response.json()['id']}/convert", response.json()["method"])
+    assert [method for _, method in found.values()] == ["full", "lycoris", "lycoris"]
+    for name in ("full", "mixed"):
+        response = server.client.post(found[name][0], json={"to": "lora", "rank": 8})
+        assert (response.status_code, response.json().get("params", {}).get("base_model")) == (202, None)
+    unknown = server.client.post(found["weights"][0], json={"to": "lora", "rank": 8})
+    assert (unknown.status_code, unknown.json()["errors"][0]["pointer"]) == (422, "/base_model")
+    ref = BaseModelRef("sd", "path", "/sd", architecture="UNet2DConditionModel", pipeline="StableDiffusionPipeline")
+    with server.services.database.write() as session:
+        known = models.add_model(session, ref)[0].id
+    response = server.client.post(found["weights"][0], json={"to": "lora", "rank": 8, "base_model": "sd"})
+    assert (response.status_code, response.json()["params"]["base_model"]) == (202, known)
+
+
 LQ_LORA = {"lora_A": [2, 8], "lora_B": [6, 2], "start_A": [2, 8], "start_B": [6, 2]}
 LAYER = "model.layers.0.self_attn.q_proj"
 PACKED = {

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from merge.conversion import ConversionReport, Progress, convert_to_lora
-from merge.convertible import CONVERTIBLE, PACKED
+from merge.convertible import PACKED, Need, need_of
 from storage import made_models, models
 from storage.adapters import Parent
 from workers.adapter_names import NAME_LIMIT
@@ -92,7 +92,7 @@ def to_lora(
     """
     fingerprint, base = None, None
     if base_model is not None:
-        if CONVERTIBLE.get(stored.manifest.method) == "weights":
+        if needed_of(stored) == "weights":
             model, source = context.model_source(base_model)
             base, fingerprint = Path(source.location), model.ref.fingerprint
         else:
@@ -107,6 +107,11 @@ def to_lora(
         lineage=lineage,
         progress=progress,
     )
+
+
+def needed_of(stored: StoredAdapter) -> Need | None:
+    """What the conversion of the adapter needs of its base model."""
+    return need_of(stored.manifest.method, stored.manifest.modules, stored.manifest.report.facts.typed)
 
 
 def _original(context: JobContext, stored: StoredAdapter) -> tuple[str | None, str | None]:

@@ -11,14 +11,13 @@ from typing import Any
 
 from artifacts import intake
 from artifacts.pointers import pointers_below
-from merge.convertible import CONVERTIBLE
 from merge.options import MergeOptions
 from merge.plan import MergeInput
 from storage import adapters
 from storage.adapters import Parent
 from workers.adapter_names import default_name
 from workers.context import JobContext, NewAdapter, StoredAdapter
-from workers.jobs.convert import to_lora
+from workers.jobs.convert import needed_of, to_lora
 
 LIBRARIES = ("rankwise", "torch", "numpy", "numba")
 
@@ -66,7 +65,7 @@ class MergeSources:
                 model = adapters.model_of(session, adapters.get_adapter(session, stored.id))
             output = context.scratch / "converted" / str(position)
             output.parent.mkdir(exist_ok=True)
-            needs = CONVERTIBLE.get(stored.manifest.method) in ("sides", "weights")
+            needs = needed_of(stored) in ("sides", "weights")
             place = f"/adapters/{position}/id"
             with pointers_below(place, "/base_model"), pointers_below(place, "/rank"):
                 report = to_lora(

@@ -23,12 +23,13 @@ SECONDS = 200  # transformers is imported for the first time
 def test_other_types_become_loras_that_can_be_merged(
     train_pool: Any, base_id: str, tiny_base: Path, tmp_path: Path
 ) -> None:
-    from peft import LoHaConfig, LoraConfig, get_peft_model
+    from peft import LoHaConfig, LoraConfig, OFTConfig, get_peft_model
 
     pool = train_pool
     configs = {
         "loha": LoHaConfig(r=2, target_modules=["q_proj"]),
         "dora": LoraConfig(r=2, use_dora=True, init_lora_weights=False, target_modules=["q_proj"]),
+        "oft": OFTConfig(oft_block_size=4, target_modules=["q_proj"]),
     }
     ids = {}
     for name, config in configs.items():
@@ -42,14 +43,18 @@ def test_other_types_become_loras_that_can_be_merged(
                         parameter.add_(0.1 * torch.randn(parameter.shape))
             model.save_pretrained(tmp_path / name)
         ids[name] = _store(pool, tmp_path / name, base_id)
-    wanted = {name: pool.submit("convert", adapter=key, to="lora", base_model=base_id) for name, key in ids.items()}
+    wanted = {
+        name: pool.submit("convert", adapter=key, to="lora", base_model=base_id, rank=4) for name, key in ids.items()
+    }
     pool.start(kinds=KINDS, model_roots=(str(tiny_base.parent),))
     jobs = {name: pool.ended(job_id, seconds=SECONDS) for name, job_id in wanted.items()}
-    assert {name: job.error for name, job in jobs.items()} == {"loha": None, "dora": None}
-    loha, dora = (jobs[name].result["report"] for name in ("loha", "dora"))
+    assert {name: job.error for name, job in jobs.items()} == dict.fromkeys(configs)
+    loha, dora, oft = (jobs[name].result["report"] for name in ("loha", "dora", "oft"))
     assert (loha["exact"], loha["rank"], loha["from"]) == (True, 4, "loha")
     assert (dora["exact"], dora["rank"], dora["from"]) == (False, 4, "dora")
+    assert (oft["exact"], oft["rank"], oft["from"]) == (False, 4, "oft")
     assert 0 < dora["relative_error"] < 1
+    assert 0 < oft["relative_error"] < 1
     made = [job.result["adapters"][0] for job in jobs.values()]
     with pool.database.read() as session:
         for adapter_id, parent in zip(made, ids.values(), strict=True):
