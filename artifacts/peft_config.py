@@ -82,7 +82,8 @@ class PeftLoraConfig:
             return {key: value for key, value in self.raw.items() if key not in skipped and is_set(key, value)}
         kept: dict[str, Any] = {"method": self.method, "bias": self.bias, "fan_in_fan_out": self.fan_in_fan_out}
         for key, value in self.raw.items():
-            if FIELD_RULES[key].kind in ("unmergeable", "opaque") and is_set(key, value):
+            rule = FIELD_RULES.get(key)  # a field of a later release that says nothing has none
+            if rule is not None and rule.kind in ("unmergeable", "opaque") and is_set(key, value):
                 kept[key] = sorted(value) if key == "modules_to_save" else value
         if any(reason.startswith("init_lora_weights") for reason in self.refusals):
             kept["init_lora_weights"] = self.raw["init_lora_weights"]
@@ -319,7 +320,8 @@ class _Reader:
     def alpha(self, field: str) -> float:
         value = self.document.get(field, 8)
         if not self.is_alpha(value):
-            self.fault(field, f"must be a number above 0, not {str(value)[:40]!r}: the adapter would change nothing")
+            why = ": the adapter would change nothing" if value == 0 else ""
+            self.fault(field, f"must be a number above 0, not {str(value)[:40]!r}{why}")
             return 1.0
         return float(value)
 
