@@ -72,6 +72,11 @@ class LoraModule:
         return self.block_key is None and not viewed
 
     @property
+    def grouped(self) -> bool:
+        """Whether it is a grouped convolution, whose B has the columns of one group."""
+        return self.kind == "conv" and self.b_shape[1] != self.rank
+
+    @property
     def complete(self) -> bool:
         """Whether the dimensions of ΔW are known."""
         return self.d_out > 0 and self.d_in > 0

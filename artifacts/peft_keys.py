@@ -186,7 +186,7 @@ class _Matching:
         expected = self._config.rank_for(path)
         if module.rank != expected:
             raise FileBroken(f"{path}: the tensors have rank {module.rank}, adapter_config.json says {expected}.")
-        if not embedding and b.shape[1] != module.rank:
+        if module.grouped:
             self._refusals[f"{path} is a grouped convolution, whose ΔW is block-diagonal"] = None
         alpha = self._config.alpha_for(path)
         bias, magnitude = tensors.get("lora_B.bias"), tensors.get("lora_magnitude_vector")

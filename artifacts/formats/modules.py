@@ -100,6 +100,9 @@ def _lokr_sides(parts: Parts) -> tuple[int, int]:
 
 _FACTORS = frozenset({A, B, A_T, B_T, "lora_embedding_A", "lora_embedding_B"})
 
+PAIR_ROLES = _FACTORS | {ALPHA, MAGNITUDE, "lora_mid", "lora_A.bias", "lora_B.bias", "diff_b", "w_norm", "b_norm"}
+"""What may stand beside a low-rank pair: each has its meaning, or its own reason why it can not be merged."""
+
 
 def is_lora(parts: Parts) -> bool:
     """Whether the tensors are a low-rank pair, or one half of it."""
@@ -156,6 +159,9 @@ def lora_modules(
     for role, name in zip(roles, ("down (A)", "up (B)"), strict=True):
         if role not in parts:
             raise FileBroken(f"{stem}: the {name} matrix is missing.")
+    others = sorted((parts.keys() & _FACTORS) - set(roles))
+    if others:
+        raise FileBroken(f"{stem}: there are factors of two kinds, {roles[0]} and {others[0]}.")
     a, b = parts[roles[0]], parts[roles[1]]
     if transposed:
         a, b = (_turned(stem, info) for info in (a, b))

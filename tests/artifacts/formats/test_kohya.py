@@ -121,3 +121,33 @@ def test_alpha_must_be_a_number(reading: Make, pair: Make, alpha: float) -> None
 def test_alpha_of_several_numbers_is_refused(reading: Make, pair: Make) -> None:
     with pytest.raises(FileBroken, match="one number is expected"):
         reading({**pair(TO_OUT, 320, 320), f"{TO_OUT}.alpha": [2]})
+
+
+@pytest.mark.parametrize(
+    "end", ["scalar", "lora_C.weight", "lora_down.scale_weight", "lora_up.weight_scale", "diff", "hada_w1_a", "bias"]
+)
+def test_what_stands_beside_factors_and_is_not_understood_is_never_passed_over(
+    reading: Make, pair: Make, end: str
+) -> None:
+    found = reading({**pair(TO_OUT, 320, 320), f"{TO_OUT}.{end}": [320, 320]})
+    assert found.refusals == (f"1 tensors stand beside factors and are not understood: '{TO_OUT}.{end}'",)
+
+
+def test_what_stands_elsewhere_is_told_and_ignored(reading: Make, pair: Make) -> None:
+    found = reading({**pair(TO_OUT, 320, 320), "lora_unet_conv_norm_out.bias": [320], "scaled_fp8": [2]})
+    assert not found.refusals
+    assert found.warnings[0].startswith("2 tensors are no part of an adapter and are ignored, for instance")
+
+
+def test_a_grouped_convolution_is_described_and_not_merged(reading: Make) -> None:
+    stem = "lora_unet_down_blocks_0_resnets_0_conv1"
+    found = reading({f"{stem}.lora_down.weight": [8, 320, 3, 3], f"{stem}.lora_up.weight": [320, 4, 1, 1]})
+    assert found.refusals == (
+        "unet.down_blocks.0.resnets.0.conv1 is a grouped convolution, whose ΔW is block-diagonal",
+    )
+
+
+def test_factors_of_two_kinds_in_one_module_are_refused(reading: Make, pair: Make) -> None:
+    turned = {f"{TO_OUT}.lora_a": [320, 4], f"{TO_OUT}.lora_b": [4, 320]}
+    with pytest.raises(FileBroken, match="factors of two kinds"):
+        reading({**pair(TO_OUT, 320, 320), **turned})
