@@ -12,7 +12,7 @@ from app.service_state import alive_servers
 from app.settings import Settings
 from artifacts.errors import FieldError, RequestInvalid
 
-DEVICES_PER_KIND: Mapping[str, int] = {"merge": 1, "quantize": 1, "transfer": 1}
+DEVICES_PER_KIND: Mapping[str, int] = {"load_check": 1, "merge": 1, "quantize": 1, "transfer": 1}
 """The most devices that a job of a kind can use; a kind that is not here can use any number."""
 
 

@@ -14,6 +14,7 @@ from app import capacity
 from app.compose_inputs import check_compare, check_compose
 from app.conversion_inputs import check_convert
 from app.import_inputs import check_import
+from app.load_check_inputs import check_load
 from app.merge_inputs import check_merge, check_merges
 from app.push_inputs import check_push
 from app.quantize_inputs import check_quantize
@@ -22,6 +23,7 @@ from app.schemas.common import as_json
 from app.schemas.compose import CompareParams, ComposeParams
 from app.schemas.conversion import ConvertParams
 from app.schemas.imports import ImportParams
+from app.schemas.load_checks import LoadCheckParams
 from app.schemas.merge import CompareMergesParams, MergeParams
 from app.schemas.pushes import PushParams
 from app.schemas.quantize import QuantizeParams
@@ -126,6 +128,7 @@ JOB_KINDS: Mapping[str, JobKind] = MappingProxyType(
         "convert": JobKind(ConvertParams, check_convert),
         "import": JobKind(ImportParams, check_import),
         "push": JobKind(PushParams, check_push),
+        "load_check": JobKind(LoadCheckParams, check_load),
         "compose": JobKind(ComposeParams, check_compose),
         "compare": JobKind(CompareParams, check_compare),
         "quantize": JobKind(QuantizeParams, check_quantize),

@@ -64,7 +64,7 @@ class LoadedPipeline:
             {"safety_checker": None, "requires_safety_checker": False} if kind == SUPPORTED[0] else {}
         )
         try:
-            with _no_bars():
+            with no_bars():
                 pipeline = getattr(diffusers, kind).from_pretrained(
                     str(base), dtype=dtype, use_safetensors=True, local_files_only=True, **extra
                 )
@@ -268,7 +268,7 @@ def from_hub(name: str, revision: str | None) -> Path:
     import diffusers
 
     try:
-        with _no_bars():
+        with no_bars():
             found = diffusers.DiffusionPipeline.download(name, revision=revision, use_safetensors=True)
     except (OSError, ValueError) as error:
         raise base_refused(f"The base model {name!r} can not be had from the hub: {error}") from error
@@ -276,7 +276,7 @@ def from_hub(name: str, revision: str | None) -> Path:
 
 
 @contextmanager
-def _no_bars() -> Iterator[None]:
+def no_bars() -> Iterator[None]:
     """Bars of progress are for a terminal; here they would fill logs."""
     from diffusers.utils import logging as of_diffusers
     from transformers.utils import logging as of_transformers

@@ -346,8 +346,9 @@ class JobContext:
             row = models.get_model(session, model_id)
             return StoredModel(row.id, row.name, models.ref_of(row))
 
-    def model_source(self, model_id: str) -> tuple[StoredModel, ModelSource]:
-        """What is known of a registered base model, and where its files are: for a job that changes its own copy.
+    def model_source(self, model_id: str, only: str = "") -> tuple[StoredModel, ModelSource]:
+        """What is known of a registered base model, and where its files are: for a job that changes its own copy; of a
+        model that a job made, those files whose names end with `only`.
 
         Raises:
             NotFound: there is no such model, or its files are gone.
@@ -356,10 +357,10 @@ class JobContext:
         with self.database.read() as session:
             row = models.get_model(session, model_id)
             stored = StoredModel(row.id, row.name, models.ref_of(row))
-        return stored, self._locate(row)
+        return stored, self._locate(row, only)
 
-    def _locate(self, row: ModelRow) -> ModelSource:
-        """Where a base model's files are; those of one that a job made are fetched.
+    def _locate(self, row: ModelRow, only: str = "") -> ModelSource:
+        """Where a base model's files are; those of one that a job made are fetched, if their names end with `only`.
 
         Raises:
             NotFound: its files are not there (any more).
@@ -374,7 +375,7 @@ class JobContext:
             raise NotFound(f"The files of the base model {row.name!r} went with it when it was removed.")
         folder = self.scratch / "inputs" / row.id
         for file in made.files:
-            if not (folder / file.path).exists():
+            if file.path.endswith(only) and not (folder / file.path).exists():
                 self.fetch(file.sha256, folder / file.path)
         return ModelSource(row.name, str(folder), None, made.size)
 

@@ -14,6 +14,7 @@ KINDS: Mapping[str, str] = MappingProxyType(
         "convert": "workers.jobs.convert:run",
         "import": "workers.jobs.import_adapter:run",
         "push": "workers.jobs.push:run",
+        "load_check": "workers.jobs.load_check:run",
         "quantize": "workers.jobs.quantize:run",
         "train": "workers.jobs.train:run",
         "client_update": "workers.jobs.client_update:run",

@@ -7,12 +7,8 @@ from typing import Any
 
 from artifacts.pointers import pointers_below
 from storage import adapters
-from storage.adapter_downloads import AdapterDownloads
-from storage.base_configs import BaseConfigs
 from storage.buckets import Bucket
-from storage.checksums import Crc32Cache
 from storage.downloads import DownloadFormat
-from storage.measures import Measures
 from storage.tables import AdapterRow
 from storage.written_downloads import ERROR_HEADER, Wish
 from workers import hub_push, oci_push
@@ -21,6 +17,7 @@ from workers.hub_push import HubTarget
 from workers.oci_layout import manifest_of
 from workers.pushed_files import PushedFile, Tell, card_of, write_files
 from workers.watched_work import watched
+from workers.written_adapters import downloads_of
 
 WRITTEN = 0.4
 
@@ -39,16 +36,10 @@ def run(context: JobContext) -> JobOutcome:
     params = context.params
     with context.database.read() as session:
         row = adapters.get_adapter(session, params["adapter"])
-    downloads = AdapterDownloads(
-        context.blobs,
-        Crc32Cache(context.blobs, context.scratch / "crc32"),
-        Measures(),
-        BaseConfigs(context.database, context.blobs, context.spec.model_roots),
-    )
     layout: DownloadFormat = params.get("format") or "peft"
     context.progress(0.0, "writing the adapter")
     with pointers_below("", instead_of="/query"):
-        download = downloads.of(row, Wish(layout, params.get("dtype"), params.get("rank")))
+        download = downloads_of(context).of(row, Wish(layout, params.get("dtype"), params.get("rank")))
     files = write_files(
         context.blobs,
         download,
