@@ -34,7 +34,7 @@ def check_load(_: Settings, session: Session, request: LoadCheckParams, devices:
     manifest = adapters.manifest_of(row)
     other = reads_other_files(manifest)
     if other is not None:
-        raise _refused("/engine", f"{row.name} is not loaded here: {other}", "")
+        raise _refused("/engine", f"the adapter is not loaded here: {other}", "")
     layout = layout_for(manifest, request.engine)
     if layout != "safetensors" and not (layout == "peft" and row.format in PEFT_FORMATS):
         with pointers_below("/engine", instead_of="/query/format"):

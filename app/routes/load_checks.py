@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from fastapi import APIRouter, Request
-from starlette.concurrency import run_in_threadpool
 from starlette.responses import JSONResponse
 
 from app.dependencies import AdapterId, IdempotencyKey, JobRunner, ServicesDep, WaitSeconds
@@ -13,7 +12,7 @@ from app.problems import problem_responses
 from app.schemas.common import as_json
 from app.schemas.jobs import Job
 from app.schemas.load_checks import LoadCheckRequest
-from app.submission import submit
+from app.submission import submitted
 from storage import adapters
 
 router = APIRouter(tags=["adapters"], route_class=JsonRoute)
@@ -38,15 +37,14 @@ async def check_loading(
     """PEFT, transformers or diffusers load the file that a download gives, into the base model's own class without its
     weights. The report has a verdict (`loads`, `changes`, `partly`, `nothing`, `refuses`), how many modules got their
     numbers, what the library left out or made up, and what it said."""
-    answer = await run_in_threadpool(
-        submit,
+    answer = await submitted(
+        request,
         services,
         principal,
         "load_check",
         {"adapter": adapter_id, **as_json(body, exclude={"resources"})},
-        body.resources,
-        idempotency_key=idempotency_key,
-        request_id=request.state.request_id,
+        body.bounded_resources,
+        idempotency_key,
         subject=lambda session: adapters.get_adapter(session, adapter_id),
     )
     return await answer_or_wait(request, services, answer, wait)

@@ -11,6 +11,8 @@ from app.schemas.common import BaseModelName, RequestModel
 from app.schemas.resources import Resources
 from artifacts.loading import LoadedEngine
 
+LONGEST_SECONDS = 600.0
+
 
 class LoadCheck(RequestModel):
     """What shall load an adapter, and into what."""
@@ -34,4 +36,12 @@ class LoadCheckRequest(LoadCheck):
 
     model_config = ConfigDict(json_schema_extra={"example": {"engine": "peft"}})
 
-    resources: Resources | None = None
+    resources: Resources | None = Field(
+        None, description=f"Unless timeout_seconds is set, the attempt ends after {LONGEST_SECONDS:g} s."
+    )
+
+    @property
+    def bounded_resources(self) -> Resources:
+        """With an end: the library matches the expressions of a foreign configuration, which may take for ever."""
+        asked = self.resources or Resources()
+        return asked.model_copy(update={"timeout_seconds": asked.timeout_seconds or LONGEST_SECONDS})

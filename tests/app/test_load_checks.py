@@ -53,6 +53,10 @@ def test_a_check_is_a_job_with_the_base_model_that_it_will_build(
         assert answer.status_code == 202, answer.text
         assert answer.json()["kind"] == "load_check"
         assert answer.json()["params"] == {"adapter": adapter, "engine": body["engine"], "base_model": base}
+        assert answer.json()["resources"]["timeout_seconds"] == 600  # the library may match expressions for ever
+    own = {"engine": "peft", "resources": {"timeout_seconds": 5.0}}
+    answer = checking.client.post(f"/adapters/{alone}/load-check", json=own)
+    assert answer.json()["resources"]["timeout_seconds"] == 5
 
 
 @pytest.mark.parametrize(

@@ -144,7 +144,7 @@ def _digest(tensor: Tensor) -> bytes:
         whole = whole.to(torch.float32)
     elif not whole.is_complex():
         whole = whole.to(torch.int64)
-    return hashlib.sha256(whole.contiguous().view(-1).view(torch.uint8).numpy().tobytes()).digest()
+    return hashlib.sha256(whole.contiguous().view(-1).view(torch.uint8).numpy().data).digest()
 
 
 def _live(components: Mapping[str, nn.Module], placeholders: set[int], adapter: str) -> Iterator[_Live]:
