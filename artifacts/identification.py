@@ -25,7 +25,7 @@ class Identification:
 
 _PEFT = Identification("peft", "a PEFT LoRA file")
 _ADALORA = Identification("adalora", "an AdaLoRA file")
-_LOWERCASE = Identification("lora-lowercase", "an MLX, torchtune or litgpt LoRA")
+_LOWERCASE = Identification("lora-lowercase", "an MLX or torchtune LoRA")
 _BARE = Identification("lora-bare", "a LoRA file without PEFT's prefix")
 _READERS = {reader.name: Identification(reader.name, reader.description) for reader in READERS} | {"bare": _BARE}
 _ALPHA_ONLY = Identification("alpha-only", "a file of alphas without factors")

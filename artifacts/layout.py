@@ -32,7 +32,12 @@ LINEAGE_KEY = "rankwise_lineage"
 MAX_CONFIG_BYTES = 4 * 1024 * 1024
 MAX_CONFIG_DEPTH = 32
 MAX_KEY_LENGTH = 500
-PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
+_PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
+
+
+def is_pickle_name(name: str) -> bool:
+    """Whether files of that name are pickles: by their ending, of litgpt (lit_model.pth.lora) by the one before it."""
+    return name.lower().removesuffix(".lora").endswith(_PICKLE_SUFFIXES)
 
 
 @dataclass(frozen=True)
@@ -234,7 +239,7 @@ def _weights_path(path: Path) -> Path:
             f"{', '.join(entry.name for entry in found[:20])}.",
             hint="Send one adapter at a time.",
         )
-    pickles = sorted(entry.name for entry in path.iterdir() if entry.suffix.lower() in PICKLE_SUFFIXES)
+    pickles = sorted(entry.name for entry in path.iterdir() if is_pickle_name(entry.name))
     if pickles:
         raise PickleRefused(
             f"The weights are a pickle: {', '.join(pickles[:20])}.",

@@ -11,7 +11,7 @@ from artifacts.archives import ArchiveLimits
 from artifacts.errors import ArchiveRefused, FileBroken, FormatUnknown, PickleRefused, TooLarge
 from artifacts.formats.gguf import BASE_CONFIG
 from artifacts.gguf_file import is_gguf
-from artifacts.layout import CONFIG_NAME, PICKLE_SUFFIXES, WEIGHTS_NAME
+from artifacts.layout import CONFIG_NAME, WEIGHTS_NAME, is_pickle_name
 from artifacts.manifest import IgnoredKey
 from artifacts.safetensors_header import looks_like_safetensors
 
@@ -114,7 +114,7 @@ def _single(piece: Piece) -> Piece:
     """A file that was sent alone is judged by its first bytes, whatever its name."""
     if _is_read(piece.path) or piece.name.suffix.lower() == ".safetensors":
         return Piece(PurePosixPath(WEIGHTS_NAME), piece.path)
-    if piece.name.suffix.lower() in PICKLE_SUFFIXES:
+    if is_pickle_name(piece.name.name):
         raise PickleRefused(f"{piece.name.name!r} would have to be loaded as a pickle.", hint=_SAFE_HINT)
     raise FormatUnknown(
         f"{piece.name.name!r} is neither a safetensors nor a GGUF file, nor a zip, tar or tar.gz archive.",
@@ -174,7 +174,7 @@ def sort(pieces: list[Piece]) -> tuple[dict[str, Path], list[IgnoredKey]]:
 
 
 def _reason(name: PurePosixPath, folder: PurePosixPath) -> str:
-    if name.suffix.lower() in PICKLE_SUFFIXES:
+    if is_pickle_name(name.name):
         return "a pickle; never opened"
     if name.name == STATE_WEIGHTS and name.parent == folder:
         return "the state of a training, beside what was saved of it"
@@ -217,7 +217,7 @@ def _weights_name(here: dict[str, Path], with_state: bool) -> str:
 
 def _no_weights(pieces: list[Piece]) -> PickleRefused | FormatUnknown:
     names = sorted(str(piece.name) for piece in pieces)
-    pickles = [name for name in names if PurePosixPath(name).suffix.lower() in PICKLE_SUFFIXES]
+    pickles = [name for name in names if is_pickle_name(name)]
     if pickles:
         return PickleRefused(
             f"There is no safetensors file, only pickles: {', '.join(pickles[:20])}; they are never loaded here.",

@@ -14,14 +14,7 @@ from torch import Tensor, nn
 
 from artifacts.adapter import Adapter
 from artifacts.errors import ComposeRefused, FieldError, FormatUnknown, PickleRefused
-from artifacts.layout import (
-    CONFIG_NAME,
-    METADATA_KEY,
-    PICKLE_SUFFIXES,
-    WEIGHTS_NAME,
-    parse_json,
-    read_json,
-)
+from artifacts.layout import CONFIG_NAME, METADATA_KEY, WEIGHTS_NAME, is_pickle_name, parse_json, read_json
 from artifacts.safetensors_header import SafetensorsHeader, read_header
 
 UNET = "unet"
@@ -161,7 +154,7 @@ def _module(component: Any, path: str) -> Any:
 
 
 def _no_pickle(path: Path) -> Path:
-    if path.suffix.lower() in PICKLE_SUFFIXES:
+    if is_pickle_name(path.name):
         raise PickleRefused(f"The weights are a pickle: {path.name}.", hint="Convert them to safetensors.")
     return path
 

@@ -12,8 +12,8 @@ class AnimateDiff:
     description = "an AnimateDiff motion LoRA"
 
     def place(self, stem: str, role: str) -> Place | None:
-        if ".motion_modules." not in stem:
-            return None
+        if ".motion_modules." not in stem or (stem.startswith("unet.") and ".processor." not in stem):
+            return None  # below a component and without processors the names are diffusers' own
         attention, _, layer = stem.rpartition(".")
         attention = attention.removesuffix(".processor")
         layer = layer.removesuffix("_lora")

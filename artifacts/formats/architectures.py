@@ -62,15 +62,39 @@ _HINTS = {
     "sd3": "sd3",
     "flux-1": "flux",
     "flux1": "flux",
+    "flux.1": "flux",
     "flux-2": "flux2",
+    "flux.2": "flux2",
     "wan2": "wan",
     "qwen-image": "qwen-image",
     "hunyuan-video": "hunyuan-video",
     "framepack": "framepack",
+    "z-image": "z-image",
     "chroma": "chroma",
     "lumina": "lumina2",
 }
 """Beginnings of `modelspec.architecture` and `ss_base_model_version`."""
+_SPECIFIED = {
+    "sd1": "stable-diffusion-v1",
+    "sdxl": "stable-diffusion-xl-v1-base",
+    "sd3": "stable-diffusion-3",
+    "sd35-medium": "stable-diffusion-3-5-medium",
+    "sd35-large": "stable-diffusion-3-5-large",
+    "flux": "flux-1",
+    "chroma": "chroma",
+    "flux2": "Flux.2-dev",
+    "flux2-klein-4b": "Flux.2-klein-4b",
+    "flux2-klein-9b": "Flux.2-klein-9b",
+    "wan21-1.3b": "wan2.1",
+    "wan-14b": "wan2.1",
+    "wan-14b-i2v": "wan2.1",
+    "hunyuan-video": "hunyuan-video",
+    "framepack": "framepack",
+    "qwen-image": "Qwen-Image",
+    "z-image": "Z-Image",
+    "lumina2": "lumina-2",
+}
+"""How sd-scripts and musubi-tuner call the models in `modelspec.architecture` (github.com/Stability-AI/ModelSpec)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,6 +133,15 @@ def architecture(name: str) -> Architecture:
     flat = {key.replace(".", "_"): target for key, target in dotted.items()}
     modules = {path: tuple(shape) for path, shape in document["modules"].items()}
     return Architecture(document["name"], document["title"], document["component"], modules, dotted, flat)
+
+
+def specified(known: Architecture | None) -> dict[str, str]:
+    """What the metadata of a file tell of the model that it is for; nothing where trainers have no name for it.
+
+    Without it a few layers of FLUX.2 may be read as FLUX.1's, which have the same names and sides.
+    """
+    name = None if known is None else _SPECIFIED.get(known.name)
+    return {} if name is None else {"modelspec.architecture": f"{name}/lora"}
 
 
 def hint_of(metadata: Mapping[str, str]) -> str | None:

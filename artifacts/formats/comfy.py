@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from artifacts.formats.architectures import Architecture
+from artifacts.formats.architectures import Architecture, specified
 from artifacts.formats.pairs import Pair
 from artifacts.formats.protocol import DENOISER, Place
 from artifacts.formats.writing import Grouped, Placed, Plan, Subject, in_native_names, pair_of, refuse, single
@@ -66,7 +66,7 @@ class ComfyWriter:
             for group in self._groups(component, items, subject.architecture):
                 names = (f"{group.name}.lora_A.weight", f"{group.name}.lora_B.weight", f"{group.name}.alpha")
                 pairs.append(pair_of(group.blocks, names, subject, swap=group.swap))
-        return Plan(tuple(pairs))
+        return Plan(tuple(pairs), specified(subject.architecture))
 
     def _groups(self, component: str, items: Sequence[Placed], known: Architecture | None) -> Sequence[Grouped]:
         if component.startswith("text_encoder"):

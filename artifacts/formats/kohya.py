@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from artifacts.formats.architectures import Architecture
+from artifacts.formats.architectures import Architecture, specified
 from artifacts.formats.pairs import Pair
 from artifacts.formats.protocol import DENOISER, Place
 from artifacts.formats.writing import Grouped, Placed, Plan, Subject, in_native_names, pair_of, refuse, single
@@ -74,7 +74,7 @@ class KohyaWriter:
                 stem = f"{prefix}{group.name.replace('.', '_')}"
                 names = (f"{stem}.lora_down.weight", f"{stem}.lora_up.weight", f"{stem}.alpha")
                 pairs.append(pair_of(group.blocks, names, subject, swap=group.swap))
-        return Plan(tuple(pairs), self._metadata(pairs))
+        return Plan(tuple(pairs), self._metadata(pairs) | specified(known))
 
     def _groups(self, items: Sequence[Placed], known: Architecture) -> Sequence[Grouped]:
         if known.name in _NATIVE:

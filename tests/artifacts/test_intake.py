@@ -245,6 +245,15 @@ def test_file_with_a_name_of_pickles(take_in: TakeIn, name: str) -> None:
 
 
 @pytest.mark.parametrize("pack", [dict, zipped, tarred])
+@pytest.mark.parametrize("others", [(), ("lit_config.json", "hyperparameters.yaml")])
+def test_pickles_of_litgpt_are_refused_by_name(
+    take_in: TakeIn, pack: Callable[..., dict[str, bytes]], others: tuple[str, ...]
+) -> None:
+    with pytest.raises(PickleRefused):
+        take_in(pack({"lit_model.pth.lora": torch_zip(), **dict.fromkeys(others, b"{}")}))
+
+
+@pytest.mark.parametrize("pack", [dict, zipped, tarred])
 @pytest.mark.parametrize("content", [torch_zip(), pickle.dumps({"a": 1})])
 def test_pickled_weights_with_a_configuration(
     take_in: TakeIn, files: dict[str, bytes], pack: Callable[..., dict[str, bytes]], content: bytes

@@ -60,7 +60,7 @@ def read_back(plan: Plan, name: str) -> AdapterLayout:
         if pair.alpha_name:
             tensors[pair.alpha_name] = TensorInfo(pair.alpha_name, "F32", (), 0, 0)
             alphas[pair.alpha_name] = pair.alpha
-    metadata = {METADATA_KEY: json.dumps(plan.config)} if plan.config else {}
+    metadata = dict(plan.metadata) | ({METADATA_KEY: json.dumps(plan.config)} if plan.config else {})
     header = SafetensorsHeader(tensors, metadata, 0, 0)
     config: Any = plan.config if name == "peft" else None
     return understand(header, CorpusValues({"values": alphas}), config, Path("x"), Path("y"))
