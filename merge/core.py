@@ -24,9 +24,19 @@ def rounding_cutoff(size: int, dtype: torch.dtype) -> float:
     return 2 * max(size, 32) * torch.finfo(dtype).eps
 
 
+def one_sign(sums: Tensor) -> Tensor:
+    """±1 for each direction, so that what the deltas sum up to along it is not negative.
+
+    A direction of an SVD has no sign of its own, but a vote that ends even goes to plus.
+    """
+    return torch.where(sums < 0, -1.0, 1.0).to(sums)
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class CoreFrame:
     """Bases U = B·left: (d_out, p) and V = Aᵀ·right: (d_in, q) with what they make of each component. All float64.
+
+    Each direction has the sign along which the deltas sum up to no less than 0.
 
     Attributes:
         stack: what it is the frame of.
@@ -49,7 +59,19 @@ class CoreFrame:
     def of(cls, stack: Stack) -> Self:
         left, in_left = _basis(stack.B, stack.gram_B)
         right, in_right = _basis(stack.A.T, stack.gram_A)
-        return cls(stack, left, right, in_left, in_right)
+        frame = cls(stack, left, right, in_left, in_right)
+        of_left, of_right = one_sign(frame.row_sums), one_sign(frame.column_sums)
+        return cls(stack, left * of_left, right * of_right, in_left * of_left[:, None], in_right * of_right[:, None])
+
+    @property
+    def row_sums(self) -> Tensor:
+        """(p,) Uᵀ·ΣΔWᵢ·1."""
+        return self.in_left @ self.stack.A.sum(1, dtype=torch.float64)
+
+    @property
+    def column_sums(self) -> Tensor:
+        """(q,) Vᵀ·ΣΔWᵢᵀ·1."""
+        return self.in_right @ self.stack.B.sum(0, dtype=torch.float64)
 
     def cores(self) -> Tensor:
         """(N, p, q) the Mᵢ of the owners, in the order of `Stack.members`, without their weights."""

@@ -13,6 +13,9 @@ from torch import Tensor
 
 from artifacts.algebra import small_svd, small_svd_of_rank
 
+WELL_CONDITIONED = 1e-6
+"""Squared singular values that are all above this × the largest are exact enough from XᵀX; it hides smaller ones."""
+
 
 def separated(cores: Tensor, ranks: Sequence[int], weights: Tensor, cutoff: float) -> Tensor:
     """TSV-Merge (arXiv:2412.00081): U⊥·diag(wᵢσᵢ)·V⊥ᵀ of the matrices' singular triplets, U⊥ and V⊥ polar factors.
@@ -84,7 +87,11 @@ def polar(X: Tensor, cutoff: float) -> Tensor:
     if not X.numel():
         return X
     values, Q = torch.linalg.eigh(X.T @ X)
-    there = values > cutoff**2 * values.max()
-    root = torch.where(there, values.clamp_min(torch.finfo(values.dtype).tiny).rsqrt(), 0.0)
-    result: Tensor = X @ (Q * root) @ Q.T
+    result: Tensor
+    if float(values[0]) > WELL_CONDITIONED * float(values[-1]):
+        result = X @ (Q * values.rsqrt()) @ Q.T
+        return result
+    P, S, Qh = torch.linalg.svd(X, full_matrices=False)
+    there = cutoff * S[0] < S
+    result = P[:, there] @ Qh[there]
     return result

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from merge.core import CoreFrame
+from merge.core import CoreFrame, one_sign
 from merge.methods.core_space import merged_core
 from merge.peer_options import CtmOptions
 from merge.result import MergedModule
@@ -26,6 +26,7 @@ def merge(stack: Stack, options: CtmOptions, rank: int) -> MergedModule:
     cores = frame.cores()
     weighted = cores * stack.owner_weights[:, None, None]
     U, V = shared_subspaces(weighted, rank, options.sweeps)
+    U, V = U * one_sign(U.T @ frame.row_sums), V * one_sign(V.T @ frame.column_sums)
     coordinates = U.T @ cores @ V
     merged = U @ merged_core(frame, coordinates, options) @ V.T
     total = float(weighted.square().sum())

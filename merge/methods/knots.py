@@ -12,6 +12,7 @@ from torch import Tensor
 
 from artifacts.algebra import gram, triangular
 from merge import rules
+from merge.core import one_sign
 from merge.peer_options import KnotsOptions
 from merge.result import MergedModule
 from merge.stack import Stack
@@ -26,8 +27,7 @@ def merge(stack: Stack, options: KnotsOptions, rank: int) -> MergedModule:
     parts = stack.A.new_empty(len(stack.members), of_B.shape[0], stack.A.shape[1])
     for part, (_, own) in zip(parts, stack.members, strict=True):
         torch.mm(of_B[:, own].to(stack.A.dtype), stack.A[own], out=part)
-    # A direction of an SVD has no sign of its own, but a vote that ends even goes to plus: one sign for all.
-    signs = torch.where(parts.sum((0, 2)) < 0, -1.0, 1.0)
+    signs = one_sign(parts.sum((0, 2)))
     parts, basis = parts.mul_(signs[:, None].to(parts)), basis * signs.to(basis)
     merged = _merged_parts(parts, stack, options) * options.scale
     return _factored(stack, basis, merged, rank)

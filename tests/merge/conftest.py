@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,8 @@ from merge.engine import merge_files
 from merge.plan import MergeInput
 from merge.report import MergeReport
 from merge.stack import Stack
+
+sys.path.insert(0, str(Path(__file__).parent))
 
 Factors = tuple[Tensor, Tensor]
 """(A: (r, d_in), B: (d_out, r))"""

@@ -7,11 +7,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
 from artifacts.errors import MergeRefused
+from merge import rules
 
 Write = Callable[..., Path]
 PATH = "proj"
@@ -80,6 +82,58 @@ def test_parity_where_peft_is_exact(kind: str, sources: list[Path], merge: Any) 
     torch.testing.assert_close(result[PATH], expected, rtol=1e-4, atol=1e-4)
 
 
+def masks(shape: tuple[int, int], seed: int) -> Tensor:
+    drawn = [
+        np.random.Generator(np.random.SFC64([seed, row])).random((min(32, shape[0] - row), shape[1]), np.float32)
+        for row in range(0, shape[0], 32)
+    ]
+    return torch.from_numpy(np.concatenate(drawn) < np.float32(0.6)).float()
+
+
+@pytest.mark.parametrize("kind", ["dare_linear", "dare_ties", "dare_linear_svd", "dare_ties_svd"])
+@pytest.mark.parametrize("election", ["total", "frequency"])
+def test_parity_with_peft_where_the_same_entries_are_dropped(
+    kind: str, election: str, sources: list[Path], merge: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Seeds are 1 and 2 for the A's and for the deltas, 11 and 12 for the B's, whose masks are of the transpose."""
+    from peft.utils import merge_utils
+
+    monkeypatch.setattr(rules, "seeds", lambda stack, seed: [1 + owner + 10 * (seed > 0) for owner, _ in stack.members])
+    drawn = {(4, 24): [1, 2], (16, 4): [11, 12], (16, 24): [1, 2]}
+
+    def dropped(tensor: Tensor, density: float, rescale: bool) -> Tensor:
+        seed = drawn[tuple(tensor.shape)].pop(0)
+        mask = masks((4, 16), seed).T if tensor.shape == (16, 4) else masks(tuple(tensor.shape), seed)
+        return tensor * mask / density
+
+    monkeypatch.setattr(merge_utils, "random_pruning", dropped)
+    chosen = {"majority_sign_method": election} if "ties" in kind else {}
+    rank = {"rank": 3} if kind.endswith("svd") else {}
+    result, _ = merge(sources, kind, weights=[1.0, -0.7], density=0.6, **chosen, **rank)
+    expected = by_peft(sources, kind, [1.0, -0.7], density=0.6, **chosen, **({"svd_rank": 3} if rank else {}))
+    torch.testing.assert_close(result[PATH], expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes"),
+    [
+        ("cat", {}),
+        ("svd", {}),
+        ("ties_svd", {"density": 0.4}),
+        ("ties_svd", {"density": 0.4, "majority_sign_method": "frequency"}),
+        ("magnitude_prune_svd", {"density": 0.4}),
+    ],
+)
+def test_parity_with_peft_at_unequal_ranks(
+    kind: str, changes: dict[str, Any], write_adapter: Write, merge: Any
+) -> None:
+    unequal = [write_adapter(f"r{r}", {PATH: factors(r, r)}, lora_alpha=8 - r) for r in (2, 5)]
+    rank = {} if kind == "cat" else {"rank": 3}
+    result, _ = merge(unequal, kind, weights=[1.0, -0.7], **changes, **rank)
+    expected = by_peft(unequal, kind, [1.0, -0.7], **changes, **({"svd_rank": 3} if rank else {}))
+    torch.testing.assert_close(result[PATH], expected, rtol=1e-4, atol=1e-4)
+
+
 def test_cross_terms_are_measured_and_warned_of(sources: list[Path], merge: Any, dense_delta: Any) -> None:
     result, report = merge(sources, "linear_factor", weights=WEIGHTS)
     exact = dense_delta(sources[0], PATH) + 0.5 * dense_delta(sources[1], PATH)
@@ -90,12 +144,19 @@ def test_cross_terms_are_measured_and_warned_of(sources: list[Path], merge: Any,
     assert any(warning.startswith("cross_terms: in 1 of 1") for warning in report.warnings)
 
 
-def test_rank_stabilised_adapters_come_out_too_large_of_peft(write_adapter: Write, merge: Any) -> None:
+def test_rank_stabilised_adapters_come_out_too_large_of_peft(
+    write_adapter: Write, merge: Any, dense_delta: Any
+) -> None:
     """PEFT 0.21.2 copies use_rslora to the result, whose scaling is then √r instead of 1; ours is not."""
     rslora = [write_adapter(f"rs{i}", {PATH: factors(i)}, use_rslora=True) for i in range(2)]
-    result, _ = merge(rslora, "linear_factor", weights=WEIGHTS)
-    theirs = by_peft(rslora, "linear", WEIGHTS)
-    assert float(theirs.norm() / result[PATH].norm()) == pytest.approx(2.0, rel=1e-4)
+    exact = dense_delta(rslora[0], PATH) + 0.5 * dense_delta(rslora[1], PATH)
+    for method, kind, rank in (("linear_factor", "linear", 4), ("cat", "cat", 8), ("ties", "ties", 4)):
+        changes = {"density": 0.5} if method == "ties" else {}
+        result, _ = merge(rslora, method, weights=WEIGHTS, **changes)
+        theirs = by_peft(rslora, kind, WEIGHTS, **changes)
+        torch.testing.assert_close(theirs, rank**0.5 * result[PATH], rtol=1e-4, atol=1e-4)
+        if method == "cat":
+            torch.testing.assert_close(result[PATH], exact, rtol=1e-5, atol=1e-5)
 
 
 class TestUnequalRanks:

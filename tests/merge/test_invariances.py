@@ -22,27 +22,25 @@ BY_PLACE = {
     "robustmerge_product",
 }
 """Methods that pair components by their rows in the files: their result depends on the order in an adapter."""
-IDENTITY: dict[str, dict[str, Any]] = {
-    "lego": {},
-    "cat": {},
-    "svd": {},
-    "linear": {},
-    "core_space": {"rule": "sum"},
-    "tsv_m": {},
-    "knots": {"density": 1},
-    "pico": {},
-    "ctm": {},
-    "karcher": {},
-    "model_stock": {},
-    "linear_factor": {},
-    "ties": {"density": 1},
-    "dare_linear": {"density": 1},
-    "dare_ties": {"density": 1},
-    "magnitude_prune": {"density": 1},
-    "robustmerge": {"density": 1, "coefficient": 1},
-    "robustmerge_product": {"density": 1, "coefficient": 1},
+RULES = {
+    "core_space": ("sum", "ties", "dare", "tsv", "iso"),
+    "knots": ("sum", "ties", "dare", "dare_ties"),
+    "pico": ("sum", "ties", "tsv"),
+    "ctm": ("sum", "ties", "dare", "tsv", "iso"),
 }
-"""Methods that return a single adapter unchanged, and with which parameters. Others change it: that is their point."""
+VARIANTS = [(name, {"rule": rule}) for name, rules in RULES.items() for rule in rules] + [
+    (name, {}) for name in NAMES if name not in RULES
+]
+"""Every method, at each of its rules."""
+NO_IDENTITY = {"slerp", "iso_c", "iso_cts"}
+"""One takes two adapters; the others make all singular values one, as does the rule iso: that is their point."""
+IDENTITY: list[tuple[str, dict[str, Any]]] = [
+    (name, {**options, **({"density": 1} if "density" in METHODS[name].options.model_fields else {}), **own})
+    for name, options in VARIANTS
+    if name not in NO_IDENTITY and options.get("rule") != "iso"
+    for own in ([{"coefficient": 1}] if name.startswith("robust") else [{}])
+]
+"""What returns a single adapter unchanged when nothing is trimmed or dropped."""
 
 OWN_RANK = {"lego", "ctm", "iso_c", "iso_cts"}
 """Where the rank is more than a truncation, or all singular values are one, so that no truncation is the best."""
@@ -56,18 +54,18 @@ def ranked(name: str) -> bool:
     return "rank" in METHODS[name].options.model_fields
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(("name", "options"), VARIANTS)
 def test_the_order_of_adapters_and_components_changes_nothing(
-    name: str, stack_of: Any, random_adapters: Any, run_method: Any
+    name: str, options: dict[str, Any], stack_of: Any, random_adapters: Any, run_method: Any
 ) -> None:
     adapters = random_adapters([3, 5] if METHODS[name].capabilities.only_adapters else [3, 5, 4])
     weights = [1.0] * len(adapters) if METHODS[name].capabilities.only_adapters else [1.0, 0.5, 2.0]
-    one = run_method(name, stack_of(adapters, weights))
+    one = run_method(name, stack_of(adapters, weights), **options)
     other = stack_of(adapters[::-1], weights[::-1], shuffle=None if name in BY_PLACE else 3)
     if name in {"core_space", "knots"}:
         # equal to the last bit: everything starts from the same stack
-        assert torch.equal(one, run_method(name, other))
-    assert close(run_method(name, other), one, 1e-6)
+        assert torch.equal(one, run_method(name, other, **options))
+    assert close(run_method(name, other, **options), one, 1e-6)
 
 
 @pytest.mark.parametrize("name", sorted(BY_PLACE))
@@ -78,10 +76,12 @@ def test_methods_by_place_do_depend_on_the_order_of_components(
     assert not close(run_method(name, stack_of(adapters, shuffle=3)), run_method(name, stack_of(adapters)), 1e-3)
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_scale_multiplies_the_result(name: str, stack_of: Any, random_adapters: Any, run_method: Any) -> None:
+@pytest.mark.parametrize(("name", "options"), VARIANTS)
+def test_scale_multiplies_the_result(
+    name: str, options: dict[str, Any], stack_of: Any, random_adapters: Any, run_method: Any
+) -> None:
     stack = stack_of(random_adapters([3, 5]))
-    assert close(run_method(name, stack, scale=-2.5), -2.5 * run_method(name, stack))
+    assert close(run_method(name, stack, scale=-2.5, **options), -2.5 * run_method(name, stack, **options))
 
 
 @pytest.mark.parametrize("size", [2.0**-14, 2.0**14])
@@ -110,11 +110,13 @@ def test_a_negative_scaling_is_that_of_the_other_delta(
     assert not close(one, run_method(name, stack_of([(A, B, s), other]), **fixed), 1e-2)
 
 
-@pytest.mark.parametrize("name", sorted(IDENTITY))
-def test_a_single_adapter_comes_back(name: str, stack_of: Any, random_adapters: Any, run_method: Any) -> None:
+@pytest.mark.parametrize(("name", "options"), IDENTITY)
+def test_a_single_adapter_comes_back(
+    name: str, options: dict[str, Any], stack_of: Any, random_adapters: Any, run_method: Any
+) -> None:
     ((A, B, s),) = random_adapters([5])
     stack = stack_of([(A, B, s)])
-    assert close(run_method(name, stack, **IDENTITY[name]), s * B.double() @ A.double())
+    assert close(run_method(name, stack, **options), s * B.double() @ A.double())
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if ranked(name) and name not in OWN_RANK])

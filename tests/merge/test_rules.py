@@ -151,6 +151,13 @@ class TestPolarFactor:
         U, _, Vh = torch.linalg.svd(X, full_matrices=False)
         torch.testing.assert_close(polar, U @ Vh)
 
+    def test_a_small_direction_counts_as_much_as_a_large_one(self) -> None:
+        """Of its square nothing is left beside that of the large one."""
+        generator = torch.Generator().manual_seed(0)
+        P, Q = (torch.linalg.qr(torch.randn(d, 2, dtype=torch.float64, generator=generator)).Q for d in (9, 4))
+        X = P * torch.tensor([1.0, 1e-10], dtype=torch.float64) @ Q.T
+        torch.testing.assert_close(spectral.polar(X, 1e-14), P @ Q.T, rtol=0, atol=1e-5)
+
     def test_directions_that_are_not_there_stay_out(self) -> None:
         X = blocks()[0].double().T[:, :3]
         doubled = torch.cat([X, X], 1)
