@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from artifacts.formats.facts import facts_of, verdicts_of
 from artifacts.formats.peft_view import config_of, document_of, match_of
 from artifacts.formats.protocol import NOTHING_TOLD, Settings
 from artifacts.formats.reading import Reading, read_keys
+from artifacts.formats.roles import A, B, part_of
 from artifacts.formats.table import configured_reader, is_reader
 from artifacts.formats.values import FileValues, Values
 from artifacts.identification import identify
@@ -128,8 +129,7 @@ def understand(
     document = parse_json(text, METADATA_KEY)
     configs = _component_configs(document)
     if _has_old_names(header):
-        alphas = {name.removesuffix("."): config.alpha for name, config in configs.items() if name}
-        return _foreign(weights, header, values, alphas)
+        return _foreign(weights, header, values, {name.removesuffix("."): config for name, config in configs.items()})
     return _layout("safetensors-metadata", weights, None, header, configs, document)
 
 
@@ -143,16 +143,17 @@ def _foreign(
     weights: Path,
     header: SafetensorsHeader,
     values: Values,
-    alphas: Mapping[str, float],
+    configs: Mapping[str, PeftLoraConfig],
     told: Settings = NOTHING_TOLD,
 ) -> AdapterLayout:
-    """A file without PEFT's configuration, or with one of which only the alpha of each component is of use."""
+    """A file without PEFT's configuration, or with one that tells the scaling of each component."""
     try:
-        reading = read_keys(header, values, alphas=alphas, told=told)
+        reading = read_keys(header, values, configs=configs, told=told)
     except FormatUnknown as error:
         raise _unknown(header, error) from error
     document = document_of(reading)
-    found = config_of(reading, document)
+    reasons = tuple(reason for config in configs.values() for reason in config.refusals)
+    found = replace(config_of(reading, document), refusals=reasons)
     return AdapterLayout(reading.format, weights, None, header, {"": found}, document, match_of(reading), reading)
 
 
@@ -294,6 +295,8 @@ def _layout(
     homeless = [key for key in sorted(header.tensors) if key not in known]
     if homeless:
         reason = f"belongs to none of the components in the metadata ({', '.join(sorted(configs))})"
+        factors = [key for key in homeless if (part := part_of(key)) is not None and part.role in (A, B)]
+        refusals = (f"{len(factors)} factors, for instance {factors[0]!r}: {reason}",) if factors else ()
         match = _join(
             [
                 match,
@@ -301,6 +304,7 @@ def _layout(
                     (),
                     tuple(IgnoredKey(key, reason) for key in homeless),
                     warnings=(f"{len(homeless)} tensors, for instance {homeless[0]!r}: {reason}.",),
+                    refusals=refusals,
                 ),
             ]
         )

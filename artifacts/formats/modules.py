@@ -202,7 +202,7 @@ def _turned(stem: str, info: TensorInfo) -> TensorInfo:
 
 def _alpha(stem: str, rank: int, told: Settings) -> float:
     if told.rank not in (None, rank):
-        raise FileBroken(f"{stem}: its factors are of rank {rank}, the file beside them tells {told.rank}.")
+        raise FileBroken(f"{stem}: its factors are of rank {rank}, the configuration tells {told.rank}.")
     if told.scaling is not None:
         return told.scaling * rank
     return float(rank) if told.alpha is None else told.alpha

@@ -14,6 +14,7 @@ from artifacts.formats.roles import ALPHA, MAGNITUDE, WEAK, part_of
 from artifacts.formats.table import READERS
 from artifacts.formats.values import Values
 from artifacts.manifest import IgnoredKey, KeyVerdict, LoraModule, TypedModule
+from artifacts.peft_config import PeftLoraConfig
 from artifacts.peft_keys import MAX_FINDINGS, PREFIX, WRAPPERS
 from artifacts.safetensors_header import SafetensorsHeader, TensorInfo
 
@@ -68,28 +69,30 @@ def read_keys(
     header: SafetensorsHeader,
     values: Values,
     *,
-    alphas: Mapping[str, float] | None = None,
+    configs: Mapping[str, PeftLoraConfig] | None = None,
     told: Settings = NOTHING_TOLD,
 ) -> Reading:
     """Understand a file from its header, and from the few numbers that `values` gives.
 
     Args:
-        alphas: component ("unet" …) → alpha, for pairs that have none beside them.
+        configs: component ("unet" …, "" for all) → configuration, for pairs that have no alpha beside them.
         told: what a file beside the weights tells, of pairs that have no alpha beside them either.
 
     Raises:
         FormatUnknown: no key belongs to an adapter, or no name of a module can be told.
         FileBroken: a half of a pair is missing, shapes do not fit, two tensors mean one thing.
     """
-    return _Reader(header, values, alphas or {}, told).run()
+    return _Reader(header, values, configs or {}, told).run()
 
 
 class _Reader:
-    def __init__(self, header: SafetensorsHeader, values: Values, alphas: Mapping[str, float], told: Settings) -> None:
+    def __init__(
+        self, header: SafetensorsHeader, values: Values, configs: Mapping[str, PeftLoraConfig], told: Settings
+    ) -> None:
         self._told = told
         self._header = header
         self._values = values
-        self._alphas = alphas
+        self._configs = configs
         self._stems: dict[str, Stem] = {}
         self._unplaced: dict[str, str] = {}
         self._wrappers: set[str] = set()
@@ -200,9 +203,16 @@ class _Reader:
         return modules, typed
 
     def _told_of(self, resolved: Resolved, stem: Stem) -> Settings:
-        alpha = self._alphas.get(resolved.paths[0].partition(".")[0])
         told = self._told if stem.place.interleaved else self._told._replace(head_rows=0)
-        return told if alpha is None else told._replace(alpha=alpha)
+        component, _, inside = resolved.paths[0].partition(".")
+        config = self._configs.get(component) or self._configs.get("")
+        if ALPHA in stem.parts or (config is None and not self._configs):
+            return told
+        if config is None:
+            self._refusals[f"the configuration in the metadata tells no scaling of {component}"] = None
+            return told
+        rank = config.rank_for(inside)
+        return told._replace(rank=rank, scaling=config.scaling_for(inside, rank))
 
     def _check_told(self, members: Iterable[Stem], resolution: Resolution) -> None:
         """Raises FormatUnknown: a scaling would have to be guessed, or one format's be used for another's modules."""
@@ -273,7 +283,7 @@ class _Reader:
             )
         with_alpha = sum(ALPHA in stem.parts for stem in self._stems.values() if is_lora(stem.parts))
         pairs = sum(is_lora(stem.parts) for stem in self._stems.values())
-        told = self._alphas or self._told != NOTHING_TOLD
+        told = self._configs or self._told != NOTHING_TOLD
         if pairs and not with_alpha and not told:
             self._warnings.append("The file tells no alpha: the scaling of every module is 1, as diffusers takes it.")
         elif with_alpha and with_alpha < pairs and not told:

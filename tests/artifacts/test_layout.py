@@ -53,6 +53,18 @@ def test_single_file_with_components(tmp_path: Path, write_tensors: Make, pairs:
     ]
     assert [entry.key for entry in layout.match.ignored] == ["vae.weight"]
     assert "none of the components" in layout.match.warnings[-1]
+    assert not layout.refusals
+
+
+def test_factors_of_a_component_that_the_metadata_passes_over_keep_the_rest_from_being_merged(
+    tmp_path: Path, write_tensors: Make, pairs: Make
+) -> None:
+    path = tmp_path / "pytorch_lora_weights.safetensors"
+    metadata = {METADATA_KEY: json.dumps({"unet.r": 4, "unet.lora_alpha": 8, "unet.target_modules": ["to_q"]})}
+    write_tensors(path, pairs("unet.down.to_q", "text_encoder.q_proj", prefix=""), metadata)
+    layout = read_layout(path)
+    assert [module.path for module in layout.modules] == ["unet.down.to_q"]
+    assert "2 factors, for instance 'text_encoder.q_proj.lora_A.weight'" in layout.refusals[0]
 
 
 @pytest.mark.parametrize("text", ["{}", "[]", '{"r"', '{"plain": 1}', '{".r": 1}', '{"unet.r": 0}'])

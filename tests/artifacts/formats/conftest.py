@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import pytest
 
 from artifacts.formats.reading import Reading, read_keys
+from artifacts.peft_config import parse_config
 from artifacts.safetensors_header import SafetensorsHeader
 from scripts.formats_report import CorpusValues, header_of
 
@@ -26,17 +28,18 @@ def header() -> Callable[..., SafetensorsHeader]:
 
 @pytest.fixture
 def reading(header: Callable[..., SafetensorsHeader]) -> Callable[..., Reading]:
-    """reading({key: shape}, values={key: number}, fill={"re:…": "blockdiag"}, metadata=None, alphas=None)."""
+    """reading({key: shape}, values={key: number}, fill={"re:…": "blockdiag"}, metadata=None, configs=None)."""
 
     def make(
         shapes: Shapes,
         values: Mapping[str, float] | None = None,
         fill: Mapping[str, str] | None = None,
         metadata: Mapping[str, str] | None = None,
-        alphas: Mapping[str, float] | None = None,
+        configs: Mapping[str, Mapping[str, Any]] | None = None,
     ) -> Reading:
         numbers = CorpusValues({"values": values or {}, "fill": fill or {}})
-        return read_keys(header(shapes, metadata), numbers, alphas=alphas)
+        parsed = {name: parse_config({"peft_type": "LORA", **fields}) for name, fields in (configs or {}).items()}
+        return read_keys(header(shapes, metadata), numbers, configs=parsed)
 
     return make
 

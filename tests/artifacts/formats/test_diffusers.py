@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from artifacts.errors import FormatUnknown
+from artifacts.errors import FileBroken, FormatUnknown
 
 Make = Callable[..., Any]
 AB = ("lora_A.weight", "lora_B.weight")
@@ -24,10 +24,36 @@ def test_diffusers_names_in_all_their_endings(reading: Make, pair: Make) -> None
         assert (module.path, module.scaling) == (stem, 1.0)
 
 
-def test_alpha_of_the_metadata_holds_for_its_component(reading: Make, pair: Make) -> None:
+@pytest.mark.parametrize(
+    ("fields", "scaling"),
+    [
+        ({"lora_alpha": 16}, 4.0),
+        ({"lora_alpha": 16, "use_rslora": True}, 8.0),
+        ({"lora_alpha": 16, "alpha_pattern": {"attn1.to_q": 2}}, 0.5),
+        ({"lora_alpha": 16, "r": 64, "rank_pattern": {"to_q": 4}}, 4.0),
+    ],
+)
+@pytest.mark.parametrize("component", ["unet", ""])
+def test_the_configuration_of_the_metadata_tells_the_scaling_of_old_names(
+    reading: Make, pair: Make, fields: dict[str, Any], scaling: float, component: str
+) -> None:
     stem = "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
-    found = reading(pair(stem, 1280, 1280, ends=("lora.down.weight", "lora.up.weight")), alphas={"unet": 16.0})
-    assert found.modules[0].scaling == 4.0
+    shapes = pair(stem, 1280, 1280, ends=("lora.down.weight", "lora.up.weight"))
+    assert reading(shapes, configs={component: {"r": 4, **fields}}).modules[0].scaling == scaling
+
+
+def test_a_rank_of_the_metadata_that_the_factors_do_not_have_is_refused(reading: Make, pair: Make) -> None:
+    stem = "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
+    shapes = pair(stem, 1280, 1280, ends=("lora.down.weight", "lora.up.weight"))
+    with pytest.raises(FileBroken, match="of rank 4, the configuration tells 8"):
+        reading(shapes, configs={"unet": {"r": 8, "lora_alpha": 8}})
+
+
+def test_a_component_that_the_metadata_passes_over_has_no_scaling(reading: Make, pair: Make) -> None:
+    stem = "text_encoder.text_model.encoder.layers.0.self_attn.q_proj"
+    shapes = pair(stem, 768, 768, ends=("lora.down.weight", "lora.up.weight"))
+    found = reading(shapes, configs={"unet": {"r": 4, "lora_alpha": 8}})
+    assert found.refusals == ("the configuration in the metadata tells no scaling of text_encoder",)
 
 
 def test_wrappers_and_prefixes_are_removed_and_told(reading: Make, pair: Make) -> None:

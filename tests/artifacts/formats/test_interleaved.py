@@ -122,7 +122,7 @@ def test_nothing_is_guessed(tmp_path: Path, kind: str, document: Any, words: str
 
 
 def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(FileBroken, match="of rank 2, the file beside them tells 3"):
+    with pytest.raises(FileBroken, match="of rank 2, the configuration tells 3"):
         Adapter.open(write(tmp_path, "mistral", rank=2))
     with pytest.raises(FileBroken, match="9 rows are not heads of 6 rows"):
         Adapter.open(write(tmp_path, "mistral", d_out=9))

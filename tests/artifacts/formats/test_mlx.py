@@ -93,7 +93,7 @@ def test_a_dora_is_named_and_not_merged(folder: Folder) -> None:
 
 
 def test_other_files_are_refused_by_name(folder: Folder) -> None:
-    with pytest.raises(FileBroken, match="of rank 4, the file beside them tells 5"):
+    with pytest.raises(FileBroken, match="of rank 4, the configuration tells 5"):
         Adapter.open(folder(factors_of(rank=4)))
     experts = {f"{PATH}.lora_a": torch.zeros(2, 5, 7), f"{PATH}.lora_b": torch.zeros(2, 6, 5)}
     with pytest.raises(FileBroken, match="where a factor is a matrix"):
