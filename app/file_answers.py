@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Callable, Iterable
+from typing import Any, TypeVar
 
-from fastapi import Request
+from fastapi import APIRouter, Request
 from starlette.responses import Response, StreamingResponse
 
 from app.byte_ranges import ByteRange, etag_matches, parse_range, range_applies
@@ -16,6 +16,7 @@ from storage.downloads import Download
 from storage.segments import read_segments
 
 Responses = dict[int | str, dict[str, Any]]
+Endpoint = TypeVar("Endpoint", bound=Callable[..., Response])
 
 
 def file_responses(media_types: Iterable[str]) -> Responses:
@@ -37,7 +38,32 @@ def file_responses(media_types: Iterable[str]) -> Responses:
     }
 
 
-def head_responses(responses: Responses) -> Responses:
+def file_route(
+    router: APIRouter, path: str, *, summary: str, head_summary: str, responses: Responses
+) -> Callable[[Endpoint], Endpoint]:
+    """Declare the function below as the GET of a file and as its HEAD, which is called head_… in the document; what it
+    answers comes from `answer_file`.
+
+    Args:
+        responses: the OpenAPI entries of GET, from `file_responses`.
+    """
+
+    def declare(endpoint: Endpoint) -> Endpoint:
+        router.get(path, summary=summary, response_class=StreamingResponse, responses=responses)(endpoint)
+        router.head(
+            path,
+            name=f"head_{endpoint.__name__.partition('_')[2]}",
+            summary=head_summary,
+            description="The headers of the download.",
+            response_class=Response,
+            responses=_head_responses(responses),
+        )(endpoint)
+        return endpoint
+
+    return declare
+
+
+def _head_responses(responses: Responses) -> Responses:
     """The same for HEAD, whose answers have no body and know no ranges."""
     return {
         status: {name: value for name, value in entry.items() if name != "content"}

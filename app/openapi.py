@@ -36,7 +36,7 @@ _ADAPTER_CALLS = (
     "convert_adapter",
     "check_loading",
     "download_adapter",
-    "head_download",
+    "head_adapter",
     "put_waiver",
     "delete_waiver",
     "delete_adapter",

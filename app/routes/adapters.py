@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import Annotated
 
 from fastapi import APIRouter, Query, Request
-from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.responses import JSONResponse, Response
 
 from app.adapter_intake import TEXT_FIELDS, store_upload
 from app.dependencies import AdapterId, IdempotencyKey, Reader, ServicesDep, Writer
-from app.download_query import DownloadQuery, Wanted
-from app.file_answers import answer_file, file_responses, head_responses
+from app.download_query import Wanted
+from app.file_answers import answer_file, file_responses, file_route
 from app.json_body import JsonRoute
 from app.problems import problem_responses
 from app.recipes import recipe_of
@@ -30,7 +30,6 @@ from app.schemas.adapters import (
 )
 from app.schemas.common import PageOf
 from app.schemas.recipes import AdapterRecipe
-from app.state import Services
 from app.upload_answers import answer_upload
 from artifacts.compatibility import Engine, findings, loads
 from storage import adapters, transferables, waivers
@@ -180,10 +179,11 @@ def get_recipe(services: ServicesDep, principal: Reader, adapter_id: AdapterId) 
 _DOWNLOAD_RESPONSES = file_responses((ZIP_TYPE, SAFETENSORS_TYPE))
 
 
-@router.get(
+@file_route(
+    router,
     "/adapters/{adapter_id}/download",
     summary="Download an adapter",
-    response_class=StreamingResponse,
+    head_summary="Ask for the size and ETag of a download",
     responses=_DOWNLOAD_RESPONSES,
 )
 def download_adapter(
@@ -191,23 +191,6 @@ def download_adapter(
 ) -> Response:
     """Takes Range, If-Range and If-None-Match. The same adapter always gives the same bytes, but for a rank that has to
     be computed. `Rankwise-Relative-Error` is ‖ΔW − ΔW′‖/‖ΔW‖ of what is sent, where anything had to be written anew."""
-    return _download(request, services, adapter_id, wanted)
-
-
-@router.head(
-    "/adapters/{adapter_id}/download",
-    summary="Ask for the size and ETag of a download",
-    response_class=Response,
-    responses=head_responses(_DOWNLOAD_RESPONSES),
-)
-def head_download(
-    request: Request, services: ServicesDep, principal: Reader, adapter_id: AdapterId, wanted: Wanted
-) -> Response:
-    """The headers of the download."""
-    return _download(request, services, adapter_id, wanted)
-
-
-def _download(request: Request, services: Services, adapter_id: str, wanted: DownloadQuery) -> Response:
     with services.database.read() as session:
         row = adapters.get_adapter(session, adapter_id)
     found = services.adapter_downloads.of(row, Wish(wanted.layout, wanted.dtype, wanted.rank))

@@ -6,17 +6,16 @@ from typing import Annotated
 
 import anyio.to_thread
 from fastapi import APIRouter, Query, Request
-from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.responses import JSONResponse, Response
 
 from app.dataset_files import GZIP_TYPE, MEDIA_TYPES, download, preview
 from app.dataset_intake import TEXT_FIELDS, store_upload
 from app.dependencies import DatasetId, IdempotencyKey, Reader, ServicesDep, Writer
-from app.file_answers import answer_file, file_responses, head_responses
+from app.file_answers import answer_file, file_responses, file_route
 from app.json_body import JsonRoute
 from app.problems import problem_responses
 from app.schemas.common import PageOf
 from app.schemas.datasets import UPLOAD_FORM_SCHEMA, Dataset, DatasetQuery, DatasetRows, DatasetSummary, RowQuery
-from app.state import Services
 from app.upload_answers import answer_upload
 from storage import datasets
 from storage.datasets import DatasetFilter
@@ -103,29 +102,15 @@ async def list_rows(
 _DOWNLOAD_RESPONSES = file_responses((*MEDIA_TYPES.values(), GZIP_TYPE))
 
 
-@router.get(
+@file_route(
+    router,
     "/datasets/{dataset_id}/download",
     summary="Download a dataset",
-    response_class=StreamingResponse,
+    head_summary="Ask for the size and ETag of a download",
     responses=_DOWNLOAD_RESPONSES,
 )
 def download_dataset(request: Request, services: ServicesDep, principal: Reader, dataset_id: DatasetId) -> Response:
     """The file as it was sent. Takes Range, If-Range and If-None-Match."""
-    return _download(request, services, dataset_id)
-
-
-@router.head(
-    "/datasets/{dataset_id}/download",
-    summary="Ask for the size and ETag of a download",
-    response_class=Response,
-    responses=head_responses(_DOWNLOAD_RESPONSES),
-)
-def head_dataset(request: Request, services: ServicesDep, principal: Reader, dataset_id: DatasetId) -> Response:
-    """The headers of the download."""
-    return _download(request, services, dataset_id)
-
-
-def _download(request: Request, services: Services, dataset_id: str) -> Response:
     with services.database.read() as session:
         row = datasets.get_dataset(session, dataset_id)
     return answer_file(request, services, download(services.blobs, row))

@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Annotated
 
 from fastapi import APIRouter, Path, Query, Request
-from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.responses import JSONResponse, Response
 
 from app.dependencies import HEX_ID, Reader, ServicesDep, Writer
-from app.file_answers import answer_file, file_responses, head_responses
+from app.file_answers import answer_file, file_responses, file_route
 from app.image_answers import IMAGE_NAME, PNG, image_file, wants_png
 from app.json_body import JsonRoute
 from app.problems import problem_responses
@@ -60,27 +60,15 @@ def delete_image(services: ServicesDep, principal: Writer, image_id: ImageId) ->
     return Response(status_code=204)
 
 
-@router.get(
+@file_route(
+    router,
     "/images/{image_id}/files/{name}",
     summary="Look at an image, a mask or other evidence",
-    response_class=StreamingResponse,
+    head_summary="Ask for the size and ETag of a file of an image",
     responses=_FILES,
 )
 def get_image_file(
     request: Request, services: ServicesDep, principal: Reader, image_id: ImageId, name: FileName
 ) -> Response:
     """Takes Range, If-Range and If-None-Match."""
-    return answer_file(request, services, image_file(services, image_id, name))
-
-
-@router.head(
-    "/images/{image_id}/files/{name}",
-    summary="Ask for the size and ETag of a file of an image",
-    response_class=Response,
-    responses=head_responses(_FILES),
-)
-def head_image_file(
-    request: Request, services: ServicesDep, principal: Reader, image_id: ImageId, name: FileName
-) -> Response:
-    """The headers of the download."""
     return answer_file(request, services, image_file(services, image_id, name))

@@ -6,10 +6,10 @@ from typing import Annotated
 
 from fastapi import APIRouter, Path, Request
 from sqlalchemy.orm import Session
-from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.responses import JSONResponse, Response
 
 from app.dependencies import IdempotencyKey, ModelId, Paging, Reader, ServicesDep, Writer
-from app.file_answers import answer_file, file_responses, head_responses
+from app.file_answers import answer_file, file_responses, file_route
 from app.idempotency import Answer, answer_after, answer_once, request_key
 from app.json_body import JsonRoute
 from app.model_registration import reference
@@ -125,27 +125,15 @@ FileName = Annotated[
 ]
 
 
-@router.get(
+@file_route(
+    router,
     "/models/{model_id}/files/{name}",
     summary="Download a file of a model that a job made",
-    response_class=StreamingResponse,
+    head_summary="Ask for the size and ETag of a file of a model",
     responses=_FILES,
 )
 def get_model_file(
     request: Request, services: ServicesDep, principal: Reader, model_id: ModelId, name: FileName
 ) -> Response:
     """Takes Range, If-Range and If-None-Match."""
-    return answer_file(request, services, model_file(services.database, services.blobs, model_id, name))
-
-
-@router.head(
-    "/models/{model_id}/files/{name}",
-    summary="Ask for the size and ETag of a file of a model",
-    response_class=Response,
-    responses=head_responses(_FILES),
-)
-def head_model_file(
-    request: Request, services: ServicesDep, principal: Reader, model_id: ModelId, name: FileName
-) -> Response:
-    """The headers of the download."""
     return answer_file(request, services, model_file(services.database, services.blobs, model_id, name))

@@ -6,10 +6,10 @@ from typing import Annotated
 
 from fastapi import APIRouter, Path, Request
 from starlette.concurrency import run_in_threadpool
-from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.responses import JSONResponse, Response
 
 from app.dependencies import FederatedClient, JobId, ServicesDep
-from app.file_answers import answer_file, file_responses, head_responses
+from app.file_answers import answer_file, file_responses, file_route
 from app.json_body import JsonRoute
 from app.problems import problem_responses
 from app.remote_clients import TEXT_FIELDS, adapter_file, describe, expect, store_update, watched
@@ -34,10 +34,11 @@ def get_remote_client(services: ServicesDep, principal: FederatedClient, job_id:
     return describe(services, principal, job_id, client)
 
 
-@router.get(
+@file_route(
+    router,
     "/jobs/{job_id}/clients/{client}/rounds/{round}/adapter",
     summary="Download the adapter that a round begins with",
-    response_class=StreamingResponse,
+    head_summary="Ask for the size and ETag of a round's adapter",
     responses=_ADAPTER,
 )
 def get_round_adapter(
@@ -49,24 +50,6 @@ def get_round_adapter(
     number: RoundNumber,
 ) -> Response:
     """lora_A as drawn and lora_B as last averaged, under the names of PEFT. Takes Range, If-Range, If-None-Match."""
-    return answer_file(request, services, adapter_file(services, principal, job_id, client, number - 1))
-
-
-@router.head(
-    "/jobs/{job_id}/clients/{client}/rounds/{round}/adapter",
-    summary="Ask for the size and ETag of a round's adapter",
-    response_class=Response,
-    responses=head_responses(_ADAPTER),
-)
-def head_round_adapter(
-    request: Request,
-    services: ServicesDep,
-    principal: FederatedClient,
-    job_id: JobId,
-    client: Number,
-    number: RoundNumber,
-) -> Response:
-    """The headers of the download."""
     return answer_file(request, services, adapter_file(services, principal, job_id, client, number - 1))
 
 
