@@ -15,9 +15,10 @@ from app.cli.adapter_summary import summary
 from app.cli.client import Client, ProblemError
 from app.cli.compatibility import compatibility
 from app.cli.importing import import_adapter
+from app.cli.jobs import conclude
 from app.cli.options import AdapterId, Cursor, Json, Limit, stem
 from app.cli.output import fields, moment, note_more, print_json, size, stdout, table
-from app.cli.progress import require_success, transfer, watch
+from app.cli.progress import transfer
 from app.cli.pushing import push_adapter
 from app.cli.resuming import packed, upload_in_pieces
 from artifacts.errors import FormatUnknown, RequestInvalid
@@ -345,10 +346,11 @@ def convert(
     wanted = {"to": to, "rank": rank, "max_error": max_error, "base_model": base_model, "dtype": dtype, "name": name}
     body = {key: value for key, value in wanted.items() if value is not None}
     with context.obj() as client:
-        job = require_success(watch(client, client.post(f"/adapters/{adapter}/convert", body)["id"]))
-    if as_json:
-        print_json(job)
-        return
+        job = client.post(f"/adapters/{adapter}/convert", body)
+        conclude(client, job, wait=True, as_json=as_json, show_ended=_show_conversion)
+
+
+def _show_conversion(job: dict[str, Any]) -> None:
     report = job["result"]["report"]
     shown = {key: report[key] for key in ("from", "to", "rank", "exact", "relative_error")}
     made = [*job["result"]["adapters"], *job["result"].get("models", [])]

@@ -12,10 +12,10 @@ from app.cli import adapters
 from app.cli.adapters import DownloadFormat
 from app.cli.client import Client, ProblemError
 from app.cli.compose_report import print_compose_report
-from app.cli.jobs import show
+from app.cli.jobs import conclude
 from app.cli.options import Json, plain_name, stem
 from app.cli.output import note, print_json, stdout
-from app.cli.progress import require_success, steps, transfer, watch
+from app.cli.progress import steps, transfer
 
 if TYPE_CHECKING:
     from app.cli.scene import SceneFile
@@ -73,19 +73,16 @@ def _compose_remotely(client: Client, scene: SceneFile, output: Path | None, wai
                 path = scene.adapters[name]
                 uploaded[name] = adapters.upload(client, path, {"name": stem(path)})[0]["id"]
             item["adapter"] = uploaded[name]
-    job = client.post("/compose-image/compare" if "methods" in body else "/compose-image", body)
-    if wait:
-        job = require_success(watch(client, job["id"]))
-    print_json(job) if as_json else show(job)
-    if not wait:
-        note(f"follow it: rankwise jobs watch {job['id']}")
-    elif output is not None:
-        result = job["result"]
-        if result["images"]:
-            _download(client, result["images"], output)
-        else:  # the method yields an adapter
-            adapters.fetch(client, result["adapters"][0], output, DownloadFormat.PEFT, unpack=True)
-        note(f"written to {output}")
+    submitted = client.post("/compose-image/compare" if "methods" in body else "/compose-image", body)
+    job = conclude(client, submitted, wait=wait, as_json=as_json)
+    if job is None or output is None:
+        return
+    result = job["result"]
+    if result["images"]:
+        _download(client, result["images"], output)
+    else:  # the method yields an adapter
+        adapters.fetch(client, result["adapters"][0], output, DownloadFormat.PEFT, unpack=True)
+    note(f"written to {output}")
 
 
 def _download(client: Client, images: list[str], output: Path) -> None:

@@ -6,9 +6,9 @@ from typing import Annotated, Any
 
 import typer
 
+from app.cli.jobs import conclude
 from app.cli.options import Json
-from app.cli.output import fields, note, print_json, stdout
-from app.cli.progress import require_success, watch
+from app.cli.output import fields, stdout
 
 
 def import_adapter(
@@ -40,17 +40,14 @@ def import_adapter(
     body = {"source": {**place, **({"sha256": sha256} if sha256 else {})}}
     with context.obj() as client:
         job = client.post("/adapters/import", body | {key: value for key, value in wanted.items() if value})
-        if wait:
-            job = require_success(watch(client, job["id"]))
-    if as_json:
-        print_json(job)
-    elif wait:
-        report = job["result"]["report"]
-        shown = {key: report[key] for key in ("format", "method", "modules", "used_keys", "ignored_keys", "warnings")}
-        shown["revision"] = report["source"].get("revision")
-        stdout().print(fields(job["result"]["adapters"][0], shown))
-    else:
-        note(f"follow it: rankwise jobs watch {job['id']}")
+        conclude(client, job, wait=wait, as_json=as_json, show_ended=_show_import)
+
+
+def _show_import(job: dict[str, Any]) -> None:
+    report = job["result"]["report"]
+    shown = {key: report[key] for key in ("format", "method", "modules", "used_keys", "ignored_keys", "warnings")}
+    shown["revision"] = report["source"].get("revision")
+    stdout().print(fields(job["result"]["adapters"][0], shown))
 
 
 def place_of(source: str, hub: dict[str, str | None]) -> dict[str, Any]:

@@ -63,6 +63,39 @@ def show(job: dict[str, Any]) -> None:
         _REPORTS.get(job["kind"], print_report)(stdout(), report)
 
 
+def conclude(
+    client: Client,
+    job: dict[str, Any],
+    *,
+    wait: bool,
+    as_json: bool,
+    show_ended: Callable[[dict[str, Any]], None] = show,
+) -> dict[str, Any] | None:
+    """Follow a job that was just submitted to its end and print it; with `wait` off, say how to follow it.
+
+    Args:
+        show_ended: prints the job when it has succeeded, unless `as_json`.
+
+    Returns:
+        the job that has succeeded; None when nobody waits for it.
+
+    Raises:
+        ProblemError: it failed or was cancelled.
+    """
+    if wait:
+        job = require_success(watch(client, job["id"]))
+    if as_json:
+        print_json(job)
+    elif wait:
+        show_ended(job)
+    else:
+        show(job)
+    if wait:
+        return job
+    note(f"follow it: rankwise jobs watch {job['id']}")
+    return None
+
+
 @app.command("list")
 def list_jobs(
     context: typer.Context,

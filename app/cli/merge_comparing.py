@@ -9,11 +9,11 @@ from typing import Annotated, Any
 import typer
 
 from app.cli.adapters import DownloadFormat, fetch
-from app.cli.jobs import show
+from app.cli.jobs import conclude
 from app.cli.merging import Inputs, Weights, aligned_weights, are_remote
 from app.cli.options import Json, parse_settings, parse_weights, plain_name
 from app.cli.output import note, print_json, stdout
-from app.cli.progress import require_success, steps, watch
+from app.cli.progress import steps
 from app.cli.reports import print_comparison
 
 
@@ -74,9 +74,8 @@ def merge_compare(
         **({"name": name} if name else {}),
     }
     with context.obj() as client:
-        job = require_success(watch(client, client.post("/merge/compare", document)["id"]))
-        print_json(job) if as_json else show(job)
-        if output is None:
+        job = conclude(client, client.post("/merge/compare", document), wait=True, as_json=as_json)
+        if job is None or output is None:
             return
         made: list[str] = job["result"]["adapters"]
         for row in job["result"]["report"]["candidates"]:

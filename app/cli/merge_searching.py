@@ -8,12 +8,11 @@ from typing import Annotated, Any
 import typer
 
 from app.cli.adapters import DownloadFormat, fetch
-from app.cli.jobs import show
+from app.cli.jobs import conclude
 from app.cli.merge_comparing import parse_candidate
 from app.cli.merging import Inputs, Weights, aligned_weights, are_remote
 from app.cli.options import Json, parse_weights
-from app.cli.output import note, print_json
-from app.cli.progress import require_success, watch
+from app.cli.output import note
 
 
 def merge_search(
@@ -73,13 +72,8 @@ def merge_search(
         **({"name": name} if name else {}),
     }
     with context.obj() as client:
-        job = client.post("/merge", document)
-        if wait:
-            job = require_success(watch(client, job["id"]))
-        print_json(job) if as_json else show(job)
-        if not wait:
-            note(f"follow it: rankwise jobs watch {job['id']}")
-        elif output is not None:
+        job = conclude(client, client.post("/merge", document), wait=wait, as_json=as_json)
+        if job is not None and output is not None:
             target = fetch(client, job["result"]["adapters"][0], output, DownloadFormat.PEFT, unpack=True)
             note(f"written to {target}")
 

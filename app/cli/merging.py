@@ -11,10 +11,10 @@ import typer
 
 from app.cli.adapters import DownloadFormat, fetch
 from app.cli.client import Client
-from app.cli.jobs import show
+from app.cli.jobs import conclude
 from app.cli.options import Json, TargetEngine, parse_settings, parse_weights, stem
 from app.cli.output import note, print_json, stdout
-from app.cli.progress import require_success, steps, watch
+from app.cli.progress import steps
 from app.cli.reports import print_report
 
 ADAPTER_PREFIX = "adp_"
@@ -139,13 +139,10 @@ def _merge_by_id(client: Client, order: Order, wait: bool, as_json: bool) -> Non
         **({"target_engine": order.target_engine} if order.target_engine else {}),
         **order.more,
     }
-    job = client.post("/merge", document)
-    if wait:
-        job = require_success(watch(client, job["id"]))
-    print_json(job) if as_json else show(job)
-    if not wait:
-        note(f"follow it: rankwise jobs watch {job['id']}")
-    elif job["result"].get("models"):
+    job = conclude(client, client.post("/merge", document), wait=wait, as_json=as_json)
+    if job is None:
+        return
+    if job["result"].get("models"):
         note(f"stored as the base model {job['result']['models'][0]}")
     elif order.output is not None:
         target = fetch(client, job["result"]["adapters"][0], order.output, DownloadFormat.PEFT, unpack=True)

@@ -8,9 +8,9 @@ from typing import Annotated, Any
 
 import typer
 
+from app.cli.jobs import conclude
 from app.cli.options import Cursor, Json, Limit
 from app.cli.output import fields, moment, note, note_more, print_json, stdout, table
-from app.cli.progress import require_success, watch
 
 app = typer.Typer(help="Base models: register, list, look at, deprecate, remove.", no_args_is_help=True)
 ModelId = Annotated[str, typer.Argument(metavar="MODEL", help="A base model's id (mdl_…).")]
@@ -146,10 +146,11 @@ def quantize(
     parameters = {"rank": rank, "budget_bits": bits, "preset": preset}
     body = {"parameters": {key: value for key, value in parameters.items() if value is not None}, "name": name}
     with context.obj() as client:
-        job = require_success(watch(client, client.post(f"/models/{model}/quantize", body)["id"]))
-    if as_json:
-        print_json(job)
-        return
+        job = client.post(f"/models/{model}/quantize", body)
+        conclude(client, job, wait=True, as_json=as_json, show_ended=_show_quantised)
+
+
+def _show_quantised(job: dict[str, Any]) -> None:
     report = job["result"]["report"]
     shown = ("matrices", "bits_per_weight", "packed_bytes", "dense_bytes", "relative_error")
     alone = {"without low-rank part": report["relative_error_of_quantising_alone"]}

@@ -6,9 +6,9 @@ from typing import Annotated, Any
 
 import typer
 
+from app.cli.jobs import conclude
 from app.cli.options import AdapterId, Json
-from app.cli.output import fields, note, print_json, stdout
-from app.cli.progress import require_success, watch
+from app.cli.output import fields, stdout
 
 
 def push_adapter(
@@ -35,17 +35,14 @@ def push_adapter(
     body = {**target_of(target, hub), "format": file_format, "dtype": dtype, "rank": rank}
     with context.obj() as client:
         job = client.post(f"/adapters/{adapter}/push", {key: value for key, value in body.items() if value is not None})
-        if wait:
-            job = require_success(watch(client, job["id"]))
-    if as_json:
-        print_json(job)
-    elif wait:
-        report = job["result"]["report"]
-        shown = dict(report.get("hub") or report["oci"])
-        shown |= {"relative error": report["relative_error"], "files": [file["path"] for file in report["files"]]}
-        stdout().print(fields(adapter, shown))
-    else:
-        note(f"follow it: rankwise jobs watch {job['id']}")
+        conclude(client, job, wait=wait, as_json=as_json, show_ended=_show_push)
+
+
+def _show_push(job: dict[str, Any]) -> None:
+    report = job["result"]["report"]
+    shown = dict(report.get("hub") or report["oci"])
+    shown |= {"relative error": report["relative_error"], "files": [file["path"] for file in report["files"]]}
+    stdout().print(fields(report["adapter"], shown))
 
 
 def target_of(target: str, hub: dict[str, Any]) -> dict[str, Any]:

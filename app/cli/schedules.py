@@ -9,12 +9,10 @@ from typing import Annotated, Any
 
 import typer
 
-from app.cli.client import Client
 from app.cli.fleets import add_to, parse_window
-from app.cli.jobs import show as show_job
+from app.cli.jobs import conclude
 from app.cli.options import Cursor, Json, Limit
 from app.cli.output import fields, moment, note, note_more, print_json, stdout, table
-from app.cli.progress import require_success, watch
 
 app = typer.Typer(help="Schedules: jobs at fixed times or at events.", no_args_is_help=True)
 
@@ -257,14 +255,12 @@ def trigger(
 ) -> None:
     """Run a schedule's job now, also while the schedule is disabled; of a fleet, --wait does not wait."""
     with context.obj() as client:
-        job = _triggered(client, schedule, wait)
-    if "fleet" in job:
-        print_json(job) if as_json else stdout().print(f"{job['fleet']['total']} adapters", markup=False)
-        note(f"follow them: rankwise schedules fleet {schedule}")
-        return
-    print_json(job) if as_json else show_job(job)
-    if not wait:
-        note(f"follow it: rankwise jobs watch {job['id']}")
+        job = client.post(f"/schedules/{schedule}/trigger")
+        if "fleet" not in job:
+            conclude(client, job, wait=wait, as_json=as_json)
+            return
+    print_json(job) if as_json else stdout().print(f"{job['fleet']['total']} adapters", markup=False)
+    note(f"follow them: rankwise schedules fleet {schedule}")
 
 
 @app.command("upcoming")
@@ -340,8 +336,3 @@ def _policies(overlap: Overlap | None, misfire: Misfire | None) -> dict[str, str
 
 def _if_match(version: int | None) -> dict[str, dict[str, str]]:
     return {} if version is None else {"headers": {"If-Match": f'"{version}"'}}
-
-
-def _triggered(client: Client, schedule: str, wait: bool) -> dict[str, Any]:
-    job: dict[str, Any] = client.post(f"/schedules/{schedule}/trigger")
-    return require_success(watch(client, job["id"])) if wait and "fleet" not in job else job

@@ -10,10 +10,10 @@ import typer
 from app.cli import adapters, datasets
 from app.cli.adapters import DownloadFormat, fetch
 from app.cli.client import Client
-from app.cli.jobs import show
+from app.cli.jobs import conclude
 from app.cli.options import Json
 from app.cli.output import note, print_json, stdout
-from app.cli.progress import require_success, steps, watch
+from app.cli.progress import steps
 from app.cli.train_report import print_train_report
 from artifacts.heat_map import write_pictures
 from artifacts.layout import WEIGHTS_NAME
@@ -74,16 +74,13 @@ def _train_remotely(client: Client, recipe: Recipe, output: Path | None, wait: b
     if recipe.adapter_folder is not None:
         adapter, _ = adapters.upload(client, recipe.adapter_folder, {"name": recipe.adapter_folder.name})
         body["continue_from"] = adapter["id"]
-    job = client.post("/train", body)
-    if wait:
-        job = require_success(watch(client, job["id"]))
-    print_json(job) if as_json else show(job)
-    if not wait:
-        note(f"follow it: rankwise jobs watch {job['id']}")
-    elif output is not None and job["result"].get("models"):
+    job = conclude(client, client.post("/train", body), wait=wait, as_json=as_json)
+    if job is None or output is None:
+        return
+    if job["result"].get("models"):
         (model,) = job["result"]["models"]
         note(f"the model {model} is a base model of the service; GET /models/{model}/files/… gives its files")
-    elif output is not None:
+    else:
         adapter_id = job["result"]["adapters"][0]
         # An adapter of images is one file, as diffusers has it.
         in_folder = client.get(f"/adapters/{adapter_id}")["format"] == "peft"

@@ -12,10 +12,10 @@ import typer
 from app.cli import datasets
 from app.cli.adapters import DownloadFormat, fetch
 from app.cli.client import Client, ProblemError
-from app.cli.jobs import show as show_job
+from app.cli.jobs import conclude
 from app.cli.options import Cursor, JobId, Json, Limit, TargetEngine, parse_settings
 from app.cli.output import fields, moment, note, note_more, print_json, stdout, table
-from app.cli.progress import require_success, steps, watch
+from app.cli.progress import steps
 from app.cli.transfer_report import print_transfer_report
 
 app = typer.Typer(help="Transfers: list, look at, read the report, decide.", no_args_is_help=True)
@@ -126,14 +126,10 @@ def transfer(
         for field, given in (("holdout", holdout), ("inputs", inputs)):
             if given is not None:
                 body[field] = _dataset(client, given)
-        job = client.post("/transfer", body)
-        if wait:
-            job = require_success(watch(client, job["id"]))
-        print_json(job) if as_json else show_job(job)
-        if not wait:
-            note(f"follow it: rankwise jobs watch {job['id']}")
+        job = conclude(client, client.post("/transfer", body), wait=wait, as_json=as_json)
+        if job is None:
             return
-        _conclude(client, client.get(f"/transfers/{job['id']}"), output)
+        _decided(client, client.get(f"/transfers/{job['id']}"), output)
 
 
 def _transfer_files(
@@ -203,7 +199,7 @@ def _dataset(client: Client, given: str) -> str:
     return found
 
 
-def _conclude(client: Client, found: dict[str, Any], output: Path | None) -> None:
+def _decided(client: Client, found: dict[str, Any], output: Path | None) -> None:
     """What a person does next."""
     if found["waiting"]:
         note(f"it waits for you: rankwise transfers decide {found['id']} publish")
