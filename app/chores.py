@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import structlog
 
@@ -11,6 +11,7 @@ from app.federations import settle_federations
 from app.model_retirement import retire_models
 from app.scheduling import Scheduler
 from app.settings import Settings
+from artifacts.errors import BlobStoreUnavailable, DatabaseUnavailable, RankwiseError
 from storage import deliveries, idempotency, uploads
 from storage.blobs import BlobStore
 from storage.database import Database
@@ -26,6 +27,8 @@ FEDERATION_SECONDS = 1.0
 HOUR_SECONDS = 3600.0
 AFTER_START_SECONDS = 60.0
 """Cleaning up waits until a server that has just started is done with more urgent things."""
+MOST_FAILURES = 5
+"""Blobs of one batch that a store may fail to remove: each try may last until its time limit."""
 
 _log = structlog.stdlib.get_logger(__name__)
 
@@ -72,16 +75,37 @@ def _rescue_logs(database: Database, blobs: BlobStore) -> None:
 
 def _expire_uploads(database: Database, blobs: BlobStore) -> None:
     expired = 0
-    while True:
-        with database.write() as session:
-            batch, digests = uploads.expire(session)
-        for digest in digests:
+    try:
+        while True:
+            with database.write() as session:
+                batch, digests = uploads.expire(session)
+            expired += batch
+            _remove_each(database, blobs, digests)
+            if not batch:
+                break
+    finally:
+        if expired:
+            _log.info("uploads_expired", uploads=expired)
+
+
+def _remove_each(database: Database, blobs: BlobStore, digests: Sequence[str]) -> None:
+    """Remove the blobs that no row names any more. What can not be removed is left to the sweep, a day later.
+
+    Raises:
+        DatabaseUnavailable, BlobStoreUnavailable: the first failure, when the others have had their turn, or when
+            there were so many that the store is away.
+    """
+    failures: list[RankwiseError] = []
+    for digest in digests:
+        try:
             remove_unused(database, blobs, digest)
-        expired += batch
-        if not batch:
-            break
-    if expired:
-        _log.info("uploads_expired", uploads=expired)
+        except (DatabaseUnavailable, BlobStoreUnavailable) as error:
+            _log.warning("blob_not_removed", sha256=digest, error=error.detail)
+            failures.append(error)
+            if len(failures) == MOST_FAILURES:
+                break
+    if failures:
+        raise failures[0]
 
 
 def _forget_keys(database: Database) -> None:

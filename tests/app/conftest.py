@@ -8,7 +8,6 @@ import socket
 import struct
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -114,21 +113,6 @@ class Servers:
         for _, thread, _ in self.running:
             thread.join(timeout=20)
             assert not thread.is_alive()
-
-
-@pytest.fixture(scope="session")
-def wait_for() -> Callable[[Callable[[], Any]], Any]:
-    """wait_for(condition) → its first true value; fails when there is none within 30 seconds."""
-
-    def wait(condition: Callable[[], Any]) -> Any:
-        deadline = time.monotonic() + 30
-        pause = threading.Event()
-        while not (value := condition()):
-            assert time.monotonic() < deadline, "it did not become true"
-            pause.wait(0.02)
-        return value
-
-    return wait
 
 
 @pytest.fixture

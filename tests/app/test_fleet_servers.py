@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import sys
 import threading
-import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any
 
 import httpx
 import pytest
+from patience import wait_for
 from sqlalchemy import select
 
 from storage import database as clock
@@ -74,17 +74,9 @@ class Site:
             found = self.client.get(f"{path}/{firings[0]['occurrence']}").json()
             return found if found["fleet"]["finished"] else None
 
-        found: dict[str, Any] = wait_for(finished)
+        found: dict[str, Any] = wait_for(finished, seconds=DEADLINE)
         assert len(self.client.get(path).json()["items"]) == 1
         return found
-
-
-def wait_for(condition: Callable[[], Any]) -> Any:
-    deadline = time.monotonic() + DEADLINE
-    while not (found := condition()):
-        assert time.monotonic() < deadline
-        threading.Event().wait(0.2)
-    return found
 
 
 @pytest.fixture(params=["sqlite", pytest.param("postgres", marks=pytest.mark.postgres)])
@@ -168,7 +160,7 @@ def test_a_base_model_is_retired(site: Site, tmp_path: Path) -> None:
     shown = site.client.get(f"/models/{models['old']}").json()
     assert (shown["removal"], shown["removed_at"]) == ({"blocked_by": {}}, None)
     site.jump_to(ahead + DAY + timedelta(seconds=1))
-    wait_for(lambda: site.client.get(f"/models/{models['old']}").json()["removed_at"])
+    wait_for(lambda: site.client.get(f"/models/{models['old']}").json()["removed_at"], seconds=DEADLINE)
     nowhere = {"adapter": late, "target_model": "old", "method": "seeds-only"}
     assert site.client.post("/transfer", json=nowhere).status_code == 422
 

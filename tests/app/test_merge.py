@@ -7,6 +7,7 @@ from typing import Any
 
 import httpx
 import pytest
+from patience import wait_for
 
 
 def test_a_merge_is_a_queued_job(server: Any, two_adapters: list[str]) -> None:
@@ -160,12 +161,8 @@ def test_prefer_wait_gives_the_finished_job(server: Any, two_adapters: list[str]
 
     waiting = threading.Thread(target=submit)
     waiting.start()
-    job = None
-    pause = threading.Event()
-    while job is None:
-        queued = server.client.get("/jobs", params={"state": "queued"}).json()["items"]
-        job = pool.claim() if queued else None
-        pause.wait(0.01)
+    wait_for(lambda: server.client.get("/jobs", params={"state": "queued"}).json()["items"])
+    job = pool.claim()
     pool.succeed(job, {"adapters": [two_adapters[0]], "images": [], "report": {"energy": 0.9}})
     waiting.join(timeout=30)
     (answer,) = answers

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import threading
-import time
-from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
+from patience import wait_for
 from sqlalchemy import update
 
 from app.chores import chores
@@ -45,14 +44,6 @@ def make_due(server: Any, schedule: dict[str, Any], ago: timedelta = timedelta(s
     with server.services.database.write() as session:
         moment = clock.now(session) - ago
         session.execute(update(ScheduleRow).where(ScheduleRow.id == schedule["id"]).values(next_fire_at=moment))
-
-
-def wait_for(condition: Callable[[], Any]) -> Any:
-    deadline = time.monotonic() + DEADLINE
-    while not (found := condition()):
-        assert time.monotonic() < deadline
-        threading.Event().wait(0.02)
-    return found
 
 
 def firings(server: Any, schedule: dict[str, Any]) -> list[dict[str, Any]]:

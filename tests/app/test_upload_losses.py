@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
+from patience import wait_for
 from upload_pieces import Pieces, archive
 
 from app import adapter_intake, uploads
@@ -22,7 +23,6 @@ def test_a_disk_that_fills_up_in_the_middle_of_a_batch_spoils_nothing(
     adapter_files: Any,
     small_segments: None,
     monkeypatch: pytest.MonkeyPatch,
-    wait_for: Callable[[Callable[[], Any]], Any],
     batches: int,
 ) -> None:
     """Whole batches go well, then half a batch gets onto the disk, then nothing."""

@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from patience import wait_for
 from safetensors.numpy import save
 from sqlalchemy import event, update
 from upload_pieces import PARTIAL, Pieces, archive
@@ -25,11 +26,13 @@ from upload_pieces import PARTIAL, Pieces, archive
 from app import upload_segments
 from app.chores import chores
 from app.server_process import ServerProcess
+from artifacts.errors import BlobStoreUnavailable
 from storage import database as clock
 from storage import keys, quotas
 from storage import uploads as stored_uploads
 from storage.keys import KeyLimits
 from storage.tables import ApiKeyRow, UploadRow
+from workers.clockwork import Chore
 
 
 def test_pieces_become_the_adapter_that_one_body_would(server: Any, adapter_files: Any, small_segments: None) -> None:
@@ -98,7 +101,6 @@ def test_what_came_before_the_connection_broke_is_kept(
     server: Any,
     adapter_files: Any,
     monkeypatch: pytest.MonkeyPatch,
-    wait_for: Callable[[Callable[[], Any]], Any],
 ) -> None:
     monkeypatch.setattr(upload_segments, "BATCH_BYTES", 100)
     pieces = Pieces(server.client, archive(adapter_files()))
@@ -266,6 +268,12 @@ def test_uploads_belong_to_their_key_and_count_against_it(key_of: Any, adapter_f
     assert counted(server, reader) == 0
 
 
+def expiry(server: Any) -> Chore:
+    """The chore that forgets uploads."""
+    services = server.services
+    return {chore.name: chore for chore in chores(services.settings, services.database, services.blobs)}["uploads"]
+
+
 @pytest.mark.parametrize("how", ["cancelled", "failed", "expired"])
 def test_what_is_given_up_counts_no_longer_and_leaves_nothing(key_of: Any, adapter_files: Any, how: str) -> None:
     content = archive(adapter_files())
@@ -282,12 +290,36 @@ def test_what_is_given_up_counts_no_longer_and_leaves_nothing(key_of: Any, adapt
         with server.services.database.write() as session:
             session.execute(update(UploadRow).values(expires_at=clock.now(session) - timedelta(seconds=1)))
         assert pieces.send(2000, 2010).status_code == 404
-        services = server.services
-        by_name = {chore.name: chore for chore in chores(services.settings, services.database, services.blobs)}
-        by_name["uploads"].run()
+        expiry(server).run()
     assert (counted(server, key), server.blob_count()) == (0, 0)
     status = server.client.head(pieces.path, headers=headers).status_code
     assert status == (204 if how == "failed" else 404)
+
+
+@pytest.mark.parametrize("away", [False, True])
+def test_a_blob_that_can_not_be_removed_spoils_no_others(
+    server: Any, monkeypatch: pytest.MonkeyPatch, away: bool
+) -> None:
+    """It is left to the sweep and reported; a store that is away is not asked for every one."""
+    for number in range(7):
+        pieces = Pieces(server.client, bytes([number]) * 2000)
+        pieces.begin()
+        pieces.send(0, 1000)
+    with server.services.database.write() as session:
+        session.execute(update(UploadRow).values(expires_at=clock.now(session) - timedelta(seconds=1)))
+    delete, asked = server.services.blobs.delete, []
+
+    def fail(sha256: str) -> None:
+        asked.append(sha256)
+        if away or len(asked) == 1:
+            raise BlobStoreUnavailable(f"no answer for {sha256}")
+        delete(sha256)
+
+    monkeypatch.setattr(server.services.blobs, "delete", fail)
+    with pytest.raises(BlobStoreUnavailable, match="no answer"):
+        expiry(server).run()
+    assert server.client.get("/uploads").json()["items"] == []
+    assert (len(asked), server.blob_count()) == ((5, 7) if away else (7, 1))
 
 
 def test_a_completion_locks_blobs_before_the_key(key_of: Any, adapter_files: Any) -> None:
@@ -341,7 +373,7 @@ def test_too_many_are_refused(server: Any, adapter_files: Any, monkeypatch: pyte
 
 
 @pytest.mark.slow
-def test_a_killed_server_keeps_what_it_has_acknowledged(tmp_path: Path, wait_for: Any) -> None:
+def test_a_killed_server_keeps_what_it_has_acknowledged(tmp_path: Path) -> None:
     values = np.random.default_rng(0).standard_normal((64, 80_000), dtype=np.float32)
     tensors = {"base_model.model.x.q_proj.lora_A.weight": values, "base_model.model.x.q_proj.lora_B.weight": values.T}
     config = '{"peft_type": "LORA", "r": 64, "lora_alpha": 64, "target_modules": ["q_proj"]}'

@@ -2,11 +2,11 @@ from __future__ import annotations
 
 import http.server
 import threading
-import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
+from patience import wait_for
 from standardwebhooks import Webhook
 
 from storage import keys
@@ -175,14 +175,6 @@ def receiver() -> Iterator[Receiver]:
     made.shutdown()
     made.server_close()
     thread.join(DEADLINE)
-
-
-def wait_for(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + DEADLINE
-    pause = threading.Event()
-    while not condition():
-        assert time.monotonic() < deadline, "it did not happen in time"
-        pause.wait(0.02)
 
 
 def test_the_end_of_a_job_reaches_its_receiver(
