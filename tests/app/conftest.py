@@ -27,6 +27,7 @@ from storage.tables import AdapterRow, IdempotencyRow, JobEventRow, JobRow, Mode
 
 sys.path.insert(0, str(Path(__file__).parent))
 
+from schedule_calls import schedule  # noqa: F401
 from training_server import training  # noqa: F401
 from upload_pieces import small_segments  # noqa: F401
 
