@@ -14,6 +14,7 @@ from typing import Any, Literal
 from artifacts.content import combine_digests, file_sha256, tensor_digests
 from artifacts.errors import FileBroken, FormatUnknown, ShapeMismatch
 from artifacts.manifest import LoraModule
+from artifacts.public_names import is_path
 from artifacts.quantised_base import packed_layers, quantisation_of
 from artifacts.safetensors_header import BASE_DTYPE_BYTES, MAX_BASE_HEADER_BYTES, TensorInfo, read_header
 
@@ -227,13 +228,9 @@ def _names_differ(first: str, second: str) -> bool:
         return False
     if _is_hub_name(first) and _is_hub_name(second):
         return True
-    if _is_path(first) or _is_path(second) or "unknown" in (first, second):
+    if is_path(first) or is_path(second) or "unknown" in (first, second):
         return False
     return first.rsplit("/", 1)[-1].casefold() != second.rsplit("/", 1)[-1].casefold()
-
-
-def _is_path(name: str) -> bool:
-    return name.startswith(("/", ".", "~")) or "\\" in name or name.count("/") > 1
 
 
 def _pipeline_class(path: Path) -> str:

@@ -17,11 +17,12 @@ from torch import Tensor
 
 from artifacts.adapter import TORCH_DTYPES, Adapter
 from artifacts.export import ExportedModule, PeftWriter, lora_config
+from artifacts.public_names import public_name
 from merge.catalog import find_method
 from merge.memory import keep_freed_memory
 from merge.norms import adapter_factors, module_factors
 from merge.options import MergeOptions
-from merge.plan import MergeInput, MergePlan, PlannedModule, may_share_rank, plan_merge
+from merge.plan import UNKNOWN_BASE, MergeInput, MergePlan, PlannedModule, may_share_rank, plan_merge
 from merge.reload import Probe, check_reload
 from merge.report import MergeReport, ModuleReport, measure_module
 from merge.result import MergedModule
@@ -196,10 +197,12 @@ class MergeRun:
 
     def _config(self) -> dict[str, Any]:
         configs = [adapter.config for adapter in self.adapters.values()]
+        known = self.inputs[next(iter(self.adapters))].base.name
         return lora_config(
             rank=self.plan.output_rank,
             target_modules=self._target_modules(),
-            base_model=configs[0].base_model,
+            base_model=public_name(configs[0].base_model, None if known == UNKNOWN_BASE else known)
+            or configs[0].base_model,
             revision=configs[0].revision,
             task_type=configs[0].task_type,
             fan_in_fan_out=any(config.fan_in_fan_out for config in configs),

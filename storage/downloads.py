@@ -18,6 +18,7 @@ from artifacts.errors import BlobMissing, FieldError, RequestInvalid
 from artifacts.formats.gguf import BASE_CONFIG
 from artifacts.layout import CONFIG_NAME, METADATA_KEY, WEIGHTS_NAME
 from artifacts.manifest import PEFT_FORMATS
+from artifacts.public_names import public_config, public_metadata
 from artifacts.rank_cut import config_text, rank_cut
 from artifacts.safetensors_header import MAX_HEADER_BYTES, SafetensorsHeader, packed_header, parse_header
 from artifacts.served_ranks import check_rank
@@ -66,9 +67,13 @@ def peft_download(blobs: BlobStore, crc32: Crc32Cache, row: AdapterRow) -> Downl
     """
     check_blobs(blobs, row.files)
     weights = weights_of(row)
+    config = config_of(row)
     if any(file.path == CONFIG_NAME for file in row.files):
         entries = [
-            blob_entry(file.path, file.sha256, file.size, crc32.get(file.sha256)) for file in directory_files(row)
+            blob_entry(file.path, file.sha256, file.size, crc32.get(file.sha256))
+            if file.path != CONFIG_NAME or config is row.config
+            else bytes_entry(CONFIG_NAME, config_text(config))
+            for file in directory_files(row)
         ]
     else:
         if not _is_one_component(row.config):
@@ -78,7 +83,7 @@ def peft_download(blobs: BlobStore, crc32: Crc32Cache, row: AdapterRow) -> Downl
                 errors=[FieldError("/query/format", "must be safetensors for this adapter")],
             )
         entries = [
-            bytes_entry(CONFIG_NAME, config_text(row.config)),
+            bytes_entry(CONFIG_NAME, config_text(config)),
             blob_entry(WEIGHTS_NAME, weights.sha256, weights.size, crc32.get(weights.sha256)),
         ]
     return zipped(entries, file_stem(row))
@@ -86,7 +91,7 @@ def peft_download(blobs: BlobStore, crc32: Crc32Cache, row: AdapterRow) -> Downl
 
 def safetensors_download(blobs: BlobStore, row: AdapterRow) -> Download:
     """One safetensors file with the configuration in its metadata; the stored file itself if it is one, or if it is in
-    a format of its own.
+    a format of its own, unless the configuration in it names a folder as its base model.
 
     Raises:
         BlobMissing: the store has lost the file.
@@ -96,15 +101,18 @@ def safetensors_download(blobs: BlobStore, row: AdapterRow) -> Download:
     check_blobs(blobs, [weights])
     header, raw = stored_header(blobs, weights)
     file_name = f"{file_stem(row)}.safetensors"
-    if METADATA_KEY in header.metadata or row.format not in PEFT_FORMATS:
+    metadata = public_metadata(header.metadata, row.base_model)
+    if METADATA_KEY not in metadata and row.format in PEFT_FORMATS:
+        metadata = {
+            **metadata,
+            "format": metadata.get("format", "pt"),
+            METADATA_KEY: json.dumps(config_of(row), sort_keys=True),
+        }
+    if metadata is header.metadata:
         whole = BlobSlice(weights.sha256, 0, weights.size)
         return Download((whole,), f'"{weights.sha256}"', SAFETENSORS_TYPE, file_name)
     document: dict[str, Any] = json.loads(raw)
-    document["__metadata__"] = {
-        **header.metadata,
-        "format": header.metadata.get("format", "pt"),
-        METADATA_KEY: json.dumps(row.config, sort_keys=True),
-    }
+    document["__metadata__"] = dict(metadata)
     segments = (packed_header(document), BlobSlice(weights.sha256, header.data_start, weights.size))
     return Download(segments, etag_of("safetensors", segments), SAFETENSORS_TYPE, file_name)
 
@@ -122,7 +130,7 @@ def cut_download(blobs: BlobStore, crc32: Crc32Cache, row: AdapterRow, rank: int
     weights = weights_of(row)
     check_blobs(blobs, row.files)
     header, _ = stored_header(blobs, weights)
-    cut = rank_cut(header, row.config, manifest.modules, nested, rank, with_config=layout == "safetensors")
+    cut = rank_cut(header, config_of(row), manifest.modules, nested, rank, with_config=layout == "safetensors")
     content = (cut.head, BlobPieces(weights.sha256, cut.pieces))
     etag, name = etag_of("safetensors", content), f"{file_stem(row)}-rank-{rank}"
     if layout == "safetensors":
@@ -146,6 +154,11 @@ def zipped(entries: list[ZipEntry], name: str) -> Download:
     ordered = sorted(entries, key=lambda entry: entry.name)
     segments = lay_out_zip(ordered)
     return Download(segments, etag_of("zip", segments), ZIP_TYPE, f"{name}.zip", members=tuple(ordered))
+
+
+def config_of(row: AdapterRow) -> Mapping[str, Any]:
+    """The adapter's configuration as it is handed out; the stored one, unless that names a folder as its base model."""
+    return public_config(row.config, row.base_model)
 
 
 def stored_header(blobs: BlobStore, weights: AdapterFileRow) -> tuple[SafetensorsHeader, bytes]:

@@ -11,7 +11,7 @@ import math
 import struct
 import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NoReturn
 
 from artifacts.errors import FieldError, RequestInvalid
@@ -22,6 +22,7 @@ from artifacts.formats.writing import Plan, check_cost, refuse, subject_of
 from artifacts.gguf_file import gguf_head, padding
 from artifacts.layout import CONFIG_NAME, LINEAGE_KEY, METADATA_KEY, WEIGHTS_NAME
 from artifacts.manifest import PEFT_FORMATS
+from artifacts.public_names import public_name
 from artifacts.rank_cut import config_text
 from artifacts.safetensors_header import DTYPE_BYTES, TensorInfo, packed_header
 from storage.adapters import manifest_of
@@ -33,6 +34,7 @@ from storage.downloads import (
     DownloadDtype,
     DownloadFormat,
     check_blobs,
+    config_of,
     directory_files,
     etag_of,
     file_stem,
@@ -66,7 +68,8 @@ class _Source:
 
     def __init__(self, blobs: BlobStore, row: AdapterRow) -> None:
         self.row = row
-        self.manifest = manifest_of(row)
+        stored = manifest_of(row)
+        self.manifest = replace(stored, base_model=public_name(stored.base_model), config=config_of(row))
         self.sha256 = weights_of(row).sha256
         self.header, _ = stored_header(blobs, weights_of(row))
 
@@ -260,9 +263,9 @@ def _recast(blobs: BlobStore, measures: Measures, source: _Source, wish: Wish) -
         error, lost = measures.get(key, lambda: rounding_error(tensors, source.reader(blobs), dtype))
         if lost:
             _overflow(lost, dtype)
-        return _Written(entries, segments, row.config, _marks(source), error, "tensors")
+        return _Written(entries, segments, config_of(row), _marks(source), error, "tensors")
     error = _error(blobs, measures, source, plan, dtype)
-    return _Written(entries, segments, row.config, _marks(source), error)
+    return _Written(entries, segments, config_of(row), _marks(source), error)
 
 
 def _marks(source: _Source) -> Mapping[str, str]:

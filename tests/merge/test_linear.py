@@ -4,11 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+
+from artifacts.adapter import Adapter
+from artifacts.base_model import BaseModelRef
+from merge.catalog import parse_parameters
+from merge.engine import merge_files, shared_rank
+from merge.methods import linear
 
 PATH = "layers.0.proj"
 Write = Callable[..., Path]
@@ -120,3 +127,31 @@ def test_scaled_deltas_of_a_shared_lora_a_are_still_exact(write_adapter: Write, 
     _, report = merge(sources, "linear", norm_equalize="adapter")
     assert report.rank == 9
     assert report.totals()["relative_error"] < 1e-6
+
+
+def test_the_sign_of_a_scaling_does_not_matter_to_a_shared_lora_a(stack_of: Any) -> None:
+    """Files with an alpha of their own for every module may have a negative one; its sign is folded into lora_B."""
+    A, B, other = factors(1)[0], factors(2)[1], factors(3)[1]
+    scalings = (2.0, -2.0)
+    merged = linear.merge(stack_of([(A, B, 2.0), (A, other, -2.0)]), parse_parameters("linear", {}), 3)
+    assert merged.A.shape == A.shape
+    torch.testing.assert_close(merged.B @ merged.A, 2.0 * (B - other) @ A, rtol=1e-5, atol=1e-5)
+    module = SimpleNamespace(path=PATH, rank=3)
+    plan: Any = SimpleNamespace(modules=[SimpleNamespace(owners=[(0, module), (1, module)])])
+    adapters: Any = {
+        number: SimpleNamespace(factors=lambda _, s=s: SimpleNamespace(A=A, scaling=s))
+        for number, s in enumerate(scalings)
+    }
+    assert shared_rank(plan, adapters) == 3
+
+
+@pytest.mark.parametrize(
+    ("known", "named"), [("acme/tiny", "acme/tiny"), ("/mnt/tiny", "/srv/models/tiny"), ("unknown", "/srv/models/tiny")]
+)
+def test_the_merged_adapter_calls_its_base_by_the_best_name_that_is_known(
+    write_adapter: Write, as_input: Any, tmp_path: Path, known: str, named: str
+) -> None:
+    sources = [write_adapter(f"a{i}", {PATH: factors(i)}, base_model_name_or_path="/srv/models/tiny") for i in (0, 1)]
+    inputs = [as_input(source, base=BaseModelRef.named(known)) for source in sources]
+    merge_files(inputs, "linear", parse_parameters("linear", {}), tmp_path / "out")
+    assert Adapter.open(tmp_path / "out").config.base_model == named

@@ -15,7 +15,7 @@ from workers import hub_push, oci_push
 from workers.context import JobContext, JobOutcome
 from workers.hub_push import HubTarget
 from workers.oci_layout import manifest_of
-from workers.pushed_files import PushedFile, Tell, card_of, write_files
+from workers.pushed_files import PushedFile, Tell, write_files
 from workers.watched_work import watched
 from workers.written_adapters import downloads_of
 
@@ -42,8 +42,9 @@ def run(context: JobContext) -> JobOutcome:
         download = downloads_of(context).of(row, Wish(layout, params.get("dtype"), params.get("rank")))
     files = write_files(
         context.blobs,
+        row,
         download,
-        card_of(row, layout),
+        layout,
         context.scratch / "pushed",
         _teller(context, 0.0, WRITTEN, "writing the adapter"),
     )

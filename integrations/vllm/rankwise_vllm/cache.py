@@ -139,7 +139,8 @@ def _extract(
         digest, size = _copy(source, target, limit)
         target.flush()
         os.fsync(target.fileno())
-    if known is not None and digest != known.sha256:
+    # A configuration that names a folder as its base model is handed out with another name.
+    if known is not None and name != CONFIG and digest != known.sha256:
         raise CacheError(f"{name} came with the SHA-256 {digest}, not {known.sha256}")
     return size
 

@@ -7,15 +7,20 @@ import json
 import os
 import threading
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import boto3
 import pytest
+import torch
 from huggingface_hub import close_session, constants
 from remote_servers import COMMIT, FakeHub
+from safetensors.torch import load, load_file, save_file
 
+from artifacts import intake
 from artifacts.errors import AttemptCancelled, FileBroken, RemoteUnavailable, RequestInvalid
 from storage import adapters
+from storage.blobs import BlobStore
 from storage.buckets import Bucket
 from workers.pushed_files import card_of
 from workers.remotes import Remotes
@@ -220,3 +225,30 @@ def test_an_oci_layout_has_every_file_as_a_layer_and_keeps_other_tags(
         push(remotes, adapter=first, oci={"s3": {"bucket": s3_bucket, "prefix": "elsewhere"}})
     assert caught.value.errors[0].pointer == "/oci/s3"
     client.close()
+
+
+def test_no_pushed_file_names_a_folder_of_a_machine(
+    pool: Any, hub: FakeHub, push: Any, write_adapter: Any, tmp_path: Path
+) -> None:
+    folder = "/srv/models/base"
+    directory = write_adapter(tmp_path / "mine", 1, base_model=folder)
+    config, weights = directory / "adapter_config.json", directory / "adapter_model.safetensors"
+    metadata = {"format": "pt", "lora_adapter_metadata": config.read_text()}
+    save_file(load_file(weights), weights, metadata=metadata)
+    (directory / "README.md").write_text(
+        f"---\nbase_model: {folder}\ntags:\n- base_model:adapter:{folder}\n---\nmine\n"
+    )
+    blobs, manifest = BlobStore(pool.settings().blob_url), intake.inspect(directory)
+    for entry in manifest.files:
+        blobs.put_file(directory / entry.path, entry.sha256)
+    with pool.database.write() as session:
+        row, _ = adapters.add_adapter(session, manifest, name="mine", base_model="acme/base")
+    report = push(remotes_of(hub), adapter=row.id, hub=REPO)
+    files = hub.commits["acme/mine", "main"]
+    assert all(folder.encode() not in data for data in files.values())
+    assert json.loads(files["adapter_config.json"])["base_model_name_or_path"] == "acme/base"
+    assert b"base_model: acme/base\n" in files["README.md"]
+    sent = {file["path"]: (file["sha256"], file["size"]) for file in report["files"]}
+    assert sent == {path: (hashlib.sha256(data).hexdigest(), len(data)) for path, data in files.items()}
+    renamed = load(files["adapter_model.safetensors"])
+    assert all(torch.equal(renamed[name], value) for name, value in load_file(weights).items())
