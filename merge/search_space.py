@@ -295,7 +295,8 @@ def _number_kind(options: type[MergeOptions], field: str) -> str | None:
 
 
 def _refused(pointer: str, problem: str) -> RequestInvalid:
-    return RequestInvalid(f"{pointer}: {problem}.", errors=[FieldError(pointer, problem)])
+    name = pointer.rpartition("/")[2]
+    return RequestInvalid(f"{name}: {problem}.", errors=[FieldError(pointer, problem)])
 
 
 def _first(error: ValueError) -> str:

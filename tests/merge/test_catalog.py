@@ -10,7 +10,9 @@ from typing import Any
 import pytest
 
 from artifacts.errors import RequestInvalid
-from merge.catalog import METHODS, find_method, parse_parameters
+from merge import catalog
+from merge.catalog import METHODS, Capabilities, MergeMethod, find_method, parse_parameters
+from merge.peer_options import KnotsOptions, SlerpOptions
 
 
 @pytest.mark.parametrize(
@@ -92,3 +94,25 @@ def test_each_row_is_whole(name: str) -> None:
     assert row.arxiv is None or row.reference_url == f"https://arxiv.org/abs/{row.arxiv}"
     assert {type(row.capabilities.negative_weights), type(row.capabilities.exact_sum)} == {bool}
     assert parse_parameters(name, {}).scale == 1
+
+
+def test_a_row_is_made_of_its_address_and_its_source() -> None:
+    paper = catalog._peer("knots:merge", "KnOTS", "One SVD.", KnotsOptions, "2410.19735")
+    assert paper == MergeMethod(
+        name="knots",
+        title="KnOTS",
+        summary="One SVD.",
+        options=KnotsOptions,
+        implementation="merge.methods.knots:merge",
+        arxiv="2410.19735",
+        reference_url="https://arxiv.org/abs/2410.19735",
+        capabilities=Capabilities(negative_weights=True, lora_bias=False, exact_sum=False, only_adapters=None),
+    )
+    assert (paper.family, paper.page) == ("knots", "knots.md")
+    page = "https://example.org/a:b"
+    other = catalog._peer(
+        "coefficients:slerp", "S", "T.", SlerpOptions, page, negative_weights=False, only_adapters=2
+    )
+    assert (other.name, other.arxiv, other.reference_url) == ("slerp", None, page)
+    assert other.capabilities == Capabilities(False, False, False, 2)
+    assert (other.family, other.page) == ("coefficients", "coefficients.md#slerp")

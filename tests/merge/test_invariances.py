@@ -42,6 +42,12 @@ IDENTITY: list[tuple[str, dict[str, Any]]] = [
 ]
 """What returns a single adapter unchanged when nothing is trimmed or dropped."""
 
+IN_COMPONENTS = {
+    "lego", "cat", "svd", "linear", "core_space", "tsv_m", "iso_c", "iso_cts", "pico", "ctm", "slerp", "karcher",
+    "model_stock", "linear_factor",
+}  # fmt: skip
+"""Methods whose result has coordinates in the components of the adapters, by which the report measures it."""
+
 OWN_RANK = {"lego", "ctm", "iso_c", "iso_cts"}
 """Where the rank is more than a truncation, or all singular values are one, so that no truncation is the best."""
 
@@ -127,14 +133,58 @@ def test_a_rank_truncates_what_there_would_be(name: str, stack_of: Any, random_a
     assert close(run_method(name, stack, rank=3), (U[:, :3] * S[:3]) @ Vh[:3])
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_coordinates_are_those_of_the_factors(name: str, stack_of: Any, random_adapters: Any) -> None:
-    """The report measures by them."""
-    stack = stack_of(random_adapters([3, 5]))
-    merged = METHODS[name].load()(stack, parse_parameters(name, {}), 8)
-    if merged.coordinates is not None:
-        by_them = merged.stack.B.double() @ merged.coordinates @ merged.stack.A.double()
-        assert close(merged.B.double() @ merged.A.double(), by_them)
+@pytest.mark.parametrize("signs", ["plus", "of scalings", "of weights", "of both"])
+@pytest.mark.parametrize("name", sorted(IN_COMPONENTS))
+def test_coordinates_are_those_of_the_factors(name: str, signs: str, stack_of: Any, random_adapters: Any) -> None:
+    (A, B, s), other = random_adapters([3, 5])
+    turned = signs in ("of weights", "of both") and METHODS[name].capabilities.negative_weights
+    weights = [1.0, -0.5 if turned else 0.5]
+    stack = stack_of([(A, B, -s if signs in ("of scalings", "of both") else s), other], weights)
+    merged = METHODS[name].load()(stack, parse_parameters(name, {"scale": 1.5}), 8)
+    assert merged.coordinates is not None
+    by_them = merged.stack.B.double() @ merged.coordinates @ merged.stack.A.double()
+    assert close(merged.B.double() @ merged.A.double(), by_them)
+
+
+@pytest.mark.parametrize("election", ["total", "frequency"])
+@pytest.mark.parametrize(
+    ("dropping", "other"),
+    [
+        (("dare_linear", {}), ("linear_factor", {})),
+        (("dare_ties", {}), ("ties", {})),
+        (("dare_linear_svd", {}), ("linear", {})),
+        (("dare_ties_svd", {}), ("ties_svd", {})),
+        (("magnitude_prune", {}), ("linear_factor", {})),
+        (("magnitude_prune_svd", {}), ("linear", {})),
+        (("core_space", {"rule": "dare"}), ("core_space", {"rule": "sum"})),
+        (("core_space", {"rule": "ties"}), ("core_space", {"rule": "ties"})),
+        (("knots", {"rule": "dare"}), ("knots", {"rule": "sum"})),
+        (("knots", {"rule": "ties"}), ("knots", {"rule": "ties"})),
+    ],
+    ids=lambda item: " ".join([item[0], *item[1].values()]),
+)
+def test_nothing_is_dropped_at_density_1(
+    dropping: tuple[str, dict[str, Any]],
+    other: tuple[str, dict[str, Any]],
+    election: str,
+    stack_of: Any,
+    random_adapters: Any,
+    run_method: Any,
+) -> None:
+    """And where signs are elected, the two elections differ."""
+    stack = stack_of(random_adapters([3, 5, 4]), [1.0, 0.5, 2.0])
+
+    def run(method: tuple[str, dict[str, Any]], **more: Any) -> torch.Tensor:
+        fields = METHODS[method[0]].options.model_fields
+        return run_method(method[0], stack, **method[1], **{key: more[key] for key in more if key in fields})
+
+    whole = run(dropping, density=1.0, majority_sign_method=election)
+    assert close(whole, run(other, density=1.0, majority_sign_method=election))
+    if "ties" in str(dropping):
+        away = {"total": "frequency", "frequency": "total"}[election]
+        assert not close(whole, run(dropping, density=1.0, majority_sign_method=away), 1e-3)
+    elif dropping[0] != "linear":
+        assert not close(whole, run(dropping, density=0.5), 1e-2)
 
 
 @settings(max_examples=15, derandomize=True, deadline=None)

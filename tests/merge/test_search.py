@@ -16,7 +16,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from artifacts.errors import RequestInvalid
+from artifacts.errors import FieldError, RequestInvalid
 from merge.catalog import parse_parameters
 from merge.comparison import Candidate, StackShelf, compare_files
 from merge.engine import merge_files
@@ -210,6 +210,104 @@ def test_what_can_not_be_searched_is_refused_where_it_stands(name: str) -> None:
     with pytest.raises(RequestInvalid) as caught:
         space_of(body)
     assert [item.pointer for item in caught.value.errors] == [pointer]
+
+
+SAID: dict[str, tuple[dict[str, Any], str]] = {
+    "parameter": (REFUSED["range of an unknown parameter"][0], "colour: method 'svd' has no parameter 'colour'."),
+    "order": (REFUSED["low above high"][0], "density: low must be below high."),
+    "part": (REFUSED["fraction of a whole number"][0], "n_init: is a whole number: low and high must be too."),
+    "words": (REFUSED["range of words"][0], "rule: is no number: name the choices, as {choices: […]}."),
+    "nothing": (REFUSED["no choices"][0], "rule: choices is a list of 1 to 64 values, and stands alone."),
+    "twice": (REFUSED["a parameter under both its names"][0], "rank: rank is given twice."),
+    "three": (
+        REFUSED["three ranges for two adapters"][0],
+        "weights: one range for all adapters, or one for each of the 2; not 3.",
+    ),
+    "half a range": (
+        {"methods": [{"method": "sce", "parameters": {"density": {"low": 0.5}}}]},
+        "density: high: Field required.",
+    ),
+    "a word for a number": (
+        {"methods": [{"method": "sce", "parameters": {"density": {"low": "a", "high": 1.0}}}]},
+        "density: low: Input should be a valid number.",
+    ),
+    "choices and more": (
+        {"methods": [{"method": "sce", "parameters": {"density": {"choices": [0.5], "log": True}}}]},
+        "density: choices is a list of 1 to 64 values, and stands alone.",
+    ),
+    "choices that are no list": (
+        {"methods": [{"method": "sce", "parameters": {"density": {"choices": "0.5"}}}]},
+        "density: choices is a list of 1 to 64 values, and stands alone.",
+    ),
+    "65 choices": (
+        {"methods": [{"method": "lego", "parameters": {"seed": {"choices": list(range(65))}}}]},
+        "seed: choices is a list of 1 to 64 values, and stands alone.",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SAID)
+def test_the_sentence_names_the_parameter_and_what_is_wrong(name: str) -> None:
+    body, sentence = SAID[name]
+    with pytest.raises(RequestInvalid) as caught:
+        space_of(body)
+    assert caught.value.detail == sentence
+    (finding,) = caught.value.errors
+    assert sentence.endswith(f": {finding.message}.")
+
+
+def test_as_many_choices_as_there_may_be() -> None:
+    space = space_of({"methods": [{"method": "lego", "parameters": {"seed": {"choices": list(range(64))}}}]})
+    assert space.size == 64
+
+
+LOCATED: dict[str, tuple[int, str, str]] = {
+    "a method's own parameter": (1, "/parameters/density", "/parameters/methods/1/parameters/density"),
+    "all parameters": (1, "/parameters", "/parameters/methods/1/parameters"),
+    "a name that begins alike": (1, "/parameters_of", "/parameters_of"),
+    "the shared ranks": (0, "/parameters/rank", "/parameters/ranks"),
+    "a rank of its own": (2, "/parameters/rank", "/parameters/methods/2/parameters/k"),
+    "a range of weights": (0, "/adapters/0/weight", "/parameters/weights"),
+    "a weight of the request": (0, "/adapters/1/weight", "/adapters/1/weight"),
+    "what only ends so": (0, "/more/adapters/0/weight", "/more/adapters/0/weight"),
+    "what goes on": (0, "/adapters/0/weight/low", "/adapters/0/weight/low"),
+    "an adapter": (0, "/adapters/0/id", "/adapters/0/id"),
+}
+
+
+@pytest.mark.parametrize("name", LOCATED)
+def test_what_is_wrong_with_a_merge_is_told_where_the_search_was_asked_for_it(name: str) -> None:
+    method, pointer, expected = LOCATED[name]
+    own = {"method": "lego", "parameters": {"k": {"low": 2, "high": 6}}}
+    space = space_of({**BODY, "methods": [*BODY["methods"][:2], own]})
+    with pytest.raises(RequestInvalid) as caught, space.located(method):
+        raise RequestInvalid("wrong", errors=[FieldError(pointer, "why")])
+    assert caught.value.errors == (FieldError(expected, "why"),)
+
+
+def test_the_merge_that_fails_if_any_does_has_the_largest_rank_and_the_least_weights() -> None:
+    rank = {"choices": ["r", 2, 9, 5]}
+    space = space_of(
+        {
+            "methods": [{"method": "svd", "parameters": {"rank": rank}}, {"method": "tsv_m"}],
+            "ranks": [3, 7, "2r"],
+            "weights": [{"low": -0.5, "high": 2.0}, {"low": 0.0, "high": 3.0}, {"low": 0.5, "high": 4.0}, None],
+        },
+        (1.0, 1.0, 1.0, -2.0),
+    )
+    found = [space.proposal(space.extreme(method)) for method in (0, 1)]
+    assert [item.parameters["rank"] for item in found] == [9, 7]
+    assert {item.weights for item in found} == {(-0.5, 3.0, 4.0, -2.0)}
+    words = space_of({"methods": [{"method": "svd", "parameters": {"rank": {"choices": ["2r", "r"]}}}]})
+    assert words.proposal(words.extreme(0)).parameters == {"rank": "2r"}
+
+
+def test_one_range_of_weights_is_for_all_adapters() -> None:
+    one = space_of({"methods": [{"method": "cat"}], "weights": [{"low": 0.5, "high": 8.0, "log": True}]}, (1.0, 9.0))
+    assert one.weights == tuple(Dimension(f"weight {at}", 0.5, 8.0, log=True) for at in (0, 1))
+    assert one.plain(0) == {"method": 0, "weight 0": 1.0, "weight 1": 8.0}
+    assert [item.name for item in one.active(0)] == ["weight 0", "weight 1"]
+    assert one.size == math.inf
 
 
 def test_a_range_of_ranks_may_have_its_other_name_and_is_planned_at_its_end() -> None:
