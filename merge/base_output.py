@@ -168,8 +168,6 @@ class _Plan:
         tied = layout.tied
         touched = changed.keys() & (tied.keys() | set(tied.values()))
         untied = dict(tied) if touched else {}
-        if any(name.partition(".")[2] == source for name, source in untied.items()):
-            offenders.append(FieldError("lm_head", "its embedding is tied, in files of a model without a head"))
         if offenders:
             raise MergeRefused(
                 f"{len(offenders)} modules can not be merged into {layout.folder.name}: "

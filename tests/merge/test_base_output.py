@@ -16,16 +16,21 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
+    LlamaForSequenceClassification,
+    ProphetNetConfig,
+    ProphetNetModel,
     ViTConfig,
     ViTForImageClassification,
 )
 
+from artifacts.adapter import Adapter
 from artifacts.base_model import inspect_base
-from artifacts.errors import AttemptCancelled, MergeRefused, ShapeMismatch
+from artifacts.errors import AttemptCancelled, FieldError, MergeRefused, ShapeMismatch
 from merge.base_output import MAX_ROUNDING, fold_into_base
 
 TOLERANCE = 1e-5
@@ -193,13 +198,18 @@ def test_rounding_is_measured_and_too_much_of_it_refused(saved: Any, tmp_path: P
     save_file(small, weights)
     with pytest.raises(MergeRefused, match="Rounding") as refused:
         fold_into_base(base, adapter, tmp_path / "small")
-    assert refused.value.errors[0].pointer == "/dtype"
+    lost = refused.value.errors[0].message.removeprefix("loses ").removesuffix(" of the change by rounding")
+    assert list(refused.value.errors) == [FieldError("/dtype", f"loses {lost} of the change by rounding")]
+    assert refused.value.detail == (
+        f"Rounding to the base model's precision would lose {lost} of the size of the change (at most 20%)."
+    )
     forced = fold_into_base(base, adapter, tmp_path / "forced", force=True)
     wide = fold_into_base(base, adapter, tmp_path / "wide", dtype="float32")
     assert report.rounding is not None
     assert forced.rounding is not None
     assert wide.rounding is not None
     assert report.rounding < 0.2 < forced.rounding
+    assert lost == f"{forced.rounding:.0%}"
     assert wide.rounding < 1e-4
     # the reported figure, computed densely
     name = "model.layers.0.self_attn.q_proj"
@@ -241,6 +251,134 @@ def test_what_does_not_fit_is_refused_by_name(saved: Any, tmp_path: Path) -> Non
         with pytest.raises(MergeRefused, match=words):
             fold_into_base(few, adapter, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_doubles_stay_doubles(saved: Any, tmp_path: Path) -> None:
+    base, adapter, _ = saved(llama().double(), target_modules=["q_proj"])
+    report = fold_into_base(base, adapter, tmp_path / "deep" / "out")
+    old, new = (load_file(folder / "model.safetensors") for folder in (base, tmp_path / "deep" / "out"))
+    assert {tensor.dtype for tensor in new.values()} == {torch.float64}
+    factors = Adapter.open(adapter)["model.layers.0.self_attn.q_proj"]
+    delta = ((factors.B.float() * factors.scaling) @ factors.A.float()).double()
+    name = "model.layers.0.self_attn.q_proj.weight"
+    assert torch.equal(new[name], old[name] + delta)
+    assert report.rounding == 0.0
+    assert [module.path for module in report.modules] == [f"model.layers.{at}.self_attn.q_proj" for at in (0, 1)]
+
+
+def test_a_layer_of_a_single_row(saved: Any, tmp_path: Path) -> None:
+    config = llama().config
+    config.num_labels = 1
+    base, adapter, logits = saved(LlamaForSequenceClassification(config), target_modules=["score", "v_proj"])
+    report = fold_into_base(base, adapter, tmp_path / "out")
+    assert_same(tmp_path / "out", logits, kind=AutoModelForSequenceClassification)
+    rows = load_file(tmp_path / "out" / "model.safetensors")["score.weight"]
+    assert rows.shape == (1, 16)
+    assert report.modules[-1].path == "score"
+
+
+def test_files_of_a_bare_model_whose_head_was_its_embedding(saved: Any, tmp_path: Path) -> None:
+    base, adapter, logits = saved(llama(tie_word_embeddings=True), target_modules=["embed_tokens", "v_proj"])
+    weights = base / "model.safetensors"
+    bare = {name.removeprefix("model."): tensor for name, tensor in load_file(weights).items()}
+    save_file(bare, weights, metadata={"format": "pt"})
+    report = fold_into_base(base, adapter, tmp_path / "out")
+    assert report.untied == ("lm_head.weight",)
+    assert load_file(tmp_path / "out" / "model.safetensors").keys() == bare.keys() | {"lm_head.weight"}
+    assert_same(tmp_path / "out", logits)
+
+
+def test_two_embeddings_that_were_one(saved: Any, tmp_path: Path) -> None:
+    """Each of them has factors of its own, and none of them is a head."""
+    sides = {"hidden_size": 16, "encoder_ffn_dim": 16, "decoder_ffn_dim": 16, "vocab_size": 40}
+    heads = {"num_encoder_attention_heads": 2, "num_decoder_attention_heads": 2}
+    config = ProphetNetConfig(
+        **sides,
+        **heads,
+        num_encoder_layers=1,
+        num_decoder_layers=1,
+        max_position_embeddings=32,
+        tie_word_embeddings=True,
+    )
+    base, adapter = tmp_path / "base", tmp_path / "adapter"
+    model = ProphetNetModel(config)
+    model.save_pretrained(base)
+    wrapped = get_peft_model(model, LoraConfig(r=3, init_lora_weights=False, target_modules=["word_embeddings"]))
+    wrapped.save_pretrained(adapter)
+    report = fold_into_base(base, adapter, tmp_path / "out")
+    assert report.untied == ("decoder.word_embeddings.weight", "encoder.word_embeddings.weight")
+    with torch.no_grad():
+        plain, expected, found = (
+            found.eval()(input_ids=IDS, decoder_input_ids=IDS).last_hidden_state
+            for found in (
+                ProphetNetModel.from_pretrained(base),
+                wrapped,
+                ProphetNetModel.from_pretrained(tmp_path / "out"),
+            )
+        )
+    torch.testing.assert_close(found, expected, rtol=0, atol=TOLERANCE)
+    assert float((plain - expected).abs().max()) > 0.1
+
+
+def test_what_a_folder_holds_besides_is_carried_as_it_is(saved: Any, tmp_path: Path) -> None:
+    base, adapter, _ = saved(llama(), shard="8KB", target_modules=["q_proj"])
+    index = "model.safetensors.index.json"
+    document = json.loads((base / index).read_text())
+    (base / index).write_text(json.dumps({**document, "metadata": {**document["metadata"], "made_by": "me"}}))
+    (base / "pytorch_model.bin.index.json").write_text("{}")
+    (base / "generation_config.json").write_text('{"top_k": 3}')
+    told: list[tuple[float, str]] = []
+    fold_into_base(base, adapter, tmp_path / "out", progress=lambda part, text: told.append((part, text)))
+    assert not (tmp_path / "out" / "pytorch_model.bin.index.json").exists()
+    assert (tmp_path / "out" / "generation_config.json").read_text() == '{"top_k": 3}'
+    written = json.loads((tmp_path / "out" / index).read_text())
+    assert written["metadata"] == {**document["metadata"], "made_by": "me"}
+    files = sorted(set(document["weight_map"].values()))
+    assert list(dict.fromkeys(text for _, text in told)) == [
+        f"Adding to {name}, file {number} of {len(files)}" for number, name in enumerate(files, start=1)
+    ]
+    # bytes of numbers that were read, of all bytes of the files
+    read = sum(tensor.nbytes for name in files for tensor in load_file(base / name).values())
+    assert told[-1][0] == pytest.approx(read / sum((base / name).stat().st_size for name in files))
+    assert [part for part, _ in told] == sorted(part for part, _ in told)
+    assert told[0][0] < 0.2
+
+
+def test_every_layer_that_can_not_be_added_to_is_named(saved: Any, tmp_path: Path) -> None:
+    base, adapter, _ = saved(llama(attention_bias=True), target_modules=["q_proj"], lora_bias=True)
+    paths = [f"model.layers.{at}.self_attn.q_proj" for at in (0, 1)]
+    plain = tmp_path / "plain"
+    llama().save_pretrained(plain)
+    with pytest.raises(MergeRefused) as caught:
+        fold_into_base(plain, adapter, tmp_path / "out")
+    what = "the adapter adds to a bias, which the layer does not have"
+    assert list(caught.value.errors) == [FieldError(path, what) for path in paths]
+    assert caught.value.detail == f"2 modules can not be merged into plain: {paths[0]}: {what}."
+    weights = base / "model.safetensors"
+    tensors = load_file(weights)
+    save_file({**tensors, f"{paths[1]}.weight": torch.ones(16, 16, dtype=torch.int8)}, weights)
+    with pytest.raises(ShapeMismatch) as unfit:
+        fold_into_base(base, adapter, tmp_path / "out")
+    what = "its weight is stored as I8, to which nothing can be added"
+    assert list(unfit.value.errors) == [FieldError(paths[1], what)]
+    assert unfit.value.detail == f"1 modules do not fit the base model: {paths[1]}: {what}."
+    save_file({**tensors, f"{paths[0]}.weight": torch.ones(16, 8)}, weights)
+    with pytest.raises(ShapeMismatch) as unfit:
+        fold_into_base(base, adapter, tmp_path / "out")
+    what = "the adapter needs a weight of 16×16, the base model has 16×8"
+    assert list(unfit.value.errors) == [FieldError(paths[0], what)]
+    assert not (tmp_path / "out").exists()
+
+
+def test_numbers_that_overflow_are_refused(saved: Any, tmp_path: Path) -> None:
+    base, adapter, _ = saved(llama(), target_modules=["q_proj"])
+    weights = adapter / "adapter_model.safetensors"
+    save_file({name: tensor * 1e3 for name, tensor in load_file(weights).items()}, weights)
+    with pytest.raises(MergeRefused) as caught:
+        fold_into_base(base, adapter, tmp_path / "out", dtype="float16", force=True)
+    name = "model.layers.0.self_attn.q_proj.weight"
+    assert caught.value.detail == f"{name} holds NaN or infinite numbers after the change, in F16."
+    assert list(caught.value.errors) == [FieldError("/dtype", f"{name} is not finite")]
 
 
 def test_it_can_be_stopped(saved: Any, tmp_path: Path) -> None:

@@ -110,9 +110,7 @@ def test_a_row_is_made_of_its_address_and_its_source() -> None:
     )
     assert (paper.family, paper.page) == ("knots", "knots.md")
     page = "https://example.org/a:b"
-    other = catalog._peer(
-        "coefficients:slerp", "S", "T.", SlerpOptions, page, negative_weights=False, only_adapters=2
-    )
+    other = catalog._peer("coefficients:slerp", "S", "T.", SlerpOptions, page, negative_weights=False, only_adapters=2)
     assert (other.name, other.arxiv, other.reference_url) == ("slerp", None, page)
     assert other.capabilities == Capabilities(False, False, False, 2)
     assert (other.family, other.page) == ("coefficients", "coefficients.md#slerp")

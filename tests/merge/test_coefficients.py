@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from artifacts.errors import RequestInvalid
+from merge.catalog import find_method, parse_parameters
 
 PATH = "layers.0.proj"
 
@@ -62,6 +63,36 @@ class TestSlerp:
             merge(sources, "slerp", weights=[1.0, 0.5], t=0.5)
         assert caught.value.errors[0].pointer == "/parameters/t"
 
+    def test_a_module_of_one_adapter_stays_as_it_is(self, stack_of: Any, random_adapters: Any, run_method: Any) -> None:
+        ((A, B, s),) = random_adapters([3])
+        result = run_method("slerp", stack_of([(A, B, s)]), t=0.25)
+        torch.testing.assert_close(result, s * B.double() @ A.double(), rtol=1e-5, atol=1e-5)
+
+    def test_figures(self, stack_of: Any, random_adapters: Any) -> None:
+        adapters = random_adapters([3, 5])
+        one, two = deltas(adapters)
+        merged = find_method("slerp").load()(stack_of(adapters), parse_parameters("slerp", {}), 8)
+        assert merged.figures == {"cosine": pytest.approx(float((one * two).sum() / one.norm() / two.norm()))}
+        nothing = [adapters[0], (adapters[1][0], adapters[1][1] * 0, 1.0)]
+        merged = find_method("slerp").load()(stack_of(nothing), parse_parameters("slerp", {}), 8)
+        assert merged.figures == {"cosine": 0.0}
+        # at a right angle halfway is 1/√2 of either
+        torch.testing.assert_close(merged.B.double() @ merged.A.double(), one / 2**0.5, rtol=1e-5, atol=1e-5)
+
+    @pytest.mark.parametrize("turn", [1.0, -1.0])
+    def test_the_straight_line_begins_where_mergekits_does(self, turn: float, stack_of: Any, run_method: Any) -> None:
+        """At a cosine of 0.9995; and so do deltas that point apart, between which there is no shortest way."""
+        A, B = torch.eye(2, 9), torch.eye(7, 2)
+        for cosine, straight in ((0.9996, True), (0.9994, False)):
+            sine = (1 - cosine**2) ** 0.5
+            other = (turn * torch.diag(torch.tensor([cosine, sine])) @ A, B, 1.0)
+            adapters = [(A * torch.tensor([[1.0], [0.0]]), B, 1.0), other]
+            one, two = deltas(adapters)
+            line, circle = 0.7 * one + 0.3 * two, slerp(one, two, 0.3)
+            result = run_method("slerp", stack_of(adapters), t=0.3)
+            torch.testing.assert_close(result, line if straight else circle, rtol=0, atol=2e-7 if turn > 0 else 1e-5)
+            assert turn > 0 or float((line - circle).norm()) > 0.1
+
 
 class TestKarcher:
     def test_the_gradient_vanishes_there(self, stack_of: Any, random_adapters: Any, run_method: Any) -> None:
@@ -91,6 +122,24 @@ class TestKarcher:
         result = run_method("karcher", stack_of([(A, B, 1.0), (-A, B, 1.0)]))
         assert bool(torch.isfinite(result).all())
 
+    def test_how_far_it_came_is_told(self, stack_of: Any, random_adapters: Any) -> None:
+        stack = stack_of(random_adapters([3, 5, 2]))
+
+        def steps(**options: Any) -> float:
+            found = find_method("karcher").load()(stack, parse_parameters("karcher", options), 10).figures["iterations"]
+            assert isinstance(found, float)
+            return found
+
+        assert steps(max_iter=1) == 1
+        assert 1 < steps(tol=1e-4) < steps() < 20
+        assert steps(tol=1.0) == 0
+
+    def test_a_delta_of_zero_has_no_direction(self, stack_of: Any, random_adapters: Any, run_method: Any) -> None:
+        (A, B, s), (C, D, _) = random_adapters([3, 2])
+        result = run_method("karcher", stack_of([(A, B, s), (C, D * 0, 1.0)], [1.0, 3.0]))
+        # of the weighted mean of the norms it takes its quarter
+        torch.testing.assert_close(result, s * B.double() @ A.double() / 4, rtol=1e-5, atol=1e-5)
+
 
 class TestModelStock:
     def test_against_dense_vectors(self, stack_of: Any, random_adapters: Any, run_method: Any) -> None:
@@ -109,3 +158,21 @@ class TestModelStock:
     def test_opposite_deltas_stay_at_the_base(self, stack_of: Any, random_adapters: Any, run_method: Any) -> None:
         (A, B, s), (C, D, _) = random_adapters([3, 2])
         assert float(run_method("model_stock", stack_of([(A, B, s), (-A, B, s), (C * 0, D, 1.0)])).norm()) == 0.0
+
+    def test_figures_and_negative_weights(self, stack_of: Any, random_adapters: Any) -> None:
+        """An adapter of weight −1 is one whose delta points the other way."""
+        adapters = random_adapters([3, 5])
+        one, two = deltas(adapters)
+        cosine = float((one * two).sum() / one.norm() / two.norm())
+        turned = [adapters[0], (adapters[1][0], -adapters[1][1], adapters[1][2])]
+        for given, weights in ((adapters, [1.0, 1.0]), (turned, [1.0, -1.0])):
+            merged = find_method("model_stock").load()(stack_of(given, weights), parse_parameters("model_stock", {}), 8)
+            assert merged.figures == {
+                "cosine": pytest.approx(cosine),
+                "t": pytest.approx(2 * cosine / (1 + cosine)),
+            }
+        single = find_method("model_stock").load()(
+            stack_of(adapters[:1], [0.5]), parse_parameters("model_stock", {}), 3
+        )
+        assert single.figures == {"cosine": 1.0, "t": 1.0}
+        torch.testing.assert_close(single.B.double() @ single.A.double(), one / 2, rtol=1e-5, atol=1e-5)

@@ -134,12 +134,16 @@ def test_parity_with_peft_at_unequal_ranks(
     torch.testing.assert_close(result[PATH], expected, rtol=1e-4, atol=1e-4)
 
 
-def test_cross_terms_are_measured_and_warned_of(sources: list[Path], merge: Any, dense_delta: Any) -> None:
-    result, report = merge(sources, "linear_factor", weights=WEIGHTS)
-    exact = dense_delta(sources[0], PATH) + 0.5 * dense_delta(sources[1], PATH)
+@pytest.mark.parametrize("weights", [WEIGHTS, [-1.0, 0.5]])
+def test_cross_terms_are_measured_and_warned_of(
+    weights: list[float], sources: list[Path], merge: Any, dense_delta: Any
+) -> None:
+    result, report = merge(sources, "linear_factor", weights=weights)
+    exact = weights[0] * dense_delta(sources[0], PATH) + weights[1] * dense_delta(sources[1], PATH)
     error = float((result[PATH] - exact).norm() / exact.norm())
     assert error > 0.3
     assert report.modules[0].figures["cross_term_error"] == pytest.approx(error, rel=1e-4)
+    assert report.modules[0].relative_error == pytest.approx(error, rel=1e-4)
     assert report.totals()["figures"]["cross_term_error"] == pytest.approx(error, rel=1e-4)
     assert any(warning.startswith("cross_terms: in 1 of 1") for warning in report.warnings)
 

@@ -54,3 +54,25 @@ def test_scales_by_hand() -> None:
     assert component_scales(A, kept, 0.2).tolist() == [1.5] * 5
     assert component_scales(A, kept, 0.6).tolist() == [1.25, 1.5, 1.25, 1.25, 1.5]
     assert component_scales(A, kept, 1.0).tolist() == [1.25, 1.5, 1.0, 1.0, 1.5]
+
+
+def test_scales_do_not_depend_on_the_size_of_the_numbers() -> None:
+    A = torch.randn(6, 9, generator=torch.Generator().manual_seed(0))
+    kept = A * (A.abs() > 0.7)
+    for size in (2.0**-20, 2.0**20):
+        assert torch.equal(component_scales(A * size, kept * size, 0.4), component_scales(A, kept, 0.4))
+    nothing = component_scales(A, A * 0, 0.2)
+    assert nothing.tolist() == [1.0] * 6
+
+
+def test_the_options_are_those_of_the_formulas(stack_of: Any, random_adapters: Any, run_method: Any) -> None:
+    stack = stack_of([(A, B, s * sign) for (A, B, s), sign in zip(random_adapters([4, 3]), (-1, 1), strict=True)])
+    for name in ("robustmerge", "robustmerge_product"):
+        whole = run_method(name, stack, coefficient=1.0)
+        power = 2 if name == "robustmerge" else 1
+        torch.testing.assert_close(run_method(name, stack, coefficient=3.0), 3.0**power * whole, rtol=1e-4, atol=1e-4)
+    # the scale of a component weighs it against those of the others: alone it cancels
+    one = stack_of(random_adapters([4])[:1])
+    for name in ("robustmerge", "robustmerge_product"):
+        torch.testing.assert_close(run_method(name, one, tail=0.0), run_method(name, one, tail=1.0))
+        assert not torch.allclose(run_method(name, stack, tail=0.0), run_method(name, stack, tail=1.0), rtol=1e-3)

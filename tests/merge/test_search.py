@@ -93,13 +93,14 @@ def test_whatever_is_tried_lies_in_the_space(seed: int, count: int, sampler: str
     assert parse_parameters(trial.method, trial.parameters)
 
 
-@pytest.mark.parametrize("cut", [1, 4, 13])
-def test_a_search_goes_on_from_its_trials_as_if_it_had_not_been_interrupted(cut: int) -> None:
+@pytest.mark.parametrize(("cut", "sampler"), [(1, "tpe"), (4, "tpe"), (13, "tpe"), (7, "random")])
+def test_a_search_goes_on_from_its_trials_as_if_it_had_not_been_interrupted(cut: int, sampler: str) -> None:
     space = space_of()
-    whole = searched(space, 16)
+    whole = searched(space, 16, sampler=sampler)
     kept = [Trial(**json.loads(json.dumps(trial.to_dict()))) for trial in whole[:cut]]
-    assert [trial.to_dict() for trial in searched(space, 16, kept)] == [trial.to_dict() for trial in whole]
-    other = searched(space, 16, seed=4)
+    again = searched(space, 16, kept, sampler=sampler)
+    assert [trial.to_dict() for trial in again] == [trial.to_dict() for trial in whole]
+    other = searched(space, 16, seed=4, sampler=sampler)
     assert [trial.merge for trial in other[3:]] != [trial.merge for trial in whole[3:]]
 
 
@@ -254,6 +255,22 @@ def test_the_sentence_names_the_parameter_and_what_is_wrong(name: str) -> None:
     assert caught.value.detail == sentence
     (finding,) = caught.value.errors
     assert sentence.endswith(f": {finding.message}.")
+
+
+def test_dimensions_are_called_after_their_method() -> None:
+    own = {"density": {"choices": [0.5]}, "rule": {"choices": ["tsv", "ties"]}}
+    space = space_of({"methods": [{"method": "core_space", "parameters": own, "label": "mine"}], "ranks": [4]})
+    assert space.active(0) == [
+        Dimension("mine.density", choices=(0.5,)),
+        Dimension("mine.rule", choices=("tsv", "ties")),
+        Dimension("mine.rank", choices=(4,)),
+    ]
+    assert (space.size, space.labels, space.requested) == (2, ("mine",), (1.0, -0.5))
+    assert space_of().dimensions[2] == {
+        "n_init": Dimension("clusters.n_init", 1, 9, whole=True),
+        "rank": Dimension("clusters.rank", choices=(4, "2r")),
+    }
+    assert space_of().dimensions[1]["density"] == Dimension("core_space.density", 0.1, 0.9, log=True)
 
 
 def test_as_many_choices_as_there_may_be() -> None:
