@@ -16,6 +16,7 @@ from starlette.routing import Match
 from starlette.types import Scope
 
 from artifacts.errors import FieldError, RankwiseError
+from artifacts.pointers import pointer_token
 
 MEDIA_TYPE = "application/problem+json"
 _MAX_ERRORS = 100
@@ -134,7 +135,7 @@ def unexpected_problem(scope: Scope) -> ProblemResponse:
 def pointer_of(location: Sequence[int | str]) -> str:
     """The JSON pointer (RFC 6901) of a pydantic location; what is in the body starts at the body's root."""
     parts = location[1:] if location and location[0] == "body" else location
-    return "".join("/" + str(part).replace("~", "~0").replace("/", "~1") for part in parts)
+    return "".join("/" + pointer_token(str(part)) for part in parts)
 
 
 def _findings(errors: Iterable[Any]) -> Iterator[FieldError]:

@@ -8,12 +8,15 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ValidationError
 
 from artifacts.errors import FieldError, RequestInvalid
+from artifacts.pointers import pointer_token
 
 Row = TypeVar("Row")
 Options = TypeVar("Options", bound=BaseModel)
 
 NO_NUL = r"^[^\x00]*$"
 """Pattern of texts that every database stores: PostgreSQL has no NUL."""
+_SHOWN = 80
+"""Characters of a name that is not known."""
 
 
 def find_row(menu: Mapping[str, Row], title: str, name: str) -> Row:
@@ -55,12 +58,15 @@ def parse_options(options: type[Options], kind: str, title: str, name: str, para
 
 def _findings(error: ValidationError) -> list[FieldError]:
     """One finding per field: a union reports every branch that failed, which would only repeat itself."""
-    findings: dict[str, list[str]] = {}
+    findings: dict[str | None, list[str]] = {}
     for item in error.errors(include_url=False, include_context=False, include_input=False):
         # Beyond the field's name, a location only tells which branch of a union was tried.
-        pointer = "/parameters" + (f"/{item['loc'][0]}" if item["loc"] else "")
-        findings.setdefault(pointer, []).append(item["msg"].removeprefix("Value error, "))
+        name = str(item["loc"][0]) if item["loc"] else None
+        findings.setdefault(name, []).append(item["msg"].removeprefix("Value error, "))
     return [
-        FieldError(pointer, f"{pointer.rsplit('/', 1)[-1]}: " + ", or ".join(dict.fromkeys(messages)))
-        for pointer, messages in findings.items()
+        FieldError(
+            "/parameters" if name is None else f"/parameters/{pointer_token(name)}",
+            f"{'parameters' if name is None else name[:_SHOWN]}: " + ", or ".join(dict.fromkeys(messages)),
+        )
+        for name, messages in findings.items()
     ]

@@ -8,6 +8,11 @@ from contextlib import contextmanager
 from artifacts.errors import FieldError, RankwiseError
 
 
+def pointer_token(name: str) -> str:
+    """A name as a part of a JSON pointer (RFC 6901)."""
+    return name.replace("~", "~0").replace("/", "~1")
+
+
 @contextmanager
 def pointers_below(prefix: str, instead_of: str = "") -> Iterator[None]:
     """Errors from inside point to below `prefix`: for `/a` of a value, `{prefix}/a` of the body that holds it.

@@ -4,7 +4,16 @@ from __future__ import annotations
 
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StrictBool, StrictInt, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    StrictBool,
+    StrictInt,
+    model_validator,
+)
 
 from artifacts.base_model import Level
 
@@ -18,7 +27,14 @@ def _finite_non_zero(value: float) -> float:
     return value
 
 
-Scale = Annotated[float, Field(allow_inf_nan=False, ge=-1e6, le=1e6), AfterValidator(_finite_non_zero)]
+def _no_number(value: Any) -> Any:
+    """0 equals False, and is another value all the same."""
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        raise ValueError("must be 'inf', 'l2' or false")
+    return value
+
+
+Scale = Annotated[float, Field(strict=True, allow_inf_nan=False, ge=-1e6, le=1e6), AfterValidator(_finite_non_zero)]
 
 
 class MergeOptions(BaseModel):
@@ -102,15 +118,15 @@ class LegoOptions(MergeOptions):
         "recommended",
         description="paper fixes sign_alignment=none, canonicalize=none, feature=raw and reweight_cap=null.",
     )
-    parameter_reweight: Literal["inf", "l2", False] = Field(
+    parameter_reweight: Annotated[Literal["inf", "l2", False], BeforeValidator(_no_number)] = Field(
         "inf",
         description="Norm that each centroid regains after averaging (eq. of the parameter reweighting), or false.",
     )
     output_reweight: StrictBool = Field(True, description="Multiply ΔW once by √(r/k) (Theorem 3.1).")
-    reference_rank: Annotated[float, Field(gt=0, le=MAX_RANK, allow_inf_nan=False)] | None = Field(
+    reference_rank: Annotated[float, Field(strict=True, gt=0, le=MAX_RANK, allow_inf_nan=False)] | None = Field(
         None, description="r of √(r/k); unset, the weighted mean rank of the adapters that own the module."
     )
-    reweight_cap: Annotated[float, Field(ge=1, allow_inf_nan=False)] | None = Field(
+    reweight_cap: Annotated[float, Field(strict=True, ge=1, allow_inf_nan=False)] | None = Field(
         10.0, description="Upper bound of a cluster's reweighting factor; near-opposite members would make it explode."
     )
     sign_alignment: Literal["none", "canonical", "cluster"] = Field(
@@ -128,7 +144,7 @@ class LegoOptions(MergeOptions):
     )
     n_init: Annotated[StrictInt, Field(ge=1, le=1000)] = Field(10, description="Restarts of greedy k-means++.")
     max_iter: Annotated[StrictInt, Field(ge=1, le=100_000)] = Field(300, description="Lloyd iterations per restart.")
-    tol: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)] = Field(
+    tol: Annotated[float, Field(strict=True, ge=0, le=1, allow_inf_nan=False)] = Field(
         1e-4, description="Lloyd stops when the squared shift of all centres is below tol × mean feature variance."
     )
     refine: StrictBool = Field(True, description="Improve the best restart by single-point moves and centre swaps.")

@@ -73,7 +73,7 @@ class SearchOptions(BaseModel):
         description="Output ranks that are tried, in the methods that take a rank and do not fix one of their own.",
     )
     trials: Annotated[StrictInt, Field(ge=1, le=MAX_TRIALS)] = Field(20, description="Most trials.")
-    seconds: Annotated[float, Field(gt=0, le=_SECONDS_PER_WEEK, allow_inf_nan=False)] | None = Field(
+    seconds: Annotated[float, Field(strict=True, gt=0, le=_SECONDS_PER_WEEK, allow_inf_nan=False)] | None = Field(
         None,
         description="No trial begins after so many seconds of trials, which an interruption does not set back. With "
         "such a budget the result depends on the speed of the machine.",

@@ -213,7 +213,7 @@ class AdapterFiles:
         ]
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def adapter_files() -> type[AdapterFiles]:
     return AdapterFiles
 

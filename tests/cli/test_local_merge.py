@@ -12,6 +12,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from merge.catalog import METHODS
+
 TOLERANCE = 1e-5
 
 
@@ -170,6 +172,23 @@ def test_a_refusal_says_what_and_leaves_nothing(
     assert result.json["code"] == code
     assert words in result.err
     assert sorted(tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_bad_value_of_every_parameter_is_refused_by_its_pointer(
+    cli: Callable[..., Any], adapters: tuple[Path, Path], tmp_path: Path, method: str
+) -> None:
+    names = METHODS[method].options.model_fields
+    foreign = "tail" if "tail" not in names else "epsilon"
+    bad = [argument for name in names for argument in ("--set", f"{name}=[]")]
+    result = cli(
+        "merge", *adapters, "--method", method, *bad, "--set", f"{foreign}=0.5", "-o", tmp_path / "out", "--json"
+    )
+    assert (result.code, result.json["code"]) == (1, "invalid_request")
+    assert {item["pointer"] for item in result.json["errors"]} == {f"/parameters/{name}" for name in (*names, foreign)}
+    assert all(f"/parameters/{name}" in result.err for name in (*names, foreign))
+    assert method in result.err
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_broken_file_is_named(cli: Callable[..., Any], adapters: tuple[Path, Path], tmp_path: Path) -> None:

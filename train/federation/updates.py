@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from artifacts.errors import FieldError, FileBroken
+from artifacts.pointers import pointer_token
 from artifacts.safetensors_header import SafetensorsHeader, TensorInfo, read_header
 
 if TYPE_CHECKING:
@@ -80,7 +81,7 @@ def _values(path: Path, info: TensorInfo) -> NDArray[Any]:
 
 
 def _pointer(name: str) -> str:
-    return "/file/" + name[:_SHOWN].replace("~", "~0").replace("/", "~1")
+    return "/file/" + pointer_token(name[:_SHOWN])
 
 
 def _raise(problems: list[FieldError]) -> None:
