@@ -112,6 +112,12 @@ class PeftLoraConfig:
             self.modules_to_save,
         )
 
+    @property
+    def evenly_targeted(self) -> bool:
+        """Whether every layer is adapted alike: the targets are plain names, without exceptions."""
+        narrowed = any(self.raw.get(field) for field in ("exclude_modules", "layers_to_transform", "layers_pattern"))
+        return not narrowed and bool(self.target_modules) and not any("." in name for name in self.target_modules)
+
     @cached_property
     def _ranks(self) -> PatternTable[int]:
         return PatternTable("rank_pattern", self.rank_pattern)

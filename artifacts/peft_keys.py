@@ -84,6 +84,8 @@ class _Matching:
         self._parts: dict[str, _Parts] = {}
         self._adapters: set[str] = set()
         self._others: list[tuple[str, TensorInfo]] = []
+        self._heads: set[str] = set()
+        self._replaced: list[str] = []
         self._wrappers: set[str] = set()
         self._prefixes: set[int] = set()
         self._ignored: list[IgnoredKey] = []
@@ -102,6 +104,7 @@ class _Matching:
         modules = self._modules()
         for path, info in self._others:
             self._explain(path, info)
+        self._refuse_replaced()
         self._warn_about_names(modules)
         ignored = {entry.key for entry in self._ignored}
         return KeyMatch(
@@ -113,11 +116,12 @@ class _Matching:
         )
 
     def _place(self, info: TensorInfo) -> None:
-        path = self._clean(info.name)
+        path, depth = self._clean(info.name)
         found = _FACTOR.fullmatch(path)
         if found is None:
             self._others.append((path, info))
             return
+        self._prefixes.add(depth)
         role = found["role"] + (".bias" if found["leaf"] == "bias" else "")
         self._adapters.add(found["adapter"] or "")
         parts = self._parts.setdefault(found["path"], _Parts())
@@ -128,20 +132,23 @@ class _Matching:
             )
         parts.tensors[role] = info
 
-    def _clean(self, key: str) -> str:
-        """The key without component, PEFT's prefix and what training wrappers left in it."""
+    def _clean(self, key: str) -> tuple[str, int]:
+        """The key without component, PEFT's prefix and what wrappers left in it; how often the prefix was there."""
         components = key[len(self._component) :].split(".")
         if components[0] in WRAPPERS or any(part in WRAPPERS for part in components[1:] if part.startswith("_")):
             kept = [part for at, part in enumerate(components) if not _is_wrapper(at, part)]
             self._wrappers.update(part for at, part in enumerate(components) if _is_wrapper(at, part))
             components = kept
         path = ".".join(components)
+        head, inside, rest = path.partition(f".{PREFIX}")
+        if inside and not path.startswith(PREFIX):
+            self._heads.add(head)
+            path = PREFIX + rest
         depth = 0
         while path.startswith(PREFIX):
             path = path[len(PREFIX) :]
             depth += 1
-        self._prefixes.add(depth)
-        return path
+        return path, depth
 
     def _check_mixture(self) -> None:
         layout = identify(self._header)
@@ -188,6 +195,8 @@ class _Matching:
             raise FileBroken(f"{path}: the tensors have rank {module.rank}, adapter_config.json says {expected}.")
         if module.grouped:
             self._refusals[f"{path} is a grouped convolution, whose ΔW is block-diagonal"] = None
+        if path.endswith(".base_layer"):
+            self._refusals[f"{path} is a parameter inside an adapted module (target_parameters)"] = None
         alpha = self._config.alpha_for(path)
         bias, magnitude = tensors.get("lora_B.bias"), tensors.get("lora_magnitude_vector")
         self._check_vectors(path, module, bias, magnitude)
@@ -236,13 +245,25 @@ class _Matching:
             self._refusals.setdefault(f"{module} is stored as a full copy (modules_to_save)", None)
         elif leaf == "bias" and self._config.bias != "none":
             reason = f"trained bias of the base (bias={self._config.bias!r}); kept in the stored file"
-        elif leaf == "weight" and len(info.shape) == 2 and max(info.shape) >= 1000 and not module.count(".lora_"):
+        elif leaf in ("weight", "bias") and self._replaces_base(module, info):
+            # PEFT hands them to load_state_dict as they are
             reason = "full weight, saved for instance after the vocabulary was resized; kept in the stored file"
-            self._refusals[f"{module} is stored as a full weight, which replaces the base's"] = None
+            self._replaced.append(f"{module}.{leaf}")
         else:
             reason = "not part of a LoRA adapter; PEFT does not load it"
             self._warnings.append(f"{info.name} is not part of a LoRA adapter and is ignored.")
         self._ignored.append(IgnoredKey(info.name, reason))
+
+    def _replaces_base(self, module: str, info: TensorInfo) -> bool:
+        """Whether PEFT would load it into the base model: it has the factors' prefix and is of no adapted module."""
+        prefixed = PREFIX in info.name or self._prefixes == {0}
+        return prefixed and module not in self._parts and ".lora_" not in f".{module}"
+
+    def _refuse_replaced(self) -> None:
+        if self._replaced:
+            count, first = len(self._replaced), self._replaced[0]
+            what = f"{first} is" if count == 1 else f"{count} tensors of the base, for instance {first}, are"
+            self._refusals[f"{what} stored in full, which replaces what the base has"] = None
 
     def _is_saved(self, module: str) -> bool:
         return any(
@@ -254,6 +275,11 @@ class _Matching:
         for wrapper in sorted(self._wrappers):
             self._warnings.append(
                 f"The keys carry {wrapper!r}, left by {WRAPPERS[wrapper]}; it was removed from the module paths. "
+                "Stock PEFT would load nothing from these keys."
+            )
+        for head in sorted(self._heads):
+            self._warnings.append(
+                f"The keys carry {head[:80]!r} before PEFT's prefix; it was removed. "
                 "Stock PEFT would load nothing from these keys."
             )
         if not self._component and 0 in self._prefixes:
@@ -269,6 +295,17 @@ class _Matching:
         if names:
             self._warnings.append(f"The keys carry the adapter name {names.pop()!r}; it was removed.")
         paths = tuple(module.path.removeprefix(self._component) for module in modules)
+        missing = missing_modules(paths) if self._config.evenly_targeted else ()
+        if missing:
+            self._warnings.append(
+                f"{len(missing)} modules that nearly all layers have are missing, for instance {missing[0]!r}. "
+                "Is the file whole?"
+            )
+        ends = {path.rpartition(".")[2] for path in paths}
+        unmet = [name for name in self._config.target_modules if name not in ends]
+        if unmet and self._config.evenly_targeted:
+            listed = ", ".join(name[:80] for name in unmet[:MAX_FINDINGS])
+            self._warnings.append(f"The file has no module of these names in target_modules: {listed}.")
         for key in self._config.unmatched_patterns(paths):
             self._warnings.append(f"The pattern {key[:80]!r} of rank_pattern or alpha_pattern matches no module.")
         unselected = [path for path in paths if not self._config.selection.selects(path)]
@@ -277,6 +314,35 @@ class _Matching:
                 f"{len(unselected)} modules are not selected by target_modules and its exceptions, for instance "
                 f"{unselected[0]!r}; stock PEFT would not load them."
             )
+
+
+_NUMBER = re.compile(r"\.(\d+)\.")
+
+
+def missing_modules(paths: Iterable[str]) -> tuple[str, ...]:
+    """What seems to be lost: layers between others, and modules that nearly all layers have.
+
+    Of models whose layers are of several kinds some modules are in many layers and not in all, and the first layers may
+    differ from the rest; neither counts.
+    """
+    layers: dict[str, dict[str, set[int]]] = {}
+    for path in paths:
+        found = _NUMBER.search(path)
+        if found is not None and len(found[1]) < 6:
+            layers.setdefault(path[: found.start()], {}).setdefault(path[found.end() :], set()).add(int(found[1]))
+    absent: list[str] = []
+    for start, modules in layers.items():
+        numbers = set().union(*modules.values())
+        first, last = min(numbers), max(numbers)
+        between = set(range(first, last)) - numbers if 2 * (last - first + 1) < 3 * len(numbers) else set()
+        for rest, has in modules.items():
+            # every one of these has most of the numbers, so that they are few
+            lost = numbers - has if 8 * len(has) >= 7 * len(numbers) else set()
+            lost = {number for number in lost if number > min(has)} | (
+                between if 2 * len(has) > len(numbers) else set()
+            )
+            absent += [f"{start}.{number}.{rest}" for number in sorted(lost)]
+    return tuple(absent)
 
 
 def _is_wrapper(position: int, part: str) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -112,6 +113,7 @@ _SAFE_HINT = "Load the adapter in PEFT and save it with safe_serialization=True 
 
 def _single(piece: Piece) -> Piece:
     """A file that was sent alone is judged by its first bytes, whatever its name."""
+    _refuse_shards([piece.name.name])
     if _is_read(piece.path) or piece.name.suffix.lower() == ".safetensors":
         return Piece(PurePosixPath(WEIGHTS_NAME), piece.path)
     if is_pickle_name(piece.name.name):
@@ -173,6 +175,19 @@ def sort(pieces: list[Piece]) -> tuple[dict[str, Path], list[IgnoredKey]]:
     return kept, sorted(dropped, key=lambda entry: entry.key)
 
 
+_SHARD = re.compile(r"-\d{5}-of-(\d{5})\.")
+
+
+def _refuse_shards(names: Sequence[str]) -> None:
+    """Raises FormatUnknown: one of these is a part of weights that are cut into several files."""
+    shards = sorted(name for name in names if (found := _SHARD.search(name)) is not None and int(found[1]) > 1)
+    if shards:
+        raise FormatUnknown(
+            f"The weights are cut into several files, of which {len(shards)} came: {', '.join(shards[:20])}.",
+            hint=f"Join them into one {WEIGHTS_NAME}: load the adapter and save it with a larger max_shard_size.",
+        )
+
+
 def _reason(name: PurePosixPath, folder: PurePosixPath) -> str:
     if is_pickle_name(name.name):
         return "a pickle; never opened"
@@ -180,6 +195,8 @@ def _reason(name: PurePosixPath, folder: PurePosixPath) -> str:
         return "the state of a training, beside what was saved of it"
     if name.parent != folder and role_of(name) is not None:
         return "in another folder than the adapter"
+    if is_weights(name):
+        return f"other weights than {WEIGHTS_NAME}, which was taken"
     return "not part of an adapter"
 
 
@@ -205,6 +222,8 @@ def is_weights(name: PurePosixPath) -> bool:
 
 def _weights_name(here: dict[str, Path], with_state: bool) -> str:
     names = [name for name in here if is_weights(PurePosixPath(name))]
+    if WEIGHTS_NAME not in names:
+        _refuse_shards(names)
     if with_state and len(names) > 1:
         names = [name for name in names if name != STATE_WEIGHTS]
     if WEIGHTS_NAME in names or len(names) == 1:

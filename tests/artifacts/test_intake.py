@@ -44,7 +44,8 @@ CHECKPOINT = {
 def files(tmp_path: Path, write_tensors: Make, pairs: Make, lora_config: Make) -> dict[str, bytes]:
     """A good PEFT adapter: file name → content."""
     weights = write_tensors(tmp_path / "source", pairs("m.q_proj"), {"format": "pt"})
-    content = {WEIGHTS_NAME: weights.read_bytes(), CONFIG_NAME: json.dumps(lora_config()).encode()}
+    config = json.dumps(lora_config(target_modules=["q_proj"])).encode()
+    content = {WEIGHTS_NAME: weights.read_bytes(), CONFIG_NAME: config}
     weights.unlink()
     return content
 
@@ -217,6 +218,31 @@ def test_several_weights_in_one_folder(take_in: TakeIn, files: dict[str, bytes])
         take_in({"a.safetensors": b"", "b.safetensors": b"", CONFIG_NAME: files[CONFIG_NAME]})
 
 
+@pytest.mark.parametrize("pack", [dict, zipped])
+@pytest.mark.parametrize("count", [1, 2])
+def test_weights_that_are_cut_into_several_files(
+    take_in: TakeIn, files: dict[str, bytes], count: int, pack: Callable[..., dict[str, bytes]]
+) -> None:
+    shards = {f"adapter_model-0000{number}-of-00002.safetensors": files[WEIGHTS_NAME] for number in range(1, count + 1)}
+    with pytest.raises(FormatUnknown, match=f"cut into several files, of which {count} came"):
+        take_in(pack(shards | {CONFIG_NAME: files[CONFIG_NAME]}))
+
+
+def test_a_part_of_the_weights_alone(take_in: TakeIn, files: dict[str, bytes]) -> None:
+    with pytest.raises(FormatUnknown, match="cut into several files"):
+        take_in({"lora-00002-of-00003.safetensors": files[WEIGHTS_NAME]})
+
+
+def test_weights_in_one_part_are_whole(take_in: TakeIn, files: dict[str, bytes]) -> None:
+    one = {"adapter_model-00001-of-00001.safetensors": files[WEIGHTS_NAME], CONFIG_NAME: files[CONFIG_NAME]}
+    assert take_in(one | {"other-000010.bin": b""}).mergeable
+
+
+def test_other_weights_beside_those_that_are_taken_are_named(take_in: TakeIn, files: dict[str, bytes]) -> None:
+    manifest = take_in(files | {"pytorch_lora_weights.safetensors": files[WEIGHTS_NAME]})
+    assert dropped(manifest)["pytorch_lora_weights.safetensors"].startswith("other weights than adapter_model")
+
+
 def test_two_files_of_one_name(tmp_path: Path, files: dict[str, bytes]) -> None:
     path = _staged(tmp_path, WEIGHTS_NAME, files[WEIGHTS_NAME])
     with pytest.raises(FileBroken, match="same name"):
@@ -339,7 +365,7 @@ def test_nan_is_accepted_and_reported(peft_directory: Make, pairs: Make) -> None
     )
     assert manifest.mergeable
     assert manifest.report.nonfinite == {key: 2}
-    assert "2 elements of 1 tensors are NaN or Inf" in manifest.report.warnings[0]
+    assert "2 elements of 1 tensors are NaN or Inf" in manifest.report.warnings[-1]
 
 
 def test_adapter_without_effect_is_reported(peft_directory: Make, pairs: Make) -> None:

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -119,7 +119,7 @@ def test_what_wrappers_leave_in_keys_is_repaired_and_reported(
 
 
 def test_a_submodule_called_module_is_kept(match: Match, pairs: Callable[..., Tensors]) -> None:
-    found = match(pairs("net.module.q_proj"))
+    found = match(pairs("net.module.q_proj"), target_modules=["q_proj"])
     assert (found.modules[0].path, found.warnings) == ("net.module.q_proj", ())
 
 
@@ -222,6 +222,10 @@ def test_bias_where_none_can_be(match: Match, pairs: Callable[..., Tensors], rol
         ("head.original_module.weight", [2, 8], {}, "copy of a base weight", None),
         ("embed_tokens.base_layer.weight", [50, 8], {}, "copy of a base weight", None),
         ("lm_head.weight", [5000, 8], {}, "full weight", "lm_head"),
+        ("model.norm.weight", [8], {}, "full weight", "model.norm.weight is stored in full, which replaces"),
+        ("model.layers.0.k_proj.bias", [6], {}, "full weight", "model.layers.0.k_proj.bias"),
+        ("score.weight", [2, 8], {"task_type": "SEQ_CLS"}, "full weight", "score"),
+        ("model.q_proj.weight", [6, 8], {}, "not part of a LoRA adapter", None),
         ("embed_tokens.token_adapter.trainable_tokens_delta", [2, 8], {}, "trained", "embedding rows"),
         ("model.q_proj.bias", [6], {"bias": "all"}, "trained bias", None),
         ("something.else", [3], {}, "not part of a LoRA adapter", None),
@@ -271,3 +275,67 @@ def test_modules_and_patterns_that_peft_would_pass_over_are_reported(
     found = match(pairs("model.q_proj", "model.o_proj"), rank_pattern={"z_proj": 2})
     assert any("z_proj" in warning and "matches no module" in warning for warning in found.warnings)
     assert any("'model.o_proj'" in warning and "not selected" in warning for warning in found.warnings)
+
+
+def test_what_has_not_the_prefix_of_the_factors_is_nothing_that_peft_loads(
+    match: Match, pairs: Callable[..., Tensors]
+) -> None:
+    found = match(pairs("model.q_proj", "model.v_proj") | {"v_head.summary.weight": ("F32", [1, 8])})
+    assert found.refusals == ()
+    assert found.warnings == ("v_head.summary.weight is not part of a LoRA adapter and is ignored.",)
+
+
+def test_several_weights_of_the_base_are_one_reason(match: Match, pairs: Callable[..., Tensors]) -> None:
+    norms: Tensors = {f"{PREFIX}model.layers.{number}.norm.weight": ("F32", [8]) for number in range(30)}
+    (reason,) = match(pairs("model.q_proj") | norms).refusals
+    assert reason.startswith("30 tensors of the base, for instance model.layers.0.norm.weight, are stored in full")
+
+
+@pytest.mark.parametrize("head", ["model.", "lit_model.", "_forward_module.", "module.policy."])
+def test_what_stands_before_the_prefix_is_removed_and_told(
+    match: Match, pairs: Callable[..., Tensors], head: str
+) -> None:
+    found = match(pairs("model.q_proj", "model.v_proj", prefix=head + PREFIX))
+    assert [module.path for module in found.modules] == ["model.q_proj", "model.v_proj"]
+    assert any("before PEFT's prefix; it was removed" in warning for warning in found.warnings)
+
+
+def test_modules_that_nearly_all_layers_have_are_missed(match: Match, pairs: Callable[..., Tensors]) -> None:
+    whole = [f"model.layers.{number}.self_attn.{name}" for number in range(12) for name in ("q_proj", "v_proj")]
+    assert match(pairs(*whole)).warnings == ()
+    part = [path for path in whole if path != "model.layers.2.self_attn.v_proj"]
+    (warning,) = match(pairs(*part)).warnings
+    assert warning.startswith(
+        "1 modules that nearly all layers have are missing, for instance 'model.layers.2.self_attn.v_proj'"
+    )
+    (warning,) = match(pairs(*(path for path in whole if ".1." not in path))).warnings
+    assert warning.startswith(
+        "2 modules that nearly all layers have are missing, for instance 'model.layers.1.self_attn.q_proj'"
+    )
+    (warning,) = match(pairs(*(path for path in whole if "v_proj" not in path))).warnings
+    assert warning == "The file has no module of these names in target_modules: v_proj."
+
+
+@pytest.mark.parametrize(
+    "fields", [{"layers_to_transform": [0, 2]}, {"exclude_modules": ["x"]}, {"target_modules": r".*[024]\..*q_proj"}]
+)
+def test_nothing_is_missed_where_only_some_layers_are_meant(
+    match: Match, pairs: Callable[..., Tensors], fields: dict[str, Any]
+) -> None:
+    paths = [f"model.layers.{number}.q_proj" for number in (0, 1, 2, 4, 5, 6)]
+    assert any("missing" in warning for warning in match(pairs(*paths)).warnings)
+    assert not any("missing" in warning for warning in match(pairs(*paths), **fields).warnings)
+
+
+@pytest.mark.parametrize("without", [range(3), range(0, 24, 4)])
+def test_layers_of_several_kinds_miss_nothing(
+    match: Match, pairs: Callable[..., Tensors], without: Iterable[int]
+) -> None:
+    """The first layers of a mixture of experts are dense, and every fourth layer may have another attention."""
+    paths = [f"model.layers.{number}.{'v_proj' if number in without else 'q_proj'}" for number in range(24)]
+    assert match(pairs(*paths)).warnings == ()
+
+
+def test_factors_of_a_parameter_are_described_and_not_merged(match: Match, pairs: Callable[..., Tensors]) -> None:
+    found = match(pairs("model.experts", "model.experts.base_layer"), target_modules=["experts"])
+    assert found.refusals == ("model.experts.base_layer is a parameter inside an adapted module (target_parameters)",)
