@@ -5,7 +5,8 @@
     make mutants ARGS="--sample 400 --seed 1"       drawn at random over all of merge/
 
 mutmut keeps what it found in mutants/, so that a run goes on where the last one ended, and runs again what changed.
-`mutmut show NAME` prints a mutant that survived.
+`mutmut show NAME` prints a mutant that survived. Those that ran out of time are run once more, and told apart.
+Functions under a decorator, which the compiled loops are, have no mutants.
 """
 
 from __future__ import annotations
@@ -26,6 +27,8 @@ SURVIVED = (0, 5, 33)
 NOT_RUN = (None, 2, 34)
 """Of those that were not tried to the end: not yet, interrupted, skipped. All other codes are of tests that failed, ran
 too long or crashed."""
+TIMED_OUT = (-24, 24, 36, 152, 255)
+"""Of mutants that ran too long, which count as killed."""
 NOTHING = "no.such.mutant"
 
 
@@ -33,7 +36,8 @@ def outcomes() -> dict[str, int | None]:
     """mutant → what its tests ended with; None: not run yet."""
     found: dict[str, int | None] = {}
     for path in sorted(MUTANTS.glob("merge/**/*.meta")):
-        found |= json.loads(path.read_text())["exit_code_by_key"]
+        if "__mutmut_" in path.with_suffix("").read_text():  # else it was mutated by an earlier configuration
+            found |= json.loads(path.read_text())["exit_code_by_key"]
     return found
 
 
@@ -52,16 +56,17 @@ def module_of(name: str) -> str:
 
 def table(names: Iterable[str], found: dict[str, int | None]) -> str:
     """Killed of those run, by module and in all."""
-    rows: dict[str, list[int]] = defaultdict(lambda: [0, 0])
+    rows: dict[str, list[int]] = defaultdict(lambda: [0, 0, 0])
     for name in names:
         if (code := found.get(name)) not in NOT_RUN:
             for row in (rows[module_of(name)], rows["merge, all"]):
                 row[0] += code not in SURVIVED
-                row[1] += 1
-    lines = [f"{'module':36} killed    run   share"]
-    for module, (killed, count) in sorted(rows.items(), key=lambda item: (item[0] == "merge, all", item[0])):
-        lines.append(f"{module:36} {killed:6} {count:6} {killed / count:7.1%}")
-    killed, count = rows["merge, all"]
+                row[1] += code in TIMED_OUT
+                row[2] += 1
+    lines = [f"{'module':36} killed (by time)    run   share"]
+    for module, (killed, late, count) in sorted(rows.items(), key=lambda item: (item[0] == "merge, all", item[0])):
+        lines.append(f"{module:36} {killed:6} {late:9} {count:6} {killed / count:7.1%}")
+    killed, _, count = rows["merge, all"]
     low, high = interval(killed, count) if count else (0.0, 1.0)
     return "\n".join([*lines, f"95 % interval of all: {low:.1%} to {high:.1%}"])
 
@@ -86,6 +91,10 @@ def main(arguments: list[str] | None = None) -> int:
         names = random.Random(given.seed).sample(everything, min(given.sample, len(everything)))  # noqa: S311
     code = mutmut("--max-children", str(given.children), *names)
     found = outcomes()
+    late = [name for name in (names if given.sample is not None else found) if found.get(name) in TIMED_OUT]
+    if late:
+        code = mutmut("--max-children", str(given.children), *late) or code
+        found = outcomes()
     sys.stdout.write(table(names if given.sample is not None else found, found) + "\n")
     return code
 

@@ -14,7 +14,7 @@ from artifacts.adapter import Adapter
 from artifacts.errors import MergeRefused
 from merge.catalog import parse_parameters
 from merge.comparison import Candidate, compare_files
-from merge.comparison_report import comparison_report
+from merge.comparison_report import comparison_report, rank_by
 from merge.engine import merge_files
 from merge.pictures import pictures_of_comparison, pictures_of_merge
 from merge.stack import Stack
@@ -97,10 +97,13 @@ def test_modules_are_read_once_for_each_precision(pool: Pool, tmp_path: Path, mo
 
 def test_inner_products_are_computed_once(stack_of: Any) -> None:
     stack = stack_of([(torch.randn(2, 6), torch.randn(5, 2), 1.0) for _ in range(2)])
-    gram = stack.gram_A
+    gram_A, gram_B = stack.gram_A, stack.gram_B
     other = stack.reweighted([0.5, -2.0])
     if other.A is stack.A:
-        assert other.gram_A is gram
+        assert other.gram_A is gram_A
+        assert other.gram_B is gram_B
+    bare = stack.bare()
+    assert (bare.gram_A is gram_A, bare.gram_B is gram_B, bare.A is stack.A) == (True, True, True)
     assert stack.reweighted([1.0, 1.0]) is stack
     assert sorted(other.weights.tolist()) == [-2.0, -2.0, 0.5, 0.5]
 
@@ -125,6 +128,19 @@ def test_the_report_ranks_by_the_distance_to_the_exact_sum(pool: Pool, tmp_path:
     assert errors_picture.columns == list(CANDIDATES)
     assert errors_picture.values[0][3] is None  # of `common`, which has no such layer
     assert errors_picture.draw().startswith("<svg")
+
+
+def test_a_comparison_of_one(pool: Pool, tmp_path: Path) -> None:
+    (one,) = compare_files(positive(pool), candidates()[:1], tmp_path / "compared")
+    report = comparison_report([one], 1.23456)
+    assert (report["compatibility"], report["ranking"], report["seconds"]) == ("shape", ["cat"], 1.235)
+    assert report["interference"] == one.report.totals()["interference"]
+
+
+def test_another_order_leaves_out_who_has_no_number() -> None:
+    report: dict[str, Any] = {"ranking": ["a", "b", "c", "d"], "ranked_by": "relative_error"}
+    rank_by(report, "loss", {"d": 2.0, "a": 2.0, "c": -1.0, "of another": 0.0})
+    assert report == {"ranking": ["c", "a", "d"], "ranked_by": "loss"}
 
 
 def test_a_merge_of_one_adapter_has_no_interference_to_show(pool: Pool, tmp_path: Path) -> None:

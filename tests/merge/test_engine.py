@@ -19,6 +19,7 @@ from artifacts.errors import DiskFull, MergeRefused, ReloadMismatch
 from artifacts.export import PeftWriter
 from artifacts.layout import LINEAGE_KEY
 from merge.catalog import METHODS, parse_parameters
+from merge.comparison import Candidate, compare_files
 from merge.engine import merge_files
 from merge.reload import TOLERANCE, Probe, check_reload
 
@@ -239,15 +240,44 @@ class TestWhatGoesWrong:
 
 
 def test_progress_goes_up_to_one(write_adapter: Write, as_input: Any, tmp_path: Path) -> None:
-    seen: list[float] = []
+    seen: list[tuple[float, str]] = []
     source = write_adapter("one", {f"layers.{i}.proj": factors(i) for i in range(6)})
     options = parse_parameters("lego", {})
     merge_files(
-        [as_input(source)], "lego", options, tmp_path / "out", progress=lambda fraction, message: seen.append(fraction)
+        [as_input(source)], "lego", options, tmp_path / "out", progress=lambda part, told: seen.append((part, told))
     )
-    assert seen == sorted(seen)
-    assert seen[-1] == 1.0
-    assert len(seen) == 8
+    modules = [(pytest.approx(0.95 * n / 6), f"Merged {n} of 6 modules") for n in range(1, 7)]
+    assert seen == [*modules, (0.95, "Reading back"), (1.0, "Merged")]
+
+
+def test_progress_of_a_comparison(write_adapter: Write, as_input: Any, tmp_path: Path) -> None:
+    seen: list[tuple[float, str]] = []
+    source = write_adapter("one", {f"layers.{i}.proj": factors(i) for i in range(3)})
+    both = [Candidate(label, "svd", parse_parameters("svd", {"rank": rank})) for label, rank in (("a", 1), ("b", 2))]
+    compare_files([as_input(source)], both, tmp_path / "out", progress=lambda part, told: seen.append((part, told)))
+    assert seen == [
+        *((pytest.approx(0.95 * n / 3), f"Merged {n} of 3 modules 2 times") for n in range(1, 4)),
+        (0.95, "Reading back a"),
+        (pytest.approx(0.975), "Reading back b"),
+        (1.0, "Compared"),
+    ]
+
+
+@pytest.mark.parametrize("method", ["cat", "svd"])
+def test_the_check_sees_the_plan_before_anything_is_written(
+    method: str, write_adapter: Write, as_input: Any, tmp_path: Path
+) -> None:
+    source = as_input(write_adapter("one", {PATH: factors(1)}))
+    options = parse_parameters(method, {})
+
+    def refuse(plan: Any) -> None:
+        raise MergeRefused(f"rank {plan.output_rank}")
+
+    with pytest.raises(MergeRefused, match="rank 4"):
+        merge_files([source], method, options, tmp_path / "out", check=refuse)
+    with pytest.raises(MergeRefused, match="rank 4"):
+        compare_files([source], [Candidate("a", method, options)], tmp_path / "out", check=refuse)
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_report_is_json(write_adapter: Write, merge: Any) -> None:

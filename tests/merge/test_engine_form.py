@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, get_args
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from artifacts.adapter import Adapter
 from artifacts.compatibility import VLLM_RANKS, Engine, findings, loads
@@ -18,7 +19,7 @@ from artifacts.intake import inspect
 from merge.catalog import parse_parameters
 from merge.comparison import Candidate, compare_files
 from merge.engine import merge_files
-from merge.engine_form import check_merged, fit_engine
+from merge.engine_form import _merged, check_merged, fit_engine
 from merge.options import CatOptions
 from merge.plan import MergeInput, at_least_rank, plan_merge
 
@@ -119,6 +120,29 @@ def test_the_outlook_of_a_merge_is_what_its_file_shows(
     for item, error in zip(refusing, caught.value.errors, strict=True):
         assert item.rule in error.message
         assert item.source in error.message
+
+
+@pytest.mark.parametrize("kind", ["linear", "biased", "convolution"])
+def test_a_planned_module_is_the_one_that_is_written(write_adapter: Any, tmp_path: Path, kind: str) -> None:
+    taken = []
+    for number, rank in enumerate((3, 2)):
+        A, B = factors(rank, number)
+        if kind == "convolution":
+            A, B = A.reshape(rank, 3, 2, 2), B[:, :, None, None]
+        directory = write_adapter(f"input-{number}", {Q: (A, B)}, lora_bias=kind == "biased")
+        if kind == "biased":
+            weights = directory / "adapter_model.safetensors"
+            bias = {f"base_model.model.{Q}.lora_B.bias": torch.ones(10)}
+            save_file({**load_file(weights), **bias}, weights, metadata={"format": "pt"})
+        taken.append((MergeInput.of(inspect(directory), str(number), "x", None), directory))
+    plan = plan_merge([item for item, _ in taken], "cat", CatOptions())
+    merge_files(taken, "cat", CatOptions(), tmp_path / "merged")
+    (written,) = inspect(tmp_path / "merged").modules
+    (item,) = plan.modules
+    planned = _merged(item.first, plan.output_rank, with_bias=kind == "biased")
+    keys = {name: getattr(written, name) for name in ("a_key", "b_key", "bias_key")}
+    assert replace(planned, **keys) == written
+    assert (planned.bias_key is None) is (written.bias_key is None) is (kind != "biased")
 
 
 @pytest.mark.parametrize("shared", [True, False])

@@ -137,6 +137,20 @@ class TestALargeMatrix:
         assert near(run_method(name, stack, rank=50, **parameters(name)), whole)
         assert near(run_method(name, stack, rank=4, passes=32, **parameters(name)), short, 0.02)
 
+    @pytest.mark.parametrize("name", NAMES)
+    def test_the_algebra_gives_what_the_loops_do(
+        self, name: str, stack_of: Any, random_adapters: Any, run_method: Any, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """As on a device that the loops do not know."""
+        monkeypatch.setattr(rows, "WHOLE", 100)
+        monkeypatch.setattr(rows, "SAMPLE", 1 << 10)
+        monkeypatch.setattr(rows, "TILE_BYTES", 1)
+        stack = stack_of(random_adapters([3, 4], d_out=70, d_in=50), [1.0, 0.5])
+        loops = run_method(name, stack, rank=50, **parameters(name))
+        for module in (rows, rules):
+            monkeypatch.setattr(module, "compiled", lambda _: False)
+        assert near(run_method(name, stack, rank=50, **parameters(name)), loops)
+
     def test_a_bracket_that_misses_is_widened(
         self, stack_of: Any, random_adapters: Any, monkeypatch: pytest.MonkeyPatch
     ) -> None:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from artifacts.algebra import core_svd, delta_products, gram, squared_norm
 from merge.catalog import parse_parameters
+from merge.kmeans import gram_kmeans, sklearn_tolerance
 from merge.methods import lego
 from merge.options import LegoOptions
 from merge.stack import Stack
@@ -303,6 +304,53 @@ class TestOptions:
         assert merge(sources, "lego")[1].rank == 6
         assert merge(sources, "lego", rank="r")[1].rank == 3
         assert merge(sources, "lego", k=5)[1].rank == 5
+
+    def test_what_is_asked_of_the_clustering(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        stack = stack_of(random_factors(1), random_factors(2), weights=[1.0, 3.0])
+        asked: dict[str, Any] = {}
+
+        def cluster(gram: Any, weights: Any, k: int, **more: Any) -> Any:
+            asked.update(more, weights=weights.tolist(), k=k)
+            return gram_kmeans(gram, weights, k, **more)
+
+        monkeypatch.setattr(lego, "gram_kmeans", cluster)
+        given = {"n_init": 3, "max_iter": 7, "seed": 5, "refine": False}
+        lego.merge(stack, options(**given, tol=1e-3, sign_alignment="cluster"), 4)
+        gram = (stack.gram_A + stack.gram_B).numpy()
+        assert asked == {
+            **given,
+            "weights": stack.weights.tolist(),
+            "k": 4,
+            "signed": True,
+            "tolerance": sklearn_tolerance(gram, 48 + 32, 1e-3),
+        }
+        lego.merge(stack, options(sign_alignment="canonical"), 20)
+        assert (asked["signed"], asked["k"]) == (False, 8)
+
+    def test_members_that_cancel_are_left_as_they_are(self) -> None:
+        A, B = torch.eye(1, 4), torch.eye(3, 1)
+        stack = stack_of((A, B), (-A, -B))
+        result = lego.merge(stack, options(sign_alignment="none", canonicalize="none"), 1)
+        assert result.clusters is not None
+        assert (result.clusters.largest_factor, result.clusters.capped) == (1.0, 0)
+        assert result.clusters.sizes == (2,)
+        assert result.clusters.mean_cosine == pytest.approx(-1.0)
+        assert float((result.B @ result.A).abs().max()) == 0
+
+    @pytest.mark.parametrize("kind", ["svd", "balanced", "none"])
+    def test_canonical_components_are_those_of_each_adapter(self, kind: str) -> None:
+        adapters = [random_factors(seed, r=rank) for seed, rank in ((1, 3), (2, 4), (3, 2))]
+        stack = stack_of(*adapters)
+        units = lego._canonicalized(stack, options(canonicalize=kind))
+        for owner, (A, B) in enumerate(adapters):
+            own = units.owners == owner
+            assert relative(units.B[:, own].double() @ units.A[own].double(), B.double() @ A.double()) < 1e-5
+            a, b = units.A[own].double(), units.B[:, own].double()
+            if kind == "svd":
+                for gram in (a @ a.T, b.T @ b):
+                    assert relative(gram, torch.diag(gram.diagonal())) < 1e-5
+            balanced = torch.allclose(a.norm(dim=1), b.norm(dim=0), rtol=1e-5)
+            assert balanced is (kind != "none")
 
 
 class TestBehaviour:

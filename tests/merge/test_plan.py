@@ -195,6 +195,207 @@ class TestRank:
         assert plan(*(adapter(f"a{i}") for i in range(3)), rank=rank).output_rank == expected
 
 
+Refused = tuple[tuple[MergeInput, ...], str, dict[str, Any], type[RankwiseError], str, list[tuple[str, str]]]
+"""Inputs, method and parameters → the error, its detail, and its findings."""
+
+REFUSED: dict[str, Refused] = {
+    "no adapter": (
+        (),
+        "lego",
+        {},
+        RequestInvalid,
+        "A merge takes 1 to 256 adapters; 0 were given.",
+        [
+            ("/adapters", "needs 1 to 256 items"),
+        ],
+    ),
+    "too many": (
+        tuple(adapter(f"a{i}") for i in range(257)),
+        "cat",
+        {},
+        RequestInvalid,
+        "A merge takes 1 to 256 adapters; 257 were given.",
+        [("/adapters", "needs 1 to 256 items")],
+    ),
+    "one twice": (
+        (adapter("one"), adapter("two"), adapter("one")),
+        "lego",
+        {},
+        RequestInvalid,
+        "Adapter one is listed twice (positions 0 and 2).",
+        [("/adapters/2/id", "duplicate id")],
+    ),
+    "a negative weight": (
+        (adapter("one"), adapter("two", weight=-0.5)),
+        "lego",
+        {},
+        RequestInvalid,
+        "Method 'lego' averages and so takes no negative weight; two has -0.5.",
+        [("/adapters/1/weight", "must not be negative")],
+    ),
+    "no number": (
+        (adapter("one", weight=float("nan")),),
+        "cat",
+        {},
+        RequestInvalid,
+        "The weight of one is nan; it must be a finite number.",
+        [("/adapters/0/weight", "must be finite")],
+    ),
+    "nothing but zeros": (
+        (adapter("one", weight=0.0),),
+        "cat",
+        {},
+        RequestInvalid,
+        "All weights are 0: the merged adapter would do nothing.",
+        [("/adapters", "at least one weight must not be 0")],
+    ),
+    "a sum of zero": (
+        (adapter("one"), adapter("two", weight=-1.0)),
+        "cat",
+        {"normalize": True},
+        RequestInvalid,
+        "normalize divides by the sum of the weights, which is 0.0.",
+        [("/parameters/normalize", "the weights sum to 0")],
+    ),
+    "t beside weights": (
+        (adapter("one", weight=2.0), adapter("two")),
+        "slerp",
+        {"t": 0.5},
+        RequestInvalid,
+        "Give either t or weights: t says how far to go from the first adapter to the second.",
+        [("/parameters/t", "leave it out, or leave the weights at 1")],
+    ),
+    "one for two": (
+        (adapter("one"), adapter("two", weight=0.0)),
+        "slerp",
+        {},
+        RequestInvalid,
+        "Method 'slerp' merges exactly 2 adapters; 1 take part.",
+        [("/adapters", "needs 2 items with weights other than 0")],
+    ),
+    "not mergeable": (
+        (adapter("one"), adapter("two", method="ia3", mergeable=False, refusal="it multiplies.")),
+        "cat",
+        {},
+        NotMergeable,
+        "Adapter two (two) of type 'ia3' can not be merged by its factors: it multiplies.",
+        [("/adapters/1/id", "it multiplies.")],
+    ),
+    "a bias": (
+        (adapter("one", module(bias_key="b")),),
+        "svd",
+        {},
+        NotMergeable,
+        "Adapter one (one) has biases on lora_B, which method 'svd' can not merge.",
+        [("/adapters/0/id", "has lora_bias")],
+    ),
+    "another base": (
+        (adapter("one"), adapter("two", base=BaseModelRef.named("other"))),
+        "cat",
+        {},
+        BaseMismatch,
+        "one (base) and two (other) belong to different base models: ",
+        [("/adapters/1/id", "base model other")],
+    ),
+    "too weak a proof": (
+        (adapter("one"), adapter("two")),
+        "cat",
+        {"minimum_compatibility": "weights"},
+        BaseMismatch,
+        (
+            "one (base) and two (base): that they share a base model is proven to the level 'shape' only; "
+            "minimum_compatibility asks for 'weights'."
+        ),
+        [("/adapters/1/id", "base model base")],
+    ),
+    "missing modules": (
+        (adapter("one", module("a"), module("b")), adapter("two", module("b"))),
+        "cat",
+        {"missing_modules": "error"},
+        MergeRefused,
+        "1 modules are not in every adapter: a.",
+        [("/parameters/missing_modules", "a")],
+    ),
+    "nothing in common": (
+        (adapter("one", module("a")), adapter("two", module("b"))),
+        "cat",
+        {"missing_modules": "intersection"},
+        MergeRefused,
+        "The adapters have no module in common.",
+        [("/parameters/missing_modules", "nothing is left to merge")],
+    ),
+    "other sides": (
+        (adapter("one"), adapter("two", module(d_in=9, a_shape=(4, 9)))),
+        "cat",
+        {},
+        ShapeMismatch,
+        "1 modules have other dimensions in one adapter than in another: a.proj (one: linear 6×8; two: linear 6×9).",
+        [("a.proj", "one: linear 6×8; two: linear 6×9")],
+    ),
+    "unequal ranks": (
+        (adapter("one"), adapter("two", module(rank=2))),
+        "ties",
+        {"unequal_ranks": "error"},
+        MergeRefused,
+        "Method 'ties' adds the factors of the adapters, whose ranks differ in 1 modules: a.proj.",
+        [("/parameters/unequal_ranks", "a.proj")],
+    ),
+    "too large a rank": (
+        (adapter("one"), adapter("two")),
+        "svd",
+        {"rank": 9},
+        RankOutOfRange,
+        "rank 9 is above the sum of the adapters' ranks of every module; the largest is 8.",
+        [("/parameters/rank", "must be at most 8")],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_every_refusal_says_what_and_where(name: str) -> None:
+    inputs, method, parameters, kind, detail, errors = REFUSED[name]
+    with pytest.raises(kind) as caught:
+        plan(*inputs, method=method, **parameters)
+    assert caught.value.detail.startswith(detail)
+    assert [(item.pointer, item.message) for item in caught.value.errors] == errors
+
+
+def test_weights_that_nearly_cancel_may_be_normalised() -> None:
+    """The bound is relative to the largest of them."""
+    for size in (1e-6, 1.0, 1e6):
+        both = adapter("one", weight=size), adapter("two", weight=-size * (1 - 1e-8))
+        assert plan(*both, method="cat", normalize=True).weights[0] == pytest.approx(1e8, rel=1e-6)
+        with pytest.raises(RequestInvalid, match="divides by the sum"):
+            plan(both[0], adapter("two", weight=-size * (1 - 1e-10)), method="cat", normalize=True)
+
+
+def test_twenty_modules_are_named_and_the_rest_is_counted() -> None:
+    for count, more in ((20, ""), (21, " and 1 more")):
+        one = adapter("one", module("z"), *(module(f"m{at:03}") for at in range(count)))
+        names = ", ".join(f"m{at:03}" for at in range(20)) + more
+        result = plan(one, adapter("two", module("z")))
+        told = f"modules_not_in_every_adapter: {count} of {count + 1} modules have fewer owners: {names}."
+        assert told in result.warnings
+        result = plan(one, adapter("two", module("z")), missing_modules="intersection")
+        assert f"{count} modules that not every adapter has were left out: {names}." in result.warnings
+        with pytest.raises(MergeRefused) as caught:
+            plan(one, adapter("two", module("z")), missing_modules="error")
+        assert caught.value.detail == f"{count} modules are not in every adapter: {names}."
+        assert len(caught.value.errors) == 20
+
+
+def test_padding_is_told_where_there_is_some() -> None:
+    one, two = adapter("one", module("a"), module("b")), adapter("two", module("a", rank=2), module("b"))
+    found = [line for line in plan(one, two, method="ties").warnings if line.startswith("ranks_padded")]
+    assert found == ["ranks_padded: in 1 of 2 modules the factors of smaller adapters were padded with zeros: a."]
+    assert not any("ranks_padded" in line for line in plan(one, two, method="svd").warnings)
+    assert not any("ranks_padded" in line for line in plan(one, one_more(one), method="ties").warnings)
+
+
+def one_more(item: MergeInput) -> MergeInput:
+    return replace(item, id="more", name="more")
+
+
 class TestBase:
     def digests(self, *values: str) -> list[MergeInput]:
         refs = [replace(BaseModelRef.named("base"), weights_digest=value) for value in values]
@@ -216,7 +417,9 @@ class TestBase:
         with pytest.raises(BaseMismatch, match="different base models"):
             plan(one, two)
         result = plan(one, two, minimum_compatibility="shape")
-        assert any(warning.startswith("base_models_differ") for warning in result.warnings)
+        assert any(line.startswith("base_models_differ: one (base) and two (other): ") for line in result.warnings)
+        (shape,) = [line for line in result.warnings if line.startswith("compatibility_shape_only")]
+        assert "(base, other)" in shape
 
     def test_a_minimum_is_a_minimum(self) -> None:
         with pytest.raises(BaseMismatch, match="asks for 'weights'"):
