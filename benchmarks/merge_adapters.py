@@ -70,6 +70,24 @@ def floor(inputs: Sequence[Path], output_bytes: int, scratch: Path) -> float:
     return time.perf_counter() - started
 
 
+def cold_floor(inputs: Sequence[Path], output_bytes: int, scratch: Path) -> float:
+    """As `floor`, when nothing of the inputs is in the page cache, and until the output is on the disk."""
+    content = os.urandom(1 << 20) * (output_bytes // (1 << 20) + 1)
+    for path in inputs:
+        with (path / WEIGHTS).open("rb") as file:
+            # what was not written yet would stay
+            os.fsync(file.fileno())
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    started = time.perf_counter()
+    for path in inputs:
+        (path / WEIGHTS).read_bytes()
+    with (scratch / "cold-floor.bin").open("wb") as file:
+        file.write(memoryview(content)[:output_bytes])
+        file.flush()
+        os.fsync(file.fileno())
+    return time.perf_counter() - started
+
+
 def merge_once(inputs: Sequence[Path], method: str, parameters: Mapping[str, Any], out: Path) -> dict[str, float]:
     """One merge in a new process: seconds from files to file, peak memory, and that of the idle worker before it."""
     command = [sys.executable, "-m", "benchmarks.merge_adapters", method, json.dumps(dict(parameters)), str(out)]

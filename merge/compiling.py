@@ -8,6 +8,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
+from merge import rules
 from merge.catalog import METHODS, parse_parameters
 from merge.kmeans import gram_kmeans
 from merge.methods import entrywise
@@ -34,6 +35,11 @@ def compile_loops() -> None:
     for name, row in METHODS.items():
         if row.implementation.startswith(entrywise.__name__):
             row.load()(stack, parse_parameters(name, {}), _RANK)
+    # random numbers that loops do not use themselves, and a row whose sizes short keys do not tell apart
+    rules.dropped(torch.ones(1, 2, dtype=torch.float64), 0.5, 0)
+    skewed = torch.randn(1, _SIDE, generator=numbers)
+    skewed[0, 0] = 1e30
+    entrywise.keep_probabilities(skewed, 0.5, 0.1)
 
 
 if __name__ == "__main__":

@@ -9,20 +9,40 @@ from __future__ import annotations
 import numpy as np
 from numba import njit
 
+from merge.panel import COLUMNS, ROWS, fused, panel
+
 # numpy's division: a check for zero in every step would keep the loops from being vectors
 compiled = njit(cache=True, nogil=True, error_model="numpy")
 
 CHUNK = 256
 """Entries whose sums are held at a time."""
 
-GLANCE = 32
-"""Entries of which one count says whether any has to be looked at."""
 
-LANES = 16
-"""Random streams that step together, in the vectors of the processor."""
+@compiled
+def form(A, B, starts, row, column, X):
+    """X (N, rows, columns) = the entries of BᵢAᵢ from a row and a column on.
 
-STEPS = 64
-"""Steps of theirs before the numbers are handed out."""
+    Every entry is rounded the same, whatever tile it lies in (`merge.panel`).
+
+    Args:
+        A: (n, d_in); B: (d_out, n); starts: (N + 1,) where the components of each block begin, and n.
+    """
+    flat_A, flat_B, flat_X = A.ravel(), B.ravel(), X.ravel()
+    rows, columns = X.shape[1:]
+    whole_rows, whole_columns = rows - rows % ROWS, columns - columns % COLUMNS
+    for i in range(len(X)):
+        first, terms = starts[i], starts[i + 1] - starts[i]
+        for c in range(0, whole_columns, COLUMNS):
+            a = first * A.shape[1] + column + c
+            for r in range(0, whole_rows, ROWS):
+                b, x = (row + r) * B.shape[1] + first, (i * rows + r) * columns + c
+                panel(flat_A, a, A.shape[1], flat_B, b, B.shape[1], terms, flat_X, x, columns)
+        for r in range(rows):
+            for c in range(whole_columns if r < whole_rows else 0, columns):
+                total = np.float32(0)
+                for k in range(first, first + terms):
+                    total = fused(B[row + r, k], A[k, column + c], total)
+                X[i, r, c] = total
 
 
 @compiled
@@ -89,31 +109,44 @@ def bracketed(values, channels, low, high, above, at_high, at_low, inside, found
     """How many |values| lie above each bracket, at its high and at its low border is added to `above`, `at_high` and
     `at_low`; those strictly between go to `inside`. Where both borders are one, it is the high one.
 
+    Returns whether none of them is NaN.
+
     Args:
         values: (channels, m).
         channels, low, high: (P,) each bracket's channel and borders.
         above, at_high, at_low, found: (P,) counts so far.
-        inside: (P, room) what is found goes to inside[p, found[p]:], with room for m + GLANCE more.
+        inside: (P, room) what is found goes to inside[p, found[p]:], with room for m + 1 more.
     """
+    looked_at = np.zeros(CHUNK, np.uint8)
+    words = looked_at.view(np.uint64)
+    largest = np.uint32(0)
     for p in range(len(channels)):
         lowest, highest, place = low[p], high[p], found[p]
         channel, kept = channels[p], inside[p]
-        for start in range(0, values.shape[1], GLANCE):
-            x = values[channel, start : start + GLANCE]
-            higher, not_lower = np.int32(0), np.int32(0)
+        for start in range(0, values.shape[1], CHUNK):
+            x = values[channel, start : start + CHUNK]
+            bits = x.view(np.uint32)
+            higher = np.int32(0)
             for c in range(len(x)):
                 size = abs(x[c])
+                largest = max(largest, np.uint32(bits[c] & np.uint32(0x7FFFFFFF)))
                 higher += np.int32(size > highest)
-                not_lower += np.int32(size >= lowest)
+                looked_at[c] = (size >= lowest) & (size <= highest)
+            for c in range(len(x), CHUNK):
+                looked_at[c] = 0
             above[p] += higher
-            if higher != not_lower:
-                for c in range(len(x)):
+            # few are inside: eight at a time are passed over
+            for word in range(len(words)):
+                if words[word] == 0:
+                    continue
+                for c in range(8 * word, min(8 * word + 8, len(x))):
                     size = abs(x[c])
                     kept[place] = size
                     place += (size > lowest) & (size < highest)
                     at_high[p] += size == highest
                     at_low[p] += (size == lowest) & (size < highest)
         found[p] = place
+    return largest <= np.uint32(0x7F800000)
 
 
 @compiled
@@ -128,109 +161,139 @@ def products(A, B, rows, columns, result):
 
 
 @compiled
-def _seeded(words, first):
-    """States (3, LANES) of numpy's SFC64 generators of the streams from the first on; lanes past the last idle."""
-    state = np.zeros((3, LANES), np.uint64)
-    for lane in range(min(LANES, len(words) - first)):
-        for part in range(3):
-            state[part, lane] = words[first + lane, part]
-    # what comes first is thrown away
-    _step(state, np.uint64(1), np.empty((12, LANES), np.uint64))
-    return state
+def _row_keys(key, row):
+    """Two keys (uint32) of a row: the number after `row` others of the SplitMix64 generator with that state."""
+    mixed = np.uint64(key) + (np.uint64(row) + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
+    mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    mixed ^= mixed >> np.uint64(31)
+    return np.uint32(mixed & np.uint64(0xFFFFFFFF)), np.uint32(mixed >> np.uint64(32))
 
 
 @compiled
-def _step(state, counter, drawn):
-    """Let all lanes draw (steps, LANES) numbers of 64 bits; `counter` counts from 1."""
-    a, b, c = state[0], state[1], state[2]
-    for step in range(len(drawn)):
-        for lane in range(LANES):
-            number = a[lane] + b[lane] + counter
-            a[lane] = b[lane] ^ (b[lane] >> np.uint64(11))
-            b[lane] = c[lane] + (c[lane] << np.uint64(3))
-            c[lane] = ((c[lane] << np.uint64(24)) | (c[lane] >> np.uint64(40))) + number
-            drawn[step, lane] = number
-        counter += np.uint64(1)
+def _drawn(first, second, column):
+    """The random uint32 of a column of the row with these keys: a hash of its number, so that none waits for others."""
+    x = np.uint32(first + np.uint32(column))
+    x = np.uint32(x ^ (x >> np.uint32(16)))
+    x = np.uint32(x * np.uint32(0x21F0AAAD))
+    x = np.uint32(x ^ (x >> np.uint32(15)))
+    x = np.uint32(np.uint32(x + second) * np.uint32(0x735A2D97))
+    return np.uint32(x ^ (x >> np.uint32(15)))
 
 
 @compiled
-def uniform(words, result):
-    """The first numbers in [0, 1) that numpy's SFC64 generators draw as float32: 24 bits each, two from a step.
+def draw(keys, row, column, result):
+    """result (N, rows, columns) uint32 = the random numbers of the entries from a row and a column on.
 
     Args:
-        words: (streams, 3) uint64 that a generator is seeded with.
-        result: (streams, m) float32, m a multiple of 2.
+        keys: (N,) uint64, of the blocks.
     """
-    unit = np.float32(2.0**-24)
-    drawn = np.empty((STEPS, LANES), np.uint64)
-    for first in range(0, len(words), LANES):
-        state = _seeded(words, first)
-        for start in range(0, result.shape[1], 2 * STEPS):
-            _step(state, np.uint64(13 + start // 2), drawn)
-            for lane in range(min(LANES, len(words) - first)):
-                part = result[first + lane, start : start + 2 * STEPS]
-                for step in range(len(part) // 2):
-                    number = drawn[step, lane]
-                    part[2 * step] = np.float32((number & np.uint64(0xFFFFFFFF)) >> np.uint64(8)) * unit
-                    part[2 * step + 1] = np.float32(number >> np.uint64(40)) * unit
+    for i in range(len(result)):
+        for r in range(result.shape[1]):
+            first, second = _row_keys(keys[i], row + r)
+            drawn = result[i, r]
+            for c in range(len(drawn)):
+                drawn[c] = _drawn(first, second, column + c)
 
 
 @compiled
-def below(words, limit, result):
-    """Whether the numbers of `uniform` are below limit·2⁻²⁴; result: (streams, m) bool."""
-    drawn = np.empty((STEPS, LANES), np.uint64)
-    for first in range(0, len(words), LANES):
-        state = _seeded(words, first)
-        for start in range(0, result.shape[1], 2 * STEPS):
-            _step(state, np.uint64(13 + start // 2), drawn)
-            for lane in range(min(LANES, len(words) - first)):
-                part = result[first + lane, start : start + 2 * STEPS]
-                for step in range(len(part) // 2):
-                    number = drawn[step, lane]
-                    part[2 * step] = ((number & np.uint64(0xFFFFFFFF)) >> np.uint64(8)) < limit
-                    part[2 * step + 1] = (number >> np.uint64(40)) < limit
-
-
-@compiled
-def erase(X, keep, first_column):
-    """Zero the entries of X (N, rows, columns) that `keep` (N, rows, d_in), from the first column on, does not keep."""
-    columns = X.shape[2]
+def erase(X, keys, row, column, last):
+    """Zero the entries of X (N, rows, columns), which begin at a row and a column, whose numbers are above `last`."""
     for i in range(len(X)):
         for r in range(X.shape[1]):
-            x, kept = X[i, r], keep[i, r, first_column : first_column + columns]
-            for c in range(columns):
-                x[c] = x[c] if kept[c] else X.dtype.type(0)
+            first, second = _row_keys(keys[i], row + r)
+            x = X[i, r]
+            for c in range(len(x)):
+                x[c] = x[c] if _drawn(first, second, column + c) <= last else np.float32(0)
 
 
 @compiled
-def place_keys(X, keys):
-    """Integers (rows, columns) that order the |x| of a row by size, equal ones by place: the bits, then the place."""
-    for r in range(len(X)):
-        bits, row = X[r].view(np.uint32), keys[r]
-        for c in range(len(bits)):
-            row[c] = (np.int64(bits[c] & np.uint32(0x7FFFFFFF)) << 32) | c
+def short_keys(X, place_bits, keys):
+    """Integers (rows, columns) that order the |x| of a row by size as far as 32 bits can tell, then by place.
 
-
-@compiled
-def by_rank(keys, lowest, range_, result):
-    """Probabilities (rows, columns) that rise with the rank of a key in its row of sorted keys.
-
-    They are lowest + range·rank/(columns − 1).
+    The size is a whole number of parts of the largest; the place is in the lowest bits.
     """
-    columns = keys.shape[1]
-    last = np.float32(max(columns - 1, 1))
-    for r in range(len(keys)):
-        row, probabilities = keys[r], result[r]
-        for rank in range(columns):
-            probabilities[np.uint32(row[rank] & 0xFFFFFFFF)] = lowest + range_ * (np.float32(rank) / last)
+    # no more than a float32 counts exactly
+    parts = np.float32((1 << min(32 - place_bits, 22)) - 2)
+    for r in range(len(X)):
+        x, row = X[r], keys[r]
+        bits, largest_bits = x.view(np.uint32), np.uint32(0)
+        for c in range(len(x)):
+            largest_bits = max(largest_bits, np.uint32(bits[c] & np.uint32(0x7FFFFFFF)))
+        largest = np.float32(0)
+        for c in range(len(x)):
+            largest = max(largest, abs(x[c])) if (bits[c] & np.uint32(0x7FFFFFFF)) == largest_bits else largest
+        scale = parts / largest if largest > 0 else np.float32(0)
+        scale = scale if scale < np.inf else np.float32(0)
+        for c in range(len(x)):
+            row[c] = np.uint32(np.uint32(np.int32(abs(x[c]) * scale)) << np.uint32(place_bits)) | np.uint32(c)
 
 
 @compiled
-def drop(x, drawn, probabilities, rescale):
-    """Keep of x (m,) what draws a number below its probability, divided by it to rescale; zero the others."""
-    for c in range(len(x)):
-        divisor = probabilities[c] if rescale else np.float32(1)
-        x[c] = x[c] / divisor if drawn[c] < probabilities[c] else np.float32(0)
+def by_short_keys(X, place_bits, keys, ramp, result, done):
+    """result (rows, columns) = ramp[rank] of each entry of X in its row by |x|, equal ones by place.
+
+    Entries that the keys could not tell apart are neighbours there, and change places until they are in order; where
+    that takes long, `done` (rows,) is false.
+
+    Args:
+        keys: `short_keys`, sorted; their order changes.
+        ramp: (columns,).
+    """
+    mask = np.uint32((1 << place_bits) - 1)
+    close = np.zeros(CHUNK, np.uint8)
+    words = close.view(np.uint64)
+    columns = X.shape[1]
+    for r in range(len(X)):
+        x, row, found = X[r], keys[r], result[r]
+        moves, allowed = 0, 8 * columns
+        for start in range(1, columns, CHUNK):
+            one, other = row[start - 1 : columns - 1], row[start : start + CHUNK]
+            for c in range(len(other)):
+                close[c] = (one[c] ^ other[c]) <= mask
+            for c in range(len(other), CHUNK):
+                close[c] = 0
+            for word in range(len(words)):
+                if words[word] == 0:
+                    continue
+                for c in range(start + 8 * word, min(start + 8 * word + 8, columns)):
+                    key, to = row[c], c
+                    size = abs(x[key & mask])
+                    while to > 0 and (row[to - 1] ^ key) <= mask and abs(x[row[to - 1] & mask]) > size:
+                        row[to] = row[to - 1]
+                        to -= 1
+                    row[to] = key
+                    moves += c - to
+                    if moves > allowed:
+                        break
+            if moves > allowed:
+                break
+        done[r] = moves <= allowed
+        for rank in range(columns):
+            found[row[rank] & mask] = ramp[rank]
+
+
+@compiled
+def long_keys(x, keys):
+    """As `short_keys` of one row (columns,), exactly: the bits of the float, then the place."""
+    bits = x.view(np.uint32)
+    for c in range(len(bits)):
+        keys[c] = (np.int64(bits[c] & np.uint32(0x7FFFFFFF)) << 32) | c
+
+
+@compiled
+def drop(X, keys, row, probabilities, rescale):
+    """Keep of whole rows X (N, rows, d_in) what draws a number below its probability, divided by it to rescale; zero
+    the others."""
+    unit = np.float32(2.0**-24)
+    for i in range(len(X)):
+        for r in range(X.shape[1]):
+            first, second = _row_keys(keys[i], row + r)
+            x, limits = X[i, r], probabilities[i, r]
+            for c in range(len(x)):
+                divisor = limits[c] if rescale else np.float32(1)
+                number = np.float32(_drawn(first, second, c) >> np.uint32(8)) * unit
+                x[c] = x[c] / divisor if number < limits[c] else np.float32(0)
 
 
 @compiled

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -20,9 +20,11 @@ OVERSAMPLING = 8
 ROOM = Room(1 << 29)
 """For the matrices that this process keeps between two passes over their rows; others come anew in every pass."""
 
-Blocks = Callable[[], Iterable[Tensor]]
-"""Yields the matrix from top to bottom, (rows, d_in) at a time; the same every time it is called. The next block may
-overwrite the one before."""
+BLOCK_ROWS = 64
+"""Of the matrix that come at a time."""
+
+Fill = Callable[[int, Tensor], None]
+"""Writes the matrix's rows from the given one on into a tensor (rows, d_in); the same every time it is called."""
 
 
 class LowRank(NamedTuple):
@@ -33,7 +35,7 @@ class LowRank(NamedTuple):
     truncation_error: float
 
 
-def row_svd(blocks: Blocks, shape: tuple[int, int], rank: int, start: Tensor, passes: int) -> LowRank:
+def row_svd(fill: Fill, shape: tuple[int, int], rank: int, start: Tensor, passes: int) -> LowRank:
     """A rank-`rank` approximation of the matrix M.
 
     Up to `WHOLE` entries, or when the rank leaves nothing out, it is the best one. Beyond, subspace iteration: `passes`
@@ -41,15 +43,16 @@ def row_svd(blocks: Blocks, shape: tuple[int, int], rank: int, start: Tensor, pa
     M to them. It begins with directions that are known to matter.
 
     Args:
+        fill: of M.
         shape: (d_out, d_in).
         start: (d_in, s) directions to begin with.
         passes: at least 1.
     """
     rank = min(rank, *shape)
     if shape[0] * shape[1] <= WHOLE:
-        return _whole(torch.cat([block.clone() for block in blocks()]), rank)
+        return _whole(torch.cat([block.clone() for block in _blocks(fill, shape, start)]), rank)
     Q = _orthonormal(_directions(start, shape[1], min(rank + OVERSAMPLING, *shape)))
-    with _replayed(blocks, shape, start, passes) as replayed:
+    with _replayed(fill, shape, start, passes) as replayed:
         for _ in range(passes - 1):
             Z = Q.new_zeros(Q.shape[1], Q.shape[0])
             for block in replayed():
@@ -64,32 +67,40 @@ def row_svd(blocks: Blocks, shape: tuple[int, int], rank: int, start: Tensor, pa
 
 
 @contextmanager
-def _replayed(blocks: Blocks, shape: tuple[int, int], like: Tensor, passes: int) -> Iterator[Blocks]:
-    """The blocks, kept from the first pass on where there is room for all and they are needed again."""
+def _replayed(
+    fill: Fill, shape: tuple[int, int], like: Tensor, passes: int
+) -> Iterator[Callable[[], Iterator[Tensor]]]:
+    """The blocks of rows, kept from the first pass on where there is room for all and they are needed again."""
     size = shape[0] * shape[1] * like.element_size()
     if passes == 1:
-        yield blocks
+        yield lambda: _blocks(fill, shape, like)
         return
     with ROOM.taken(size) as granted:
-        yield _kept(blocks, shape, like) if granted else blocks
+        yield _kept(fill, shape, like) if granted else lambda: _blocks(fill, shape, like)
 
 
-def _kept(blocks: Blocks, shape: tuple[int, int], like: Tensor) -> Blocks:
+def _blocks(fill: Fill, shape: tuple[int, int], like: Tensor) -> Iterator[Tensor]:
+    """From top to bottom. The next block overwrites the one before."""
+    buffer = like.new_empty(min(BLOCK_ROWS, shape[0]), shape[1])
+    for row in range(0, shape[0], BLOCK_ROWS):
+        block = buffer[: shape[0] - row]
+        fill(row, block)
+        yield block
+
+
+def _kept(fill: Fill, shape: tuple[int, int], like: Tensor) -> Callable[[], Iterator[Tensor]]:
     """The same blocks again: whether there was room must not show in the order in which sums are rounded."""
-    kept: list[Tensor] = []
+    matrix = _empty(shape, like)
+    filled = False
 
     def replayed() -> Iterator[Tensor]:
-        if kept:
-            yield from kept
-            return
-        matrix, row, copies = _empty(shape, like), 0, []
-        for block in blocks():
-            rows = matrix[row : row + len(block)]
-            rows.copy_(block)
-            yield rows
-            copies.append(rows)
-            row += len(block)
-        kept.extend(copies)
+        nonlocal filled
+        for row in range(0, shape[0], BLOCK_ROWS):
+            block = matrix[row : row + BLOCK_ROWS]
+            if not filled:
+                fill(row, block)
+            yield block
+        filled = True
 
     return replayed
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Self
 
 import numpy as np
@@ -18,10 +19,11 @@ from torch import Tensor
 
 from artifacts.errors import MergeRefused
 from merge import entry_loops
-from merge.rules import MASK_ROWS, compiled, kth_largest
+from merge.panel import ROWS
+from merge.rules import compiled, kth_largest
 from merge.stack import Stack
 
-BLOCK_ROWS = 2 * MASK_ROWS
+TILE_ROWS = 64
 TILE_BYTES = 1 << 20
 """Of the deltas that are there at a time, in the cache of one core."""
 TILE_COLUMNS = 64
@@ -37,7 +39,7 @@ Measure = Callable[[Tensor], Tensor]
 """Entries of the deltas (N, …) → values (channels, …)."""
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, eq=False)
 class DeltaRows:
     """The ΔWᵢ of a stack, by rows, in the order of `Stack.members`.
 
@@ -63,28 +65,45 @@ class DeltaRows:
     def entries(self) -> int:
         return self.shape[0] * self.shape[1]
 
-    def tiles(self, *, whole_rows: bool = False) -> Iterator[tuple[int, int, Tensor]]:
-        """(first row, first column, the deltas from there (N, ≤ BLOCK_ROWS, …)), row by row. The next overwrites it."""
-        d_out, d_in = self.shape
-        width = d_in if whole_rows else self._tile_width()
-        buffer = self.A[0].new_empty(len(self.A) * min(BLOCK_ROWS, d_out) * width)
-        columns = [(start, [A[:, start : start + width] for A in self.A]) for start in range(0, d_in, width)]
-        for row in range(0, d_out, BLOCK_ROWS):
-            parts_B = [B[row : row + BLOCK_ROWS] for B in self.B]
-            for column, parts_A in columns:
-                shape = len(self.A), parts_B[0].shape[0], parts_A[0].shape[1]
+    def tiles(self, rows: range | None = None, *, whole_rows: bool = False) -> Iterator[tuple[int, int, Tensor]]:
+        """(first row, first column, the deltas from there (N, …, …)), row by row. The next overwrites it.
+
+        Args:
+            rows: those to come, with a step of 1; None: all.
+        """
+        rows, d_in = rows or range(self.shape[0]), self.shape[1]
+        height, width = self._tile_shape(whole_rows)
+        buffer = self.A[0].new_empty(len(self.A) * min(height, len(rows)) * width)
+        for row in rows[::height]:
+            for column in range(0, d_in, width):
+                shape = len(self.A), min(height, rows.stop - row), min(width, d_in - column)
                 tile = buffer[: math.prod(shape)].view(shape)
-                for part_A, part_B, rows in zip(parts_A, parts_B, tile, strict=True):
-                    torch.mm(part_B, part_A, out=rows)
+                self._form(row, column, tile)
                 yield row, column, tile
 
-    def _tile_width(self) -> int:
-        """A device of its own has no use for tiles of a core's cache."""
+    @cached_property
+    def _form(self) -> Callable[[int, int, Tensor], None]:
+        """What fills a tile with the entries from a row and a column on."""
+        if compiled(self.A[0]):
+            A, B = torch.cat(self.A).numpy(), torch.cat(self.B, 1).numpy()
+            starts = np.cumsum([0, *(len(part) for part in self.A)])
+            return lambda row, column, tile: entry_loops.form(A, B, starts, row, column, tile.numpy())
+
+        def form(row: int, column: int, tile: Tensor) -> None:
+            for A, B, rows in zip(self.A, self.B, tile, strict=True):
+                torch.mm(B[row : row + rows.shape[0]], A[:, column : column + rows.shape[1]], out=rows)
+
+        return form
+
+    def _tile_shape(self, whole_rows: bool) -> tuple[int, int]:
+        """Rows and columns. A device of its own has no use for tiles of a core's cache."""
         d_in = self.shape[1]
         if self.A[0].device.type != "cpu":
-            return d_in
-        fitting = TILE_BYTES // (len(self.A) * BLOCK_ROWS * self.A[0].element_size())
-        return min(d_in, max(fitting // TILE_COLUMNS, 1) * TILE_COLUMNS)
+            return TILE_ROWS, d_in
+        fitting = TILE_BYTES // (len(self.A) * self.A[0].element_size())
+        if whole_rows:
+            return min(max(fitting // d_in // ROWS, 1) * ROWS, TILE_ROWS), d_in
+        return TILE_ROWS, min(d_in, max(fitting // TILE_ROWS // TILE_COLUMNS, 1) * TILE_COLUMNS)
 
     def sample(self) -> Tensor:
         """(N, SAMPLE) entries at random places, the same places for all."""
@@ -125,7 +144,7 @@ def largest(deltas: DeltaRows, measure: Measure, counts: Sequence[Sequence[int]]
             [(c, k / deltas.entries) for (c, _), k in zip(open_, ranks, strict=True)], sample, margin
         )
         for _, _, tile in deltas.tiles():
-            brackets.add(_numbers(measure(tile).flatten(1)))
+            brackets.add(measure(tile).flatten(1))
         missed = []
         for place, value in zip(open_, brackets.kth(ranks), strict=True):
             if value is None:
@@ -185,14 +204,18 @@ class _Brackets:
         )
 
     def add(self, values: Tensor) -> None:
-        """See values (channels, m) of either sign."""
-        room = int(self.count.max()) + values.shape[1] + entry_loops.GLANCE
+        """See values (channels, m) of either sign.
+
+        Raises:
+            MergeRefused: one of them is NaN.
+        """
+        room = int(self.count.max()) + values.shape[1] + 1
         if self.inside.shape[1] < room:
             grown = values.new_empty(len(self.inside), 2 * room)
             grown[:, : self.inside.shape[1]] = self.inside
             self.inside = grown
         if compiled(values):
-            entry_loops.bracketed(
+            finite = entry_loops.bracketed(
                 values.numpy(),
                 self.channels,
                 self.low.numpy(),
@@ -203,7 +226,10 @@ class _Brackets:
                 self.inside.numpy(),
                 self.count,
             )
+            if not finite:
+                raise overflow()
             return
+        values = _numbers(values)
         sizes = values.abs()
         for number, channel in enumerate(self.channels):
             of_channel = sizes[channel]

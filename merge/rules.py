@@ -22,8 +22,6 @@ from merge.stack import Stack
 Election = Literal["total", "frequency"]
 
 SAMPLED_COLUMNS = 8
-MASK_ROWS = 32
-"""Rows whose random masks come from one draw. Part of what a seed means: another value gives other masks."""
 
 
 class Window(NamedTuple):
@@ -158,42 +156,44 @@ def above(X: Tensor, border: float) -> Tensor:
     return torch.nn.functional.hardshrink(X, float(below))
 
 
-def dropped(X: Tensor, density: float, seed: int, first_row: int = 0) -> Tensor:
-    """One block (rows, columns) with each entry kept with probability `density` and divided by it (arXiv:2311.03099).
-
-    `first_row`, a multiple of `MASK_ROWS`, is the block's place in its matrix: masks do not depend on how it is cut.
-    """
+def dropped(X: Tensor, density: float, seed: int) -> Tensor:
+    """One block (rows, columns), each entry kept with probability `density` and divided by it (arXiv:2311.03099)."""
     if density >= 1:
         return X
-    # numpy's own generator: one seed would leave most lanes of the compiled one idle
-    draws = [
-        np.random.Generator(np.random.SFC64([seed, row])).random(
-            (min(MASK_ROWS, first_row + len(X) - row), X.shape[1]), np.float32
-        )
-        for row in range(first_row, first_row + len(X), MASK_ROWS)
-    ]
-    return X * (torch.from_numpy(np.concatenate(draws)) < density).to(X.device) / density
+    return erased(X[None].clone(), np.array([seed], np.uint64), 0, 0, density)[0] / density
 
 
-def kept_rows(seeds: Sequence[int], first_row: int, rows: int, columns: int, density: float) -> Tensor:
-    """(N, rows, columns) bool: which of `uniform_rows` are below the density, as float32."""
-    words = _words(seeds, first_row, rows)
-    kept = np.empty((len(words), MASK_ROWS * columns), np.bool_)
-    entry_loops.below(words, np.uint64(math.ceil(float(np.float32(density)) * 2**24)), kept)
-    return torch.from_numpy(kept).view(len(seeds), -1, columns)[:, :rows].contiguous()
-
-
-def dropped_by(X: Tensor, uniform: Tensor, probabilities: Tensor, *, rescale: bool) -> Tensor:
-    """X (N, rows, columns) with each entry kept whose uniform number is below its probability. May be X, changed.
+def dropped_by(X: Tensor, keys: NDArray[np.uint64], first_row: int, probabilities: Tensor, *, rescale: bool) -> Tensor:
+    """Whole rows X (N, rows, d_in), each entry kept whose uniform number is below its probability. May be X, changed.
 
     Args:
         rescale: divide what is kept by its probability.
     """
     if compiled(X):
-        entry_loops.drop(X.view(-1).numpy(), uniform.view(-1).numpy(), probabilities.view(-1).numpy(), rescale)
+        entry_loops.drop(X.numpy(), keys, first_row, probabilities.numpy(), rescale)
         return X
+    uniform = (_drawn(keys, first_row, 0, X) >> 8).to(torch.float32) * 2.0**-24
     kept = X * (uniform < probabilities)
     return kept / probabilities if rescale else kept
+
+
+def erased(X: Tensor, keys: NDArray[np.uint64], first_row: int, first_column: int, density: float) -> Tensor:
+    """X (N, rows, columns) with each entry kept with probability `density`, 0 < density < 1. May be X, changed.
+
+    Whether an entry stays depends on the key and on its row and column in the matrix, not on how that is cut.
+    """
+    last = min(math.ceil(density * 2**32), 2**32) - 1
+    if compiled(X):
+        entry_loops.erase(X.numpy(), keys, first_row, first_column, np.uint32(last))
+        return X
+    return X * (_drawn(keys, first_row, first_column, X) <= last)
+
+
+def _drawn(keys: NDArray[np.uint64], row: int, column: int, X: Tensor) -> Tensor:
+    """The random integers from 0 to 2³² − 1 of the entries of X (N, rows, columns)."""
+    drawn = np.empty(X.shape, np.uint32)
+    entry_loops.draw(keys, row, column, drawn)
+    return torch.from_numpy(drawn.astype(np.int64)).to(X.device)
 
 
 def variance(X: Tensor, sizes: Tensor) -> Tensor:
@@ -215,34 +215,13 @@ def energies(X: Tensor, chosen: Tensor) -> Tensor:
     return (X * chosen).square().flatten(1).sum(1).double()
 
 
-def uniform_rows(seeds: Sequence[int], first_row: int, rows: int, columns: int) -> Tensor:
-    """(N, rows, columns) float32 uniform numbers in [0, 1) for each seed, of the rows from `first_row` on.
-
-    Those of each `MASK_ROWS` rows are what numpy draws with `Generator(SFC64([seed, row]))`.
-    """
-    words = _words(seeds, first_row, rows)
-    drawn = np.empty((len(words), MASK_ROWS * columns), np.float32)
-    entry_loops.uniform(words, drawn)
-    return torch.from_numpy(drawn).view(len(seeds), -1, columns)[:, :rows].contiguous()
-
-
-def _words(seeds: Sequence[int], first_row: int, rows: int) -> NDArray[np.uint64]:
-    """(N · blocks of rows, 3): what the generator of each block is seeded with."""
-    starts = range(first_row, first_row + rows, MASK_ROWS)
-    found = [np.random.SeedSequence([seed, row]).generate_state(3, np.uint64) for seed in seeds for row in starts]
-    return np.stack(found)
-
-
-def erased(X: Tensor, keep: Tensor, first_column: int) -> Tensor:
-    """X with the entries zero that `keep` (N, rows, d_in), from `first_column` on, does not keep. May be X, changed."""
-    if compiled(X):
-        entry_loops.erase(X.numpy(), keep.numpy(), first_column)
-        return X
-    return X * keep[:, :, first_column : first_column + X.shape[2]]
+def keys(stack: Stack, seed: int) -> NDArray[np.uint64]:
+    """(N,): as `seeds`."""
+    return np.array(seeds(stack, seed), np.uint64)
 
 
 def seeds(stack: Stack, seed: int) -> Sequence[int]:
-    """A seed for each owner, in the order of `Stack.members`, from `seed` and the owner's numbers in this module.
+    """64 bits for each owner, in the order of `Stack.members`, from `seed` and the owner's numbers in this module.
 
     So masks differ between adapters and between modules, and do not depend on the order of a request.
     """
@@ -256,6 +235,6 @@ def seeds(stack: Stack, seed: int) -> Sequence[int]:
         value = int.from_bytes(digest.digest()[:8], "big")
         # equal copies must not be masked alike
         while value in found:
-            value += 1
+            value = (value + 1) % 2**64
         found.append(value)
     return found

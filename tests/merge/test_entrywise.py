@@ -16,6 +16,7 @@ from artifacts.errors import MergeRefused, RankOutOfRange, RequestInvalid
 from merge import row_svd, rows, rules
 from merge.catalog import METHODS, parse_parameters
 from merge.memory import Room
+from merge.methods import entrywise
 from merge.methods.entrywise import keep_probabilities
 
 NAMES = sorted(name for name, row in METHODS.items() if row.family == "entrywise")
@@ -247,16 +248,17 @@ class TestALargeMatrix:
         M = torch.randn(1400, 900, generator=torch.Generator().manual_seed(0))
         calls = 0
 
-        def blocks() -> Any:
+        def fill(row: int, out: Tensor) -> None:
             nonlocal calls
             calls += 1
-            return M.split(64)
+            out.copy_(M[row : row + len(out)])
 
-        kept = row_svd.row_svd(blocks, (1400, 900), 10, M[:4].T, 3)
-        assert calls == 1
+        kept = row_svd.row_svd(fill, (1400, 900), 10, M[:4].T, 3)
+        once = calls
+        assert once == -(-1400 // row_svd.BLOCK_ROWS)
         monkeypatch.setattr(row_svd, "ROOM", Room(M.numel() * 4 - 1))
-        anew = row_svd.row_svd(blocks, (1400, 900), 10, M[:4].T, 3)
-        assert calls == 4
+        anew = row_svd.row_svd(fill, (1400, 900), 10, M[:4].T, 3)
+        assert calls == 4 * once
         assert torch.equal(anew.A, kept.A)
         assert torch.equal(anew.B, kept.B)
         assert anew.truncation_error == kept.truncation_error
@@ -265,19 +267,46 @@ class TestALargeMatrix:
         generator = torch.Generator().manual_seed(0)
         M = torch.randn(1400, 900, generator=generator) @ torch.diag(torch.logspace(0, -2, 900))
 
-        def blocks() -> Any:
-            return M.split(64)
+        def fill(row: int, out: Tensor) -> None:
+            out.copy_(M[row : row + len(out)])
 
         best = float((M - truncated(M, 10)).norm() / M.norm())
         start = torch.randn(900, 4, generator=generator)
         errors = []
         for passes in (1, 2, 12):
-            low = row_svd.row_svd(blocks, (1400, 900), 10, start, passes)
+            low = row_svd.row_svd(fill, (1400, 900), 10, start, passes)
             actual = float((M - low.B @ low.A).norm() / M.norm())
             assert low.truncation_error == pytest.approx(actual, rel=1e-3)
             errors.append(actual)
         assert errors[0] > errors[1] > errors[2]
         assert errors[2] == pytest.approx(best, rel=1e-3)
+
+
+class TestForming:
+    def test_the_entries_are_those_of_the_products(self, stack_of: Any, random_adapters: Any) -> None:
+        pairs = random_adapters([1, 5, 16], d_out=71, d_in=149)
+        deltas = rows.DeltaRows.of(stack_of(pairs))
+        found = torch.zeros(3, 71, 149)
+        for row, column, tile in deltas.tiles():
+            found[:, row : row + tile.shape[1], column : column + tile.shape[2]] = tile
+        exact = torch.stack([B.double() @ A.double() for A, B in zip(deltas.A, deltas.B, strict=True)])
+        assert near(found.double(), exact, 1e-6)
+
+    def test_bits_do_not_depend_on_how_the_matrix_is_cut(
+        self, stack_of: Any, random_adapters: Any, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """On the edges of a tile single entries are formed, elsewhere panels."""
+        deltas = rows.DeltaRows.of(stack_of(random_adapters([3, 7], d_out=70, d_in=250)))
+        (_, _, whole), *_ = deltas.tiles(range(1, 61), whole_rows=True)
+        whole = whole.clone()
+        for name, number in (("TILE_BYTES", 1), ("TILE_COLUMNS", 37), ("TILE_ROWS", 9)):
+            monkeypatch.setattr(rows, name, number)
+        seen = 0
+        for row, column, tile in deltas.tiles(range(1, 61)):
+            height, width = tile.shape[1:]
+            assert torch.equal(tile, whole[:, row - 1 : row - 1 + height, column : column + width])
+            seen += height * width
+        assert seen == 60 * 250
 
 
 class TestBreadcrumbs:
@@ -341,9 +370,9 @@ def test_dare_is_unbiased_and_seeded(stack_of: Any, random_adapters: Any, run_me
 
 @pytest.mark.parametrize("name", sorted(SAMPLED))
 def test_every_block_of_rows_has_masks_of_its_own(name: str, stack_of: Any, run_method: Any) -> None:
-    stack = stack_of([(torch.ones(1, 6), torch.ones(2 * rules.MASK_ROWS, 1), 1.0)])
+    stack = stack_of([(torch.ones(1, 6), torch.ones(2 * rows.TILE_ROWS, 1), 1.0)])
     kept = run_method(name, stack, rank=6, density=0.5).abs() > 1e-6
-    first, second = kept.split(rules.MASK_ROWS)
+    first, second = kept.split(rows.TILE_ROWS)
     assert bool(first.any())
     assert not torch.equal(first, second)
 
@@ -384,3 +413,21 @@ def test_equal_entries_rank_by_position(dtype: torch.dtype) -> None:
     X = torch.tensor([[2.0, -1.0, 1.0, 0.0, -2.0]], dtype=dtype)
     expected = torch.tensor([[0.5, 0.4, 0.45, 0.35, 0.55]], dtype=dtype)
     torch.testing.assert_close(keep_probabilities(X, 0.45, 0.1), expected)
+
+
+@pytest.mark.parametrize("largest", [1.0, 1e12, 1e-41])
+def test_short_keys_give_way_where_they_can_not_tell_sizes_apart(largest: float) -> None:
+    X = torch.randn(3, 5000, generator=torch.Generator().manual_seed(0))
+    X[0, 7] = largest
+    X[1] *= 1e-42
+    X[2] = 0
+    X[2, 100:] = largest
+    expected = keep_probabilities(X.double(), 0.5, 0.2)
+    torch.testing.assert_close(keep_probabilities(X, 0.5, 0.2), expected.float(), rtol=0, atol=1e-6)
+
+
+def test_a_row_that_is_too_long_for_short_keys_is_ordered_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    X = torch.randn(2, 300, generator=torch.Generator().manual_seed(0))
+    expected = keep_probabilities(X, 0.5, 0.2)
+    monkeypatch.setattr(entrywise, "MOST_PLACE_BITS", 8)
+    assert torch.equal(keep_probabilities(X, 0.5, 0.2), expected)

@@ -5,9 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from scipy.stats import chisquare
 
 from artifacts.algebra import SPARE_VECTORS, small_svd_of_rank
-from merge import rules, spectral
+from merge import entry_loops, rules, spectral
 
 W = torch.tensor([1.0, 0.5, -0.7], dtype=torch.float64)
 
@@ -91,19 +92,6 @@ class TestCompiledLoops:
         assert rules.weighted_sum(X, one, window).tolist() == expected
         assert rules.weighted_sum(X.double(), one, window).tolist() == expected
 
-    @pytest.mark.parametrize(("rows", "columns"), [(64, 20), (33, 9), (5, 7)])
-    @pytest.mark.parametrize("density", [0.3, 0.7, 1e-9])
-    def test_masks_are_those_of_numpys_generator(self, rows: int, columns: int, density: float) -> None:
-        seeds = [9, 2**60, 1] * 6
-        drawn = rules.uniform_rows(seeds, 32, rows, columns)
-        for seed, ours in zip(seeds, drawn, strict=True):
-            for start in range(0, rows, rules.MASK_ROWS):
-                numbers = np.random.Generator(np.random.SFC64([seed, 32 + start])).random(
-                    (rules.MASK_ROWS, columns), np.float32
-                )
-                assert ours[start : start + rules.MASK_ROWS].tolist() == numbers[: rows - start].tolist()
-        assert torch.equal(rules.kept_rows(seeds, 32, rows, columns, density), drawn < density)
-
 
 class TestDropping:
     def test_entries_are_kept_at_the_density_and_rescaled(self) -> None:
@@ -113,20 +101,62 @@ class TestDropping:
         assert float(kept.mean()) == pytest.approx(1.0, abs=0.02)
 
     def test_masks_do_not_depend_on_how_the_matrix_is_cut(self) -> None:
-        X = torch.randn(3 * rules.MASK_ROWS + 5, 9, generator=torch.Generator().manual_seed(1))
-        whole = rules.dropped(X, 0.5, seed=7)
-        cut = rules.MASK_ROWS * 2
-        parts = [rules.dropped(X[:cut], 0.5, 7), rules.dropped(X[cut:], 0.5, 7, first_row=cut)]
-        assert torch.equal(whole, torch.cat(parts))
-
-    def test_masks_are_those_of_the_rows_of_a_delta(self) -> None:
-        X = torch.ones(rules.MASK_ROWS + 5, 9)
-        kept = rules.kept_rows([7, 8], 0, len(X), 9, 0.5)
-        assert torch.equal(rules.dropped(X, 0.5, seed=8) > 0, kept[1])
+        keys = np.array([7, 2**63], np.uint64)
+        whole = rules.erased(torch.ones(2, 40, 50), keys, 0, 0, 0.5)
+        part = rules.erased(torch.ones(2, 9, 20), keys, 13, 30, 0.5)
+        assert torch.equal(part, whole[:, 13:22, 30:])
+        exact = rules.erased(torch.ones(2, 9, 20, dtype=torch.float64), keys, 13, 30, 0.5)
+        assert torch.equal(exact, part.double())
+        assert torch.equal(rules.dropped(torch.ones(40, 50), 0.5, 7), 2 * whole[0])
 
     def test_seeds_differ(self) -> None:
         X = torch.ones(20, 20)
         assert not torch.equal(rules.dropped(X, 0.5, 1), rules.dropped(X, 0.5, 2))
+
+
+class TestRandomNumbers:
+    def test_they_are_a_hash_of_key_row_and_column(self) -> None:
+        """Against whole numbers of Python."""
+        keys, row, column = [3, 2**64 - 1], 5, 1000
+        drawn = np.empty((2, 4, 6), np.uint32)
+        entry_loops.draw(np.array(keys, np.uint64), row, column, drawn)
+
+        def expected(key: int, r: int, c: int) -> int:
+            mixed = (key + (r + 1) * 0x9E3779B97F4A7C15) % 2**64
+            mixed = (mixed ^ mixed >> 30) * 0xBF58476D1CE4E5B9 % 2**64
+            mixed = (mixed ^ mixed >> 27) * 0x94D049BB133111EB % 2**64
+            mixed ^= mixed >> 31
+            x = (mixed % 2**32 + c) % 2**32
+            x = (x ^ x >> 16) * 0x21F0AAAD % 2**32
+            x = ((x ^ x >> 15) + (mixed >> 32)) * 0x735A2D97 % 2**32
+            return x ^ x >> 15
+
+        assert drawn.tolist() == [
+            [[expected(key, row + r, column + c) for c in range(6)] for r in range(4)] for key in keys
+        ]
+
+    def test_they_are_uniform_and_do_not_depend_on_their_neighbours(self) -> None:
+        drawn = np.empty((3, 512, 512), np.uint32)
+        entry_loops.draw(np.array([0, 1, 2**40], np.uint64), 0, 0, drawn)
+        for shift in (0, 8, 16, 24):
+            counts = np.bincount((drawn >> shift & 255).ravel(), minlength=256)
+            assert chisquare(counts).pvalue > 1e-4
+        centred = drawn / 2**32 - 0.5
+        several = [
+            (centred[:, 1:], centred[:, :-1]),
+            (centred[:, :, 1:], centred[:, :, :-1]),
+            (centred[1:], centred[:-1]),
+            (centred[:, :, 64:], centred[:, :, :-64]),
+        ]
+        for one, other in several:
+            # a mean product of independent numbers has the deviation 1/12·√m
+            assert abs(float((one * other).mean())) < 4.5 / 12 / one.size**0.5
+
+    @pytest.mark.parametrize("density", [1e-9, 0.1, 0.5, 0.999])
+    def test_the_share_that_is_kept_is_the_density(self, density: float) -> None:
+        kept = rules.erased(torch.ones(2, 700, 700), np.array([1, 2], np.uint64), 0, 0, density)
+        deviation = (density * (1 - density) / kept.numel()) ** 0.5
+        assert abs(float(kept.double().mean()) - density) < 4.5 * deviation + 1e-9
 
 
 @pytest.mark.parametrize("rank", [0, 1, 5, 11])
