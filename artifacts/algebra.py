@@ -8,6 +8,7 @@ dimensions are the Gram matrices G_A = AAᵀ and G_B = BᵀB, both n×n.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -63,46 +64,68 @@ def core_svd(A: Tensor, B: Tensor, weights: Tensor, gram_A: Tensor, gram_B: Tens
     return CoreSvd(S, solve_B @ U, solve_A @ V)
 
 
-def small_svd(core: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """U: (p, p), σ: (p,) descending, V: (q, p) of a float64 core (p, q) with core = U·diag(σ)·Vᵀ; V is 0 where σ is."""
+class Spectrum(NamedTuple):
+    """The SVD of a matrix (p, q) as U: (p, k), σ: (k,) descending and V: (q, k), 0 where σ is; or of many matrices."""
+
+    U: Tensor
+    S: Tensor
+    V: Tensor
+
+
+def small_svd(core: Tensor) -> Spectrum:
+    """Of float64 cores (…, p, q), k = p."""
     # Eigenvectors of core·coreᵀ lose only what is below 1e-8 of the largest singular value, at half the cost of an SVD.
-    U = torch.linalg.eigh(core @ core.T).eigenvectors.flip(1)
-    projected = U.T @ core
-    S = projected.norm(dim=1)
-    return U, S, torch.where(S > 0, projected.T / S, 0.0)
+    U = torch.linalg.eigh(core @ core.mT).eigenvectors.flip(-1)
+    projected = U.mT @ core
+    S = projected.norm(dim=-1)
+    return Spectrum(U, S, torch.where(S[..., None, :] > 0, projected.mT / S[..., None, :], 0.0))
 
 
-def small_svd_of_rank(core: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
-    """As `small_svd` of a core whose rank is at most `rank`, which may give fewer triplets than sides: none is lost.
+def small_svd_of_rank(core: Tensor, rank: int) -> Spectrum:
+    """As `small_svd` of cores whose ranks are at most `rank`, which may give fewer triplets than sides: none is lost.
 
-    The products with a few random vectors more than the rank span all columns of the core.
+    The products with a few random vectors more than the rank span all columns of a core.
     """
     count = rank + SPARE_VECTORS
-    if 2 * count >= min(core.shape):
+    if 2 * count >= min(core.shape[-2:]):
         return small_svd(core)
     generator = torch.Generator().manual_seed(count)
-    drawn = torch.randn(core.shape[1], count, dtype=core.dtype, generator=generator).to(core.device)
+    drawn = torch.randn(core.shape[-1], count, dtype=core.dtype, generator=generator).to(core.device)
     Q = torch.linalg.qr(core @ drawn).Q
-    U, S, V = small_svd(Q.T @ core)
-    return Q @ U, S, V
+    U, S, V = small_svd(Q.mT @ core)
+    return Spectrum(Q @ U, S, V)
 
 
 def triangular(X: Tensor, gram_X: Tensor) -> tuple[Tensor, Tensor]:
     """T and T⁺ (n×n, float64) with X = Q·T for an orthonormal Q: (d, n), so that Q = X·T⁺."""
-    norms = gram_X.diagonal().clamp_min(0).sqrt()
-    scale = torch.where(norms > 0, norms, 1.0)
-    # Unit columns first: what remains of the condition number is collinearity, not a difference of sizes.
-    L, failed = torch.linalg.cholesky_ex(gram_X / scale[:, None] / scale)
-    if not bool(failed):
-        eye = torch.eye(len(L), dtype=L.dtype, device=L.device)
-        inverse = torch.linalg.solve_triangular(L.T, eye, upper=True)
-        if float(inverse.square().sum()) - len(L) <= SAFE_INVERSE:
-            return L.T * scale, inverse / scale[:, None]
+    found = gram_triangular(gram_X)
+    if found is not None:
+        return found
+    scale = _column_scale(gram_X)
     R = torch.linalg.qr(X / scale.to(X.dtype), mode="r").R.double()
     # More columns than dimensions: zero rows keep every core n×n.
     R = torch.cat([R, R.new_zeros(R.shape[1] - R.shape[0], R.shape[1])])
     T = R * scale
     return T, _pseudo_inverse(R, X) / scale[:, None]
+
+
+def gram_triangular(gram_X: Tensor) -> tuple[Tensor, Tensor] | None:
+    """The T and T⁻¹ of `triangular` from the Gram matrix alone; None where that is not exact enough."""
+    scale = _column_scale(gram_X)
+    # Unit columns first: what remains of the condition number is collinearity, not a difference of sizes.
+    L, failed = torch.linalg.cholesky_ex(gram_X / scale[:, None] / scale)
+    if bool(failed):
+        return None
+    eye = torch.eye(len(L), dtype=L.dtype, device=L.device)
+    inverse = torch.linalg.solve_triangular(L.T, eye, upper=True)
+    if float(inverse.square().sum()) - len(L) > SAFE_INVERSE:
+        return None
+    return L.T * scale, inverse / scale[:, None]
+
+
+def _column_scale(gram_X: Tensor) -> Tensor:
+    norms = gram_X.diagonal().clamp_min(0).sqrt()
+    return torch.where(norms > 0, norms, 1.0)
 
 
 def _pseudo_inverse(R: Tensor, X: Tensor) -> Tensor:

@@ -1,20 +1,21 @@
 """The core frame of a module: orthonormal bases of what its adapters span, and every ΔWᵢ as a small matrix in them.
 
 U spans the columns of hstack(Bᵢ) and V those of vstack(Aᵢ)ᵀ, so that Mᵢ = Uᵀ·ΔWᵢ·V loses nothing and is at most n×n
-(arXiv:2509.17786, eq. of the core matrix). The bases are the singular bases of the two stacks. All of it comes from the
-n×n Gram matrices; neither U nor V is ever formed.
+(arXiv:2509.17786, eq. of the core matrix). The bases are the singular bases of the two stacks; rules that do not look
+at single entries give the same in any orthonormal basis, and may have one that costs less. All of it comes from the n×n
+Gram matrices; neither U nor V is ever formed.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Self
+from typing import Literal, Self
 
 import torch
 from torch import Tensor
 
-from artifacts.algebra import small_svd, triangular
+from artifacts.algebra import Spectrum, gram_triangular, small_svd, triangular
 from merge.result import MergedModule
 from merge.stack import Stack
 
@@ -36,8 +37,6 @@ def one_sign(sums: Tensor) -> Tensor:
 class CoreFrame:
     """Bases U = B·left: (d_out, p) and V = Aᵀ·right: (d_in, q) with what they make of each component. All float64.
 
-    Each direction has the sign along which the deltas sum up to no less than 0.
-
     Attributes:
         stack: what it is the frame of.
         left: (n, p); right: (n, q).
@@ -56,12 +55,24 @@ class CoreFrame:
         return rounding_cutoff(self.stack.size, self.stack.A.dtype)
 
     @classmethod
-    def of(cls, stack: Stack) -> Self:
-        left, in_left = _basis(stack.B, stack.gram_B)
-        right, in_right = _basis(stack.A.T, stack.gram_A)
-        frame = cls(stack, left, right, in_left, in_right)
-        of_left, of_right = one_sign(frame.row_sums), one_sign(frame.column_sums)
-        return cls(stack, left * of_left, right * of_right, in_left * of_left[:, None], in_right * of_right[:, None])
+    def of(cls, stack: Stack, singular: Literal["both", "left", "none"] = "both") -> Self:
+        """In the singular bases: vectors in order of their singular values, each with the sign along which the deltas
+        sum up to no less than 0. A side that need not be singular is in any orthonormal basis of the same span."""
+        left = right = None
+        if singular == "none":
+            left = _gram_basis(stack.gram_B)
+        if singular != "both":
+            right = _gram_basis(stack.gram_A)
+        of_B, in_left = left or _singular_basis(stack.B, stack.gram_B)
+        of_A, in_right = right or _singular_basis(stack.A.T, stack.gram_A)
+        frame = cls(stack, of_B, of_A, in_left, in_right)
+        return frame._signed() if singular == "both" else frame
+
+    def _signed(self) -> Self:
+        """Each direction with the sign along which the deltas sum up to no less than 0."""
+        left, right = one_sign(self.row_sums), one_sign(self.column_sums)
+        in_left, in_right = self.in_left * left[:, None], self.in_right * right[:, None]
+        return type(self)(self.stack, self.left * left, self.right * right, in_left, in_right)
 
     @property
     def row_sums(self) -> Tensor:
@@ -73,22 +84,48 @@ class CoreFrame:
         """(q,) Vᵀ·ΣΔWᵢᵀ·1."""
         return self.in_right @ self.stack.B.sum(0, dtype=torch.float64)
 
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """(N, p, r) and (N, q, r) whose products leftᵢ·rightᵢᵀ are the Mᵢ; zeros stand for the ranks that some lack."""
+        rank = max(self.stack.ranks)
+        # an index past the last is a component of zeros
+        places = torch.full((len(self.stack.members), rank), self.stack.size, device=self.left.device)
+        for row, (_, own) in zip(places, self.stack.members, strict=True):
+            row[: len(own)] = own
+        left, right = (torch.nn.functional.pad(side, (0, 1))[:, places] for side in (self.in_left, self.in_right))
+        return left.transpose(0, 1).contiguous(), right.transpose(0, 1).contiguous()
+
     def cores(self) -> Tensor:
         """(N, p, q) the Mᵢ of the owners, in the order of `Stack.members`, without their weights."""
-        return torch.stack([self.in_left[:, own] @ self.in_right[:, own].T for _, own in self.stack.members])
+        left, right = self.factors()
+        return left @ right.mT
 
-    def merged(self, core: Tensor, rank: int, figures: Mapping[str, float] | None = None) -> MergedModule:
-        """The best approximation of U·core·Vᵀ at min(rank, its own numerical rank) as factors, √σ on either side."""
-        U, S, V = small_svd(core)
-        kept = min(rank, max(int((self.cutoff * S[0] < S).sum()), 1))
-        root = S[:kept].sqrt()
-        left, right = self.left @ (U[:, :kept] * root), self.right @ (V[:, :kept] * root)
+    def weighted_sum(self) -> Tensor:
+        """(p, q) Σ wᵢMᵢ of the owners."""
+        return (self.in_left * self.stack.weights) @ self.in_right.T
+
+    def merged(self, core: Spectrum, rank: int, figures: Mapping[str, float] | None = None) -> MergedModule:
+        """The best approximation of U·core·Vᵀ at min(rank, its own numerical rank) as factors, √σ on either side.
+
+        Of equal singular values the first stay.
+        """
+        kept = min(rank, max(int((self.cutoff * core.S[0] < core.S).sum()), 1))
+        root = core.S[:kept].sqrt()
+        left, right = self.left @ (core.U[:, :kept] * root), self.right @ (core.V[:, :kept] * root)
         A = right.T.to(self.stack.A.dtype) @ self.stack.A
         B = self.stack.B @ left.to(self.stack.B.dtype)
         return MergedModule(A, B, self.stack, left @ right.T, figures=figures or {})
 
 
-def _basis(X: Tensor, gram_X: Tensor) -> tuple[Tensor, Tensor]:
+def _gram_basis(gram_X: Tensor) -> tuple[Tensor, Tensor] | None:
+    """As `_singular_basis`, but any basis; None where columns are nearly collinear."""
+    found = gram_triangular(gram_X)
+    if found is None:
+        return None
+    T, inverse = found
+    return inverse, T
+
+
+def _singular_basis(X: Tensor, gram_X: Tensor) -> tuple[Tensor, Tensor]:
     """Singular basis of the columns of X: (d, n) as X·first, and second, the coordinates of the columns in it."""
     T, inverse = triangular(X, gram_X)
     U, S, _ = small_svd(T)

@@ -2,6 +2,9 @@
 
 In the full space of a weight matrix these rules act on directions that no adapter has: the mean over all singular
 values, or the singular vectors of zeros, are then noise. In the core every direction is somebody's.
+
+All of them end in orthonormal vectors and their singular values, so the SVD of a result comes with it. None of them
+depends on the bases that the matrices are written in.
 """
 
 from __future__ import annotations
@@ -11,13 +14,19 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from artifacts.algebra import small_svd, small_svd_of_rank
+from artifacts.algebra import Spectrum, small_svd, small_svd_of_rank
 
 WELL_CONDITIONED = 1e-6
 """Squared singular values that are all above this × the largest are exact enough from XᵀX; it hides smaller ones."""
 
 
-def separated(cores: Tensor, ranks: Sequence[int], weights: Tensor, cutoff: float) -> Tensor:
+def scaled(spectrum: Spectrum, factor: float) -> Spectrum:
+    """The SVD of a matrix times a factor."""
+    U, S, V = spectrum
+    return Spectrum(U, S * abs(factor), -V if factor < 0 else V)
+
+
+def separated(cores: Tensor, ranks: Sequence[int], weights: Tensor, cutoff: float) -> Spectrum:
     """TSV-Merge (arXiv:2412.00081): U⊥·diag(wᵢσᵢ)·V⊥ᵀ of the matrices' singular triplets, U⊥ and V⊥ polar factors.
 
     Each matrix brings as many triplets as its adapter has components, all that it holds, when the core has room for
@@ -26,72 +35,76 @@ def separated(cores: Tensor, ranks: Sequence[int], weights: Tensor, cutoff: floa
     Args:
         cores: (N, p, q); ranks: of the N adapters; weights: (N,).
         cutoff: what is rounding, relative to the largest singular value.
-
-    Returns: (p, q).
     """
     room, total = min(cores.shape[1:]), sum(ranks)
-    U, S, V = [], [], []
-    for core, rank, weight in zip(cores, ranks, weights, strict=True):
-        own_U, own_S, own_V = small_svd_of_rank(core, rank)
-        # a triplet of a null direction would turn the others
-        there = int((cutoff * own_S[:1] < own_S).sum())
-        share = min(rank if total <= room else max(rank * room // total, 1), there)
-        U.append(own_U[:, :share])
-        S.append(own_S[:share] * weight)
-        V.append(own_V[:, :share])
-    return (polar(torch.cat(U, 1), cutoff) * torch.cat(S)) @ polar(torch.cat(V, 1), cutoff).T
+    shares = [rank if total <= room else max(rank * room // total, 1) for rank in ranks]
+    own = small_svd_of_rank(cores, max(ranks))
+    # a triplet of a null direction would turn the others
+    U, S, V = _leading(own, shares, cutoff * own.S[:, 0])
+    sizes = torch.cat([part * weight for part, weight in zip(S, weights, strict=True)])
+    if not len(sizes):
+        return small_svd(torch.zeros_like(cores[0]))
+    return _orthogonal(torch.cat(U, 1), sizes, torch.cat(V, 1), cutoff)
 
 
-def isotropic(core: Tensor, cutoff: float) -> Tensor:
-    """Iso-C (arXiv:2502.04959): U·mean(σ)·Vᵀ of a matrix (p, q), over the directions that it has."""
+def isotropic(core: Tensor, cutoff: float) -> Spectrum:
+    """Iso-C (arXiv:2502.04959): U·mean(σ)·Vᵀ of a matrix (p, q), over the directions that it has, its largest first."""
     U, S, V = small_svd(core)
-    there = cutoff * S[:1] < S
-    if not bool(there.any()):
-        return core
-    return S[there].mean() * U[:, there] @ V[:, there].T
+    there = max(int((cutoff * S[:1] < S).sum()), 1)
+    return Spectrum(U[:, :there], S[:there].mean().expand(there), V[:, :there])
 
 
-def isotropic_with_specifics(cores: Tensor, ranks: Sequence[int], common_fraction: float, cutoff: float) -> Tensor:
+def isotropic_with_specifics(cores: Tensor, ranks: Sequence[int], common_fraction: float, cutoff: float) -> Spectrum:
     """Iso-CTS (arXiv:2502.04959): common directions of the sum beside specific ones of each matrix, all of one size.
+
+    The common ones come first, in order of their singular values.
 
     Args:
         cores: (N, p, q), weights folded in; ranks: of the N adapters.
         common_fraction: share of the directions that are taken from the sum.
         cutoff: what is rounding, relative to the largest singular value.
-
-    Returns: (p, q).
     """
     U, S, V = small_svd(cores.sum(0))
     directions = int((cutoff * S[:1] < S).sum())
     each = round((directions - int(directions * common_fraction)) / len(cores))
     common = max(directions - each * len(cores), 0)
     U, S, V = U[:, :common], S[:common], V[:, :common]
-    parts_U, parts_S, parts_V = [U], [S], [V]
-    for core, rank in zip(cores, ranks, strict=True):
-        own_U, own_S, own_V = small_svd_of_rank(core - U @ (U.T @ core), rank)
-        # an adapter of few components has fewer directions than its share; null vectors must not stand in for them
-        share = min(each, int((cutoff * core.norm() < own_S).sum()))
-        parts_U.append(own_U[:, :share])
-        parts_S.append(own_S[:share])
-        parts_V.append(own_V[:, :share])
-    sizes = torch.cat(parts_S)
+    own = small_svd_of_rank(cores - U @ (U.T @ cores), max(ranks))
+    # an adapter of few components has fewer directions than its share; null vectors must not stand in for them
+    own_U, own_S, own_V = _leading(own, [each] * len(cores), cutoff * cores.flatten(1).norm(dim=1))
+    sizes = torch.cat([S, *own_S])
+    if not len(sizes):
+        return small_svd(torch.zeros_like(cores[0]))
+    return _orthogonal(torch.cat([U, *own_U], 1), sizes.mean().expand(len(sizes)), torch.cat([V, *own_V], 1), cutoff)
+
+
+def _leading(own: Spectrum, shares: Sequence[int], borders: Tensor) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    """Of a batch of spectra the first triplets, each its share, whose singular values are above a border of its own."""
+    there = (borders[:, None] < own.S).sum(1).tolist()
+    counts = [min(share, count) for share, count in zip(shares, there, strict=True)]
     return (
-        (sizes.sum() / max(len(sizes), 1))
-        * polar(torch.cat(parts_U, 1), cutoff)
-        @ polar(torch.cat(parts_V, 1), cutoff).T
+        [U[:, :count] for U, count in zip(own.U, counts, strict=True)],
+        [S[:count] for S, count in zip(own.S, counts, strict=True)],
+        [V[:, :count] for V, count in zip(own.V, counts, strict=True)],
     )
 
 
-def polar(X: Tensor, cutoff: float) -> Tensor:
-    """P·Qᵀ of the SVD X = P·Σ·Qᵀ, X: (d, k) float64; directions that X does not have stay out."""
-    if not X.numel():
-        return X
+def _orthogonal(U: Tensor, sizes: Tensor, V: Tensor, cutoff: float) -> Spectrum:
+    """The SVD of U⊥·diag(sizes)·V⊥ᵀ, with the polar factors of U: (p, k) and V: (q, k)."""
+    polar_U, whole_U = polar(U, cutoff)
+    polar_V, whole_V = polar(V, cutoff)
+    if not (whole_U and whole_V):
+        return small_svd((polar_U * sizes) @ polar_V.T)
+    order = sizes.abs().argsort(descending=True, stable=True)
+    sizes = sizes[order]
+    return Spectrum(polar_U[:, order], sizes.abs(), polar_V[:, order] * torch.where(sizes < 0, -1.0, 1.0).to(sizes))
+
+
+def polar(X: Tensor, cutoff: float) -> tuple[Tensor, bool]:
+    """P·Qᵀ of the SVD X = P·Σ·Qᵀ, X: (d, k) float64, and whether X has k directions; those that it lacks stay out."""
     values, Q = torch.linalg.eigh(X.T @ X)
-    result: Tensor
     if float(values[0]) > WELL_CONDITIONED * float(values[-1]):
-        result = X @ (Q * values.rsqrt()) @ Q.T
-        return result
+        return X @ ((Q * values.rsqrt()) @ Q.T), True
     P, S, Qh = torch.linalg.svd(X, full_matrices=False)
     there = cutoff * S[0] < S
-    result = P[:, there] @ Qh[there]
-    return result
+    return P[:, there] @ Qh[there], int(there.sum()) == X.shape[1]

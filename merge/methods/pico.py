@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import torch
 
+from merge import spectral
 from merge.core import CoreFrame
 from merge.methods.core_space import merged_core
 from merge.peer_options import PicoOptions
@@ -17,7 +18,7 @@ from merge.stack import Stack
 
 def merge(stack: Stack, options: PicoOptions, rank: int) -> MergedModule:
     """Merge one module in its core frame, whose left basis is that of hstack(Bᵢ)."""
-    frame = CoreFrame.of(stack)
+    frame = CoreFrame.of(stack, "both" if options.rule == "ties" else "left")
     cores = frame.cores()
     # U is the singular basis of B, so the rows of UᵀB are orthogonal and their squared norms are σ²
     energy = frame.in_left.square().sum(1)
@@ -25,8 +26,8 @@ def merge(stack: Stack, options: PicoOptions, rank: int) -> MergedModule:
     share = energy / total if float(total) > 0 else energy
     calibration = 1 / (1 + (len(cores) - 1) * share)
     merged = merged_core(frame, cores * calibration[:, None], options)
-    norm = merged.norm()
+    norm = merged.S.norm()
     target = (cores.flatten(1).norm(dim=1) * stack.owner_weights.abs()).mean()
     gain = float(target / norm) if float(norm) > 0 else 1.0
     figures = {"largest_share": float(torch.max(share)), "gain": gain}
-    return frame.merged(merged * (gain * options.scale), rank, figures)
+    return frame.merged(spectral.scaled(merged, gain * options.scale), rank, figures)

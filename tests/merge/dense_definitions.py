@@ -220,8 +220,11 @@ def ctm(pool: Pool, options: dict[str, Any]) -> Matrix:
     V = svd(np.vstack(weighted))[2][:, :rank]
     U = svd(np.hstack(weighted))[0][:, :rank]
     for _ in range(options["sweeps"]):
-        U = svd(np.hstack([D @ V for D in weighted]))[0][:, :rank]
-        V = svd(np.vstack([U.T @ D for D in weighted]))[2][:, :rank]
+        U = np.linalg.qr(sum(D @ V @ V.T @ D.T for D in weighted) @ U)[0]
+        V = np.linalg.qr(sum(D.T @ U @ U.T @ D for D in weighted) @ V)[0]
+    if options["sweeps"]:
+        inside = [U.T @ D @ V for D in weighted]
+        U, V = U @ np.linalg.svd(np.hstack(inside))[0], V @ np.linalg.svd(np.vstack(inside))[2].T
     U, V = facing(pool, U, V)
     inside = [U.T @ D @ V for D in pool.deltas]
     return U @ by_rule(inside, pool, min(inside[0].shape), options) @ V.T

@@ -170,3 +170,40 @@ def test_dare_is_seeded_and_unbiased(stack_of: Any, random_adapters: Any, run_me
     exact = run_method("core_space", stack, rule="sum")
     mean = sum(draws) / len(draws)
     assert float((mean - exact).norm() / exact.norm()) < 0.1
+
+
+def test_of_equal_singular_values_those_of_the_sum_stay(stack_of: Any, random_adapters: Any, run_method: Any) -> None:
+    """Truncated, Iso-C is the leading directions of the sum, and Iso-CTS begins with the common ones."""
+    adapters = random_adapters([4, 4])
+    U, S, Vh = torch.linalg.svd(sum(s * B.double() @ A.double() for A, B, s in adapters))
+    expected = S[:8].mean() * U[:, :3] @ Vh[:3]
+    assert near(run_method("iso_c", stack_of(adapters), rank=3), expected)
+    # common directions alone: no specific one is taken
+    assert near(run_method("iso_cts", stack_of(adapters), rank=3, common_fraction=1.0), expected)
+
+
+def test_an_adapter_twice_leaves_no_more_directions(stack_of: Any, random_adapters: Any, run_method: Any) -> None:
+    """Neither U nor V has as many directions as there are triplets, of which each brings its half."""
+    [(A, B, s)] = random_adapters([4])
+    twice = stack_of([(A, B, s), (A, B, s)])
+    delta = s * B.double() @ A.double()
+    P, S, Qh = torch.linalg.svd(delta, full_matrices=False)
+    # the polar factor of [P, P] is [P, P]/√2
+    assert near(run_method("tsv_m", twice), (P[:, :2] * S[:2]) @ Qh[:2])
+    assert near(run_method("iso_c", twice), 2 * S[:4].mean() * P[:, :4] @ Qh[:4])
+
+
+def test_any_basis_gives_the_same(stack_of: Any, random_adapters: Any) -> None:
+    from merge import spectral
+    from merge.core import CoreFrame
+
+    stack = stack_of(random_adapters([3, 5]), [1.0, -0.5])
+    results = []
+    for singular in ("both", "left", "none"):
+        frame = CoreFrame.of(stack, singular)
+        core = spectral.separated(frame.cores(), stack.ranks, stack.owner_weights, frame.cutoff)
+        merged = frame.merged(core, 5)
+        results.append(merged.B.double() @ merged.A.double())
+    assert near(results[1], results[0]) and near(results[2], results[0])
+    weighted = CoreFrame.of(stack, "none")
+    assert near(weighted.weighted_sum(), rules.weighted_sum(weighted.cores(), stack.owner_weights), 1e-12)
