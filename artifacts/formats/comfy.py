@@ -28,6 +28,8 @@ class Comfy:
         for prefix in _PREFIXES:
             if stem.startswith(prefix):
                 rest = stem[len(prefix) :]
+                if rest.startswith("sformer_blocks."):
+                    rest = f"tran{rest}"  # some exports of FLUX.2 cut the beginning of the name off
                 return Place(DENOISER, rest, kept=f"diffusion_model.{rest}")
         for prefix, component in _ENCODERS.items():
             if stem.startswith(prefix):

@@ -7,7 +7,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from artifacts.errors import FieldError, FileBroken, FormatUnknown
-from artifacts.formats.modules import PAIR_ROLES, WHY_NO_LORA, is_lora, lora_modules, sides_of, type_of, typed_module
+from artifacts.formats.besides import besides, is_adapted
+from artifacts.formats.modules import WHY_NO_LORA, is_lora, lora_modules, sides_of, typed_module
 from artifacts.formats.protocol import NOTHING_TOLD, ConfiguredReader, Settings
 from artifacts.formats.resolution import Resolution, Resolved, Stem, resolve
 from artifacts.formats.roles import ALPHA, MAGNITUDE, WEAK, part_of
@@ -104,7 +105,7 @@ class _Reader:
         for info in self._header.tensors.values():
             self._place(info)
         strong = any(stem.parts.keys() - WEAK for stem in self._stems.values())
-        members = [stem for stem in self._stems.values() if _is_adapted(stem)]
+        members = [stem for stem in self._stems.values() if is_adapted(stem)]
         if not strong or not members:
             raise FormatUnknown("No key of the file belongs to an adapter.")
         for stem in members:
@@ -117,6 +118,7 @@ class _Reader:
                 hint="Flattened names are only understood where the list of the model's modules is stored here.",
             )
         self._check_told(members, resolution)
+        self._check_one_adapter(members)
         modules, typed = self._modules(members, resolution)
         self._describe(modules, typed, resolution)
         verdicts = self._verdicts(modules, typed, resolution)
@@ -225,6 +227,15 @@ class _Reader:
                 hint="Save the adapter again in one layout.",
             )
 
+    @staticmethod
+    def _check_one_adapter(members: Iterable[Stem]) -> None:
+        names = sorted({stem.adapter for stem in members if stem.adapter})
+        if len(names) > 1:
+            raise FileBroken(
+                f"The file holds several adapters: {', '.join(names[:MAX_FINDINGS])}.",
+                hint="Upload each adapter as a file of its own.",
+            )
+
     def _redundant(self, members: Iterable[Stem], resolution: Resolution) -> set[str]:
         """Fused projections that stand beside the same projections one by one: some trainers write both."""
         single: dict[str, str] = {}
@@ -297,35 +308,13 @@ class _Reader:
             self._warnings.append(f"alpha is 0 in {dead} modules: they change nothing.")
 
     def _refuse_besides(self, modules: list[LoraModule], resolution: Resolution) -> None:
-        """Tensors of an adapted module that are no part of what is known of it: they may change ΔW in any way."""
-        adapted = {stem.name for stem in self._stems.values() if _is_adapted(stem)}
-        loose = [key for key, reason in self._unplaced.items() if not reason and not key.startswith(_BUNDLED)]
-        beside = [key for key in loose if self._stands_beside(key, adapted)]
-        for stem in self._stems.values():
-            keys = [info.name for info in stem.parts.values()]
-            if stem.name not in adapted:
-                loose += keys
-                beside += keys if self._stands_beside(stem.name, adapted) else []
-            elif stem.name in resolution.found and is_lora(stem.parts):
-                beside += [info.name for role, info in stem.parts.items() if role not in PAIR_ROLES]
-        if beside:
-            self._refusals[f"{len(beside)} tensors stand beside factors and are not understood: {beside[0]!r}"] = None
+        unplaced = [key for key, reason in self._unplaced.items() if not reason and not key.startswith(_BUNDLED)]
+        reasons, warnings = besides(self._stems.values(), resolution.found, unplaced, self._clean)
+        self._refusals |= dict.fromkeys(reasons)
+        self._warnings += warnings
         grouped = [module.path for module in modules if module.grouped]
         if grouped:
             self._refusals[f"{grouped[0]} is a grouped convolution, whose ΔW is block-diagonal"] = None
-        if loose:
-            self._warnings.append(
-                f"{len(loose)} tensors are no part of an adapter and are ignored, for instance {loose[0]!r}."
-            )
-
-    def _stands_beside(self, key: str, adapted: set[str]) -> bool:
-        """Whether a name is below that of an adapted module."""
-        name = self._clean(key)
-        while "." in name:
-            name = name.rpartition(".")[0]
-            if name in adapted:
-                return True
-        return False
 
     def _has_odd_bias(self, stem: Stem, resolution: Resolution) -> bool:
         """PEFT scales a bias of lora_B as it scales B·A; `diff_b` is not scaled; a fused one would have to be split."""
@@ -375,10 +364,6 @@ def _verdict(
         use = "kept" if role == MAGNITUDE else "used"
         return KeyVerdict(key, use, role, tuple(paths or resolved.paths), resolved.note)  # type: ignore[arg-type]
     return KeyVerdict(key, "kept", role, resolved.paths, resolved.note)
-
-
-def _is_adapted(stem: Stem) -> bool:
-    return is_lora(stem.parts) or type_of(stem.parts) is not None
 
 
 def _no_part(key: str) -> str:

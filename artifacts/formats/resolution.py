@@ -63,7 +63,8 @@ def resolve(stems: Sequence[Stem], metadata: Mapping[str, str]) -> Resolution:
     hint = architectures.hint_of(metadata)
     chosen: dict[str, Architecture | None] = {}
     for component, members in groups.items():
-        chosen[component] = architectures.choose([_named(stem) for stem in members], _candidates(component), hint)
+        known = architectures.choose([_named(stem) for stem in members], _candidates(component), hint)
+        chosen[component] = None if known is not None and _is_another(known, members) else known
     denoiser = chosen.get(DENOISER) or chosen.get("unet")
     found: dict[str, Resolved] = {}
     unknown: dict[str, str] = {}
@@ -74,10 +75,22 @@ def resolve(stems: Sequence[Stem], metadata: Mapping[str, str]) -> Resolution:
         _resolve_group(members, known, denoiser, found, unknown)
         if known is not None:
             misfits |= _misfits([stem for stem in members if stem.name in found], known, warnings)
+            strange = [stem.name for stem in members if stem.name in found and _find(known, stem.place) is None]
+            if strange:
+                warnings.append(
+                    f"{len(strange)} modules are none of {known.title}; they keep their names, as {strange[0]!r} does."
+                )
     name = None if denoiser is None else denoiser.name
     if name is None and not any(_group(part) == DENOISER for part in groups):
         name = next((known.name for known in chosen.values() if known is not None), None)
     return Resolution(found, unknown, misfits, name, tuple(warnings))
+
+
+def _is_another(known: Architecture, members: Sequence[Stem]) -> bool:
+    """Whether most names are none of the architecture's and mean something without it: then it is another model, which
+    has a few names in common with this one."""
+    strange = sum(_find(known, stem.place) is None for stem in members if stem.place.kept)
+    return 2 * strange > len(members)
 
 
 def _candidates(component: str) -> Sequence[str]:

@@ -41,3 +41,34 @@ def test_text_encoders_are_told_by_their_kind(reading: Make, pair: Make) -> None
     shapes = pair("text_encoders.clip_g.text_model.encoder.layers.31.mlp.fc1", 5120, 1280, ends=AB)
     (module,) = reading(shapes).modules
     assert module.path == "text_encoder_2.text_model.encoder.layers.31.mlp.fc1"
+
+
+def test_a_model_with_a_few_names_of_another_keeps_its_own(reading: Make, pair: Make) -> None:
+    block = "diffusion_model.layers.0"
+    shapes = pair(f"{block}.attention.qkv", 192, 64, ends=AB)
+    for name in ("attention.o", "attention.gate", "moe.up"):
+        shapes |= pair(f"{block}.{name}", 64, 64, ends=AB)
+    found = reading(shapes)
+    assert found.architecture is None
+    assert [module.path for module in found.modules] == [
+        f"{block}.{name}" for name in ("attention.gate", "attention.o", "attention.qkv", "moe.up")
+    ]
+
+
+def test_modules_that_a_model_does_not_have_are_told(reading: Make, pair: Make) -> None:
+    shapes = pair("diffusion_model.blocks.0.self_attn.q", 5120, 5120) | pair(
+        "diffusion_model.vace_blocks.0.self_attn.q", 5120, 5120
+    )
+    found = reading(shapes)
+    assert found.architecture == "wan-14b"
+    assert "1 modules are none of Wan" in found.warnings[0]
+    assert {module.path for module in found.modules} == {
+        "transformer.blocks.0.attn1.to_q",
+        "diffusion_model.vace_blocks.0.self_attn.q",
+    }
+
+
+def test_names_whose_beginning_was_cut_off(reading: Make, pair: Make) -> None:
+    shapes = pair("diffusion_model.sformer_blocks.0.attn.add_q_proj", 6144, 6144, ends=AB)
+    (module,) = reading(shapes).modules
+    assert module.path == "transformer.transformer_blocks.0.attn.add_q_proj"

@@ -73,3 +73,22 @@ def test_names_of_gpt_2_and_chatglm_are_no_transformer_of_a_pipeline(reading: Ma
     for stem in ("transformer.h.0.attn.c_attn", "transformer.encoder.layers.0.mlp.dense_h_to_4h"):
         with pytest.raises(FormatUnknown, match="no stored architecture"):
             reading(pair(stem, 64, 64, ends=AB))
+
+
+@pytest.mark.parametrize(
+    "key",
+    ["attn.norm_q.weight", "attn.to_k.bias", "proj.modules_to_save.default.weight", "proj.original_module.weight"],
+)
+def test_full_weights_are_never_passed_over(reading: Make, pair: Make, key: str) -> None:
+    block = "transformer.transformer_blocks.0"
+    for start in (f"{block}.", "transformer_blocks.0."):
+        found = reading({**pair(f"{start}attn.to_q", 3072, 3072, ends=AB), f"{start}{key}": [3072]})
+        assert found.refusals == (f"1 weights of the base are stored in full, for instance '{start}{key}'",)
+
+
+def test_several_adapters_in_one_file_are_refused(reading: Make, pair: Make) -> None:
+    start = "transformer.transformer_blocks.0.attn"
+    shapes = pair(f"{start}.to_q", 3072, 3072, ends=("lora_A.one.weight", "lora_B.one.weight"))
+    assert len(reading(shapes).modules) == 1
+    with pytest.raises(FileBroken, match="several adapters: one, two"):
+        reading(shapes | pair(f"{start}.to_k", 3072, 3072, ends=("lora_A.two.weight", "lora_B.two.weight")))

@@ -11,6 +11,7 @@ from artifacts.errors import FileBroken, FormatUnknown
 
 Make = Callable[..., Any]
 TO_OUT = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_out_0"
+TO_Q = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q"
 
 
 def test_underscores_that_are_dots_and_underscores_that_are_none(reading: Make, pair: Make) -> None:
@@ -134,9 +135,14 @@ def test_what_stands_beside_factors_and_is_not_understood_is_never_passed_over(
 
 
 def test_what_stands_elsewhere_is_told_and_ignored(reading: Make, pair: Make) -> None:
-    found = reading({**pair(TO_OUT, 320, 320), "lora_unet_conv_norm_out.bias": [320], "scaled_fp8": [2]})
+    found = reading({**pair(TO_OUT, 320, 320), f"{TO_Q}.alpha": [], "scaled_fp8": [2]})
     assert not found.refusals
     assert found.warnings[0].startswith("2 tensors are no part of an adapter and are ignored, for instance")
+
+
+def test_weights_of_the_base_keep_the_rest_from_being_merged(reading: Make, pair: Make) -> None:
+    found = reading({**pair(TO_OUT, 320, 320), "lora_unet_conv_norm_out.bias": [320]})
+    assert found.refusals == ("1 weights of the base are stored in full, for instance 'lora_unet_conv_norm_out.bias'",)
 
 
 def test_a_grouped_convolution_is_described_and_not_merged(reading: Make) -> None:

@@ -1,0 +1,56 @@
+"""Tensors that stand beside an adapter's own: what may change a weight is never passed over."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+from artifacts.formats.modules import PAIR_ROLES, is_lora, type_of
+from artifacts.formats.resolution import Stem
+from artifacts.formats.roles import part_of
+
+_FULL = ("weight", "bias")
+
+
+def is_adapted(stem: Stem) -> bool:
+    """Whether the tensors of a stem change a module."""
+    return is_lora(stem.parts) or type_of(stem.parts) is not None
+
+
+def besides(
+    stems: Iterable[Stem], found: Iterable[str], unplaced: Iterable[str], clean: Callable[[str], str]
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """(why they keep the adapter from being merged, what the uploader should know).
+
+    Args:
+        found: names of the stems whose modules are known.
+        unplaced: keys that are of no stem.
+        clean: a key → it without what wrappers left in it, as the stems' names are.
+    """
+    loose, beside, known, adapted = list(unplaced), [], set(found), set()
+    for stem in stems:
+        if not is_adapted(stem):
+            loose += [info.name for info in stem.parts.values()]
+            continue
+        adapted.add(stem.name)
+        if stem.name in known and is_lora(stem.parts):
+            beside += [info.name for role, info in stem.parts.items() if role not in PAIR_ROLES]
+    near = {key for key in loose if _is_below(clean(key), adapted)}
+    beside += [key for key in loose if key in near]
+    full = [key for key in loose if key not in near and (part := part_of(key)) is not None and part.role in _FULL]
+    reasons, warnings = [], []
+    if beside:
+        reasons.append(f"{len(beside)} tensors stand beside factors and are not understood: {beside[0]!r}")
+    if full:
+        reasons.append(f"{len(full)} weights of the base are stored in full, for instance {full[0]!r}")
+    if loose:
+        warnings.append(f"{len(loose)} tensors are no part of an adapter and are ignored, for instance {loose[0]!r}.")
+    return tuple(reasons), tuple(warnings)
+
+
+def _is_below(name: str, adapted: set[str]) -> bool:
+    """Whether a name is below that of an adapted module."""
+    while "." in name:
+        name = name.rpartition(".")[0]
+        if name in adapted:
+            return True
+    return False
