@@ -1,4 +1,4 @@
-"""How an adapter can be made again: the call and its body, and whether that gives the same bytes."""
+"""How an adapter, or a base model, can be made again: the call and its body, and whether that gives the same bytes."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from typing import Any
 
 from sqlalchemy.orm import Session
 
-from app.schemas.recipes import AdapterRecipe, RecipeCall
+from app.schemas.recipes import AdapterRecipe, ModelRecipe, RecipeCall
 from artifacts.errors import NotFound
-from storage import adapters, jobs
+from storage import adapters, jobs, made_models, models
 from storage.lineage import steps_to
 from storage.tables import AdapterRow, LineageRow
 
@@ -50,22 +50,61 @@ def recipe_of(session: Session, adapter_id: str) -> AdapterRecipe:
 def _of_merge(session: Session, row: AdapterRow, edges: Sequence[LineageRow]) -> AdapterRecipe:
     """Of the recipe that the merge left with every parent: what it was computed from, to the last parameter."""
     recipe = edges[0].recipe
+    because = _against(session, recipe)
+    return AdapterRecipe(
+        adapter=row.id,
+        origin=row.origin,
+        call=_merge_call(recipe, row.name),
+        found_by=_search_of(session, row) if "search" in recipe else None,
+        versions=recipe["versions"],
+        reproducible=not because,
+        because=because,
+    )
+
+
+def _merge_call(recipe: Mapping[str, Any], name: str, **more: Any) -> RecipeCall:
     body = {
         "adapters": [{"id": item["id"], "weight": item["weight"]} for item in recipe["adapters"]],
         "method": recipe["method"],
         "parameters": recipe["parameters"],
-        "name": row.name,
+        "name": name,
         **({"convert": True} if recipe.get("convert") else {}),
+        **more,
     }
-    because = [
+    return RecipeCall(path="/merge", body=body)
+
+
+def _against(session: Session, recipe: Mapping[str, Any]) -> list[str]:
+    """What stands against the same bytes when a merge is posted again."""
+    return [
         *_other_versions(recipe["versions"]),
         *(f"the adapter {item['id']} was deleted" for item in recipe["adapters"] if not _is_there(session, item["id"])),
     ]
-    return AdapterRecipe(
-        adapter=row.id,
-        origin=row.origin,
-        call=RecipeCall(path="/merge", body=body),
-        found_by=_search_of(session, row) if "search" in recipe else None,
+
+
+def recipe_of_model(session: Session, model_id: str) -> ModelRecipe:
+    """What to post so that a base model is made again; those that merges made can be.
+
+    Raises:
+        NotFound: no such model; a removed one keeps what is known of its making.
+    """
+    row = models.get_model(session, model_id)
+    made = made_models.made_model(session, row.id)
+    if made is None:
+        problem = "it was registered by its place: no job made it, or its files went with it when it was removed"
+        return ModelRecipe(model=row.id, call=None, because=[problem])
+    recipe = made.recipe
+    if recipe.get("output") != "base":
+        problem = f"it was made by the job {made.job_id}, whose parameters are all that could be posted again"
+        return ModelRecipe(model=row.id, call=None, because=[problem])
+    base = recipe["base_model"]
+    into = {name: recipe[name] for name in ("output", "dtype", "force")}
+    because = _against(session, recipe)
+    if models.get_model(session, base["id"]).removed_at is not None:
+        because.append(f"the base model {base['id']} was removed")
+    return ModelRecipe(
+        model=row.id,
+        call=_merge_call(recipe, row.name, **into, base_model=base["id"]),
         versions=recipe["versions"],
         reproducible=not because,
         because=because,

@@ -16,6 +16,7 @@ from app.cli.client import Client, ProblemError
 from app.cli.compatibility import compatibility
 from app.cli.importing import import_adapter
 from app.cli.jobs import conclude
+from app.cli.made_again import show_recipe
 from app.cli.options import AdapterId, Cursor, Json, Limit, stem
 from app.cli.output import fields, moment, note_more, print_json, size, stdout, table
 from app.cli.progress import transfer
@@ -362,19 +363,7 @@ def recipe(context: typer.Context, adapter: AdapterId, as_json: Json = False) ->
     """Show the call that makes an adapter again, and whether it gives the same bytes."""
     with context.obj() as client:
         found = client.get(f"/adapters/{adapter}/recipe")
-    if as_json:
-        print_json(found)
-        return
-    call = found["call"] or {}
-    shown = {
-        "origin": found["origin"],
-        "post to": call.get("path"),
-        "body": call.get("body"),
-        "versions": [f"{library} {number}" for library, number in found["versions"].items()],
-        "same bytes": found["reproducible"],
-        "because": found["because"],
-    }
-    stdout().print(fields(adapter, shown))
+    show_recipe(adapter, found, as_json=as_json)
 
 
 def _branch(

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from app.cli.jobs import conclude
+from app.cli.made_again import show_recipe
 from app.cli.options import Cursor, Json, Limit
 from app.cli.output import fields, moment, note, note_more, print_json, stdout, table
 
@@ -93,6 +94,14 @@ def get(context: typer.Context, model: ModelId, as_json: Json = False) -> None:
     with context.obj() as client:
         found = client.get(f"/models/{model}")
     print_json(found) if as_json else stdout().print(fields(found["name"], summary(found)))
+
+
+@app.command("recipe")
+def recipe(context: typer.Context, model: ModelId, as_json: Json = False) -> None:
+    """Show the call that makes a merged base model again, and whether it gives the same bytes."""
+    with context.obj() as client:
+        found = client.get(f"/models/{model}/recipe")
+    show_recipe(model, found, as_json=as_json)
 
 
 @app.command("deprecate")

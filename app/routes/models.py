@@ -14,8 +14,10 @@ from app.idempotency import Answer, answer_after, answer_once, request_key
 from app.json_body import JsonRoute
 from app.model_registration import reference
 from app.problems import problem_responses
+from app.recipes import recipe_of_model
 from app.schemas.common import PageOf, as_json
 from app.schemas.models import BaseModelResource, DeprecationRequest, ModelPatch, ModelRequest
+from app.schemas.recipes import ModelRecipe
 from artifacts.base_model import BaseModelRef
 from storage import models, retirement
 from storage.downloads import SAFETENSORS_TYPE, model_file
@@ -62,6 +64,15 @@ def get_model(services: ServicesDep, principal: Reader, model_id: ModelId) -> Ba
     """What is known of it."""
     with services.database.read() as session:
         return BaseModelResource.in_full(session, models.get_model(session, model_id))
+
+
+@router.get(
+    "/models/{model_id}/recipe", summary="Show how to make a base model again", responses=problem_responses(404)
+)
+def get_model_recipe(services: ServicesDep, principal: Reader, model_id: ModelId) -> ModelRecipe:
+    """The call that makes it again, when a merge into a base model made it, and whether it gives the same bytes."""
+    with services.database.read() as session:
+        return recipe_of_model(session, model_id)
 
 
 @router.patch(

@@ -102,6 +102,11 @@ def test_a_made_model_is_shown_and_its_files_downloaded(
     assert (missing.status_code, missing.json()["hint"]) == (404, "It has config.json.")
     registered = models_of(server, "acme/tiny-llm")
     assert server.client.get(f"/models/{registered}").json()["made"] is None
+    for key, words in ((row.id, f"it was made by the job {job_id}"), (registered, "it was registered by its place")):
+        told = server.client.get(f"/models/{key}/recipe").json()
+        assert (told["model"], told["call"], told["reproducible"]) == (key, None, False)
+        assert told["because"][0].startswith(words)
+    assert server.client.get(f"/models/mdl_{'f' * 32}/recipe").status_code == 404
     assert server.client.get(f"/models/{registered}/files/config.json").status_code == 404
 
 

@@ -263,6 +263,7 @@ def test_models(cli: Callable[..., Any], model_roots: Path) -> None:
     assert model in listed.out
     assert "in use" in listed.out
     assert cli("models", "get", model, "--json").json["name"] == "acme/registered"
+    assert "it was registered by its place" in cli("models", "recipe", model).out
     deprecated = cli("models", "deprecate", model, "--at", "2030-01-02", "--remove-at", "2030-02-03", "--json").json
     assert deprecated["deprecated_at"].startswith("2030-01-02T00:00:00")
     assert deprecated["remove_at"].startswith("2030-02-03T00:00:00")
