@@ -12,7 +12,7 @@ from artifacts.base_model import UNET
 from artifacts.errors import FieldError, RequestInvalid
 from artifacts.formats.writers import WRITERS
 from artifacts.formats.writing import subject_of
-from artifacts.loading import describes_its_layers, layout_for, reads_other_files
+from artifacts.loading import describes_its_layers, layout_for, why_not_counted
 from artifacts.manifest import PEFT_FORMATS, AdapterManifest
 from artifacts.pointers import pointers_below
 from storage import adapters
@@ -27,14 +27,14 @@ def check_load(_: Settings, session: Session, request: LoadCheckParams, devices:
 
     Raises:
         RequestInvalid: an unknown adapter or base model; a base model of another kind than the engine's, or none where
-            one is needed; an adapter that can not be written as what the engine reads, or that names other files.
+            one is needed; an adapter that can not be written as what the engine reads, or that needs more.
     """
     del devices
     row = stored_adapters(session, [("/adapter", request.adapter)])[request.adapter]
     manifest = adapters.manifest_of(row)
-    other = reads_other_files(manifest)
-    if other is not None:
-        raise _refused("/engine", f"the adapter is not loaded here: {other}", "")
+    reason = why_not_counted(manifest)
+    if reason is not None:
+        raise _refused("/engine", f"the adapter is not loaded here: {reason}", "")
     layout = layout_for(manifest, request.engine)
     if layout != "safetensors" and not (layout == "peft" and row.format in PEFT_FORMATS):
         with pointers_below("/engine", instead_of="/query/format"):

@@ -15,6 +15,7 @@ from artifacts.declared_types import DECLARED_TYPES
 from artifacts.errors import RequestInvalid
 from artifacts.formats.writers import WRITERS
 from artifacts.formats.writing import subject_of
+from artifacts.loading import foreign_key, other_diffusers_key
 from artifacts.manifest import PEFT_FORMATS, AdapterManifest
 from artifacts.peft_fields import OTHER_PEFT_TYPES
 
@@ -32,7 +33,22 @@ _INJECT = "https://github.com/huggingface/peft/blob/main/src/peft/mapping.py"
 _WRITER = "docs/how-to/download.md"
 _CONVERT = "POST /adapters/{id}/convert makes AdaLoRA, DoRA, LoHa, LoKr and VeRA adapters plain LoRAs."
 _ONE_SCALING = 'POST /merge with this adapter alone and the method "cat" writes the same ΔW with scaling 1.'
-_PROMPTS = ("PROMPT_TUNING", "MULTITASK_PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "CPT", "ADAPTION_PROMPT")
+_TRANSFORMERS = "https://github.com/huggingface/transformers/blob/main/src/transformers/integrations/peft.py"
+_PEFT_KEYS = "https://github.com/huggingface/peft/blob/main/src/peft/utils/save_and_load.py"
+_DIFFUSERS_KEYS = "https://github.com/huggingface/diffusers/blob/main/src/diffusers/loaders/lora_pipeline.py"
+NO_LAYERS = (
+    "PROMPT_TUNING",
+    "MULTITASK_PROMPT_TUNING",
+    "P_TUNING",
+    "PREFIX_TUNING",
+    "CPT",
+    "CARTRIDGE",
+    "ADAPTION_PROMPT",
+    "SHADOW",
+)
+"""Types that are no layers of a model, or put themselves into it in a way of their own."""
+SHARED_STATE = ("FROD", "PVERA", "TINYLORA", "UNILORA", "VBLORA", "VERA")
+"""Types whose layers share tensors, which PEFT's wrapper round the model keeps."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,6 +186,11 @@ def _llama_cpp(manifest: AdapterManifest, base_config: Mapping[str, Any] | None)
 
 
 def _peft(manifest: AdapterManifest) -> Iterator[Finding]:
+    yield from _type_of_peft(manifest)
+    yield from _names(manifest, "peft", _PEFT_KEYS)
+
+
+def _type_of_peft(manifest: AdapterManifest) -> Iterator[Finding]:
     kind = str(manifest.config.get("peft_type", "LORA"))
     if manifest.format in PEFT_FORMATS and kind in DECLARED_TYPES:
         message = f"PEFT does not know the type {kind}: {DECLARED_TYPES[kind].reason}"
@@ -178,9 +199,10 @@ def _peft(manifest: AdapterManifest) -> Iterator[Finding]:
 
 
 def _transformers(manifest: AdapterManifest) -> Iterator[Finding]:
-    yield from _peft(manifest)
+    """load_adapter puts the layers in by PEFT, and then finds the tensors by renaming rules of its own."""
+    yield from _type_of_peft(manifest)
     kind = str(manifest.config.get("peft_type", "LORA"))
-    if kind in _PROMPTS:
+    if kind in NO_LAYERS:
         yield Finding(
             "transformers-prompt-learning",
             "refuses",
@@ -188,6 +210,76 @@ def _transformers(manifest: AdapterManifest) -> Iterator[Finding]:
             f"load_adapter of transformers puts layers into the model, and {kind} has none",
             "Load it with PEFT.",
             _INJECT,
+        )
+    if kind in SHARED_STATE:
+        yield Finding(
+            "transformers-shared-state",
+            "refuses",
+            "/config/peft_type",
+            f"the layers of {kind} share tensors, for which load_adapter of transformers has no place",
+            "Load it with PEFT.",
+            _INJECT,
+        )
+    if manifest.format not in PEFT_FORMATS:
+        return
+    magnitudes = [module.magnitude_key for module in manifest.modules if module.magnitude_key is not None]
+    decomposed = manifest.method == "dora" or manifest.config.get("use_dora") is True
+    if decomposed and not (magnitudes and all(key.endswith(".weight") for key in magnitudes)):
+        yield Finding(
+            "transformers-dora",
+            "changes",
+            "/config/use_dora",
+            "load_adapter of transformers looks for the magnitudes under other names than PEFT saves them by, and "
+            "leaves them at their first values",
+            f"Load it with PEFT. {_CONVERT}",
+            _TRANSFORMERS,
+        )
+    if manifest.config.get("alora_invocation_tokens"):
+        yield Finding(
+            "transformers-alora",
+            "changes",
+            "/config/alora_invocation_tokens",
+            "an activated LoRA needs PEFT's wrapper round the model to find its invocation; without, it does nothing",
+            "Load it with PEFT.",
+            _TRANSFORMERS,
+        )
+    yield from _names(manifest, "transformers", _TRANSFORMERS)
+
+
+def _names(manifest: AdapterManifest, engine: Literal["peft", "transformers"], source: str) -> Iterator[Finding]:
+    foreign = [
+        key
+        for module in manifest.modules
+        for key in (*module.factor_keys, module.magnitude_key)
+        if key is not None and foreign_key(key, module.path, engine)
+    ]
+    if manifest.format in PEFT_FORMATS and foreign:
+        title = "PEFT" if engine == "peft" else "transformers"
+        yield Finding(
+            f"{engine}-names",
+            "changes",
+            "/modules",
+            f"{title} passes over {len(foreign)} tensors with no more than a warning, as their names are not those "
+            f"that PEFT saves: {foreign[0]}",
+            _ONE_SCALING if manifest.mergeable else "",
+            source,
+        )
+
+
+def _diffusers(manifest: AdapterManifest) -> Iterator[Finding]:
+    """A stored file of diffusers' own is given as it is; every other is written anew."""
+    stored = "diffusers" in manifest.format.split("+")
+    other = other_diffusers_key(manifest)
+    magnitudes = [module.magnitude_key or "" for module in manifest.modules]
+    decomposed = manifest.method == "dora" and all("lora_magnitude_vector" in key for key in magnitudes)
+    if stored and other is None and (manifest.mergeable or decomposed):
+        return
+    found = tuple(_written("diffusers")(manifest))
+    yield from found
+    if stored and other is not None and not found:
+        message = f"it passes over names as {other}, or refuses them"
+        yield Finding(
+            "diffusers-format", "needs", "/modules", message, "Download it with format=diffusers.", _DIFFUSERS_KEYS
         )
 
 
@@ -248,7 +340,7 @@ def _plain(manifest: AdapterManifest, engine: str, source: str) -> Iterator[Find
 _ENGINES: Mapping[Engine, Callable[[AdapterManifest], Iterator[Finding]]] = MappingProxyType(
     {
         "vllm": _vllm,
-        "diffusers": _written("diffusers"),
+        "diffusers": _diffusers,
         "peft": _peft,
         "transformers": _transformers,
         "kohya": _written("kohya"),

@@ -32,8 +32,8 @@ def _merged(like: LoraModule, rank: int, with_bias: bool) -> LoraModule:
     return LoraModule(
         path=like.path,
         kind=like.kind,
-        a_key=f"{like.path}.lora_A",
-        b_key=f"{like.path}.lora_B",
+        a_key=f"base_model.model.{like.path}.lora_A.weight",
+        b_key=f"base_model.model.{like.path}.lora_B.weight",
         rank=rank,
         alpha=rank,
         scaling=1.0,
@@ -42,7 +42,7 @@ def _merged(like: LoraModule, rank: int, with_bias: bool) -> LoraModule:
         a_shape=(rank, *like.a_shape[1:]),
         b_shape=(like.b_shape[0], rank, *like.b_shape[2:]),
         dtype=like.dtype,
-        bias_key=f"{like.path}.lora_B.bias" if with_bias else None,
+        bias_key=f"base_model.model.{like.path}.lora_B.bias" if with_bias else None,
     )
 
 

@@ -29,6 +29,8 @@ _PLACES = {
     "plain-lora": "/method",
     "peft-type": "/method",
     "transformers-prompt-learning": "/method",
+    "transformers-shared-state": "/method",
+    "transformers-dora": "/method",
 }
 
 
@@ -77,8 +79,8 @@ def _module(target: Target, rank: int) -> LoraModule:
     return LoraModule(
         path=target.path,
         kind="linear",
-        a_key=f"{target.path}.lora_A",
-        b_key=f"{target.path}.lora_B",
+        a_key=f"base_model.model.{target.path}.lora_A.weight",
+        b_key=f"base_model.model.{target.path}.lora_B.weight",
         rank=rank,
         alpha=rank,
         scaling=1.0,

@@ -70,6 +70,66 @@ def test_what_vllm_refuses_is_refused_here(server: Any, adapter_files: Any) -> N
     assert rules(ask(server, uneven, "llama.cpp"))["llama-cpp-alpha"] == "changes"
 
 
+def test_transformers_does_less_than_peft(server: Any, adapter_files: Any, make_safetensors: Any) -> None:
+    files = adapter_files(config={"use_dora": True})
+    tensors = files.tensors()
+    for key, (_, shape, _) in list(tensors.items()):
+        if "lora_B" in key:
+            name = key.replace("lora_B.weight", "lora_magnitude_vector")
+            tensors[name] = ("F32", shape[:1], np.ones(shape[0], np.float32).tobytes())
+    parts = [("file", ("adapter_model.safetensors", make_safetensors(tensors))), files.parts()[1]]
+    decomposed = server.upload(parts).json()["id"]
+    assert ask(server, decomposed, "peft")["findings"] == []
+    assert rules(ask(server, decomposed, "transformers")) == {"transformers-dora": "changes"}
+    called = upload(server, adapter_files, {"alora_invocation_tokens": [1]})
+    assert rules(ask(server, called, "transformers")) == {"transformers-alora": "changes"}
+    for kind, rule in (("VERA", "transformers-shared-state"), ("CARTRIDGE", "transformers-prompt-learning")):
+        weights = make_safetensors({f"base_model.{kind.lower()}_A": ("F32", [2, 3], bytes(24))})
+        config = f'{{"peft_type": "{kind}"}}'.encode()
+        parts = [("file", ("adapter_model.safetensors", weights)), ("file", ("adapter_config.json", config))]
+        adapter = server.upload(parts).json()["id"]
+        assert rules(ask(server, adapter, "transformers")) == {rule: "refuses"}
+        assert ask(server, adapter, "peft")["loads"]
+
+
+def test_names_that_libraries_pass_over(server: Any, adapter_files: Any, make_safetensors: Any) -> None:
+    plain = adapter_files()
+
+    def renamed(old: str, new: str) -> str:
+        tensors = {key.replace(old, new): value for key, value in plain.tensors().items()}
+        parts = [("file", ("adapter_model.safetensors", make_safetensors(tensors))), plain.parts()[1]]
+        return str(server.upload(parts).json()["id"])
+
+    bare = renamed("base_model.model.", "")
+    assert rules(ask(server, bare, "peft")) == {"peft-names": "changes"}
+    assert ask(server, bare, "transformers")["loads"]
+    wrapped = renamed("base_model.model.", "base_model.model._orig_mod.")
+    named = renamed("lora_A.", "lora_A.default.")
+    assert ask(server, named, "peft")["loads"]
+    for adapter in (wrapped, named):
+        assert rules(ask(server, adapter, "transformers")) == {"transformers-names": "changes"}
+    assert "_orig_mod" in ask(server, wrapped, "peft")["findings"][0]["message"]
+
+
+def test_a_stored_file_of_diffusers_is_given_as_it_is(server: Any) -> None:
+    layer = "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
+
+    def stored(stem: str = layer, down: str = "lora_A", up: str = "lora_B", **more: Any) -> str:
+        tensors = {f"{stem}.{down}.weight": np.ones((2, 320), np.float32)}
+        tensors |= {f"{stem}.{up}.weight": np.ones((320, 2), np.float32)}
+        tensors |= {f"{stem}.{name}": value for name, value in more.items()}
+        return str(server.upload([("file", ("x.safetensors", save(tensors)))]).json()["id"])
+
+    assert ask(server, stored(), "diffusers") == {"engine": "diffusers", "loads": True, "findings": []}
+    magnitude = np.ones(320, np.float32)
+    assert ask(server, stored(lora_magnitude_vector=magnitude), "diffusers")["findings"] == []
+    assert rules(ask(server, stored(dora_scale=magnitude), "diffusers")) == {"diffusers-names": "refuses"}
+    for other in (stored(f"module.{layer}"), stored(down="lora_down", up="lora_up")):
+        found = ask(server, other, "diffusers")
+        assert (found["loads"], rules(found)) == (True, {"diffusers-format": "needs"})
+        assert found["findings"][0]["remedy"] == "Download it with format=diffusers."
+
+
 def test_another_type_of_adapter(server: Any) -> None:
     factors = {"lokr_w1": (4, 4), "lokr_w2": (8, 8)}
     content = save({f"{UNET}.{name}": np.ones(shape, np.float32) for name, shape in factors.items()})

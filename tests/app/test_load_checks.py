@@ -86,6 +86,13 @@ def test_checks_that_are_refused(
     [
         ({"peft_type": "PROMPT_TUNING"}, {"prompt_embeddings": [3, 8]}, {"engine": "peft"}, "/base_model"),
         ({"peft_type": "XLORA"}, {"a.weight": [3, 8]}, {"engine": "peft", "base_model": "lm"}, "/engine"),
+        ({"peft_type": "ADAMSS"}, {"b.weight": [3, 8]}, {"engine": "peft", "base_model": "lm"}, "/engine"),
+        (
+            {"peft_type": "VBLORA", "save_only_topk_weights": True},
+            {"c.weight": [3, 8]},
+            {"engine": "peft", "base_model": "lm"},
+            "/engine",
+        ),
         (
             {"peft_type": "MULTITASK_PROMPT_TUNING", "prompt_tuning_init_state_dict_path": "/etc/passwd"},
             {"prompt_embeddings": [3, 8]},

@@ -93,6 +93,24 @@ def test_variants_are_told_apart() -> None:
         check("peft", "lora-bert", "transcript-classification", mode="full")
 
 
+@pytest.mark.parametrize("known", [True, False])
+@pytest.mark.parametrize(
+    ("method", "rule"),
+    [
+        ("dora", "transformers-dora"),
+        ("vera", "transformers-shared-state"),
+        ("prompt-tuning", "transformers-prompt-learning"),
+    ],
+)
+def test_what_transformers_leaves_out_is_loaded_by_peft(method: str, rule: str, known: bool) -> None:
+    check("peft", method, known=known)
+    check("transformers", known=known)
+    with pytest.raises(RequestInvalid) as caught:
+        check("transformers", method, known=known)
+    assert [error.pointer for error in caught.value.errors] == ["/method"]
+    assert f"rule {rule}, https://" in caught.value.errors[0].message
+
+
 @pytest.mark.parametrize("engine", ["diffusers", "kohya", "comfy"])
 def test_engines_of_image_models(engine: Engine) -> None:
     check(engine, task="text-to-image")

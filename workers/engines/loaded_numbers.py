@@ -21,8 +21,11 @@ from artifacts.manifest import LoraModule
 MAX_NAMES = 20
 _PREFIXES = re.compile(r"(?:base_model\.|model\.|text_model\.|language_model\.|transformer\.)*")
 _WRAPPERS = re.compile(r"\.(?:base_layer|modules_to_save|original_module)(?=\.|$)")
-_DERIVED = (".ranknum",)
-"""Parameters that PEFT computes from an adapter's numbers."""
+_DERIVED = re.compile(
+    r"\.ranknum(\.|$)|\.delta_embedding\.weight$|\.(frozen|trainable)_embedding$|\.base_layer\.(weight|bias)$"
+)
+"""Parameters that no file has as they are: PEFT computes the number of ranks, starts an offset at 0, saves two parts of
+a prompt as one, and some initialisations change the base's weights."""
 _RELATIVE = 1e-6
 
 
@@ -109,7 +112,7 @@ def count(
             result.unexpected.append(key)
     own = set(digests.values())
     made_up = (item.name for item in live if item.is_parameter and item.digest not in own)
-    result.missing = [name for name in made_up if not name.endswith(tuple(f"{end}.{adapter}" for end in _DERIVED))]
+    result.missing = [name for name in made_up if not _DERIVED.search(name)]
     _compare(result, described, places, components, adapter)
     return result
 
@@ -165,8 +168,10 @@ def _live(components: Mapping[str, nn.Module], placeholders: set[int], adapter: 
 
 
 def _loose(model: nn.Module, adapter: str) -> Iterator[tuple[str, Tensor]]:
-    """Tensors that a layer keeps in a plain dictionary, as SHiRA does its indices."""
+    """Tensors that a layer keeps in a plain dictionary, as SHiRA does its indices; a prompt that is kept in parts."""
     for name, module in model.named_modules():
+        if hasattr(module, "load_prompt_embeddings") and isinstance(getattr(module, "weight", None), Tensor):
+            yield f"{name}.weight", module.weight.detach()
         for attribute, value in vars(module).items():
             if isinstance(value, dict) and isinstance(value.get(adapter), Tensor):
                 yield f"{name}.{attribute}.{adapter}", value[adapter]
