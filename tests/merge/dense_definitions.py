@@ -78,16 +78,22 @@ def middle(X: Matrix, density: float, gamma: float) -> Matrix:
     return X * mask.reshape(X.shape)
 
 
-def uniform(shape: tuple[int, int], seed: int) -> NDArray[np.float32]:
-    parts = [
-        np.random.Generator(np.random.SFC64([seed, row])).random((min(32, shape[0] - row), shape[1]), np.float32)
-        for row in range(0, shape[0], 32)
-    ]
-    return np.concatenate(parts)
+def drawn(shape: tuple[int, int], seed: int) -> NDArray[np.uint32]:
+    """The random numbers of the entries: a hash of seed, row and column."""
+    rows, columns = np.arange(1, shape[0] + 1, dtype=np.uint64), np.arange(shape[1], dtype=np.uint32)
+    key = np.uint64(seed) + rows * np.uint64(0x9E3779B97F4A7C15)
+    key = (key ^ key >> np.uint64(30)) * np.uint64(0xBF58476D1CE4E5B9)
+    key = (key ^ key >> np.uint64(27)) * np.uint64(0x94D049BB133111EB)
+    key ^= key >> np.uint64(31)
+    first, second = ((key >> np.uint64(shift)).astype(np.uint32)[:, None] for shift in (0, 32))
+    x = first + columns
+    x = (x ^ x >> np.uint32(16)) * np.uint32(0x21F0AAAD)
+    x = ((x ^ x >> np.uint32(15)) + second) * np.uint32(0x735A2D97)
+    return x ^ x >> np.uint32(15)
 
 
 def dropped(X: Matrix, density: float, seed: int) -> Matrix:
-    return np.where(uniform(X.shape, seed) < np.float32(density), X / density, 0)
+    return np.where(drawn(X.shape, seed) / 2**32 < density, X / density, 0)
 
 
 def by_row_rank(X: Matrix, density: float, epsilon: float, seed: int) -> Matrix:
@@ -96,7 +102,7 @@ def by_row_rank(X: Matrix, density: float, epsilon: float, seed: int) -> Matrix:
     for row, chances in zip(X, probabilities, strict=True):
         ranks = np.argsort(np.argsort(np.abs(row), kind="stable"))
         chances[:] = density if len(row) == 1 else density - epsilon + 2 * epsilon * ranks / (len(row) - 1)
-    return np.where(uniform(X.shape, seed) < probabilities, X / probabilities, 0)
+    return np.where((drawn(X.shape, seed) >> 8) / 2**24 < probabilities, X / probabilities, 0)
 
 
 def sign_of(votes: Sequence[Matrix], election: str) -> Matrix:
