@@ -33,13 +33,16 @@ def base_model(session: Session, name: str, *, lock: bool = False, pointer: str 
     return row
 
 
-def weights_problem(row: ModelRow, *, pipeline: str, quantised: str) -> str | None:
+def weights_problem(row: ModelRow, *, pipeline: str, quantised: str, from_hub: bool = False) -> str | None:
     """Why the weights of a base model can not be read and changed as those of a transformers model; None if they can.
 
     Args:
         pipeline, quantised: the end of the sentence for a diffusers pipeline, and what is said of packed weights.
+        from_hub: those of a repository, of which nothing else is known here, will be fetched.
     """
     if row.source == "hub":
+        if from_hub:
+            return None
         return "its files lie on a hub; register a folder of the server"
     if row.pipeline is not None or row.architecture == UNET:
         return f"it is a diffusers pipeline; only models of transformers {pipeline}"

@@ -108,16 +108,19 @@ def _check_base(row: ModelRow, inputs: Sequence[MergeInput], options: MergeOptio
     """Refuse a base model that the adapters can not be merged into.
 
     Raises:
-        MergeRefused and its kin: its files are not here, or it is a pipeline; see `_check_fits`.
+        MergeRefused and its kin: its weights are quantised, or it is a pipeline; see `_check_fits`.
     """
     problem = weights_problem(
         row,
         pipeline="can be merged into",
         quantised="its weights are quantised; take the model that it was made of",
+        from_hub=True,
     )
     if problem is not None:
         raise MergeRefused(
-            f"Nothing can be merged into {row.name!r}: {problem}.", errors=[FieldError("/base_model", problem)]
+            f"Nothing can be merged into {row.name!r}: {problem}.",
+            hint="Merge with output adapter, and load the result beside the base model.",
+            errors=[FieldError("/base_model", problem)],
         )
     _check_fits(row, inputs, options)
 

@@ -100,8 +100,12 @@ def recipe_of_model(session: Session, model_id: str) -> ModelRecipe:
     base = recipe["base_model"]
     into = {name: recipe[name] for name in ("output", "dtype", "force")}
     because = _against(session, recipe)
-    if models.get_model(session, base["id"]).removed_at is not None:
+    of_base = models.get_model(session, base["id"])
+    if of_base.removed_at is not None:
         because.append(f"the base model {base['id']} was removed")
+    commit = base.get("commit")
+    if commit is not None and of_base.revision != commit:
+        because.append(f"the base model was at commit {commit} of its repository, and is registered without it")
     return ModelRecipe(
         model=row.id,
         call=_merge_call(recipe, row.name, **into, base_model=base["id"]),

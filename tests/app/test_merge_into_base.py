@@ -47,8 +47,15 @@ def test_the_model_of_the_adapters_is_taken_unless_one_is_named(server: Any, two
     assert (named.json()["params"]["base_model"], named.json()["params"]["dtype"]) == (model, "float32")
 
 
+def test_the_files_of_a_hub_model_are_the_workers_affair(server: Any, two_adapters: list[str]) -> None:
+    model = register(server, source="hub", location="acme/tiny-llm", weights_digest=None, fingerprint=None)
+    job = server.client.post("/merge", json=body(two_adapters))
+    assert job.status_code == 202, job.text
+    assert job.json()["params"]["base_model"] == model
+
+
 REFUSED: dict[str, tuple[dict[str, Any], dict[str, Any], str, str]] = {
-    "a hub model": ({"source": "hub", "location": "acme/tiny-llm"}, {}, "merge_refused", "/base_model"),
+    "a quantised model": ({"quantisation": {"quant_method": "gptq"}}, {}, "merge_refused", "/base_model"),
     "a pipeline": ({"pipeline": "StableDiffusionPipeline"}, {}, "merge_refused", "/base_model"),
     "another model": ({"name": "acme/other"}, {"base_model": "acme/other"}, "base_model_mismatch", "/adapters/0/id"),
     "other shapes": (

@@ -12,6 +12,7 @@ from merge.base_output import Dtype, fold_into_base
 from merge.catalog import SEARCH, parse_parameters
 from workers.adapter_names import NAME_LIMIT
 from workers.context import JobContext, JobOutcome, NewModel
+from workers.hub_models import local_folder
 from workers.jobs import merge_search
 from workers.jobs.merge_inputs import MergeSources
 from workers.jobs.target_engine import check_for_engine, for_engine
@@ -77,8 +78,10 @@ def fold(
     dtype: Dtype = context.params.get("dtype") or "auto"
     force = bool(context.params.get("force"))
     output = context.scratch / "model"
+    context.progress(MERGED_INTO_BASE, "fetching the base model")
+    folder = local_folder(source)
     report = fold_into_base(
-        Path(source.location),
+        folder,
         adapter,
         output,
         dtype=dtype,
@@ -89,6 +92,8 @@ def fold(
     ).to_dict()
     context.progress(MERGED, "storing the model")
     base = {"id": stored.id, "name": stored.name, "weights_digest": stored.ref.weights_digest}
+    if stored.ref.source == "hub":
+        base["commit"] = folder.name  # as the hub's cache calls it
     names = ", ".join(item.name for item, _, _ in sources.items)
     model = NewModel(
         directory=output,

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import shutil
 import warnings
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from artifacts.base_model import inspect_base
+from app.recipes import recipe_of_model
+from artifacts.base_model import BaseModelRef, inspect_base
+from artifacts.errors import RequestInvalid
 from storage import made_models, models
 from storage.blobs import BlobStore
 from workers.kinds import KINDS
@@ -92,6 +96,70 @@ def test_the_merged_model_is_registered_and_the_base_of_a_training(
         seed=0,
     )
     assert pool.ended(trained, seconds=SECONDS).error is None
+
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+@pytest.fixture
+def hub(tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The hub's cache with the tiny model in it, at a commit; nothing else is reached."""
+    from huggingface_hub import constants
+
+    repository = tmp_path / "hub" / "models--acme--tiny"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text(COMMIT)
+    shutil.copytree(tiny_base, repository / "snapshots" / COMMIT)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    return repository
+
+
+@pytest.mark.parametrize("revision", [None, COMMIT])
+def test_a_model_of_the_hub_is_fetched_and_its_commit_kept(
+    train_pool: Any,
+    run_here: Any,
+    add_adapter: Any,
+    base_id: str,
+    tiny_base: Path,
+    hub: Path,
+    revision: str | None,
+) -> None:
+    sides = {"d_in": 32, "d_out": 32, "modules": MODULES, "base_model": "acme/tiny"}
+    wanted = {"adapters": [{"id": add_adapter("a", 1, **sides), "weight": 0.05}], "method": "cat", "parameters": {}}
+    ref = BaseModelRef(name="acme/tiny", source="hub", location="acme/tiny", revision=revision)
+    with train_pool.database.write() as session:
+        on_hub = models.add_model(session, ref)[0].id
+    into = {**wanted, "output": "base", "dtype": "float32"}
+    (key,) = run_here("merge", **into, base_model=on_hub)["models"]
+    # the same weights are the same model
+    assert run_here("merge", **into, base_model=base_id, model_roots=(str(tiny_base.parent),))["models"] == [key]
+    with train_pool.database.read() as session:
+        made = made_models.made_model(session, key)
+        assert made is not None
+        assert made.recipe["base_model"] == {
+            "id": on_hub, "name": "acme/tiny", "weights_digest": None, "commit": COMMIT,
+        }  # fmt: skip
+        assert {file.path for file in made.files} >= {"config.json", "model.safetensors", "tokenizer.json"}
+        recipe = recipe_of_model(session, key)
+    assert recipe.reproducible is (revision is not None)
+    assert all(COMMIT in reason for reason in recipe.because)
+
+
+def test_a_model_that_the_hub_does_not_give_is_told(
+    train_pool: Any, run_here: Any, add_adapter: Any, hub: Path
+) -> None:
+    wanted = {"adapters": [{"id": add_adapter("a", 1)}], "method": "cat", "parameters": {}, "output": "base"}
+    with train_pool.database.write() as session:
+        ref = BaseModelRef(name="acme/other", source="hub", location="acme/other")
+        other = models.add_model(session, ref)[0].id
+        here = models.add_model(session, BaseModelRef(name="acme/tiny", source="hub", location="acme/tiny"))[0].id
+    with pytest.raises(RequestInvalid, match="can not be had from the hub") as caught:
+        run_here("merge", **wanted, base_model=other)
+    assert caught.value.errors[0].pointer == "/base_model"
+    (hub / "snapshots" / COMMIT / "model_index.json").write_text("{}")
+    with pytest.raises(RequestInvalid, match="diffusers pipeline"):
+        run_here("merge", **wanted, base_model=here)
 
 
 def _adapter(pool: Any, adapter_id: str, folder: Path) -> tuple[Any, Path]:
