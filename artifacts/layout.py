@@ -121,6 +121,12 @@ def understand(
                 hint=f"Send {named.settings_name} along, as it stands beside the weights.",
             )
         return _foreign(weights, header, values, {}, named.settings(document))
+    if document is not None and "lora_parameters" in document and "peft_type" not in document:
+        raise FormatUnknown(
+            f"{CONFIG_NAME} is mlx-lm's, and the file has no pair lora_a and lora_b of a layer that begins with "
+            f"model.layers., as mlx-lm's adapters of language models have: its first key is {_first(header)!r}.",
+            hint="Rename the layers as transformers does, or save the adapter with PEFT.",
+        )
     if document is not None:
         return _layout("peft", weights, config_path, header, {"": parse_config(document)}, document)
     text = header.metadata.get(METADATA_KEY)
@@ -131,6 +137,10 @@ def understand(
     if _has_old_names(header):
         return _foreign(weights, header, values, {name.removesuffix("."): config for name, config in configs.items()})
     return _layout("safetensors-metadata", weights, None, header, configs, document)
+
+
+def _first(header: SafetensorsHeader) -> str:
+    return next(iter(header.tensors), "")[:80]
 
 
 def _has_old_names(header: SafetensorsHeader) -> bool:

@@ -287,10 +287,10 @@ class _Matching:
         if max(self._prefixes) > 1:
             self._warnings.append(f"Keys repeat the prefix {PREFIX!r}; stock PEFT would load nothing from them.")
         names = self._adapters - {""}
-        if len(names) > 1:
+        if len(names) > 1 or ("" in self._adapters and names - {"default"}):
+            listed = ", ".join(sorted(name or "one without a name" for name in self._adapters)[:MAX_FINDINGS])
             raise FileBroken(
-                f"The file holds several adapters: {', '.join(sorted(names)[:MAX_FINDINGS])}.",
-                hint="Upload each adapter as a file of its own.",
+                f"The file holds several adapters: {listed}.", hint="Upload each adapter as a file of its own."
             )
         if names:
             self._warnings.append(f"The keys carry the adapter name {names.pop()!r}; it was removed.")

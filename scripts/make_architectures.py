@@ -20,7 +20,7 @@ from typing import Any
 import diffusers
 import torch
 import transformers
-from native_names import ANIMA, FLUX, FLUX2, HUNYUAN, KREA2, LTX2, LUMINA2, NATIVE_SD3, WAN, ZIMAGE
+from native_names import ANIMA, CHROMA, FLUX, FLUX2, HUNYUAN, KREA2, LTX2, LUMINA2, NATIVE_SD3, WAN, ZIMAGE
 from unet_names import motion, unet
 
 FOLDER = Path(__file__).parent.parent / "artifacts" / "architectures"
@@ -72,7 +72,7 @@ DENOISERS: dict[str, tuple[str, str, str, dict[str, Any], Any]] = {
         NATIVE_SD3,
     ),
     "flux": ("FLUX.1", "transformer", "FluxTransformer2DModel", {"guidance_embeds": True}, FLUX),
-    "chroma": ("Chroma", "transformer", "ChromaTransformer2DModel", {}, FLUX),
+    "chroma": ("Chroma", "transformer", "ChromaTransformer2DModel", {}, CHROMA),
     "flux2": ("FLUX.2", "transformer", "Flux2Transformer2DModel", {}, FLUX2),
     "flux2-klein-4b": (
         "FLUX.2 klein 4B",

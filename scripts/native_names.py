@@ -121,6 +121,9 @@ FLUX = _join(
     ),
 )
 
+_APPROXIMATOR = "distilled_guidance_layer.layers.{}."
+CHROMA = _join(FLUX, _blocks(_APPROXIMATOR, _APPROXIMATOR, {"in_layer": "linear_1", "out_layer": "linear_2"}))
+
 FLUX2 = _join(
     _blocks(
         "double_blocks.{}.",

@@ -95,6 +95,19 @@ def test_two_adapters_in_one_file(match: Match) -> None:
     assert "several adapters: one, two" in broken(match, tensors).detail
 
 
+def test_an_adapter_with_a_name_beside_one_without(match: Match, pairs: Callable[..., Tensors]) -> None:
+    tensors = pairs("model.q_proj")
+    for name in ("default", "second"):
+        more: Tensors = {
+            f"{PREFIX}model.v_proj.lora_A.{name}.weight": ("F32", [4, 8]),
+            f"{PREFIX}model.v_proj.lora_B.{name}.weight": ("F32", [6, 4]),
+        }
+        if name == "default":
+            assert len(match(tensors | more).modules) == 2
+        else:
+            assert "several adapters: one without a name, second" in broken(match, tensors | more).detail
+
+
 def test_two_tensors_for_one_factor(match: Match, pairs: Callable[..., Tensors]) -> None:
     tensors = pairs("model.q_proj")
     tensors[f"{PREFIX}model.q_proj.lora_A.default.weight"] = ("F32", [4, 8])

@@ -157,3 +157,18 @@ def test_factors_of_two_kinds_in_one_module_are_refused(reading: Make, pair: Mak
     turned = {f"{TO_OUT}.lora_a": [320, 4], f"{TO_OUT}.lora_b": [4, 320]}
     with pytest.raises(FileBroken, match="factors of two kinds"):
         reading({**pair(TO_OUT, 320, 320), **turned})
+
+
+def test_chroma_has_what_flux_has_not(reading: Make, pair: Make) -> None:
+    shapes = {
+        **pair("lora_unet_double_blocks_0_img_attn_proj", 3072, 3072),
+        **pair("lora_unet_distilled_guidance_layer_layers_3_in_layer", 5120, 5120),
+        **pair("lora_unet_distilled_guidance_layer_layers_3_out_layer", 5120, 5120),
+    }
+    found = reading(shapes)
+    assert (found.architecture, found.partial) == ("chroma", False)
+    assert [module.path for module in found.modules] == [
+        "transformer.distilled_guidance_layer.layers.3.linear_1",
+        "transformer.distilled_guidance_layer.layers.3.linear_2",
+        "transformer.transformer_blocks.0.attn.to_out.0",
+    ]

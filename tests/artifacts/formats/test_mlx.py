@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 
 from artifacts.adapter import Adapter
-from artifacts.errors import ConfigRefused, FileBroken
+from artifacts.errors import ConfigRefused, FileBroken, FormatUnknown
 from artifacts.formats.peft import PeftWriter
 from artifacts.formats.writing import subject_of
 from artifacts.intake import IntakeLimits, inspect, receive
@@ -98,3 +98,9 @@ def test_other_files_are_refused_by_name(folder: Folder) -> None:
     experts = {f"{PATH}.lora_a": torch.zeros(2, 5, 7), f"{PATH}.lora_b": torch.zeros(2, 6, 5)}
     with pytest.raises(FileBroken, match="where a factor is a matrix"):
         Adapter.open(folder(experts))
+
+
+@pytest.mark.parametrize("key", ["language_model.model.layers.0.self_attn.q_proj.lora_a", "model.norm.weight"])
+def test_other_names_beside_its_configuration_are_told(folder: Folder, key: str) -> None:
+    with pytest.raises(FormatUnknown, match=rf"is mlx-lm's, .*: its first key is '{key}'"):
+        Adapter.open(folder({key: torch.zeros(7, 5)}))
