@@ -9,13 +9,29 @@ from __future__ import annotations
 import numpy as np
 from numba import njit
 
-from merge.panel import COLUMNS, ROWS, fused, panel
+from merge.panel import (
+    COLUMNS,
+    LANES,
+    NARROW_COLUMNS,
+    NARROW_ROWS,
+    ROWS,
+    adding_narrow_panel,
+    adding_panel,
+    first_bit,
+    fused,
+    glance,
+    panel,
+)
 
 # numpy's division: a check for zero in every step would keep the loops from being vectors
 compiled = njit(cache=True, nogil=True, error_model="numpy")
 
-CHUNK = 256
+CHUNK = 512
 """Entries whose sums are held at a time."""
+
+
+TERMS = 512
+"""Of a long sum that are added to each other before they are to what came before."""
 
 
 @compiled
@@ -36,7 +52,7 @@ def form(A, B, starts, row, column, X):
             a = first * A.shape[1] + column + c
             for r in range(0, whole_rows, ROWS):
                 b, x = (row + r) * B.shape[1] + first, (i * rows + r) * columns + c
-                panel(flat_A, a, A.shape[1], flat_B, b, B.shape[1], terms, flat_X, x, columns)
+                panel(flat_A, a, A.shape[1], flat_B, b, B.shape[1], 1, terms, flat_X, x, columns)
         for r in range(rows):
             for c in range(whole_columns if r < whole_rows else 0, columns):
                 total = np.float32(0)
@@ -105,6 +121,50 @@ def elected(X, lower, upper, votes, weights, shares, by_count, result):
 
 
 @compiled
+def add_product(B, A, X):
+    """X (rows, columns) += B·A with B: (rows, terms) and A: (terms, columns), narrow: at most a few of 32 columns."""
+    rows, columns = X.shape
+    flat_A, flat_B = A.ravel(), B.ravel()
+    whole_rows, whole_columns = rows - rows % NARROW_ROWS, columns - columns % NARROW_COLUMNS
+    # long sums in parts, for less rounding
+    part = np.zeros((NARROW_ROWS, columns), X.dtype)
+    flat_part = part.ravel()
+    for first in range(0, A.shape[0], TERMS):
+        terms = min(TERMS, A.shape[0] - first)
+        for r in range(0, whole_rows, NARROW_ROWS):
+            part[:] = 0
+            for c in range(0, whole_columns, NARROW_COLUMNS):
+                a, b = first * columns + c, r * B.shape[1] + first
+                adding_narrow_panel(flat_A, a, columns, flat_B, b, B.shape[1], 1, terms, flat_part, c, columns)
+            for i in range(NARROW_ROWS):
+                for c in range(whole_columns):
+                    X[r + i, c] += part[i, c]
+        for r in range(rows):
+            for c in range(whole_columns if r < whole_rows else 0, columns):
+                total = np.float32(0)
+                for k in range(first, first + terms):
+                    total = fused(B[r, k], A[k, c], total)
+                X[r, c] += total
+
+
+@compiled
+def add_transposed_product(B, A, X):
+    """X (rows, columns) += Bᵀ·A with B: (terms, rows), narrow, and A: (terms, columns), broad."""
+    rows, columns = X.shape
+    flat_A, flat_B, flat_X = A.ravel(), B.ravel(), X.ravel()
+    whole_rows, whole_columns = rows - rows % ROWS, columns - columns % COLUMNS
+    for c in range(0, whole_columns, COLUMNS):
+        for r in range(0, whole_rows, ROWS):
+            adding_panel(flat_A, c, columns, flat_B, r, 1, rows, len(A), flat_X, r * columns + c, columns)
+    for r in range(rows):
+        for c in range(whole_columns if r < whole_rows else 0, columns):
+            total = X[r, c]
+            for k in range(len(A)):
+                total = fused(B[k, r], A[k, c], total)
+            X[r, c] = total
+
+
+@compiled
 def bracketed(values, channels, low, high, above, at_high, at_low, inside, found):
     """How many |values| lie above each bracket, at its high and at its low border is added to `above`, `at_high` and
     `at_low`; those strictly between go to `inside`. Where both borders are one, it is the high one.
@@ -117,36 +177,37 @@ def bracketed(values, channels, low, high, above, at_high, at_low, inside, found
         above, at_high, at_low, found: (P,) counts so far.
         inside: (P, room) what is found goes to inside[p, found[p]:], with room for m + 1 more.
     """
-    looked_at = np.zeros(CHUNK, np.uint8)
-    words = looked_at.view(np.uint64)
-    largest = np.uint32(0)
+    seen = np.int64(0)
     for p in range(len(channels)):
         lowest, highest, place = low[p], high[p], found[p]
-        channel, kept = channels[p], inside[p]
-        for start in range(0, values.shape[1], CHUNK):
-            x = values[channel, start : start + CHUNK]
-            bits = x.view(np.uint32)
-            higher = np.int32(0)
-            for c in range(len(x)):
-                size = abs(x[c])
-                largest = max(largest, np.uint32(bits[c] & np.uint32(0x7FFFFFFF)))
-                higher += np.int32(size > highest)
-                looked_at[c] = (size >= lowest) & (size <= highest)
-            for c in range(len(x), CHUNK):
-                looked_at[c] = 0
-            above[p] += higher
-            # few are inside: eight at a time are passed over
-            for word in range(len(words)):
-                if words[word] == 0:
-                    continue
-                for c in range(8 * word, min(8 * word + 8, len(x))):
-                    size = abs(x[c])
-                    kept[place] = size
-                    place += (size > lowest) & (size < highest)
-                    at_high[p] += size == highest
-                    at_low[p] += (size == lowest) & (size < highest)
+        x, kept = values[channels[p]], inside[p]
+        count, ties_high, ties_low = 0, 0, 0
+        whole = len(x) - len(x) % LANES
+        for start in range(0, whole, LANES):
+            looked_at = glance(x, start, lowest, highest)
+            seen |= looked_at
+            count += (looked_at >> 16) & 0xFFFF
+            bits = looked_at & 0xFFFF
+            while bits != 0:
+                size = abs(x[start + first_bit(bits)])
+                bits &= bits - 1
+                kept[place] = size
+                place += (size > lowest) & (size < highest)
+                ties_high += size == highest
+                ties_low += (size == lowest) & (size < highest)
+        for c in range(whole, len(x)):
+            size = abs(x[c])
+            kept[place] = size
+            count += size > highest
+            place += (size > lowest) & (size < highest)
+            ties_high += size == highest
+            ties_low += (size == lowest) & (size < highest)
+            seen |= np.int64(size != size) << 32
+        above[p] += count
+        at_high[p] += ties_high
+        at_low[p] += ties_low
         found[p] = place
-    return largest <= np.uint32(0x7F800000)
+    return (seen >> 32) == 0
 
 
 @compiled

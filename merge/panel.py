@@ -1,9 +1,10 @@
-"""One step of a matrix product in the registers of the processor: what the compiled loops form deltas with.
+"""Single steps of the compiled loops on single entries, on as many of them as the registers of the processor hold.
 
-Libraries for matrix products are made for long sums; those of a delta are as short as a rank, and half of the time
-goes into copies. Here a panel of the result stays in registers from its first term to its last. Every entry is the sum
-of its terms in the order of the components, each rounded once (fused multiply-add), whatever the place of the panel:
-so entries do not depend on how a matrix is cut, nor on what reads them.
+`panel` is what deltas are formed with, and what is multiplied with the rows that are formed. Libraries for matrix
+products are made for long sums and broad matrices; here the sums are as short as a rank, or the matrices as narrow, and
+half of the time goes into copies. A panel of the result stays in registers from its first term to its last. Every
+entry is the sum of its terms in the order of the components, each rounded once (fused multiply-add), whatever the place
+of the panel: so entries do not depend on how a matrix is cut, nor on what reads them.
 """
 
 from __future__ import annotations
@@ -15,10 +16,10 @@ from numba.extending import intrinsic
 
 LANES = 16
 """Of a vector of float32; processors with shorter ones take several."""
-VECTORS = 4
-ROWS = 4
-COLUMNS = LANES * VECTORS
-"""A panel is (ROWS, COLUMNS)."""
+ROWS, COLUMNS = 4, 4 * LANES
+"""Of a panel."""
+NARROW_ROWS, NARROW_COLUMNS = 8, 2 * LANES
+"""Of a narrow panel."""
 
 
 @intrinsic
@@ -27,46 +28,109 @@ def fused(_typing, a, b, c):
     return a(a, b, c), lambda _context, builder, _signature, values: builder.fma(*values)
 
 
-@intrinsic
-def panel(_typing, A, a, a_step, B, b, b_step, terms, X, x, x_step):
-    """X[x + i·x_step + j] = Σₖ B[b + i·b_step + k]·A[a + k·a_step + j] of the flat float32 arrays A, B and X.
+def _panel(rows, columns, adds):
+    """X[x + i·x_step + j] = Σₖ B[b + i·b_step + k·b_next]·A[a + k·a_step + j] of the flat float32 arrays A, B and X.
 
-    For i < ROWS, j < COLUMNS and k < terms.
+    For i < rows, j < columns and k < terms; `adds`: what was in X is the first term.
     """
-    signature = types.void(A, a, a_step, B, b, b_step, terms, X, x, x_step)
+    vectors = columns // LANES
+
+    @intrinsic
+    def panel(_typing, A, a, a_step, B, b, b_step, b_next, terms, X, x, x_step):
+        signature = types.void(A, a, a_step, B, b, b_step, b_next, terms, X, x, x_step)
+
+        def generate(context, builder, signature, values):
+            vector = ir.VectorType(ir.FloatType(), LANES)
+            A, B, X = (_data(context, builder, signature, values, place) for place in (0, 3, 8))
+            a, a_step, b, b_step, b_next, terms, x, x_step = (values[place] for place in (1, 2, 4, 5, 6, 7, 9, 10))
+            fma = cgutils.get_or_insert_function(
+                builder.module, ir.FunctionType(vector, (vector, vector, vector)), f"llvm.fma.v{LANES}f32"
+            )
+
+            def address(array, place, number):
+                there = builder.gep(array, [builder.add(place, place.type(number))])
+                return builder.bitcast(there, vector.as_pointer())
+
+            places = [builder.add(x, builder.mul(x_step, x_step.type(i))) for i in range(rows)]
+            sums = [
+                [
+                    cgutils.alloca_once_value(
+                        builder, builder.load(address(X, place, LANES * v), align=4) if adds else vector(None)
+                    )
+                    for v in range(vectors)
+                ]
+                for place in places
+            ]
+            with cgutils.for_range(builder, terms) as loop:
+                start = builder.add(a, builder.mul(loop.index, a_step))
+                parts = [builder.load(address(A, start, LANES * v), align=4) for v in range(vectors)]
+                term = builder.add(b, builder.mul(loop.index, b_next))
+                for i in range(rows):
+                    place = builder.add(term, builder.mul(b_step, b_step.type(i)))
+                    factor = _spread(builder, builder.load(builder.gep(B, [place])))
+                    for v in range(vectors):
+                        builder.store(builder.call(fma, [factor, parts[v], builder.load(sums[i][v])]), sums[i][v])
+            for place, row in zip(places, sums, strict=True):
+                for v in range(vectors):
+                    builder.store(builder.load(row[v]), address(X, place, LANES * v), align=4)
+            return context.get_dummy_value()
+
+        return signature, generate
+
+    return panel
+
+
+panel = _panel(ROWS, COLUMNS, False)
+adding_panel = _panel(ROWS, COLUMNS, True)
+adding_narrow_panel = _panel(NARROW_ROWS, NARROW_COLUMNS, True)
+
+
+@intrinsic
+def glance(_typing, x, place, low, high):
+    """What the LANES numbers of the float32 array x from a place on are: int64 of
+
+    bits 0 to 15: those with low ≤ |x| ≤ high; from 16: how many are above high; from 32: those that are NaN.
+    """
+    signature = types.int64(x, place, low, high)
 
     def generate(context, builder, signature, values):
-        vector = ir.VectorType(ir.FloatType(), LANES)
-        arrays = {
-            place: context.make_array(signature.args[place])(context, builder, values[place]).data
-            for place in (0, 3, 7)
-        }
-        a, a_step, b, b_step, terms, x, x_step = (values[place] for place in (1, 2, 4, 5, 6, 8, 9))
-        fma = cgutils.get_or_insert_function(
-            builder.module, ir.FunctionType(vector, (vector, vector, vector)), f"llvm.fma.v{LANES}f32"
+        vector, wide = ir.VectorType(ir.FloatType(), LANES), ir.IntType(64)
+        there = builder.gep(_data(context, builder, signature, values, 0), [values[1]])
+        numbers = builder.load(builder.bitcast(there, vector.as_pointer()), align=4)
+        fabs = cgutils.get_or_insert_function(
+            builder.module, ir.FunctionType(vector, (vector,)), f"llvm.fabs.v{LANES}f32"
         )
+        sizes = builder.call(fabs, [numbers])
+        low, high = _spread(builder, values[2]), _spread(builder, values[3])
 
-        def address(array, place, number):
-            there = builder.gep(arrays[array], [builder.add(place, place.type(number))])
-            return builder.bitcast(there, vector.as_pointer())
+        def bits(flags):
+            return builder.bitcast(flags, ir.IntType(LANES))
 
-        sums = [[cgutils.alloca_once_value(builder, vector(None)) for _ in range(VECTORS)] for _ in range(ROWS)]
-        with cgutils.for_range(builder, terms) as loop:
-            start = builder.add(a, builder.mul(loop.index, a_step))
-            parts = [builder.load(address(0, start, LANES * v), align=4) for v in range(VECTORS)]
-            for i in range(ROWS):
-                place = builder.add(builder.add(b, builder.mul(b_step, b_step.type(i))), loop.index)
-                factor = builder.load(builder.gep(arrays[3], [place]))
-                lane = builder.insert_element(vector(ir.Undefined), factor, ir.IntType(32)(0))
-                spread = builder.shuffle_vector(
-                    lane, vector(ir.Undefined), ir.VectorType(ir.IntType(32), LANES)([0] * LANES)
-                )
-                for v in range(VECTORS):
-                    builder.store(builder.call(fma, [spread, parts[v], builder.load(sums[i][v])]), sums[i][v])
-        for i in range(ROWS):
-            row = builder.add(x, builder.mul(x_step, x_step.type(i)))
-            for v in range(VECTORS):
-                builder.store(builder.load(sums[i][v]), address(7, row, LANES * v), align=4)
-        return context.get_dummy_value()
+        inside = builder.and_(builder.fcmp_ordered(">=", sizes, low), builder.fcmp_ordered("<=", sizes, high))
+        above = builder.ctpop(bits(builder.fcmp_ordered(">", sizes, high)))
+        result = builder.zext(bits(inside), wide)
+        for number, shift in ((above, 16), (bits(builder.fcmp_unordered("uno", sizes, sizes)), 32)):
+            result = builder.or_(result, builder.shl(builder.zext(number, wide), wide(shift)))
+        return result
 
     return signature, generate
+
+
+@intrinsic
+def first_bit(_typing, bits):
+    """The place of the lowest bit of an int64 that is set."""
+    return types.int64(types.int64), lambda _context, builder, _signature, values: builder.cttz(
+        values[0], ir.IntType(1)(1)
+    )
+
+
+def _data(context, builder, signature, values, place):
+    """The pointer to the first number of an array among the arguments."""
+    return context.make_array(signature.args[place])(context, builder, values[place]).data
+
+
+def _spread(builder, number):
+    """A vector of LANES times the number."""
+    undefined = ir.VectorType(ir.FloatType(), LANES)(ir.Undefined)
+    lane = builder.insert_element(undefined, number, ir.IntType(32)(0))
+    return builder.shuffle_vector(lane, undefined, ir.VectorType(ir.IntType(32), LANES)([0] * LANES))

@@ -11,14 +11,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from merge import entry_loops
 from merge.memory import Room
+from merge.panel import NARROW_COLUMNS
 from merge.rows import WHOLE
+from merge.rules import compiled
 
 OVERSAMPLING = 8
 """Directions that the subspace iteration carries beyond the rank."""
 
 ROOM = Room(1 << 29)
 """For the matrices that this process keeps between two passes over their rows; others come anew in every pass."""
+
+MOST_COLUMNS = 2 * NARROW_COLUMNS
+"""Of the directions that the compiled products take."""
 
 BLOCK_ROWS = 64
 """Of the matrix that come at a time."""
@@ -54,13 +60,13 @@ def row_svd(fill: Fill, shape: tuple[int, int], rank: int, start: Tensor, passes
     Q = _orthonormal(_directions(start, shape[1], min(rank + OVERSAMPLING, *shape)))
     with _replayed(fill, shape, start, passes) as replayed:
         for _ in range(passes - 1):
-            Z = Q.new_zeros(Q.shape[1], Q.shape[0])
+            Z, project = Q.new_zeros(Q.shape[1], Q.shape[0]), _projection(Q)
             for block in replayed():
-                Z.addmm_((block @ Q).T, block)
+                _add_product(Z, project(block), block)
             Q = _orthonormal(Z.T)
-        projected, energy = [], 0.0
+        projected, energy, project = [], 0.0, _projection(Q)
         for block in replayed():
-            projected.append(block @ Q)
+            projected.append(project(block))
             flat = block.reshape(-1)
             energy += float(flat @ flat)
     return _split(torch.cat(projected), Q, rank, energy)
@@ -105,6 +111,35 @@ def _kept(fill: Fill, shape: tuple[int, int], like: Tensor) -> Callable[[], Iter
     return replayed
 
 
+def _projection(Q: Tensor) -> Callable[[Tensor], Tensor]:
+    """block ↦ block·Q."""
+    if not _narrow(Q):
+        return lambda block: block @ Q
+    panels = -(-Q.shape[1] // NARROW_COLUMNS)
+    padded = Q.new_zeros(len(Q), panels * NARROW_COLUMNS)
+    padded[:, : Q.shape[1]] = Q
+
+    def project(block: Tensor) -> Tensor:
+        result = block.new_zeros(len(block), padded.shape[1])
+        entry_loops.add_product(block.numpy(), padded.numpy(), result.numpy())
+        return result[:, : Q.shape[1]].contiguous()
+
+    return project
+
+
+def _add_product(Z: Tensor, projected: Tensor, block: Tensor) -> None:
+    """Z += projectedᵀ·block."""
+    if _narrow(projected):
+        entry_loops.add_transposed_product(projected.numpy(), block.numpy(), Z.numpy())
+    else:
+        Z.addmm_(projected.T, block)
+
+
+def _narrow(X: Tensor) -> bool:
+    """Whether the compiled products are the faster ones."""
+    return compiled(X) and X.shape[1] <= MOST_COLUMNS
+
+
 def _empty(shape: tuple[int, int], like: Tensor) -> Tensor:
     # numpy asks for pages of megabytes, torch does not: touching them first would be a fifth of the time
     return torch.from_numpy(np.empty(shape, like.numpy().dtype)) if like.device.type == "cpu" else like.new_empty(shape)
@@ -122,7 +157,7 @@ def _orthonormal(X: Tensor) -> Tensor:
     # Columns of very different length would drown in rounding.
     norms = X.norm(dim=0)
     Q: Tensor = torch.linalg.qr(X / torch.where(norms > 0, norms, 1.0)).Q
-    return Q
+    return Q.contiguous()
 
 
 def _whole(M: Tensor, rank: int) -> LowRank:

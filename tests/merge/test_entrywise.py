@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from artifacts.errors import MergeRefused, RankOutOfRange, RequestInvalid
-from merge import row_svd, rows, rules
+from merge import entry_loops, row_svd, rows, rules
 from merge.catalog import METHODS, parse_parameters
 from merge.memory import Room
 from merge.methods import entrywise
@@ -188,6 +188,17 @@ class TestALargeMatrix:
         brackets.add(torch.tensor([[4.0, -3.0, 2.0, 1.0, -2.5]], dtype=dtype))
         assert [brackets.kth([k])[0] for k in range(1, 6)] == [None, 3.0, 2.5, 2.0, None]
 
+    @pytest.mark.parametrize("place", [0, 15, 17])
+    def test_a_value_that_is_no_number_is_refused_wherever_it_stands(self, place: int) -> None:
+        """In a vector of values, or among the last that fill none."""
+        brackets = rows._Brackets.around([(0, 0.4)], torch.arange(float(rows.SAMPLE), 0, -1)[None], 0.5)
+        values = torch.full((1, 18), 4.0)
+        values[0, 3] = float("inf")
+        brackets.add(values)
+        values[0, place] = -float("nan")
+        with pytest.raises(MergeRefused, match="overflow"):
+            brackets.add(values)
+
     @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
     @pytest.mark.parametrize("size", [0.0, 3.0])
     def test_values_that_are_all_equal_are_counted_and_not_held(
@@ -263,23 +274,42 @@ class TestALargeMatrix:
         assert torch.equal(anew.B, kept.B)
         assert anew.truncation_error == kept.truncation_error
 
-    def test_passes_come_closer_to_the_best(self) -> None:
+    @pytest.mark.parametrize("rank", [10, 60])
+    def test_passes_come_closer_to_the_best(self, rank: int) -> None:
         generator = torch.Generator().manual_seed(0)
         M = torch.randn(1400, 900, generator=generator) @ torch.diag(torch.logspace(0, -2, 900))
 
         def fill(row: int, out: Tensor) -> None:
             out.copy_(M[row : row + len(out)])
 
-        best = float((M - truncated(M, 10)).norm() / M.norm())
+        best = float((M - truncated(M, rank)).norm() / M.norm())
         start = torch.randn(900, 4, generator=generator)
         errors = []
         for passes in (1, 2, 12):
-            low = row_svd.row_svd(fill, (1400, 900), 10, start, passes)
+            low = row_svd.row_svd(fill, (1400, 900), rank, start, passes)
             actual = float((M - low.B @ low.A).norm() / M.norm())
             assert low.truncation_error == pytest.approx(actual, rel=1e-3)
             errors.append(actual)
         assert errors[0] > errors[1] > errors[2]
         assert errors[2] == pytest.approx(best, rel=1e-3)
+
+
+class TestNarrowProducts:
+    @pytest.mark.parametrize(("rows", "terms", "columns"), [(64, 4096, 32), (13, 1100, 72), (3, 5, 7)])
+    def test_they_are_the_products(self, rows: int, terms: int, columns: int) -> None:
+        generator = torch.Generator().manual_seed(0)
+        B, A, X = (
+            torch.randn(shape, generator=generator) for shape in ((rows, terms), (terms, columns), (rows, columns))
+        )
+        expected = X.double() + B.double() @ A.double()
+        entry_loops.add_product(B.numpy(), A.numpy(), X.numpy())
+        assert near(X.double(), expected, 1e-6)
+        narrow, broad, Z = (
+            torch.randn(shape, generator=generator) for shape in ((rows, columns), (rows, terms), (columns, terms))
+        )
+        expected = Z.double() + narrow.double().T @ broad.double()
+        entry_loops.add_transposed_product(narrow.numpy(), broad.numpy(), Z.numpy())
+        assert near(Z.double(), expected, 1e-6)
 
 
 class TestForming:
