@@ -17,10 +17,13 @@ from merge.panel import (
     ROWS,
     adding_narrow_panel,
     adding_panel,
+    elected_by_count,
+    elected_by_sum,
     first_bit,
     fused,
     glance,
     panel,
+    sum_panel,
 )
 
 # numpy's division: a check for zero in every step would keep the loops from being vectors
@@ -64,19 +67,16 @@ def form(A, B, starts, row, column, X):
 @compiled
 def weighted_sum(X, lower, upper, weights, result):
     """result (m,) = Σ wᵢxᵢ over lowerᵢ ≤ |xᵢ| < upperᵢ, all (N,), of flattened blocks X: (N, m)."""
-    size = X.shape[1]
-    nothing = X.dtype.type(0)
-    for start in range(0, size, CHUNK):
-        width = min(CHUNK, size - start)
-        total = result[start : start + width]
-        for c in range(width):
-            total[c] = nothing
-        for i in range(len(X)):
-            low, high, weight = lower[i], upper[i], weights[i]
-            x = X[i, start : start + width]
-            for c in range(width):
-                size_c = abs(x[c])
-                total[c] += weight * x[c] if (size_c >= low) & (size_c < high) else nothing
+    count, size = X.shape
+    whole, flat_X = size - size % LANES, X.ravel()
+    for c in range(0, whole, LANES):
+        sum_panel(flat_X, c, size, count, lower, upper, weights, result, c)
+    for c in range(whole, size):
+        total = np.float32(0)
+        for i in range(count):
+            if (abs(X[i, c]) >= lower[i]) & (abs(X[i, c]) < upper[i]):
+                total += weights[i] * X[i, c]
+        result[c] = total
 
 
 @compiled
@@ -85,39 +85,28 @@ def elected(X, lower, upper, votes, weights, shares, by_count, result):
 
     The sign is that of Σ votesᵢ·xᵢ, or of the count of their signs; 0 elects plus.
     """
-    size = X.shape[1]
-    nothing, one = X.dtype.type(0), X.dtype.type(1)
-    sign = np.empty(CHUNK, X.dtype)
-    divisor = np.empty(CHUNK, X.dtype)
-    for start in range(0, size, CHUNK):
-        width = min(CHUNK, size - start)
-        total = result[start : start + width]
-        for c in range(width):
-            sign[c] = divisor[c] = total[c] = nothing
-        for i in range(len(X)):
-            low, high, vote = lower[i], upper[i], votes[i]
-            x = X[i, start : start + width]
-            if by_count:
-                for c in range(width):
-                    size_c = abs(x[c])
-                    voted = vote * x[c] if (size_c >= low) & (size_c < high) else nothing
-                    sign[c] += (one if voted > 0 else nothing) - (one if voted < 0 else nothing)
-            else:
-                for c in range(width):
-                    size_c = abs(x[c])
-                    sign[c] += vote * x[c] if (size_c >= low) & (size_c < high) else nothing
-        for c in range(width):
-            sign[c] = one if sign[c] >= 0 else -one
-        for i in range(len(X)):
-            low, high, vote, weight, share = lower[i], upper[i], votes[i], weights[i], shares[i]
-            x = X[i, start : start + width]
-            for c in range(width):
-                size_c = abs(x[c])
-                agrees = (size_c >= low) & (size_c < high) & (vote * x[c] * sign[c] > 0)
-                total[c] += weight * x[c] if agrees else nothing
-                divisor[c] += share if agrees else nothing
-        for c in range(width):
-            total[c] /= divisor[c] if divisor[c] != 0 else one
+    count, size = X.shape
+    whole, flat_X = size - size % LANES, X.ravel()
+    if by_count:
+        for c in range(0, whole, LANES):
+            elected_by_count(flat_X, c, size, count, lower, upper, votes, weights, shares, result, c)
+    else:
+        for c in range(0, whole, LANES):
+            elected_by_sum(flat_X, c, size, count, lower, upper, votes, weights, shares, result, c)
+    nothing = np.float32(0)
+    for c in range(whole, size):
+        ballot, total, divisor = nothing, nothing, nothing
+        for i in range(count):
+            if (abs(X[i, c]) >= lower[i]) & (abs(X[i, c]) < upper[i]):
+                voted = votes[i] * X[i, c]
+                ballot += np.float32(int(voted > 0) - int(voted < 0)) if by_count else voted
+        majority = np.float32(1 if ballot >= 0 else -1)
+        for i in range(count):
+            inside = (abs(X[i, c]) >= lower[i]) & (abs(X[i, c]) < upper[i])
+            if inside & (votes[i] * X[i, c] * majority > 0):
+                total += weights[i] * X[i, c]
+                divisor += shares[i]
+        result[c] = total / (divisor if divisor != 0 else np.float32(1))
 
 
 @compiled

@@ -116,6 +116,99 @@ def glance(_typing, x, place, low, high):
     return signature, generate
 
 
+def _windowed(builder, vector, number, lower, upper):
+    """The LANES numbers at a pointer, and which have lower ≤ |x| < upper, for the i-th of these borders."""
+    x = builder.load(builder.bitcast(number, vector.as_pointer()), align=4)
+    fabs = cgutils.get_or_insert_function(builder.module, ir.FunctionType(vector, (vector,)), f"llvm.fabs.v{LANES}f32")
+    size = builder.call(fabs, [x])
+    not_below = builder.fcmp_ordered(">=", size, _spread(builder, builder.load(lower)))
+    return x, builder.and_(not_below, builder.fcmp_ordered("<", size, _spread(builder, builder.load(upper))))
+
+
+@intrinsic
+def sum_panel(_typing, X, x, x_step, count, lower, upper, weights, result, place):
+    """`entry_loops.weighted_sum` of LANES entries: the i-th block's are X[x + i·x_step:]; the sum, result[place:]."""
+    signature = types.void(X, x, x_step, count, lower, upper, weights, result, place)
+
+    def generate(context, builder, signature, values):
+        vector = ir.VectorType(ir.FloatType(), LANES)
+        X, lower, upper, weights, result = (
+            _data(context, builder, signature, values, place) for place in (0, 4, 5, 6, 7)
+        )
+        total = cgutils.alloca_once_value(builder, vector(None))
+        with cgutils.for_range(builder, values[3]) as loop:
+            there = builder.gep(X, [builder.add(values[1], builder.mul(loop.index, values[2]))])
+            at = (builder.gep(array, [loop.index]) for array in (lower, upper))
+            number, inside = _windowed(builder, vector, there, *at)
+            weight = _spread(builder, builder.load(builder.gep(weights, [loop.index])))
+            before = builder.load(total)
+            builder.store(builder.select(inside, builder.fadd(before, builder.fmul(weight, number)), before), total)
+        to = builder.bitcast(builder.gep(result, [values[8]]), vector.as_pointer())
+        builder.store(builder.load(total), to, align=4)
+        return context.get_dummy_value()
+
+    return signature, generate
+
+
+def _elected_panel(by_count):
+    """`entry_loops.elected` of LANES entries: the i-th block's are X[x + i·x_step:]; the result, result[place:]."""
+
+    @intrinsic
+    def elected_panel(_typing, X, x, x_step, count, lower, upper, votes, weights, shares, result, place):
+        signature = types.void(X, x, x_step, count, lower, upper, votes, weights, shares, result, place)
+
+        def generate(context, builder, signature, values):
+            vector = ir.VectorType(ir.FloatType(), LANES)
+            X, lower, upper, votes, weights, shares, result = (
+                _data(context, builder, signature, values, place) for place in (0, 4, 5, 6, 7, 8, 9)
+            )
+            nothing, one = (_spread(builder, ir.FloatType()(number)) for number in (0.0, 1.0))
+            minus_one = _spread(builder, ir.FloatType()(-1.0))
+
+            def block(index):
+                there = builder.gep(X, [builder.add(values[1], builder.mul(index, values[2]))])
+                at = (builder.gep(array, [index]) for array in (lower, upper))
+                number, inside = _windowed(builder, vector, there, *at)
+                vote = _spread(builder, builder.load(builder.gep(votes, [index])))
+                return number, inside, builder.fmul(vote, number)
+
+            ballot = cgutils.alloca_once_value(builder, vector(None))
+            with cgutils.for_range(builder, values[3]) as loop:
+                _, inside, voted = block(loop.index)
+                if by_count:
+                    plus = builder.select(builder.fcmp_ordered(">", voted, nothing), one, nothing)
+                    minus = builder.select(builder.fcmp_ordered("<", voted, nothing), one, nothing)
+                    voted = builder.fsub(plus, minus)
+                before = builder.load(ballot)
+                builder.store(builder.select(inside, builder.fadd(before, voted), before), ballot)
+            plus = builder.fcmp_ordered(">=", builder.load(ballot), nothing)
+            majority = builder.select(plus, one, minus_one)
+            total, divisor = (cgutils.alloca_once_value(builder, vector(None)) for _ in range(2))
+            with cgutils.for_range(builder, values[3]) as loop:
+                number, inside, voted = block(loop.index)
+                agrees = builder.and_(inside, builder.fcmp_ordered(">", builder.fmul(voted, majority), nothing))
+                weight, share = (
+                    _spread(builder, builder.load(builder.gep(array, [loop.index]))) for array in (weights, shares)
+                )
+                for sum_, added in ((total, builder.fmul(weight, number)), (divisor, share)):
+                    before = builder.load(sum_)
+                    builder.store(builder.select(agrees, builder.fadd(before, added), before), sum_)
+            divided_by = builder.load(divisor)
+            empty = builder.fcmp_ordered("==", divided_by, nothing)
+            quotient = builder.fdiv(builder.load(total), builder.select(empty, one, divided_by))
+            to = builder.bitcast(builder.gep(result, [values[10]]), vector.as_pointer())
+            builder.store(quotient, to, align=4)
+            return context.get_dummy_value()
+
+        return signature, generate
+
+    return elected_panel
+
+
+elected_by_sum = _elected_panel(by_count=False)
+elected_by_count = _elected_panel(by_count=True)
+
+
 @intrinsic
 def first_bit(_typing, bits):
     """The place of the lowest bit of an int64 that is set."""

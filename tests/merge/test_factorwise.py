@@ -7,9 +7,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
+from dense_definitions import drawn
 from torch import Tensor, nn
 
 from artifacts.errors import MergeRefused
@@ -83,11 +83,7 @@ def test_parity_where_peft_is_exact(kind: str, sources: list[Path], merge: Any) 
 
 
 def masks(shape: tuple[int, int], seed: int) -> Tensor:
-    drawn = [
-        np.random.Generator(np.random.SFC64([seed, row])).random((min(32, shape[0] - row), shape[1]), np.float32)
-        for row in range(0, shape[0], 32)
-    ]
-    return torch.from_numpy(np.concatenate(drawn) < np.float32(0.6)).float()
+    return torch.from_numpy(drawn(shape, seed) / 2**32 < 0.6).float()
 
 
 @pytest.mark.parametrize("kind", ["dare_linear", "dare_ties", "dare_linear_svd", "dare_ties_svd"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from dense_definitions import drawn
 from scipy.stats import chisquare
 
 from artifacts.algebra import SPARE_VECTORS, small_svd_of_rank
@@ -117,31 +118,19 @@ class TestDropping:
 class TestRandomNumbers:
     def test_they_are_a_hash_of_key_row_and_column(self) -> None:
         """Against whole numbers of Python."""
-        keys, row, column = [3, 2**64 - 1], 5, 1000
-        drawn = np.empty((2, 4, 6), np.uint32)
-        entry_loops.draw(np.array(keys, np.uint64), row, column, drawn)
-
-        def expected(key: int, r: int, c: int) -> int:
-            mixed = (key + (r + 1) * 0x9E3779B97F4A7C15) % 2**64
-            mixed = (mixed ^ mixed >> 30) * 0xBF58476D1CE4E5B9 % 2**64
-            mixed = (mixed ^ mixed >> 27) * 0x94D049BB133111EB % 2**64
-            mixed ^= mixed >> 31
-            x = (mixed % 2**32 + c) % 2**32
-            x = (x ^ x >> 16) * 0x21F0AAAD % 2**32
-            x = ((x ^ x >> 15) + (mixed >> 32)) * 0x735A2D97 % 2**32
-            return x ^ x >> 15
-
-        assert drawn.tolist() == [
-            [[expected(key, row + r, column + c) for c in range(6)] for r in range(4)] for key in keys
-        ]
+        keys, row, column = [3, 2**64 - 1], 5, 100
+        found = np.empty((2, 4, 6), np.uint32)
+        entry_loops.draw(np.array(keys, np.uint64), row, column, found)
+        for key, ours in zip(keys, found, strict=True):
+            assert ours.tolist() == drawn((row + 4, column + 6), key)[row:, column:].tolist()
 
     def test_they_are_uniform_and_do_not_depend_on_their_neighbours(self) -> None:
-        drawn = np.empty((3, 512, 512), np.uint32)
-        entry_loops.draw(np.array([0, 1, 2**40], np.uint64), 0, 0, drawn)
+        found = np.empty((3, 512, 512), np.uint32)
+        entry_loops.draw(np.array([0, 1, 2**40], np.uint64), 0, 0, found)
         for shift in (0, 8, 16, 24):
-            counts = np.bincount((drawn >> shift & 255).ravel(), minlength=256)
+            counts = np.bincount((found >> shift & 255).ravel(), minlength=256)
             assert chisquare(counts).pvalue > 1e-4
-        centred = drawn / 2**32 - 0.5
+        centred = found / 2**32 - 0.5
         several = [
             (centred[:, 1:], centred[:, :-1]),
             (centred[:, :, 1:], centred[:, :, :-1]),
