@@ -321,3 +321,115 @@ def test_dora_of_another_base_model_is_refused_by_layer(of_gpt2: tuple[Path, Pat
     LlamaForCausalLM(tiny).save_pretrained(tmp_path / "llama")
     found = refused(adapter, tmp_path / "out", base=tmp_path / "llama")
     assert found.detail == f"The base model has no layer {path} whose weight could be read."
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A base model of layers with 16 inputs and 16 or 8 outputs, the one of queries with a bias."""
+    folder: Path = tmp_path_factory.mktemp("llama")
+    config = LlamaConfig(
+        vocab_size=40, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=1, attention_bias=True,
+    )  # fmt: skip
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = LlamaForCausalLM(config)
+    with torch.no_grad():
+        model.model.layers[0].self_attn.q_proj.bias.fill_(1.0)
+    model.save_pretrained(folder)
+    return folder
+
+
+LAYER = "model.layers.0.self_attn"
+OFT: dict[str, Any] = {"peft_type": "OFT", "oft_block_size": 4}
+UNFIT: dict[str, tuple[dict[str, Any], dict[str, Tensor], str]] = {
+    "OFT, no triangle": (OFT, {"q_proj.oft_R": numbers(4, 5)}, "oft_R of shape (4, 5) is no row of an upper triangle"),
+    "OFT, too few blocks": (
+        OFT, {"q_proj.oft_R": numbers(3, 6)},
+        f"{LAYER}.q_proj: the adapter has 3 blocks of 4 inputs, the weight of the base model is (16, 16).",
+    ),
+    "OFT, a block that does not fit": (
+        OFT, {"q_proj.oft_R": numbers(1, 10)},
+        f"{LAYER}.q_proj: the adapter has 1 blocks of 5 inputs, the weight of the base model is (16, 16).",
+    ),
+    "OFT, shared but several": (
+        {**OFT, "block_share": True}, {"q_proj.oft_R": numbers(4, 6)}, "oft_R of shape (4, 6) is no row",
+    ),
+    "OFT, more than it has": (
+        OFT, {"q_proj.oft_R": numbers(4, 6), "q_proj.scale": numbers(16)},
+        f"{LAYER}.q_proj has scale, which is no part of a linear layer of OFT.",
+    ),
+    "OFT, a word for a number": (
+        {**OFT, "coft": True, "eps": "small"}, {"q_proj.oft_R": numbers(4, 6)},
+        "eps of the configuration is no number.",
+    ),
+    "OFT, no terms": (
+        {**OFT, "num_cayley_neumann_terms": 0}, {"q_proj.oft_R": numbers(4, 6)},
+        "num_cayley_neumann_terms is 0; from 1 to 1000 are converted.",
+    ),
+    "OFT, too many terms": (
+        {**OFT, "num_cayley_neumann_terms": 1001}, {"q_proj.oft_R": numbers(4, 6)},
+        "num_cayley_neumann_terms is 1001; from 1 to 1000 are converted.",
+    ),
+    "OFT, a switch for a number": (
+        {**OFT, "num_cayley_neumann_terms": True}, {"q_proj.oft_R": numbers(4, 6)},
+        "num_cayley_neumann_terms of the configuration is no number.",
+    ),
+    "BOFT, no squares": (
+        {"peft_type": "BOFT"}, {"q_proj.boft_R": numbers(1, 4, 4, 3), "q_proj.boft_s": numbers(16, 1)},
+        "boft_R of shape (1, 4, 4, 3) is no stack of square blocks.",
+    ),
+    "BOFT, other outputs": (
+        {"peft_type": "BOFT"}, {"k_proj.boft_R": numbers(1, 4, 4, 4), "k_proj.boft_s": numbers(16, 1)},
+        f"{LAYER}.k_proj: the adapter has 16 outputs and 4 blocks of 4 inputs, the weight of the base model is (8, 16).",
+    ),
+    "BOFT, no butterfly": (
+        {"peft_type": "BOFT"}, {"q_proj.boft_R": numbers(4, 4, 4, 4), "q_proj.boft_s": numbers(16, 1)},
+        f"{LAYER}.q_proj: 4 blocks of 4 are none of a butterfly of 4 factors.",
+    ),
+    "IA3, other sides": (
+        {"peft_type": "IA3"}, {"k_proj.ia3_l": numbers(16, 1)},
+        f"{LAYER}.k_proj: the adapter has scales of shape (16, 1), the weight of the base model is (8, 16).",
+    ),
+    "IA3, a bias": (
+        {"peft_type": "IA3"}, {"q_proj.ia3_l": numbers(16, 1)},
+        f"{LAYER}.q_proj has a bias, which IA3 scales with the outputs: no LoRA does that.",
+    ),
+    "no such layer": (
+        {"peft_type": "IA3"}, {"r_proj.ia3_l": numbers(16, 1)},
+        f"The base model has no layer {LAYER}.r_proj whose weight could be read.",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", UNFIT)
+def test_what_does_not_fit_the_weights_says_how(saved: Any, tmp_path: Path, llama: Path, name: str) -> None:
+    config, tensors, told = UNFIT[name]
+    folder = saved({f"{LAYER}.{key}": value for key, value in tensors.items()}, **config)
+    assert told in refused(folder, tmp_path / "out", base=llama).detail
+
+
+@pytest.mark.parametrize("shape", [(8, 1), (1, 16)])
+def test_scales_of_a_layer_whose_bias_is_zero(saved: Any, tmp_path: Path, llama: Path, shape: tuple[int, int]) -> None:
+    scales = numbers(*shape)
+    report = convert_to_lora(saved({f"{LAYER}.k_proj.ia3_l": scales}, peft_type="IA3"), tmp_path / "out", base=llama)
+    W = load_file(llama / "model.safetensors")[f"{LAYER}.k_proj.weight"]
+    found = delta(tmp_path / "out", f"{LAYER}.k_proj")
+    torch.testing.assert_close(found, (W * scales - W).double(), rtol=1e-4, atol=1e-6)
+    assert (report.source, report.rank, report.exact) == ("ia3", 8, True)
+
+
+def test_terms_of_a_series_up_to_the_bound(saved: Any, tmp_path: Path, llama: Path) -> None:
+    """One is no change, many are the rotation itself."""
+    R = numbers(4, 6) * 0.05
+    for number, (terms, share) in enumerate(((1, False), (1000, False), (1000, True))):
+        config = {**OFT, "num_cayley_neumann_terms": terms, "block_share": share}
+        folder = saved({f"{LAYER}.q_proj.oft_R": R[:1] if share else R}, **config)
+        convert_to_lora(folder, tmp_path / str(number), base=llama)
+    W = load_file(llama / "model.safetensors")[f"{LAYER}.q_proj.weight"].double()
+    once, many, shared = (delta(tmp_path / str(number), f"{LAYER}.q_proj") + W for number in range(3))
+    torch.testing.assert_close(many @ many.T, W @ W.T, rtol=1e-4, atol=1e-6)
+    assert torch.equal(once, W)
+    assert float((many - W).norm()) > 0.05 * float(W.norm())
+    torch.testing.assert_close(shared[:, :4], many[:, :4], rtol=1e-4, atol=1e-6)
+    assert float((shared[:, 4:] - many[:, 4:]).abs().max()) > 1e-3

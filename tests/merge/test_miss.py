@@ -15,7 +15,7 @@ from torch import Tensor
 
 from artifacts.adapter import Adapter
 from artifacts.base_model import BaseModelRef
-from artifacts.errors import MergeRefused, ShapeMismatch
+from artifacts.errors import FieldError, MergeRefused, ShapeMismatch
 from artifacts.shard_blocks import lora_factors
 from merge.catalog import parse_parameters
 from merge.engine import merge_files
@@ -84,14 +84,24 @@ def test_one_with_a_lora_that_tells_the_sides(
         torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
 
 
-def test_without_anybody_who_tells_the_sides_it_is_refused(write_miss: Any, as_input: Any, tmp_path: Path) -> None:
+def test_without_anybody_who_tells_the_sides_it_is_refused(
+    write_miss: Any, write_adapter: Any, as_input: Any, tmp_path: Path
+) -> None:
     inputs = [as_input(write_miss(str(seed), draw(R, D_OUT, seed=seed))) for seed in (1, 2)]
-    with pytest.raises(MergeRefused, match=f"neither does what is known of its base model tiny: {PATH}"):
+    with pytest.raises(MergeRefused, match=f"neither does what is known of its base model tiny: {PATH}") as caught:
         merged(inputs, tmp_path / "out", rank=R)
+    assert list(caught.value.errors) == [FieldError("/adapters/0/id", f"{PATH}: sides unknown")]
+    lora = as_input(write_adapter("elsewhere", {"model.v_proj": (draw(2, D_IN, seed=2), draw(D_OUT, 2, seed=3))}))
+    with pytest.raises(MergeRefused) as caught:
+        merged([lora, *inputs], tmp_path / "out", rank=R)
+    assert list(caught.value.errors) == [FieldError("/adapters/1/id", f"{PATH}: sides unknown")]
 
 
 def test_a_base_that_it_does_not_fit_is_refused(write_miss: Any, as_input: Any, tmp_path: Path) -> None:
     other = replace(BASE, fingerprint=((PATH, D_OUT + 1, D_IN),))
     inputs = [as_input(write_miss(str(seed), draw(R, D_OUT, seed=seed)), base=other) for seed in (1, 2)]
-    with pytest.raises(ShapeMismatch, match="does not fit a weight of 7×10"):
+    with pytest.raises(ShapeMismatch, match="does not fit a weight of 7×10") as caught:
         merged(inputs, tmp_path / "out", rank=R)
+    (finding,) = caught.value.errors
+    assert finding.pointer == PATH
+    assert caught.value.detail == f"Adapter 1 (1) does not fit tiny: {finding.message}"

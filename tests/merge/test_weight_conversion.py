@@ -264,6 +264,8 @@ def test_one_file_may_hold_several_types(tmp_path: Path, pipeline: Path, weights
     assert_close(delta(tmp_path / "out", PATH), wanted)
     product = pair["lora_up.weight"].flatten(1) @ pair["lora_down.weight"].flatten(1)
     assert_close(delta(tmp_path / "out", CONV_PATH), 2.0 * product)
+    convolution = Adapter.open(tmp_path / "out").modules[CONV_PATH]
+    assert (convolution.kind, convolution.a_shape[1:], convolution.b_shape[2:]) == ("conv", KERNEL[1:], (1, 1))
 
 
 def test_halves_that_change_places(tmp_path: Path) -> None:
@@ -305,8 +307,9 @@ def test_what_no_lora_is_or_does_not_fit_is_refused_by_name(
     tmp_path: Path, pipeline: Path, tensors: dict[str, tuple[int, ...]], message: str
 ) -> None:
     save_file({name: torch.ones(shape) for name, shape in tensors.items()}, tmp_path / "x.safetensors")
-    with pytest.raises((MergeRefused, FileBroken), match=message):
+    with pytest.raises((MergeRefused, FileBroken), match=message) as caught:
         convert_to_lora(tmp_path / "x.safetensors", tmp_path / "out", base=pipeline, rank=4)
+    assert any(name in caught.value.detail for name in ("unet.", "text_encoder.", STEM)), "which module"
     assert not (tmp_path / "out").exists()
 
 
