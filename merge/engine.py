@@ -237,9 +237,14 @@ def shared_rank(plan: MergePlan, adapters: Mapping[int, Adapter]) -> int | None:
         first = adapters[position].factors(description)
         for position, description in others:
             found = adapters[position].factors(description)
-            if abs(found.scaling) != abs(first.scaling) or not torch.equal(found.A, first.A):
+            if abs(found.scaling) != abs(first.scaling) or not _equal(found.A, first.A):
                 return None
     return max(module.rank for item in plan.modules for _, module in item.owners)
+
+
+def _equal(one: Tensor, other: Tensor) -> bool:
+    """Whether the numbers are the same, of whatever dtypes: torch promotes no floats of 8 bits."""
+    return torch.equal(one, other) if one.dtype == other.dtype else torch.equal(one.double(), other.double())
 
 
 def _output_dtype(options: MergeOptions, adapters: Mapping[int, Adapter]) -> str:

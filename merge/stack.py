@@ -200,6 +200,8 @@ class Stack:
 
 def _concatenated(parts: Sequence[Tensor], dim: int) -> Tensor:
     """One tensor, in the widest dtype among the parts. Always a copy: the parts are views of files."""
+    if len({part.dtype for part in parts}) > 1:  # torch promotes no floats of 8 bits
+        parts = [part.float() if part.element_size() == 1 else part for part in parts]
     return torch.cat(list(parts), dim=dim) if len(parts) > 1 else parts[0].clone()
 
 

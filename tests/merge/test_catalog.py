@@ -47,6 +47,9 @@ def test_each_bad_parameter_is_named(method: str, parameters: dict[str, Any], po
     with pytest.raises(RequestInvalid) as caught:
         parse_parameters(method, parameters)
     assert [item.pointer for item in caught.value.errors] == [pointer]
+    assert caught.value.detail.startswith(f"The parameters of merge method {method!r} are not valid: ")
+    if parameters.get("scale") == 0:
+        assert "must not be 0: the merged adapter would do nothing" in caught.value.errors[0].message
     assert caught.value.hint is not None
     assert method in caught.value.hint
 

@@ -12,6 +12,7 @@ import torch
 
 from artifacts.adapter import Adapter
 from artifacts.errors import MergeRefused
+from artifacts.heat_map import HeatMap
 from merge.catalog import parse_parameters
 from merge.comparison import Candidate, compare_files
 from merge.comparison_report import comparison_report, rank_by
@@ -125,6 +126,10 @@ def test_the_report_ranks_by_the_distance_to_the_exact_sum(pool: Pool, tmp_path:
     names = [picture.name for picture in pictures_of_comparison(report)]
     assert names == ["interference", "errors"]
     errors_picture = pictures_of_comparison(report)[1]
+    assert isinstance(errors_picture, HeatMap)
+    assert errors_picture.title == "Relative error against the exact weighted sum, by layer and candidate"
+    assert errors_picture.note == "0: exact. 1: as far away as nothing at all would be."
+    assert errors_picture.rows == ["layers.0.q", "layers.1.q"]
     assert errors_picture.columns == list(CANDIDATES)
     assert errors_picture.values[0][3] is None  # of `common`, which has no such layer
     assert errors_picture.draw().startswith("<svg")

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from merge.catalog import find_method, parse_parameters
 from merge.methods.ctm import shared_subspaces
 
 
@@ -31,8 +32,14 @@ def test_the_sum_is_the_projected_sum(stack_of: Any, random_adapters: Any, run_m
     U = torch.linalg.svd(torch.cat(list(deltas), 1), full_matrices=False)[0][:, :4]
     V = torch.linalg.svd(torch.cat(list(deltas), 0), full_matrices=False)[2][:4].T
     expected = U @ U.T @ deltas.sum(0) @ V @ V.T
-    result = run_method("ctm", stack_of(adapters), rank=4, sweeps=0)
+    stack = stack_of(adapters)
+    result = run_method("ctm", stack, rank=4, sweeps=0)
     torch.testing.assert_close(result, expected, rtol=1e-4, atol=1e-4)
+    share = float((U.T @ deltas @ V).square().sum() / deltas.square().sum())
+    found = find_method("ctm").load()(stack, parse_parameters("ctm", {"rank": 4, "sweeps": 0}), 4)
+    assert found.figures == {"energy_in_subspaces": pytest.approx(share, rel=1e-5)}
+    nothing = stack_of([(A, B * 0, s) for A, B, s in adapters])
+    assert find_method("ctm").load()(nothing, parse_parameters("ctm", {}), 4).figures == {"energy_in_subspaces": 1.0}
 
 
 def test_sweeps_never_lose_energy() -> None:

@@ -114,6 +114,50 @@ class TestThePrecisionOfTheOutput:
         assert (report.rounding_error > 0) == (expected != "F32")
         assert report.rounding_error < 0.01
 
+    @pytest.mark.parametrize(
+        ("dtype", "expected"),
+        [
+            (torch.float64, "F32"),
+            (torch.float32, "F32"),
+            (torch.float16, "F16"),
+            (torch.bfloat16, "BF16"),
+            (torch.float8_e4m3fn, "BF16"),
+        ],
+    )
+    def test_is_that_of_the_first_where_it_holds_the_values(
+        self, dtype: torch.dtype, expected: str, write_adapter: Write, merge: Any
+    ) -> None:
+        A, B = factors(1)
+        sources = [write_adapter("one", {PATH: (A.to(dtype), B.to(dtype))}), write_adapter("two", {PATH: factors(2)})]
+        assert merge(sources, "cat", output_dtype="auto")[1].dtype == expected
+
+    @pytest.mark.parametrize("method", ["cat", "linear", "lego"])
+    @pytest.mark.parametrize("dtypes", [("float8_e4m3fn", "float32"), ("bfloat16", "float8_e5m2", "float8_e4m3fn")])
+    def test_of_the_inputs_may_differ(
+        self, dtypes: tuple[str, ...], method: str, write_adapter: Write, merge: Any, dense_delta: Any
+    ) -> None:
+        pairs = [tuple(factor.to(getattr(torch, name)) for factor in factors(1)) for name in dtypes]
+        sources = [write_adapter(f"a{i}", {PATH: pair}) for i, pair in enumerate(pairs)]
+        result, report = merge(sources, method, **({"rank": 4 * len(dtypes)} if method == "lego" else {}))
+        exact = torch.stack([B.double() @ A.double() for A, B in pairs]).sum(0)
+        # as many clusters as components: each is one, but for the gain of the output
+        gain = len(dtypes) ** -0.5 if method == "lego" else 1.0
+        torch.testing.assert_close(result[PATH], exact * gain, rtol=1e-5, atol=1e-5)
+        assert report.rank == 4 * len(dtypes)
+
+    @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.bfloat16])
+    def test_a_shared_lora_a_may_be_stored_otherwise(
+        self, dtype: torch.dtype, write_adapter: Write, merge: Any
+    ) -> None:
+        A = torch.tensor([[1.0, -2.0, 0.5, 0.0]])
+        sources = [
+            write_adapter("one", {PATH: (A.to(dtype), torch.ones(3, 1).to(dtype))}),
+            write_adapter("two", {PATH: (A, torch.ones(3, 1))}),
+            write_adapter("other", {PATH: (A + 1e-4, torch.ones(3, 1))}),
+        ]
+        assert merge(sources[:2], "linear")[1].rank == 1
+        assert merge(sources, "linear")[1].rank == 3
+
     def test_float64_on_request(self, write_adapter: Write, merge: Any, dense_delta: Any) -> None:
         sources = [write_adapter(f"a{i}", {PATH: factors(i)}) for i in range(2)]
         double, _ = merge(sources, "svd", rank=8, compute_dtype="float64")
@@ -145,12 +189,44 @@ class TestTheFile:
         alone.write_bytes((tmp_path / "out" / "adapter_model.safetensors").read_bytes())
         assert Adapter.open(alone)[PATH].rank == 8
 
-    def test_conditions_on_layers_become_full_paths(self, write_adapter: Write, merge: Any, tmp_path: Path) -> None:
-        one = write_adapter("one", {"model.layers.1.proj": factors(1)}, layers_to_transform=[1])
-        merge([one], "cat")
-        config = json.loads((tmp_path / "merged-1" / "adapter_config.json").read_text())
-        assert config["target_modules"] == ["model.layers.1.proj"]
-        assert config["layers_to_transform"] is None
+    @pytest.mark.parametrize(
+        "condition",
+        [
+            {"layers_to_transform": [1]},
+            {"layers_to_transform": [1], "layers_pattern": "layers"},
+            {"exclude_modules": ["other"]},
+            {"target_modules": r".*\.1\.proj"},
+            {"target_modules": ["proj", "absent"]},
+        ],
+    )
+    def test_conditions_on_layers_become_full_paths(
+        self, condition: dict[str, Any], write_adapter: Write, merge: Any, tmp_path: Path
+    ) -> None:
+        plain = write_adapter("plain", {"model.layers.1.proj": factors(2)})
+        one = write_adapter("one", {"model.layers.1.proj": factors(1)}, **condition)
+        for number, sources in enumerate(([one], [plain, one], [plain]), start=1):
+            merge(sources, "cat")
+            config = json.loads((tmp_path / f"merged-{number}" / "adapter_config.json").read_text())
+            assert config["target_modules"] == (["model.layers.1.proj"] if one in sources else ["proj"])
+            assert config["layers_to_transform"] is None
+
+    def test_the_base_model_is_that_of_the_first_that_takes_part(
+        self, write_adapter: Write, as_input: Any, tmp_path: Path
+    ) -> None:
+        told = {"revision": "v1", "fan_in_fan_out": False, "base_model_name_or_path": "acme/base"}
+        sources = [
+            as_input(write_adapter("none", {PATH: factors(0)}, revision="v0"), 0.0),
+            as_input(write_adapter("first", {PATH: factors(1)}, **told), 2.0),
+            as_input(write_adapter("second", {PATH: factors(2)}, fan_in_fan_out=True), 1.0),
+        ]
+        report = merge_files(sources, "cat", parse_parameters("cat", {"normalize": True}), tmp_path / "out").to_dict()
+        config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+        assert (config["revision"], config["fan_in_fan_out"]) == ("v1", True)
+        assert config["base_model_name_or_path"] == "acme/base"
+        assert report["adapters"] == [
+            {"id": name, "name": name, "weight": weight, "effective_weight": pytest.approx(weight / 3)}
+            for name, weight in (("none", 0.0), ("first", 2.0), ("second", 1.0))
+        ]
 
     def test_dropped_modules_are_not_targeted(self, write_adapter: Write, merge: Any, tmp_path: Path) -> None:
         one = write_adapter("one", {"a.proj": factors(1), "b.proj": factors(2)})

@@ -7,6 +7,8 @@ from typing import Any
 import pytest
 import torch
 
+from merge.catalog import find_method, parse_parameters
+
 
 def test_against_dense_matrices(stack_of: Any, random_adapters: Any, run_method: Any) -> None:
     adapters, weights = random_adapters([3, 5, 4]), [1.0, 0.5, 2.0]
@@ -20,7 +22,11 @@ def test_against_dense_matrices(stack_of: Any, random_adapters: Any, run_method:
         merged += weight * s * calibrated @ A.double()
         norms.append(weight * float((s * B.double() @ A.double()).norm()))
     expected = merged * (sum(norms) / 3 / float(merged.norm()))
-    torch.testing.assert_close(run_method("pico", stack_of(adapters, weights)), expected, rtol=1e-4, atol=1e-4)
+    stack = stack_of(adapters, weights)
+    torch.testing.assert_close(run_method("pico", stack), expected, rtol=1e-4, atol=1e-4)
+    found = find_method("pico").load()(stack, parse_parameters("pico", {}), 12).figures
+    gain = sum(norms) / 3 / float(merged.norm())
+    assert found == {"largest_share": pytest.approx(float(share.max())), "gain": pytest.approx(gain, rel=1e-5)}
 
 
 @pytest.mark.parametrize("rule", ["sum", "ties", "tsv"])

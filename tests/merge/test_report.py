@@ -198,7 +198,10 @@ def test_pictures_say_what_they_leave_out(pool: Pool, tmp_path: Path) -> None:
     assert interference.rows == interference.columns == ["one", "two"]
     assert interference.values == report["total"]["interference"]
     assert "more adapters" not in interference.note
-    assert "svd" in errors.title
+    assert interference.title == "Cosine between the deltas of the adapters, over all layers"
+    assert errors.title == "Relative error of svd against the exact weighted sum, by layer"
+    assert interference.note == "1: the same direction. 0: no interference. Below 0: they undo each other."
+    assert errors.note == "0: exact. 1: as far away as nothing at all would be."
     assert [round(value, 6) for row in errors.values for value in row if value is not None] == [
         round(module["relative_error"], 6) for module in report["modules"]
     ]
