@@ -8,7 +8,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 
 from artifacts.errors import FieldError, FileBroken, FormatUnknown
+from artifacts.formats.roles import WEAK, part_of
 from artifacts.identification import identify
+from artifacts.lost_modules import missing_modules
 from artifacts.manifest import IgnoredKey, LoraModule, ModuleKind
 from artifacts.peft_config import PeftLoraConfig
 from artifacts.safetensors_header import SafetensorsHeader, TensorInfo
@@ -86,6 +88,7 @@ class _Matching:
         self._others: list[tuple[str, TensorInfo]] = []
         self._heads: set[str] = set()
         self._replaced: list[str] = []
+        self._beside: list[str] = []
         self._wrappers: set[str] = set()
         self._prefixes: set[int] = set()
         self._ignored: list[IgnoredKey] = []
@@ -104,7 +107,7 @@ class _Matching:
         modules = self._modules()
         for path, info in self._others:
             self._explain(path, info)
-        self._refuse_replaced()
+        self._refuse_others()
         self._warn_about_names(modules)
         ignored = {entry.key for entry in self._ignored}
         return KeyMatch(
@@ -252,6 +255,8 @@ class _Matching:
         else:
             reason = "not part of a LoRA adapter; PEFT does not load it"
             self._warnings.append(f"{info.name} is not part of a LoRA adapter and is ignored.")
+            if self._stands_beside(path):
+                self._beside.append(info.name)
         self._ignored.append(IgnoredKey(info.name, reason))
 
     def _replaces_base(self, module: str, info: TensorInfo) -> bool:
@@ -259,7 +264,20 @@ class _Matching:
         prefixed = PREFIX in info.name or self._prefixes == {0}
         return prefixed and module not in self._parts and ".lora_" not in f".{module}"
 
-    def _refuse_replaced(self) -> None:
+    def _stands_beside(self, path: str) -> bool:
+        """Whether it is below an adapted module, or has the name of another adapter's tensor: B·A is then not all."""
+        part = part_of(path)
+        above = path
+        while "." in above:
+            above = above.rpartition(".")[0]
+            if above in self._parts:
+                return True
+        return part is not None and part.role not in WEAK
+
+    def _refuse_others(self) -> None:
+        if self._beside:
+            count, first = len(self._beside), self._beside[0]
+            self._refusals[f"{count} tensors stand beside factors and are not understood: {first!r}"] = None
         if self._replaced:
             count, first = len(self._replaced), self._replaced[0]
             what = f"{first} is" if count == 1 else f"{count} tensors of the base, for instance {first}, are"
@@ -314,35 +332,6 @@ class _Matching:
                 f"{len(unselected)} modules are not selected by target_modules and its exceptions, for instance "
                 f"{unselected[0]!r}; stock PEFT would not load them."
             )
-
-
-_NUMBER = re.compile(r"\.(\d+)\.")
-
-
-def missing_modules(paths: Iterable[str]) -> tuple[str, ...]:
-    """What seems to be lost: layers between others, and modules that nearly all layers have.
-
-    Of models whose layers are of several kinds some modules are in many layers and not in all, and the first layers may
-    differ from the rest; neither counts.
-    """
-    layers: dict[str, dict[str, set[int]]] = {}
-    for path in paths:
-        found = _NUMBER.search(path)
-        if found is not None and len(found[1]) < 6:
-            layers.setdefault(path[: found.start()], {}).setdefault(path[found.end() :], set()).add(int(found[1]))
-    absent: list[str] = []
-    for start, modules in layers.items():
-        numbers = set().union(*modules.values())
-        first, last = min(numbers), max(numbers)
-        between = set(range(first, last)) - numbers if 2 * (last - first + 1) < 3 * len(numbers) else set()
-        for rest, has in modules.items():
-            # every one of these has most of the numbers, so that they are few
-            lost = numbers - has if 8 * len(has) >= 7 * len(numbers) else set()
-            lost = {number for number in lost if number > min(has)} | (
-                between if 2 * len(has) > len(numbers) else set()
-            )
-            absent += [f"{start}.{number}.{rest}" for number in sorted(lost)]
-    return tuple(absent)
 
 
 def _is_wrapper(position: int, part: str) -> bool:
