@@ -28,6 +28,7 @@ def local_folder(source: ModelSource) -> Path:
 def _downloaded(source: ModelSource) -> Path:
     from httpx2 import HTTPError  # what huggingface_hub sends with
     from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import RevisionResolutionError
     from huggingface_hub.utils.tqdm import disable_progress_bars
 
     disable_progress_bars()  # they are for a terminal; here they would fill logs
@@ -39,8 +40,8 @@ def _downloaded(source: ModelSource) -> Path:
             # parts of other models, and the same weights for other programs
             ignore_patterns=["*/*", "consolidated*"],
         )
-    except (HTTPError, OSError, ValueError) as error:
-        raise _refused(source, f"it can not be had from the hub: {error}") from error
+    except (HTTPError, OSError, RevisionResolutionError, ValueError) as error:
+        raise _refused(source, f"it can not be had from the hub: {str(error).rstrip('.')}") from error
     return Path(found)
 
 

@@ -39,6 +39,9 @@ class FileServer:
                 owner.got.append((self.path, {name.lower(): value for name, value in self.headers.items()}))
                 owner.answer(self)
 
+            def do_HEAD(self) -> None:
+                owner.answer(self)
+
             def do_POST(self) -> None:
                 owner.receive(self, self.rfile.read(int(self.headers.get("content-length") or 0)))
 
@@ -81,6 +84,8 @@ class FileServer:
             request.send_header(name, value)
         request.send_header("content-length", str(len(data)))
         request.end_headers()
+        if request.command == "HEAD":
+            return
         cut = self.breaks.pop(0) if self.breaks and data else len(data)
         try:
             request.wfile.write(data[:cut])

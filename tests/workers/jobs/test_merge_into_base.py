@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from remote_servers import COMMIT, FileServer, add_repository
 from transformers import AutoModelForCausalLM
 
 from app.recipes import recipe_of_model
@@ -16,6 +19,8 @@ from artifacts.base_model import BaseModelRef, inspect_base
 from artifacts.errors import RequestInvalid
 from storage import made_models, models
 from storage.blobs import BlobStore
+from workers.base_models import ModelSource
+from workers.hub_models import local_folder
 from workers.kinds import KINDS
 
 MODULES = ("model.layers.0.self_attn.q_proj", "model.layers.1.self_attn.q_proj")
@@ -98,9 +103,6 @@ def test_the_merged_model_is_registered_and_the_base_of_a_training(
     assert pool.ended(trained, seconds=SECONDS).error is None
 
 
-COMMIT = "0123456789abcdef0123456789abcdef01234567"
-
-
 @pytest.fixture
 def hub(tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The hub's cache with the tiny model in it, at a commit; nothing else is reached."""
@@ -144,6 +146,42 @@ def test_a_model_of_the_hub_is_fetched_and_its_commit_kept(
         recipe = recipe_of_model(session, key)
     assert recipe.reproducible is (revision is not None)
     assert all(COMMIT in reason for reason in recipe.because)
+
+
+@pytest.fixture
+def hub_server(tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FileServer]:
+    """A hub on loopback that has the tiny model beside code, pickles and the weights of another program."""
+    from huggingface_hub import close_session, constants
+
+    server = FileServer(headers={"x-repo-commit": COMMIT})
+    files = {path.name: path.read_bytes() for path in tiny_base.iterdir()}
+    files |= dict.fromkeys(
+        ("modeling_tiny.py", "pytorch_model.bin", "onnx/model.safetensors", "README.md"), b"not read"
+    )
+    add_repository(server, "acme/tiny", files)
+    told = {"id": "acme/tiny", "sha": COMMIT, "private": False, "tags": [], "siblings": []}
+    server.files["/api/models/acme/tiny/revision/main"] = json.dumps(told).encode()
+    tree = [{"type": "file", "path": name, "size": len(data), "oid": "0" * 40} for name, data in files.items()]
+    server.files[f"/api/models/acme/tiny/tree/{COMMIT}"] = json.dumps(tree).encode()
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "ENDPOINT", server.url)
+    monkeypatch.setattr(
+        constants, "HUGGINGFACE_CO_URL_TEMPLATE", server.url + "/{repo_id}/resolve/{revision}/{filename}"
+    )
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    yield server
+    close_session()
+    server.close()
+
+
+def test_only_what_a_model_is_made_of_is_fetched_from_the_hub(tiny_base: Path, hub_server: FileServer) -> None:
+    folder = local_folder(ModelSource("tiny", "acme/tiny", None, 0))
+    assert folder.name == COMMIT
+    fetched = {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    assert fetched == {path.name: path.read_bytes() for path in tiny_base.iterdir()}
+    assert local_folder(ModelSource("tiny", str(tiny_base), None, 0)) == tiny_base
+    with pytest.raises(RequestInvalid, match="can not be had from the hub"):
+        local_folder(ModelSource("other", "acme/other", None, 0))
 
 
 def test_a_model_that_the_hub_does_not_give_is_told(
