@@ -433,3 +433,21 @@ def test_terms_of_a_series_up_to_the_bound(saved: Any, tmp_path: Path, llama: Pa
     assert float((many - W).norm()) > 0.05 * float(W.norm())
     torch.testing.assert_close(shared[:, :4], many[:, :4], rtol=1e-4, atol=1e-6)
     assert float((shared[:, 4:] - many[:, 4:]).abs().max()) > 1e-3
+
+
+def test_the_bound_of_a_constrained_rotation_has_pefts_default(saved: Any, tmp_path: Path, llama: Path) -> None:
+    tensors = {f"{LAYER}.q_proj.oft_R": numbers(4, 6)}
+    for name, bound in (("default", {}), ("same", {"eps": 6e-5}), ("wide", {"eps": 0.5})):
+        convert_to_lora(saved(tensors, **OFT, coft=True, **bound), tmp_path / name, base=llama)
+    default, same, wide = (delta(tmp_path / name, f"{LAYER}.q_proj") for name in ("default", "same", "wide"))
+    assert torch.equal(default, same)
+    assert float(wide.norm()) > 100 * float(default.norm()) > 0
+
+
+def test_what_changes_nothing_weighs_nothing(saved: Any, tmp_path: Path) -> None:
+    """Neither does a module of zeros make the loss of the others look smaller."""
+    nothing = {key.replace(Q, "layers.1.q_proj"): value * 0 for key, value in lokr().items()}
+    alone = convert_to_lora(saved(lokr(), **LOKR), tmp_path / "alone", rank=2)
+    both = convert_to_lora(saved({**lokr(), **nothing}, **LOKR), tmp_path / "both", rank=2)
+    assert both.relative_error == alone.relative_error > 0.01
+    assert both.modules[1].relative_error == 0

@@ -273,6 +273,15 @@ def test_dimensions_are_called_after_their_method() -> None:
     assert space_of().dimensions[1]["density"] == Dimension("core_space.density", 0.1, 0.9, log=True)
 
 
+def test_a_trial_remembers_its_proposal() -> None:
+    space = space_of()
+    proposal = space.proposal(space.plain(2))
+    trial = Trial.at(7, space.plain(2), proposal, state="measured", value=1.5, rank=4)
+    assert (trial.number, trial.label, trial.method) == (7, "clusters", "lego")
+    assert (trial.parameters, tuple(trial.weights)) == (proposal.parameters, proposal.weights)
+    assert (trial.point, trial.state, trial.value, trial.rank) == (space.plain(2), "measured", 1.5, 4)
+
+
 def test_as_many_choices_as_there_may_be() -> None:
     space = space_of({"methods": [{"method": "lego", "parameters": {"seed": {"choices": list(range(64))}}}]})
     assert space.size == 64

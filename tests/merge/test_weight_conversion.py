@@ -279,6 +279,28 @@ def test_halves_that_change_places(tmp_path: Path) -> None:
     assert_close(torch.cat([delta(tmp_path / "out", f"{block}.to_{name}") for name in "qkv"]), fused)
 
 
+def test_rows_of_unequal_modules_are_split_by_their_sides(tmp_path: Path) -> None:
+    """The first layer of a single block is queries, keys, values and the first of an MLP of four times their width."""
+    diff = random(14, 2) @ random(2, 8)
+    save_file({"lora_unet_single_blocks_0_linear1.diff": diff}, tmp_path / "x.safetensors")
+    convert_to_lora(tmp_path / "x.safetensors", tmp_path / "out", rank=4)
+    block = "transformer.single_transformer_blocks.0"
+    parts = [delta(tmp_path / "out", f"{block}.{name}") for name in ("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp")]
+    assert [len(part) for part in parts] == [2, 2, 2, 8]
+    assert_close(torch.cat(parts), diff)
+
+
+@pytest.mark.parametrize("kernel", [(), (3, 2)])
+def test_a_difference_tells_its_kernel_where_no_list_does(tmp_path: Path, kernel: tuple[int, ...]) -> None:
+    diff = random(6, 4, *kernel)
+    save_file({"unet.no_such_layer.diff": diff}, tmp_path / "x.safetensors")
+    convert_to_lora(tmp_path / "x.safetensors", tmp_path / "out")
+    (path,) = Adapter.open(tmp_path / "out")
+    module = Adapter.open(tmp_path / "out").modules[path]
+    assert (module.kind, module.a_shape[1:]) == (("conv", (4, 3, 2)) if kernel else ("linear", (4,)))
+    assert_close(delta(tmp_path / "out", path), diff)
+
+
 NORM = "lora_unet_down_blocks_0_resnets_0_norm1"
 
 
