@@ -81,6 +81,13 @@ class DeltaRows:
                 self._form(row, column, tile)
                 yield row, column, tile
 
+    def each(self) -> Iterator[Tensor]:
+        """The ΔWᵢ one after the other. The next overwrites it."""
+        whole = self.A[0].new_empty(1, *self.shape)
+        for A, B in zip(self.A, self.B, strict=True):
+            type(self)((A,), (B,))._form(0, 0, whole)
+            yield whole[0]
+
     @cached_property
     def _form(self) -> Callable[[int, int, Tensor], None]:
         """What fills a tile with the entries from a row and a column on."""

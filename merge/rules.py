@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -128,22 +128,24 @@ def trimmed(X: Tensor, density: float) -> Tensor:
     return above(X, kth_largest(X.abs().flatten(), kept))
 
 
-def trimming(X: Tensor, density: float) -> Window | None:
-    """The window in which `trimmed` keeps each block of X (N, rows, columns); None when it keeps all."""
-    kept = kept_count(density, X[0].numel())
-    if kept >= X[0].numel():
+def trimming(X: Iterable[Tensor], density: float, entries: int) -> Window | None:
+    """The window in which `trimmed` keeps each block (rows, columns) of X; None when it keeps all `entries` of one."""
+    kept = kept_count(density, entries)
+    if kept >= entries:
         return None
-    lower = X.new_tensor([kth_largest(x.abs().flatten(), kept) for x in X])
+    lower = torch.stack([x.new_tensor(kth_largest(x.abs().flatten(), kept)) for x in X])
     return Window(lower, torch.full_like(lower, math.inf))
 
 
 def kth_largest(values: Tensor, k: int) -> float:
-    """Of (m,) values, 1 ≤ k ≤ m; ∞ for k = 0."""
+    """Of (m,) values, 1 ≤ k ≤ m; ∞ for k = 0. May leave them in another order."""
     if k == 0:
         return math.inf
     place = len(values) - k
     if values.device.type == "cpu":  # numpy selects many times faster than torch
-        return float(np.partition(values.numpy(), place)[place])
+        numbers = values.numpy()
+        numbers.partition(place)
+        return float(numbers[place])
     return float(values.kthvalue(place + 1).values)
 
 

@@ -113,12 +113,14 @@ def raw_factors(stack: Stack) -> tuple[list[Tensor], list[Tensor], Tensor]:
     Those of a scaling of 0 come back as zeros: nothing of them is left in a stack.
     """
     all_A, all_B, scalings = [], [], []
+    # transposed once, as a whole: columns one by one would read all of B for every owner
+    transposed = stack.B.T.contiguous()
     for _, own in stack.members:
         rows = own[stack.places[own].argsort()]
         scaling = float(stack.scalings[rows[0]])
         unfold = abs(scaling) ** -0.5 if scaling else 0.0
         all_A.append(stack.A[rows] * unfold)
-        all_B.append(stack.B[:, rows].T * (unfold if scaling > 0 else -unfold))
+        all_B.append(transposed[rows] * (unfold if scaling > 0 else -unfold))
         scalings.append(scaling)
     return all_A, all_B, torch.tensor(scalings, dtype=torch.float64, device=stack.A.device)
 

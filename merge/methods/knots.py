@@ -15,6 +15,8 @@ from merge import rules
 from merge.core import one_sign
 from merge.peer_options import KnotsOptions
 from merge.result import MergedModule
+from merge.rows import DeltaRows
+from merge.rules import compiled
 from merge.stack import Stack
 
 NULL = 1e-5
@@ -24,13 +26,13 @@ NULL = 1e-5
 def merge(stack: Stack, options: KnotsOptions, rank: int) -> MergedModule:
     """Merge one module; B stays in the span of the adapters' B, A leaves that of their A (but with rule `sum`)."""
     basis, of_B = _left_basis(stack)
-    parts = stack.A.new_empty(len(stack.members), of_B.shape[0], stack.A.shape[1])
-    for part, (_, own) in zip(parts, stack.members, strict=True):
-        torch.mm(of_B[:, own].to(stack.A.dtype), stack.A[own], out=part)
-    signs = one_sign(parts.sum((0, 2)))
-    parts, basis = parts.mul_(signs[:, None].to(parts)), basis * signs.to(basis)
-    merged = _merged_parts(parts, stack, options) * options.scale
-    return _factored(stack, basis, merged, rank)
+    signs = one_sign(of_B @ stack.A.sum(1, dtype=torch.float64))
+    basis, of_B = basis * signs, (of_B * signs[:, None]).to(stack.A.dtype)
+    parts = DeltaRows(
+        tuple(stack.A[own] for _, own in stack.members),
+        tuple(of_B[:, own].contiguous() for _, own in stack.members),
+    )
+    return _factored(stack, basis, _merged_parts(parts, stack, options) * options.scale, rank)
 
 
 def _left_basis(stack: Stack) -> tuple[Tensor, Tensor]:
@@ -44,17 +46,28 @@ def _left_basis(stack: Stack) -> tuple[Tensor, Tensor]:
     return inverse @ U, U.T @ T
 
 
-def _merged_parts(parts: Tensor, stack: Stack, options: KnotsOptions) -> Tensor:
+def _merged_parts(parts: DeltaRows, stack: Stack, options: KnotsOptions) -> Tensor:
     weights = stack.owner_weights
+    if options.rule == "ties" and compiled(stack.A):
+        return _elected(parts, weights, options)
+    X = torch.stack([part.clone() for part in parts.each()])
     if options.rule in ("dare", "dare_ties"):
         seeds = rules.seeds(stack, options.seed)
-        parts = torch.stack(
-            [rules.dropped(part, options.density, seed) for part, seed in zip(parts, seeds, strict=True)]
-        )
+        X = torch.stack([rules.dropped(part, options.density, seed) for part, seed in zip(X, seeds, strict=True)])
     if options.rule in ("ties", "dare_ties"):
-        window = rules.trimming(parts, options.density) if options.rule == "ties" else None
-        return rules.elected_sum(parts, weights, options.majority_sign_method, window)
-    return rules.weighted_sum(parts, weights)
+        window = rules.trimming(X, options.density, parts.entries) if options.rule == "ties" else None
+        return rules.elected_sum(X, weights, options.majority_sign_method, window)
+    return rules.weighted_sum(X, weights)
+
+
+def _elected(parts: DeltaRows, weights: Tensor, options: KnotsOptions) -> Tensor:
+    """TIES of parts that are never there together: forming a tile twice costs less than writing it and reading it."""
+    result = parts.A[0].new_empty(parts.shape)
+    window = rules.trimming(parts.each(), options.density, parts.entries)
+    for row, column, tile in parts.tiles():
+        merged = rules.elected_sum(tile, weights, options.majority_sign_method, window)
+        result[row : row + tile.shape[1], column : column + tile.shape[2]] = merged
+    return result
 
 
 def _factored(stack: Stack, basis: Tensor, merged: Tensor, rank: int) -> MergedModule:

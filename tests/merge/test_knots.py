@@ -65,3 +65,19 @@ def test_the_report_measures_a_result_outside_the_span(stack_of: Any, random_ada
     result = merged.B.double() @ merged.A.double()
     assert report.relative_error == pytest.approx(float((result - exact).norm() / exact.norm()), rel=1e-4)
     assert report.energy_kept == pytest.approx(float(result.norm() ** 2 / exact.norm() ** 2), rel=1e-4)
+
+
+def test_parts_in_tiles_are_the_parts(stack_of: Any, random_adapters: Any) -> None:
+    """Bit for bit, with more rows and columns than a tile has, and a kept entry on the border of the window."""
+    from merge.catalog import parse_parameters
+    from merge.methods import knots
+    from merge.rows import DeltaRows
+
+    adapters = random_adapters([5, 3], d_out=70, d_in=2500)
+    parts = DeltaRows(tuple(A for A, _, _ in adapters), tuple(B.contiguous() for _, B, _ in adapters))
+    assert len(list(parts.tiles())) > 2
+    weights = torch.tensor([1.0, -0.5], dtype=torch.float64)
+    whole = torch.stack([part.clone() for part in parts.each()])
+    expected = rules.elected_sum(whole, weights, "total", rules.trimming(whole, 0.2, parts.entries))
+    options = parse_parameters("knots", {"density": 0.2})
+    assert torch.equal(knots._elected(parts, weights, options), expected)
