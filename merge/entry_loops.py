@@ -24,6 +24,7 @@ from merge.panel import (
     glance,
     panel,
     sum_panel,
+    variance_panel,
 )
 
 # numpy's division: a check for zero in every step would keep the loops from being vectors
@@ -267,12 +268,12 @@ def short_keys(X, place_bits, keys):
     parts = np.float32((1 << min(32 - place_bits, 22)) - 2)
     for r in range(len(X)):
         x, row = X[r], keys[r]
-        bits, largest_bits = x.view(np.uint32), np.uint32(0)
+        bits, largest_bits = x.view(np.uint32), np.zeros(1, np.uint32)
+        found = np.uint32(0)
         for c in range(len(x)):
-            largest_bits = max(largest_bits, np.uint32(bits[c] & np.uint32(0x7FFFFFFF)))
-        largest = np.float32(0)
-        for c in range(len(x)):
-            largest = max(largest, abs(x[c])) if (bits[c] & np.uint32(0x7FFFFFFF)) == largest_bits else largest
+            found = max(found, np.uint32(bits[c] & np.uint32(0x7FFFFFFF)))
+        largest_bits[0] = found
+        largest = largest_bits.view(np.float32)[0]
         scale = parts / largest if largest > 0 else np.float32(0)
         scale = scale if scale < np.inf else np.float32(0)
         for c in range(len(x)):
@@ -349,25 +350,19 @@ def drop(X, keys, row, probabilities, rescale):
 @compiled
 def variance(X, sizes, result):
     """result (m,) = the variance of sizesᵢ·xᵢ over the blocks, of flattened X: (N, m)."""
-    count = X.dtype.type(len(X))
-    mean = np.empty(CHUNK, X.dtype)
-    for start in range(0, X.shape[1], CHUNK):
-        total = result[start : start + CHUNK]
-        for c in range(len(total)):
-            mean[c] = total[c] = X.dtype.type(0)
-        for i in range(len(X)):
-            x, size = X[i, start : start + CHUNK], sizes[i]
-            for c in range(len(total)):
-                mean[c] += size * x[c]
-        for c in range(len(total)):
-            mean[c] /= count
-        for i in range(len(X)):
-            x, size = X[i, start : start + CHUNK], sizes[i]
-            for c in range(len(total)):
-                difference = size * x[c] - mean[c]
-                total[c] += difference * difference
-        for c in range(len(total)):
-            total[c] /= count
+    count, size = X.shape
+    whole, flat_X, share = size - size % LANES, X.ravel(), np.float32(1 / count)
+    for c in range(0, whole, LANES):
+        variance_panel(flat_X, c, size, count, sizes, share, result, c)
+    for c in range(whole, size):
+        mean, squares = np.float32(0), np.float32(0)
+        for i in range(count):
+            mean += sizes[i] * X[i, c]
+        mean *= share
+        for i in range(count):
+            difference = sizes[i] * X[i, c] - mean
+            squares += difference * difference
+        result[c] = squares * share
 
 
 @compiled
