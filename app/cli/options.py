@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any
@@ -63,14 +64,20 @@ def split_pairs(texts: Iterable[str], option: str) -> list[tuple[str, str]]:
     return pairs
 
 
+_BARE_POINT = re.compile(r"[+-]?(\d+\.|\.\d+)([eE][+-]?\d+)?", re.ASCII)
+
+
 def parse_settings(texts: Iterable[str]) -> dict[str, Any]:
-    """`--set` texts as parameters: a value that reads as JSON is that value, any other is a string."""
+    """`--set` texts as parameters: a value that reads as JSON is that value, any other is a string.
+
+    Numbers that people write and JSON does not know, `.5` and `5.`, are numbers too.
+    """
     parameters: dict[str, Any] = {}
     for name, value in split_pairs(texts, "--set"):
         try:
             parameters[name] = json.loads(value)
         except ValueError:
-            parameters[name] = value
+            parameters[name] = float(value) if _BARE_POINT.fullmatch(value) else value
     return parameters
 
 

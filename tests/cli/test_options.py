@@ -43,5 +43,11 @@ def test_settings_are_json_where_they_can_be() -> None:
     }
 
 
+def test_settings_are_numbers_where_json_wants_a_digit_more() -> None:
+    texts = ["a=.5", "b=-.5e-1", "c=5.", "d=.", "e=1.2.3", "f=.5x"]
+    found = parse_settings(texts)
+    assert found == {"a": 0.5, "b": -0.05, "c": 5.0, "d": ".", "e": "1.2.3", "f": ".5x"}
+
+
 def test_weights_may_name_a_path_with_an_equals_sign() -> None:
     assert parse_weights(["run=1/adapter=0.5", "b=-2"]) == {"run=1/adapter": 0.5, "b": -2.0}
