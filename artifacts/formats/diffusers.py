@@ -9,6 +9,10 @@ from artifacts.formats.protocol import COMPONENTS, Place
 from artifacts.formats.writing import Plan, Subject, pair_of, refuse, single
 from artifacts.formats.written_config import config_of_pairs
 
+_LEVEL = "text_model."
+"""A level that CLIP has in transformers 4 and not in 5. diffusers takes it off keys and not off the configuration,
+which therefore names the ends of paths that both have."""
+
 
 class Diffusers:
     """Dotted names below the name of a pipeline's component."""
@@ -46,7 +50,10 @@ class DiffusersWriter:
                 stem = f"{component}.{item.path}"
                 names = (f"{stem}.lora_A.weight", f"{stem}.lora_B.weight", "")
                 made.append(pair_of(single(item), names, subject, fold=True))
-            document = config_of_pairs([item.path for item in items], made, subject.architecture)
+            paths = [item.path for item in items]
+            ends = [path.removeprefix(_LEVEL) for path in paths] if component.startswith("text_encoder") else paths
+            known = subject.architecture if ends == paths else None
+            document = config_of_pairs(ends, made, known, whole=ends == paths)
             fields |= {f"{component}.{field}": value for field, value in document.items()}
             pairs += made
         return Plan(tuple(pairs), config=fields)

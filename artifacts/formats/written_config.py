@@ -10,12 +10,19 @@ from artifacts.formats.architectures import Architecture
 from artifacts.formats.pairs import Pair
 
 
-def config_of_pairs(paths: Sequence[str], pairs: Sequence[Pair], known: Architecture | None) -> dict[str, Any]:
+def config_of_pairs(
+    paths: Sequence[str], pairs: Sequence[Pair], known: Architecture | None, *, whole: bool = True
+) -> dict[str, Any]:
     """The fields for pairs that are to be written at these paths of one component, which `known` has if it is not None.
 
     Names of `target_modules` are meant as ends of paths. A module of the model that ends like one of them, and has no
     pair, is excluded by its whole path.
+
+    Args:
+        whole: the paths begin where the component's begin; else there may be levels before them.
     """
+    # "^": an expression that begins so is matched from the beginning of the path
+    start = "^" if whole else ""
     rank = most_common(pair.rank for pair in pairs)
     alpha = most_common(pair.alpha for pair in pairs)
     wanted = set(paths)
@@ -26,10 +33,11 @@ def config_of_pairs(paths: Sequence[str], pairs: Sequence[Pair], known: Architec
         "lora_alpha": short(alpha),
         "target_modules": sorted(wanted),
         "exclude_modules": sorted(path for path in others if _ends_in(path, wanted)) or None,
-        # "^": an expression that begins so is matched from the beginning of the path
-        "rank_pattern": {f"^{path}": pair.rank for path, pair in zip(paths, pairs, strict=True) if pair.rank != rank},
+        "rank_pattern": {
+            f"{start}{path}": pair.rank for path, pair in zip(paths, pairs, strict=True) if pair.rank != rank
+        },
         "alpha_pattern": {
-            f"^{path}": short(pair.alpha) for path, pair in zip(paths, pairs, strict=True) if pair.alpha != alpha
+            f"{start}{path}": short(pair.alpha) for path, pair in zip(paths, pairs, strict=True) if pair.alpha != alpha
         },
     }
 

@@ -102,6 +102,18 @@ def test_every_format_says_the_same_deltas(server: Any, tmp_path: Path, name: st
         assert upload(server, answer.content)[1]["facts"]["architecture"] == adapter["facts"]["architecture"]
 
 
+def test_text_encoders_are_named_by_the_ends_that_every_release_of_transformers_has(server: Any) -> None:
+    layer = "lora_te_text_model_encoder_layers_0_mlp"
+    url, _ = upload(server, file_of({f"{layer}_fc1": (4, 96, 24), f"{layer}_fc2": (2, 24, 96)}))
+    content = server.client.get(url, params={"format": "diffusers"}).content
+    header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+    config = json.loads(header["__metadata__"]["lora_adapter_metadata"])
+    end = "encoder.layers.0.mlp"
+    assert config["text_encoder.target_modules"] == [f"{end}.fc1", f"{end}.fc2"]
+    assert config["text_encoder.rank_pattern"] == {f"{end}.fc2": 2}
+    assert f"text_encoder.text_model.{end}.fc1.lora_A.weight" in header
+
+
 def test_what_kohya_wrote_comes_back_with_its_own_names_and_numbers(server: Any) -> None:
     for sizes in FILES.values():
         content = file_of(sizes)
