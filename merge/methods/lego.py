@@ -128,7 +128,7 @@ def _reweighting(
     if not options.parameter_reweight:
         return torch.ones(k, dtype=means.dtype, device=means.device), 0
     if options.parameter_reweight == "inf":
-        norms = torch.maximum(_largest(units.A, 1), _largest(units.B, 0))
+        norms = units.largest
         of_mean = torch.maximum(_largest(averages.A, 1), _largest(averages.B, 0))
     else:
         both = units.gram_A + units.gram_B

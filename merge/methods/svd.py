@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from artifacts.algebra import truncated_factors
 from merge.options import MergeOptions
 from merge.result import MergedModule
 from merge.stack import Stack
@@ -11,6 +10,6 @@ from merge.stack import Stack
 def merge(stack: Stack, options: MergeOptions, rank: int) -> MergedModule:
     """Merge one module to min(rank, n) components, in order of their singular values."""
     svd = stack.svd(options.scale)
-    A, B = truncated_factors(stack.A, stack.B, svd, rank)
+    A, B = stack.best(rank, options.scale)
     coordinates = (svd.left[:, :rank] * svd.values[:rank]) @ svd.right[:, :rank].T
     return MergedModule(A, B, stack, coordinates)
