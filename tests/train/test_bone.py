@@ -1,89 +1,24 @@
-"""Bone: the oracles of arXiv:2409.15371's algorithm in its four variants, exports, refusals."""
+"""Bone: the oracles of arXiv:2409.15371's algorithm in its four variants, and refusals."""
 
 from __future__ import annotations
 
-import hashlib
-import json
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, MissConfig, PeftModel, get_peft_model
+from bone_nets import D_IN, D_OUT, TOLERANCE, VARIANTS, Net, R, bone, delta_of, draw, filled, lora
 from torch import Tensor, nn
 
-from artifacts.adapter import Adapter
-from artifacts.errors import BaseMismatch, FileBroken, FormatUnknown, ReloadMismatch, RequestInvalid
-from artifacts.intake import inspect
+from artifacts.errors import RequestInvalid
 from artifacts.shard_blocks import lora_factors
 from train import declared
 from train.bat_row import BatRowLinear
 from train.catalog import METHODS, parse_parameters
 from train.methods.bone import Bone, require_linear
 from train.options.common import Circumstances, Target
-from train.protocol import MethodContext
 from train.settings import TrainingSettings
 
-D_OUT, D_IN, R = 24, 32, 8
-VARIANTS = ("default", "mini", "bat_col", "bat_row")
-TOLERANCE = 1e-5
 pytestmark = pytest.mark.filterwarnings("ignore:Could not find a config file")
-
-Map = Callable[[Tensor], Tensor]
-
-
-class Net(nn.Module):
-    """One linear layer with a bias."""
-
-    def __init__(self, d_in: int = D_IN, d_out: int = D_OUT) -> None:
-        super().__init__()
-        self.name_or_path = "acme/net"
-        with torch.random.fork_rng():
-            torch.manual_seed(11)
-            self.linear = nn.Linear(d_in, d_out)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.linear(x)
-
-
-def draw(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
-def bone(variant: str, net: nn.Module | None = None, rank: int = R, mini_r: int = 4) -> tuple[Any, nn.Module, Any]:
-    """(method, prepared model, its trained tensor D)."""
-    options = parse_parameters("bone", {"variant": variant, "rank": rank, "mini_r": mini_r})
-    method = METHODS["bone"].load(options)
-    context = MethodContext(["linear"], 10, lambda: iter(()), TrainingSettings(), task_type=None)
-    model = method.prepare(net or Net(), context)
-    [block] = [value for value in model.parameters() if value.requires_grad]
-    return method, model, block
-
-
-def filled(variant: str, **sizes: Any) -> tuple[Any, nn.Module, Any]:
-    method, model, block = bone(variant, **sizes)
-    with torch.no_grad():
-        block.copy_(0.3 * draw(*block.shape, seed=5))
-    return method, model, block
-
-
-def delta_of(model: nn.Module, d_in: int = D_IN, d_out: int = D_OUT) -> Tensor:
-    """ΔW of a model that is linear in x, from its outputs alone."""
-    with torch.no_grad():
-        eye = torch.eye(d_in)
-        return (model(eye) - Net(d_in, d_out)(eye)).T
-
-
-def lora(factors: tuple[Tensor, Tensor], net: nn.Module | None = None) -> tuple[nn.Module, Any]:
-    """PEFT's LoRA with these factors and scaling 1."""
-    A, B = factors
-    made = get_peft_model(net or Net(), LoraConfig(r=len(A), lora_alpha=len(A), target_modules=["linear"]))
-    layer = made.base_model.model.linear
-    with torch.no_grad():
-        layer.lora_A["default"].weight.copy_(A)
-        layer.lora_B["default"].weight.copy_(B)
-    return made, layer
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -250,142 +185,6 @@ def test_the_mean_of_two_blocks_is_the_mean_of_their_deltas() -> None:
     torch.testing.assert_close(B @ A, (first + second) / 2, atol=1e-6, rtol=0)
 
 
-@pytest.mark.parametrize(("rank", "mini_r", "kept"), [(8, 4, 4), (4, 8, 4), (8, 24, 8)])
-def test_mini_is_exported_at_the_smaller_of_its_ranks(tmp_path: Path, rank: int, mini_r: int, kept: int) -> None:
-    method, model, _ = filled("mini", rank=rank, mini_r=mini_r)
-    method.export(model, tmp_path)
-    factors = Adapter.open(tmp_path)["linear"]
-    assert (factors.rank, factors.scaling) == (kept, 1.0)
-    torch.testing.assert_close(factors.B @ factors.A, delta_of(model), atol=TOLERANCE, rtol=0)
-    loaded = PeftModel.from_pretrained(Net(), str(tmp_path))
-    torch.testing.assert_close(loaded(draw(7, D_IN)), model(draw(7, D_IN)), atol=TOLERANCE, rtol=0)
-    assert method.report(model)["export"]["rank"] == kept
-
-
-def test_a_rank_above_the_outputs_is_exported_at_their_number(tmp_path: Path) -> None:
-    method, model, _ = filled("default", rank=30)
-    method.export(model, tmp_path)
-    factors = Adapter.open(tmp_path)["linear"]
-    assert factors.rank == D_OUT
-    torch.testing.assert_close(factors.B @ factors.A, delta_of(model), atol=TOLERANCE, rtol=0)
-
-
-def test_bat_col_is_exported_as_what_peft_calls_bat(tmp_path: Path) -> None:
-    method, model, _ = filled("bat_col")
-    method.export(model, tmp_path)
-    config = json.loads((tmp_path / "adapter_config.json").read_text())
-    assert (config["peft_type"], config["init_weights"]) == ("MISS", "bat")
-    loaded = PeftModel.from_pretrained(Net(), str(tmp_path))
-    torch.testing.assert_close(loaded(draw(7, D_IN)), model(draw(7, D_IN)), atol=TOLERANCE, rtol=0)
-
-
-def test_bat_row_is_a_declared_type_that_its_loader_alone_takes(tmp_path: Path) -> None:
-    method, model, _ = filled("bat_row")
-    method.export(model, tmp_path)
-    x = draw(7, D_IN)
-    torch.testing.assert_close(method.reload(Net(), tmp_path)(x), model(x), atol=0, rtol=0)
-    with pytest.raises(KeyError, match="RANKWISE_BAT_ROW"):
-        PeftModel.from_pretrained(Net(), str(tmp_path))
-    manifest = inspect(tmp_path)
-    assert (manifest.method, manifest.mergeable, manifest.rank) == ("bat_row", False, R)
-    assert "depends on the base weights" in str(manifest.refusal)
-
-
-def test_a_declared_adapter_is_refused_by_other_weights_and_when_it_is_broken(tmp_path: Path) -> None:
-    method, model, _ = filled("bat_row")
-    method.export(model, tmp_path)
-    other = Net()
-    with torch.no_grad():
-        other.linear.weight.mul_(1.01)
-    with pytest.raises(BaseMismatch, match="not those that the adapter was trained on"):
-        declared.load(other, tmp_path)
-    with pytest.raises(BaseMismatch, match="no such layer"):
-        declared.load(nn.Sequential(nn.Linear(D_IN, D_OUT)), tmp_path)
-    path = tmp_path / "adapter_config.json"
-    config = json.loads(path.read_text())
-    path.write_text(json.dumps(config | {"r": 4}))
-    with pytest.raises(FileBroken, match=r"linear\.block"):
-        declared.load(Net(), tmp_path)
-    path.write_text(json.dumps(config | {"r": 5}))
-    with pytest.raises(BaseMismatch, match="blocks of side 5"):
-        declared.load(Net(), tmp_path)
-    path.write_text(json.dumps(config | {"peft_type": "LORA"}))
-    with pytest.raises(FormatUnknown, match="'LORA' is no type of Rankwise's own"):
-        declared.load(Net(), tmp_path)
-
-
-@pytest.mark.parametrize("variant", ["bat_col", "bat_row"])
-def test_what_a_lossy_export_loses_is_measured_and_never_called_exact(tmp_path: Path, variant: str) -> None:
-    options = parse_parameters("bone", {"variant": variant, "rank": R, "lossy_rank": 6})
-    method = METHODS["bone"].load(options)
-    context = MethodContext(["linear"], 10, lambda: iter(()), TrainingSettings(), task_type=None)
-    model = method.prepare(Net(), context)
-    [block] = [value for value in model.parameters() if value.requires_grad]
-    block.data.copy_(0.3 * draw(*block.shape, seed=5))
-    exact = delta_of(model)
-    method.settle(model)
-    export = method.report(model)["export"]
-    values = torch.linalg.svdvals(exact)
-    expected = float(values[6:].norm() / values.norm())
-    assert (export["form"], export["exact"], export["rank"]) == ("lora", False, 6)
-    assert export["relative_error"] == pytest.approx(expected, rel=1e-4)
-    assert 0.05 < expected < 0.9
-    method.export(model, tmp_path)
-    factors = Adapter.open(tmp_path)["linear"]
-    assert float((factors.B @ factors.A - exact).norm() / exact.norm()) == pytest.approx(expected, rel=1e-4)
-    x = draw(7, D_IN)
-    torch.testing.assert_close(method.reload(Net(), tmp_path)(x), model(x), atol=TOLERANCE, rtol=0)
-
-
-FORMS = {"default": "lora", "mini": "lora", "bat_col": "miss", "bat_row": "bat_row"}
-
-
-@pytest.mark.parametrize("variant", VARIANTS[1:])
-def test_every_variant_learns_resumes_to_the_bit_and_says_what_it_is(trainings: Any, variant: str) -> None:
-    parameters = {"variant": variant, "rank": 8, **({"mini_r": 4} if variant == "mini" else {})}
-    report, adapter, whole = trainings.run("bone", parameters, steps=6, checkpoint_steps=4)
-    assert report.evaluation["after"]["loss"] < report.evaluation["before"]["loss"] - 0.1
-    assert report.reload["largest_difference"] <= 1e-4 < report.reload["effect"]
-    again, resumed, _ = trainings.run("bone", parameters, steps=6, resume=whole.checkpoints[4])
-    assert again.resumed_at == 4
-    files = [
-        [hashlib.sha256(file.read_bytes()).hexdigest() for file in sorted(of.iterdir())] for of in (adapter, resumed)
-    ]
-    assert files[0] == files[1]
-    sides = {"q_proj": 32, "k_proj": 16, "v_proj": 16, "o_proj": 32, "gate_proj": 48, "up_proj": 48, "down_proj": 32}
-    per_layer = {"mini": 7 * 8 * 4, "bat_col": 8 * sum(sides.values()), "bat_row": 8 * (6 * 32 + 48)}[variant]
-    assert report.trainable_parameters == report.estimate["trainable_parameters"] == 2 * per_layer
-    row = METHODS["bone"].capabilities
-    expected = row.variants.get(variant, row)
-    manifest = inspect(adapter)
-    assert (manifest.method, manifest.mergeable) == (expected.exports, expected.mergeable)
-    assert (report.own["variant"], report.own["export"]["form"]) == (variant, FORMS[variant])
-
-
-def test_a_lossy_export_is_checked_and_measured_as_what_it_is(trainings: Any) -> None:
-    parameters = {"variant": "bat_row", "rank": 8, "lossy_rank": 2}
-    report, adapter, _ = trainings.run("bone", parameters, steps=2)
-    assert report.own["export"]["exact"] is False
-    assert report.own["export"]["relative_error"] > 0.1
-    assert any("not what was trained" in text for text in report.warnings)
-    assert report.reload["largest_difference"] <= 1e-4
-    assert report.trainable_parameters == 2 * 8 * (6 * 32 + 48)
-    assert {factors.rank for factors in Adapter.open(adapter).values()} == {2}
-
-
-def test_a_declared_adapter_that_is_not_the_trained_model_is_found_out(trainings: Any, monkeypatch: Any) -> None:
-    fill = declared.fill
-
-    def spoilt(places: Any, directory: Any) -> None:
-        fill(places, directory)
-        for place in places.values():
-            place.mul_(1.01)
-
-    monkeypatch.setattr(declared, "fill", spoilt)
-    with pytest.raises(ReloadMismatch, match="logits that differ by"):
-        trainings.run("bone", {"variant": "bat_row", "rank": 8}, steps=2)
-
-
 TARGETS = (Target("a.q_proj", 64, 64), Target("a.k_proj", 20, 64), Target("a.down_proj", 64, 48))
 
 
@@ -448,41 +247,6 @@ def test_layers_that_are_not_linear_are_refused_by_name() -> None:
     with pytest.raises(RequestInvalid, match="attn is a Conv1D; Bone adapts") as caught:
         require_linear(net, ["attn", "embed", "linear"])
     assert len(caught.value.errors) == 2
-
-
-def test_modules_that_are_trained_whole_are_in_every_export(tmp_path: Path) -> None:
-    class Classifier(Net):
-        def __init__(self) -> None:
-            super().__init__()
-            self.score = nn.Linear(D_OUT, 2)
-            nn.init.ones_(self.score.weight)
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.score(self.linear(x))
-
-    for variant in VARIANTS:
-        method = METHODS["bone"].load(parse_parameters("bone", {"variant": variant, "rank": R, "mini_r": 4}))
-        context = MethodContext(["linear"], 10, lambda: iter(()), TrainingSettings(), task_type=None, whole=["score"])
-        model = method.prepare(Classifier(), context)
-        for value in model.parameters():
-            if value.requires_grad:
-                value.data += 0.1 * draw(*value.shape)
-        method.export(model, tmp_path / variant)
-        loaded = method.reload(Classifier().eval(), tmp_path / variant)
-        torch.testing.assert_close(loaded(draw(5, D_IN)), model(draw(5, D_IN)), atol=1e-4, rtol=0)
-
-
-def test_peft_converts_the_tile_forms_to_the_same_factors() -> None:
-    """PEFT's own conversion is another way to the same ΔW."""
-    from peft import convert_to_lora
-
-    for variant in ("default", "mini"):
-        _, model, block = filled(variant)
-        assert isinstance(model.peft_config["default"], MissConfig)  # type: ignore[index]
-        _, state = convert_to_lora(model, rank=2)
-        A, B = lora_factors(block.detach(), D_OUT, D_IN)
-        found = {name.split(".")[-2]: value for name, value in state.items()}
-        torch.testing.assert_close(found["lora_B"] @ found["lora_A"], B @ A, atol=1e-4, rtol=0)
 
 
 def test_the_menu_makes_the_method_that_the_variant_needs() -> None:
