@@ -8,7 +8,8 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from artifacts.layout import METADATA_KEY
+from artifacts.errors import ConfigRefused
+from artifacts.layout import METADATA_KEY, parse_json
 
 NAME_FIELDS = ("base_model_name_or_path", "tokenizer_name_or_path")
 """Fields of an adapter_config.json that name a model; PEFT writes into them whatever the model was loaded from."""
@@ -39,10 +40,13 @@ def public_config(document: Mapping[str, Any], base_model: str | None) -> Mappin
 
 def public_metadata(metadata: Mapping[str, str], base_model: str | None) -> Mapping[str, str]:
     """The same for the configuration among the strings of a safetensors file's header, if there is one."""
-    try:
-        document = json.loads(metadata.get(METADATA_KEY, ""))
-    except ValueError:  # some other program's
+    if METADATA_KEY not in metadata:
         return metadata
-    if not isinstance(document, dict) or (told := public_config(document, base_model)) is document:
+    try:
+        document = parse_json(metadata[METADATA_KEY], METADATA_KEY)
+    except ConfigRefused:  # beside an adapter_config.json nobody reads it
+        return metadata
+    told = public_config(document, base_model)
+    if told is document:
         return metadata
     return {**metadata, METADATA_KEY: json.dumps(told, sort_keys=True)}

@@ -79,6 +79,15 @@ def test_a_folder_in_the_header_of_a_single_file_is_named_in_no_download(
     assert json.loads(members(download(server, made["id"]))[CONFIG])["base_model_name_or_path"] is None
 
 
+@pytest.mark.parametrize("text", ["", "null", "[" * 100_000, '{"a": 1, "a": 2}'])
+def test_what_is_no_configuration_stays_in_a_header_as_it_is(server: Any, adapter_files: Any, text: str) -> None:
+    files = adapter_files(base_model=FOLDER)
+    content = files.weights({"lora_adapter_metadata": text})
+    parts = [("file", (WEIGHTS, content)), ("file", (CONFIG, files.config_json()))]
+    made = server.client.post("/adapters", files=parts).json()
+    assert download(server, made["id"], format="safetensors") == content
+
+
 @pytest.mark.parametrize("name", ["acme/tiny-llm", "gpt2"])
 def test_a_name_of_a_hub_stays_with_all_bytes(server: Any, adapter_files: Any, name: str) -> None:
     files = adapter_files(base_model=name)
