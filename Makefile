@@ -94,8 +94,8 @@ mutants: setup  ## mutation testing of merge/: which small changes of the code d
 	$(PIP) install --quiet --progress-bar off $(PIP_FLAGS) $(LOCK) $(MUTMUT)
 	OMP_NUM_THREADS=1 $(BIN)/python -m scripts.mutants $(ARGS)
 
-formats-report: setup  ## what becomes of every known layout of adapter files
-	$(BIN)/python -m scripts.formats_report
+formats-report: setup  ## what becomes of every known layout of adapter files, and how exactly
+	OMP_NUM_THREADS=1 $(BIN)/python -W ignore -m scripts.formats_figures $(ARGS)
 
 docs: $(DOCS_STAMP)  ## build the documentation into site/
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet --strict

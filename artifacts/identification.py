@@ -28,6 +28,8 @@ _ADALORA = Identification("adalora", "an AdaLoRA file")
 _LOWERCASE = Identification("lora-lowercase", "an MLX or torchtune LoRA")
 _BARE = Identification("lora-bare", "a LoRA file without PEFT's prefix")
 _READERS = {reader.name: Identification(reader.name, reader.description) for reader in READERS} | {"bare": _BARE}
+_PLACES = tuple((reader.place, reader.name) for reader in READERS)
+_UNSEEN = ""
 _ALPHA_ONLY = Identification("alpha-only", "a file of alphas without factors")
 
 _OTHERS = tuple(
@@ -57,18 +59,19 @@ def identify(header: SafetensorsHeader) -> Identification:
     if not header.tensors:
         return Identification("empty", "a file without tensors")
     stems: dict[str, str | None] = {}
-    found: Counter[str] = Counter()
+    names: list[str | None] = []
     rest: list[str] = []
     for key in header.tensors:
         part = part_of(key)
         if part is None or part.role in WEAK:
             rest.append(key)
             continue
-        if part.stem not in stems:
-            stems[part.stem] = _family(part.stem, part.role, key)
-        name = stems[part.stem]
-        if name is not None:
-            found[name] += 1
+        stem, role, _ = part
+        name = stems.get(stem, _UNSEEN)
+        if name is _UNSEEN:
+            name = stems[stem] = _family(stem, role, key)
+        names.append(name)
+    found = Counter(name for name in names if name is not None)
     return _of_families(found) if found else _of_other_keys(header, rest)
 
 
@@ -93,10 +96,10 @@ def _family(stem: str, role: str, key: str) -> str | None:
     if stem.startswith("base_model.model."):
         return "adalora" if role == "lora_E" else "peft"
     stem = stem.removeprefix("module.")
-    for reader in READERS:
-        if reader.place(stem, role) is not None:
-            lowercase = role in (A, B, A_T, B_T) and (".lora_a" in key or ".lora_b" in key)
-            return "lora-lowercase" if reader.name == "bare" and lowercase else reader.name
+    for place, name in _PLACES:
+        if place(stem, role) is not None:
+            lowercase = name == "bare" and role in (A, B, A_T, B_T) and (".lora_a" in key or ".lora_b" in key)
+            return "lora-lowercase" if lowercase else name
     return None
 
 

@@ -367,6 +367,18 @@ def formats_part(_: str) -> str:
     return report()[0]
 
 
+def engines_part(_: str) -> str:
+    from scripts.formats_figures import engines_table, kept_figures
+
+    return engines_table(kept_figures())
+
+
+def roundtrips_part(_: str) -> str:
+    from scripts.formats_figures import kept_figures, round_trips_table
+
+    return round_trips_table(kept_figures())
+
+
 PARTS: Mapping[str, Callable[[str], str]] = {
     "settings": settings_part,
     "errors": errors_part,
@@ -385,6 +397,8 @@ PARTS: Mapping[str, Callable[[str], str]] = {
     "readers": readers_part,
     "architectures": architectures_part,
     "formats": formats_part,
+    "engines": engines_part,
+    "roundtrips": roundtrips_part,
 }
 
 

@@ -14,8 +14,7 @@ class AnimateDiff:
     def place(self, stem: str, role: str) -> Place | None:
         if ".motion_modules." not in stem or (stem.startswith("unet.") and ".processor." not in stem):
             return None  # below a component and without processors the names are diffusers' own
-        attention, _, layer = stem.rpartition(".")
-        attention = attention.removesuffix(".processor")
-        layer = layer.removesuffix("_lora")
-        path = f"{attention}.{'to_out.0' if layer == 'to_out' else layer}".removeprefix("unet.")
+        path = stem.removeprefix("unet.").removesuffix("_lora").replace(".processor.", ".")
+        if path.endswith(".to_out"):
+            path = f"{path}.0"
         return Place("unet", path, kept=f"unet.{path}")

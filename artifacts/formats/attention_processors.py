@@ -19,10 +19,9 @@ class AttentionProcessors:
     description = "an old diffusers attention-processor LoRA"
 
     def place(self, stem: str, role: str) -> Place | None:
-        attention, _, layer = stem.rpartition(".")
-        if not layer.endswith("_lora"):
+        if not stem.endswith("_lora"):
             return None
-        layer = layer.removesuffix("_lora")
+        attention, _, layer = stem.removesuffix("_lora").rpartition(".")
         if attention.endswith(".processor"):
             target = (_UNET | _ADDED).get(layer)
             if target is None or "motion_modules." in attention:

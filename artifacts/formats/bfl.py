@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from artifacts.formats.protocol import Place
 
-_STARTS = ("double_blocks.", "single_blocks.", "img_in.", "txt_in.", "time_in.", "vector_in.", "guidance_in.")
+_STARTS = (
+    *("double_blocks.", "single_blocks.", "img_in.", "txt_in."),
+    *("time_in.", "vector_in.", "guidance_in.", "final_layer."),
+)
 _WHOLE = ("img_in", "txt_in")
 
 
@@ -15,6 +18,6 @@ class BlackForestLabs:
     description = "a FLUX LoRA with Black Forest Labs names"
 
     def place(self, stem: str, role: str) -> Place | None:
-        if stem.startswith((*_STARTS, "final_layer.")) or stem in _WHOLE:
+        if stem.startswith(_STARTS) or stem in _WHOLE:
             return Place("transformer", stem, kept=f"diffusion_model.{stem}")
         return None

@@ -16,6 +16,7 @@ _ENCODERS = {
     "text_encoders.clip_g.": "text_encoder_2",
     "text_encoders.t5xxl.": "text_encoder_3",
 }
+_STARTS = (*_PREFIXES, *_ENCODERS)
 
 
 class Comfy:
@@ -25,6 +26,8 @@ class Comfy:
     description = "a ComfyUI or ai-toolkit LoRA"
 
     def place(self, stem: str, role: str) -> Place | None:
+        if not stem.startswith(_STARTS):
+            return None
         for prefix in _PREFIXES:
             if stem.startswith(prefix):
                 rest = stem[len(prefix) :]

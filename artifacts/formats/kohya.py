@@ -20,6 +20,7 @@ _PREFIXES = (
     ("oft_te_", "text_encoder"),
     ("lora_prior_unet_", "prior"),
 )
+_STARTS = tuple(prefix for prefix, _ in _PREFIXES)
 
 
 class Kohya:
@@ -29,6 +30,8 @@ class Kohya:
     description = "a kohya sd-scripts LoRA"
 
     def place(self, stem: str, role: str) -> Place | None:
+        if not stem.startswith(_STARTS):
+            return None
         for prefix, component in _PREFIXES:
             if stem.startswith(prefix):
                 return Place(component, stem[len(prefix) :], flat=True)

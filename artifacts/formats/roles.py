@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import NamedTuple
 
 A, B = "lora_A", "lora_B"
@@ -80,7 +81,8 @@ _ENDS: Mapping[str, str] = {
 
 _LEAVES = frozenset({"weight", "bias"})
 _LEGACY = {"down.weight": A, "up.weight": B}
-"""Old layers of diffusers and XLabs: the component before it ends in `_lora`, `_lora1` or `_lora2`."""
+_LEGACY_LAYERS = ("_lora", "_lora1", "_lora2")
+"""Old layers of diffusers and XLabs: how the component before it ends."""
 
 WEAK = frozenset({"weight", "bias", "scale", ALPHA})
 """Roles that also occur in files that are no adapter."""
@@ -94,6 +96,10 @@ class Part(NamedTuple):
     adapter: str = ""
 
 
+_part: Callable[[tuple[str, str, str]], Part] = partial(tuple.__new__, Part)
+"""`Part` of a tuple, in half the time: it is made for every key of a file."""
+
+
 def part_of(key: str) -> Part | None:
     """Take a key apart; None if its end is none that is known."""
     dot = key.rfind(".")
@@ -102,31 +108,31 @@ def part_of(key: str) -> Part | None:
     last = key[dot + 1 :]
     if last not in _LEAVES:
         role = _ENDS.get(last)
-        return _numbered(key, dot) if role is None else Part(key[:dot], role)
+        return _numbered(key, dot) if role is None else _part((key[:dot], role, ""))
     second_dot = key.rfind(".", 0, dot)
     if second_dot > 0:
         two = key[second_dot + 1 :]
         role = _ENDS.get(two)
         if role is not None:
-            return Part(key[:second_dot], role)
+            return _part((key[:second_dot], role, ""))
+        legacy = _LEGACY.get(two)
+        if legacy is not None and key.endswith(_LEGACY_LAYERS, 0, second_dot) and key.find(".", 1) < second_dot:
+            return _part((key[:second_dot], legacy, ""))
         found = _with_third(key, second_dot, dot)
         if found is not None:
             return found
-    return Part(key[:dot], last)
+    return _part((key[:dot], last, ""))
 
 
 def _with_third(key: str, second_dot: int, dot: int) -> Part | None:
-    """Where the last three components count: `lora.down.weight`, `to_q_lora.down.weight`, `lora_A.name.weight`."""
+    """Where the last three components count: `lora.down.weight`, `lora_A.name.weight`."""
     start = key.rfind(".", 0, second_dot)
-    third, second, last = key[start + 1 : second_dot], key[second_dot + 1 : dot], key[dot + 1 :]
     if start <= 0:
         return None
-    role = _ENDS.get(f"{third}.{second}.{last}")
+    role = _ENDS.get(key[start + 1 :])
     if role is not None:
-        return Part(key[:start], role)
-    legacy = _LEGACY.get(f"{second}.{last}")
-    if legacy is not None and third.rstrip("012").endswith("_lora"):
-        return Part(key[:second_dot], legacy)
+        return _part((key[:start], role, ""))
+    third, second, last = key[start + 1 : second_dot], key[second_dot + 1 : dot], key[dot + 1 :]
     named = _ENDS.get(f"{third}.{last}")
     return Part(key[:start], named, second) if named is not None and third.startswith("lora_") else None
 
