@@ -12,10 +12,7 @@ from numba import njit
 from merge.panel import (
     COLUMNS,
     LANES,
-    NARROW_COLUMNS,
-    NARROW_ROWS,
     ROWS,
-    adding_narrow_panel,
     adding_panel,
     elected_by_count,
     elected_by_sum,
@@ -112,21 +109,21 @@ def elected(X, lower, upper, votes, weights, shares, by_count, result):
 
 @compiled
 def add_product(B, A, X):
-    """X (rows, columns) += B·A with B: (rows, terms) and A: (terms, columns), narrow: at most a few of 32 columns."""
+    """X (rows, columns) += B·A with B: (rows, terms) and A: (terms, columns), narrow: a few times COLUMNS at most."""
     rows, columns = X.shape
     flat_A, flat_B = A.ravel(), B.ravel()
-    whole_rows, whole_columns = rows - rows % NARROW_ROWS, columns - columns % NARROW_COLUMNS
+    whole_rows, whole_columns = rows - rows % ROWS, columns - columns % COLUMNS
     # long sums in parts, for less rounding
-    part = np.zeros((NARROW_ROWS, columns), X.dtype)
+    part = np.zeros((ROWS, columns), X.dtype)
     flat_part = part.ravel()
     for first in range(0, A.shape[0], TERMS):
         terms = min(TERMS, A.shape[0] - first)
-        for r in range(0, whole_rows, NARROW_ROWS):
+        for r in range(0, whole_rows, ROWS):
             part[:] = 0
-            for c in range(0, whole_columns, NARROW_COLUMNS):
+            for c in range(0, whole_columns, COLUMNS):
                 a, b = first * columns + c, r * B.shape[1] + first
-                adding_narrow_panel(flat_A, a, columns, flat_B, b, B.shape[1], 1, terms, flat_part, c, columns)
-            for i in range(NARROW_ROWS):
+                adding_panel(flat_A, a, columns, flat_B, b, B.shape[1], 1, terms, flat_part, c, columns)
+            for i in range(ROWS):
                 for c in range(whole_columns):
                     X[r + i, c] += part[i, c]
         for r in range(rows):

@@ -16,10 +16,8 @@ from numba.extending import intrinsic
 
 LANES = 16
 """Of a vector of float32; processors with shorter ones take several."""
-ROWS, COLUMNS = 4, 4 * LANES
+ROWS, COLUMNS = 8, 2 * LANES
 """Of a panel."""
-NARROW_ROWS, NARROW_COLUMNS = 8, 2 * LANES
-"""Of a narrow panel."""
 
 
 @intrinsic
@@ -28,12 +26,12 @@ def fused(_typing, a, b, c):
     return a(a, b, c), lambda _context, builder, _signature, values: builder.fma(*values)
 
 
-def _panel(rows, columns, adds):
+def _panel(adds):
     """X[x + i·x_step + j] = Σₖ B[b + i·b_step + k·b_next]·A[a + k·a_step + j] of the flat float32 arrays A, B and X.
 
-    For i < rows, j < columns and k < terms; `adds`: what was in X is the first term.
+    For i < ROWS, j < COLUMNS and k < terms; `adds`: what was in X is the first term.
     """
-    vectors = columns // LANES
+    vectors = COLUMNS // LANES
 
     @intrinsic
     def panel(_typing, A, a, a_step, B, b, b_step, b_next, terms, X, x, x_step):
@@ -51,7 +49,7 @@ def _panel(rows, columns, adds):
                 there = builder.gep(array, [builder.add(place, place.type(number))])
                 return builder.bitcast(there, vector.as_pointer())
 
-            places = [builder.add(x, builder.mul(x_step, x_step.type(i))) for i in range(rows)]
+            places = [builder.add(x, builder.mul(x_step, x_step.type(i))) for i in range(ROWS)]
             sums = [
                 [
                     cgutils.alloca_once_value(
@@ -65,7 +63,7 @@ def _panel(rows, columns, adds):
                 start = builder.add(a, builder.mul(loop.index, a_step))
                 parts = [builder.load(address(A, start, LANES * v), align=4) for v in range(vectors)]
                 term = builder.add(b, builder.mul(loop.index, b_next))
-                for i in range(rows):
+                for i in range(ROWS):
                     place = builder.add(term, builder.mul(b_step, b_step.type(i)))
                     factor = _spread(builder, builder.load(builder.gep(B, [place])))
                     for v in range(vectors):
@@ -80,9 +78,8 @@ def _panel(rows, columns, adds):
     return panel
 
 
-panel = _panel(ROWS, COLUMNS, False)
-adding_panel = _panel(ROWS, COLUMNS, True)
-adding_narrow_panel = _panel(NARROW_ROWS, NARROW_COLUMNS, True)
+panel = _panel(adds=False)
+adding_panel = _panel(adds=True)
 
 
 @intrinsic

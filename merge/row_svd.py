@@ -13,7 +13,7 @@ from torch import Tensor
 
 from merge import entry_loops
 from merge.memory import Room
-from merge.panel import NARROW_COLUMNS
+from merge.panel import COLUMNS
 from merge.rows import WHOLE
 from merge.rules import compiled
 
@@ -23,7 +23,7 @@ OVERSAMPLING = 8
 ROOM = Room(1 << 29)
 """For the matrices that this process keeps between two passes over their rows; others come anew in every pass."""
 
-MOST_COLUMNS = 2 * NARROW_COLUMNS
+MOST_COLUMNS = 2 * COLUMNS
 """Of the directions that the compiled products take."""
 
 BLOCK_ROWS = 64
@@ -115,8 +115,8 @@ def _projection(Q: Tensor) -> Callable[[Tensor], Tensor]:
     """block ↦ block·Q."""
     if not _narrow(Q):
         return lambda block: block @ Q
-    panels = -(-Q.shape[1] // NARROW_COLUMNS)
-    padded = Q.new_zeros(len(Q), panels * NARROW_COLUMNS)
+    panels = -(-Q.shape[1] // COLUMNS)
+    padded = Q.new_zeros(len(Q), panels * COLUMNS)
     padded[:, : Q.shape[1]] = Q
 
     def project(block: Tensor) -> Tensor:
