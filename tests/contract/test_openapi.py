@@ -45,11 +45,24 @@ def test_a_few_cases_of_every_call(contract_server: tuple[str, str | None], tmp_
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-@pytest.mark.parametrize("contract_server", ["open", "keys"], indirect=True)
-def test_two_thousand_cases_of_all_checks(contract_server: tuple[str, str | None], tmp_path: Path) -> None:
-    result, cases = run_schemathesis(contract_server, tmp_path, "-n", "40", "--continue-on-failure", timeout=1500)
+@pytest.mark.parametrize(
+    ("contract_server", "phases"),
+    [("open", "examples,coverage,fuzzing,stateful"), ("keys", "examples,fuzzing,stateful")],
+    indirect=["contract_server"],
+)
+def test_two_thousand_cases_of_all_checks(
+    contract_server: tuple[str, str | None], phases: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The bounds of every parameter, tens of thousands of cases that know nothing of keys, are walked once."""
+    options = ("--phases", phases, "-n", "40", "--continue-on-failure")
+    result, cases = run_schemathesis(contract_server, tmp_path, *options, timeout=1500)
+    with capsys.disabled():
+        print(f"\n{phases}: {cases} cases")
     assert result.returncode == 0, result.stdout[-20_000:]
     assert cases >= 2000, result.stdout[-2000:]
+    counts = re.search(r"Selected: (\d+)/(\d+)\s+Tested: (\d+)", result.stdout)
+    assert counts is not None, result.stdout[-2000:]
+    assert len(set(counts.groups())) == 1, f"not every call was walked: {counts[0]}"
 
 
 def test_the_document_is_valid_and_every_call_names_its_problems(tmp_path: Path) -> None:
