@@ -6,9 +6,10 @@ Synthetic adapters of the Llama-2-7B shape (7 linear modules a layer, bfloat16);
 method is one merge from files to a file in a process of its own; its ratio is to a plain read and write in the same
 run. CPU seconds are those of all threads, which a busy machine disturbs less: their ratio is to those of the read and
 write, which takes one thread, times the cores. A method on the entries of the deltas is measured against a second floor
-too, in CPU seconds: forming every entry of every ΔWᵢ once, in tiles of a core's cache, and touching it once. A third
-floor, the cold one, is the same read and write when nothing of the inputs is in the page cache and the output is
-written through to the disk: what a user of new files waits for.
+too, in CPU seconds: forming every entry of every ΔWᵢ once, in tiles of a core's cache, and touching it once; `knots`
+against forming its parts once and selecting the border of each. A third floor, the cold one, is the same read and write
+when nothing of the inputs is in the page cache and the output is written through to the disk: what a user of new files
+waits for.
 
 --peft: two adapters of two layers, by `add_weighted_adapter` of stock PEFT and by the method of the same meaning here,
 each in a process of its own: CPU seconds, and memory above the idle process. A combination that takes dense SVDs, one
@@ -80,6 +81,30 @@ def dense_floor(count: int, rank: int, layers: int) -> float:
     return total
 
 
+def parts_floor(count: int, rank: int, layers: int) -> float:
+    """CPU seconds of what KnOTS can not do without: forming its parts once, and selecting the border of each."""
+    import torch
+
+    from merge import rules
+    from merge.memory import keep_freed_memory
+    from merge.peer_options import KnotsOptions
+    from merge.rows import DeltaRows
+
+    keep_freed_memory()
+    torch.set_num_threads(1)
+    total = 0.0
+    for (d_out, d_in), modules in Counter((d_out, d_in) for _, d_out, d_in in shapes(layers)).items():
+        height = min(count * rank, d_out)
+        parts = DeltaRows(tuple(torch.randn(count, rank, d_in)), tuple(torch.randn(count, height, rank)))
+        passes = []
+        for _ in range(4):  # the first compiles the loop, or loads it
+            started = time.process_time()
+            rules.trimming(parts.each(), KnotsOptions().density, parts.entries)
+            passes.append(time.process_time() - started)
+        total += modules * min(passes)
+    return total
+
+
 def warm_floor(inputs: list[Path], output: int, scratch: Path) -> tuple[float, float]:
     """Seconds and CPU seconds of a plain read and write: medians of several, for one takes milliseconds."""
     seconds, cpu_seconds = [], []
@@ -104,7 +129,8 @@ def family_table(arguments: argparse.Namespace, scratch: Path) -> dict[str, Any]
         runs = []
         for number in range(arguments.runs):
             base, cold = warm_floor(inputs, output, scratch), cold_floor(inputs, output, scratch)
-            dense = dense_floor(arguments.adapters, arguments.rank, arguments.layers) if entrywise else None
+            own = dense_floor if entrywise else parts_floor if method == "knots" else None
+            dense = own(arguments.adapters, arguments.rank, arguments.layers) if own else None
             out = scratch / f"out-{method}-{number}"
             runs.append((merge_once(inputs, method, parameters_of(method, arguments.rank), out), base, dense, cold))
         rows[method] = {
@@ -114,9 +140,9 @@ def family_table(arguments: argparse.Namespace, scratch: Path) -> dict[str, Any]
             "cpu_ratio": statistics.median(run["cpu_seconds"] / base / cores for run, (_, base), *_ in runs),
             "cold_ratio": statistics.median(run["seconds"] / cold for run, *_, cold in runs),
             "floor_cpu_seconds": statistics.median(base for _, (_, base), *_ in runs),
-            "dense_cpu_seconds": statistics.median(dense for _, _, dense, _ in runs if dense) if entrywise else None,
+            "dense_cpu_seconds": statistics.median(dense for _, _, dense, _ in runs if dense) if own else None,
             "dense_ratio": statistics.median(run["cpu_seconds"] / dense for run, _, dense, _ in runs if dense)
-            if entrywise
+            if own
             else None,
             "goal": ENTRYWISE_GOAL if entrywise else FACTOR_GOAL,
             "memory_above_idle_mb": max((run["peak_kb"] - run["idle_kb"]) / 1024 for run, *_ in runs),
@@ -127,7 +153,8 @@ def family_table(arguments: argparse.Namespace, scratch: Path) -> dict[str, Any]
 
 
 def shown(method: str, row: dict[str, Any]) -> str:
-    dense = f"{row['dense_ratio']:6.1f} × dense floor" if row["dense_ratio"] else ""
+    name = "parts" if method == "knots" else "dense"
+    dense = f"{row['dense_ratio']:6.1f} × {name} floor" if row["dense_ratio"] else ""
     cold = f"{row['cold_ratio']:6.1f} × cold floor (empty page cache, synced)"
     return (
         f"{method:20} {row['seconds']:8.2f} s ({row['cpu_seconds']:.2f} CPU s) {row['ratio']:8.1f} × floor "
