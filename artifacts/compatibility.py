@@ -15,7 +15,7 @@ from artifacts.declared_types import DECLARED_TYPES
 from artifacts.errors import RequestInvalid
 from artifacts.formats.writers import WRITERS
 from artifacts.formats.writing import subject_of
-from artifacts.loading import foreign_key, other_diffusers_key
+from artifacts.loading import foreign_key, other_diffusers_key, stored_for_diffusers
 from artifacts.manifest import PEFT_FORMATS, AdapterManifest
 from artifacts.peft_fields import OTHER_PEFT_TYPES
 
@@ -268,15 +268,12 @@ def _names(manifest: AdapterManifest, engine: Literal["peft", "transformers"], s
 
 def _diffusers(manifest: AdapterManifest) -> Iterator[Finding]:
     """A stored file of diffusers' own is given as it is; every other is written anew."""
-    stored = "diffusers" in manifest.format.split("+")
-    other = other_diffusers_key(manifest)
-    magnitudes = [module.magnitude_key or "" for module in manifest.modules]
-    decomposed = manifest.method == "dora" and all("lora_magnitude_vector" in key for key in magnitudes)
-    if stored and other is None and (manifest.mergeable or decomposed):
+    if stored_for_diffusers(manifest):
         return
     found = tuple(_written("diffusers")(manifest))
     yield from found
-    if stored and other is not None and not found:
+    other = other_diffusers_key(manifest)
+    if "diffusers" in manifest.format.split("+") and other is not None and not found:
         message = f"it passes over names as {other}, or refuses them"
         yield Finding(
             "diffusers-format", "needs", "/modules", message, "Download it with format=diffusers.", _DIFFUSERS_KEYS

@@ -26,8 +26,24 @@ def layout_for(manifest: AdapterManifest, engine: LoadedEngine) -> Literal["peft
     """The format of the download that the engine reads; "safetensors" is the stored file itself."""
     if engine != "diffusers":
         return "peft"
-    is_diffusers = "diffusers" in manifest.format.split("+")
-    return "safetensors" if is_diffusers and other_diffusers_key(manifest) is None else "diffusers"
+    own = "diffusers" in manifest.format.split("+") and other_diffusers_key(manifest) is None
+    return "safetensors" if own or stored_for_diffusers(manifest) else "diffusers"
+
+
+def stored_for_diffusers(manifest: AdapterManifest) -> bool:
+    """Whether diffusers applies the stored file as it is: a LoRA or DoRA under its own names.
+
+    Not so where text encoders are decomposed: these it gives to transformers, which leaves their magnitudes out.
+    """
+    own = "diffusers" in manifest.format.split("+")
+    if other_diffusers_key(manifest) is not None:
+        return False
+    if manifest.mergeable:
+        return own
+    magnitudes = all("lora_magnitude_vector" in (module.magnitude_key or "") for module in manifest.modules)
+    parts = {module.path.partition(".")[0] for module in manifest.modules}
+    described = own or manifest.format == "safetensors-metadata"
+    return described and manifest.method == "dora" and magnitudes and parts <= {"unet", "transformer"}
 
 
 def foreign_key(key: str, path: str, engine: Literal["peft", "transformers"]) -> bool:

@@ -71,6 +71,7 @@ def compare(serve: Any, pipeline_folder: Path, tmp_path: Path) -> Callable[..., 
         file = tmp_path / "given.safetensors"
         file.write_bytes(content)
         if told["loads"]:
+            assert rules <= {"diffusers-format"}
             layout = "diffusers" if rules else "safetensors"
             given = server.client.get(f"{path}/download", params={"format": layout})
             assert given.status_code == 200, given.text
@@ -133,3 +134,20 @@ def test_a_text_encoder_of_several_ranks(compare: Any) -> None:
         tensors[f"{stem}.lora_up.weight"] = torch.randn(768, rank)
         tensors[f"{stem}.alpha"] = torch.tensor(3.0)
     assert compare(tensors) == (True, "loads")
+
+
+@pytest.mark.parametrize("described", [False, True])
+@pytest.mark.parametrize("end", ["", ".weight"])
+def test_a_decomposed_adapter(compare: Any, end: str, described: bool) -> None:
+    """Of a UNet it is applied; of a text encoder transformers leaves the magnitudes out, if they end as PEFT's do."""
+    fields = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["to_q"], "use_dora": True}
+    metadata = {"lora_adapter_metadata": json.dumps({f"unet.{key}": value for key, value in fields.items()})}
+    torch.manual_seed(0)
+    tensors = {f"{LAYER}.lora_A.weight": torch.randn(2, 1280), f"{LAYER}.lora_B.weight": torch.randn(1280, 2)}
+    tensors[f"{LAYER}.lora_magnitude_vector{end}"] = torch.rand(1280) + 0.5
+    assert compare(tensors, metadata if described else None) == (True, "loads")
+    if not described:
+        stem = "text_encoder.text_model.encoder.layers.0.self_attn.q_proj"
+        tensors |= {f"{stem}.lora_A.weight": torch.randn(2, 768), f"{stem}.lora_B.weight": torch.randn(768, 2)}
+        tensors[f"{stem}.lora_magnitude_vector{end}"] = torch.rand(768) + 0.5
+        assert compare(tensors)[0] is False
