@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.cluster import KMeans
 from sklearn.metrics import adjusted_rand_score
@@ -41,6 +41,7 @@ def test_oracle_5_lloyd_equals_sklearn_from_the_same_seeds(seed: int) -> None:
     np.testing.assert_allclose(centres, reference.cluster_centers_, rtol=1e-10, atol=1e-12)
 
 
+@settings(deadline=None)
 @given(seed=st.integers(0, 10_000), k=st.integers(1, 12), signed=st.booleans(), refine=st.booleans())
 def test_the_reported_inertia_is_that_of_the_partition(seed: int, k: int, signed: bool, refine: bool) -> None:
     rng = np.random.default_rng(seed)
@@ -53,6 +54,7 @@ def test_the_reported_inertia_is_that_of_the_partition(seed: int, k: int, signed
     assert first_members == sorted(first_members)
 
 
+@settings(deadline=None)
 @given(seed=st.integers(0, 10_000), k=st.integers(2, 8))
 def test_duplicates_never_leave_a_cluster_empty(seed: int, k: int) -> None:
     rng = np.random.default_rng(seed)
@@ -121,6 +123,7 @@ def test_the_seed_decides() -> None:
     assert runs[0].agreement == 1.0
 
 
+@settings(deadline=None)
 @given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 3)), min_size=2, max_size=30))
 def test_adjusted_rand_equals_sklearn(pairs: list[tuple[int, int]]) -> None:
     first, second = (np.array(side, dtype=np.int64) for side in zip(*pairs, strict=True))
