@@ -38,7 +38,7 @@ def run_schemathesis(
 
 @pytest.mark.parametrize("contract_server", ["keys"], indirect=True)
 def test_a_few_cases_of_every_call(contract_server: tuple[str, str | None], tmp_path: Path) -> None:
-    result, cases = run_schemathesis(contract_server, tmp_path, "-n", "3", "--phases", "examples,fuzzing", timeout=120)
+    result, cases = run_schemathesis(contract_server, tmp_path, "-n", "3", "--phases", "examples,fuzzing", timeout=240)
     assert result.returncode == 0, result.stdout[-20_000:]
     assert cases >= 60, result.stdout[-2000:]
 
