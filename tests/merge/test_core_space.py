@@ -190,6 +190,7 @@ def test_an_adapter_twice_leaves_no_more_directions(stack_of: Any, random_adapte
     P, S, Qh = torch.linalg.svd(delta, full_matrices=False)
     # the polar factor of [P, P] is [P, P]/√2
     assert near(run_method("tsv_m", twice), (P[:, :2] * S[:2]) @ Qh[:2])
+    assert near(run_method("tsv_m", twice, rank=1), (P[:, :1] * S[:1]) @ Qh[:1])
     assert near(run_method("iso_c", twice), 2 * S[:4].mean() * P[:, :4] @ Qh[:4])
 
 
