@@ -61,6 +61,16 @@ def test_links_between_pages_lead_somewhere(root: Path, pages: dict[str, str]) -
                 assert (root / "docs" / name).parent.joinpath(target).is_file(), f"docs/{name} links to {target}"
 
 
+def test_no_text_has_the_markers_of_an_unfinished_merge(root: Path) -> None:
+    """Of every tracked file; in a copy without a repository, of what lies below it but for hidden folders."""
+    markers = "^(<{7}|={7}|>{7}|[|]{7})( |$)"
+    command = ["git", "grep", "--line-number", "-I", "--extended-regexp", markers]
+    if not (root / ".git").exists():
+        command[2:2] = ["--no-index", "--exclude-standard"]
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (1, ""), done.stdout + done.stderr  # 1: nothing was found
+
+
 def test_every_page_is_in_the_navigation(root: Path, pages: dict[str, str]) -> None:
     navigation = _text(root, "mkdocs.yml").partition("\nnav:")[2]
     assert not [name for name in pages if name not in navigation]
