@@ -30,6 +30,11 @@ _FACTOR = re.compile(
     r"(?P<path>.+)\.(?P<role>lora_A|lora_B|lora_embedding_A|lora_embedding_B|lora_magnitude_vector)"
     r"(?:\.(?P<adapter>(?!weight$|bias$)[^.]+))?(?:\.(?P<leaf>weight|bias))?"
 )
+UNSELECTED = "modules are not selected by target_modules"
+"""In the warning of factors that PEFT would not load: what is made of the adapter must be told too."""
+
+_SAVED_ALONG = ("embed_tokens", "lm_head")
+"""Layers whose weights `save_pretrained` of PEFT writes without being told to, where one of them is adapted."""
 FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
 
 
@@ -232,12 +237,8 @@ class _Matching:
     def _explain(self, path: str, info: TensorInfo) -> None:
         """Say why a tensor that is no factor is not used, and whether that keeps the adapter from being merged."""
         module, _, leaf = path.rpartition(".")
-        if ".base_layer." in path:
-            reason = "copy of a base weight that PEFT saved along with an adapted embedding; not part of ΔW"
-            self._warnings.append(
-                f"{info.name} is a copy of a base weight of shape {info.shape}. Where the vocabulary was resized, "
-                "the base must be resized in the same way to use this adapter."
-            )
+        if module.endswith(".base_layer") and not (leaf == "bias" and self._config.bias != "none"):
+            reason = self._explain_base_layer(module.removesuffix(".base_layer"), leaf, info)
         elif path.endswith("original_module") or ".original_module." in path:
             reason = "copy of a base weight; not part of ΔW"
         elif "trainable_tokens_delta" in path:
@@ -248,6 +249,9 @@ class _Matching:
             self._refusals.setdefault(f"{module} is stored as a full copy (modules_to_save)", None)
         elif leaf == "bias" and self._config.bias != "none":
             reason = f"trained bias of the base (bias={self._config.bias!r}); kept in the stored file"
+        elif path.startswith("v_head.") and not self._stands_beside(path):
+            reason = "value head of TRL, which is no part of the model that is adapted; PEFT does not load it"
+            self._warnings.append(f"{info.name} is of TRL's value head, which PEFT does not load, and is ignored.")
         elif leaf in ("weight", "bias") and self._replaces_base(module, info):
             # PEFT hands them to load_state_dict as they are
             reason = "full weight, saved for instance after the vocabulary was resized; kept in the stored file"
@@ -259,10 +263,27 @@ class _Matching:
                 self._beside.append(info.name)
         self._ignored.append(IgnoredKey(info.name, reason))
 
+    def _explain_base_layer(self, adapted: str, leaf: str, info: TensorInfo) -> str:
+        """Of a weight that stands where PEFT keeps a layer that it adapts, which it is loaded into if there is one."""
+        parts = self._parts.get(adapted)
+        if parts is None or leaf not in ("weight", "bias") or not self._has_prefix(info):
+            self._warnings.append(f"{info.name} is a weight of the base that PEFT does not load, and is ignored.")
+            return "weight of the base where no adapted layer is; PEFT does not load it"
+        if "lora_embedding_A" not in parts.tensors and adapted.rpartition(".")[2] not in _SAVED_ALONG:
+            self._replaced.append(f"{adapted}.base_layer.{leaf}")
+            return "full weight of an adapted layer, which PEFT loads into the base; kept in the stored file"
+        self._warnings.append(
+            f"{info.name} is a copy of a base weight of shape {info.shape}. Where the vocabulary was resized, "
+            "the base must be resized in the same way to use this adapter."
+        )
+        return "copy of a base weight that PEFT saved along with an adapted embedding; not part of ΔW"
+
+    def _has_prefix(self, info: TensorInfo) -> bool:
+        return PREFIX in info.name or self._prefixes == {0}
+
     def _replaces_base(self, module: str, info: TensorInfo) -> bool:
         """Whether PEFT would load it into the base model: it has the factors' prefix and is of no adapted module."""
-        prefixed = PREFIX in info.name or self._prefixes == {0}
-        return prefixed and module not in self._parts and ".lora_" not in f".{module}"
+        return self._has_prefix(info) and module not in self._parts and ".lora_" not in f".{module}"
 
     def _stands_beside(self, path: str) -> bool:
         """Whether it is below an adapted module, or has the name of another adapter's tensor: B·A is then not all."""
@@ -328,9 +349,12 @@ class _Matching:
             self._warnings.append(f"The pattern {key[:80]!r} of rank_pattern or alpha_pattern matches no module.")
         unselected = [path for path in paths if not self._config.selection.selects(path)]
         if unselected:
-            self._warnings.append(
-                f"{len(unselected)} modules are not selected by target_modules and its exceptions, for instance "
-                f"{unselected[0]!r}; stock PEFT would not load them."
+            more = ", …" if len(unselected) > MAX_FINDINGS else ""
+            listed = ", ".join(map(repr, unselected[:MAX_FINDINGS])) + more
+            self._warnings.insert(
+                0,
+                f"{len(unselected)} {UNSELECTED} and its exceptions; stock PEFT would not load them, a merge takes "
+                f"them: {listed}.",
             )
 
 

@@ -22,6 +22,7 @@ from artifacts.errors import (
     ShapeMismatch,
 )
 from artifacts.manifest import AdapterManifest, LoraModule
+from artifacts.peft_keys import UNSELECTED
 from merge.catalog import MergeMethod, find_method
 from merge.convertible import CONVERTIBLE
 from merge.options import MergeOptions
@@ -34,7 +35,8 @@ UNKNOWN_BASE = "unknown"
 
 @dataclass(frozen=True, slots=True)
 class MergeInput:
-    """One adapter of a merge. `digest` is its weights digest, `method` its kind (lora, rslora, dora …)."""
+    """One adapter of a merge. `digest` is its weights digest, `method` its kind (lora, rslora, dora …), `doubts` what
+    its upload was warned of that the merged adapter inherits."""
 
     id: str
     name: str
@@ -45,6 +47,7 @@ class MergeInput:
     refusal: str | None
     base: BaseModelRef
     weight: float = 1.0
+    doubts: tuple[str, ...] = ()
 
     @classmethod
     def of(
@@ -61,6 +64,7 @@ class MergeInput:
             refusal=manifest.refusal,
             base=base or BaseModelRef.named(UNKNOWN_BASE),
             weight=weight,
+            doubts=tuple(text for text in manifest.report.warnings if UNSELECTED in text),
         )
 
 
@@ -122,6 +126,7 @@ def plan_merge(inputs: Sequence[MergeInput], method: str, options: MergeOptions)
     modules, dropped = _align(inputs, weights, options)
     if dropped:
         warnings.append(f"{len(dropped)} modules that not every adapter has were left out: {_some(dropped)}.")
+    warnings += [f"not_selected: adapter {item.name!r}: {text}" for item in inputs for text in item.doubts]
     warnings += _coverage_warnings(inputs, modules)
     warnings += _padding_warnings(modules, row, options)
     return MergePlan(

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 from artifacts.formats.modules import PAIR_ROLES, is_lora, type_of
 from artifacts.formats.resolution import Stem
-from artifacts.formats.roles import part_of
+from artifacts.formats.roles import ALPHA, part_of
 
 _FULL = ("weight", "bias")
+MAX_NAMES = 20
 
 
 def is_adapted(stem: Stem) -> bool:
@@ -42,9 +43,17 @@ def besides(
         reasons.append(f"{len(beside)} tensors stand beside factors and are not understood: {beside[0]!r}")
     if full:
         reasons.append(f"{len(full)} weights of the base are stored in full, for instance {full[0]!r}")
-    if loose:
-        warnings.append(f"{len(loose)} tensors are no part of an adapter and are ignored, for instance {loose[0]!r}.")
+    alphas = [key for key in loose if (part := part_of(key)) is not None and part.role == ALPHA]
+    others = [key for key in loose if (part := part_of(key)) is None or part.role != ALPHA]
+    if alphas:
+        warnings.append(f"{len(alphas)} alphas stand without factors and are ignored: {_listed(alphas)}.")
+    if others:
+        warnings.append(f"{len(others)} tensors are no part of an adapter and are ignored: {_listed(others)}.")
     return tuple(reasons), tuple(warnings)
+
+
+def _listed(keys: Sequence[str]) -> str:
+    return ", ".join(map(repr, keys[:MAX_NAMES])) + (", …" if len(keys) > MAX_NAMES else "")
 
 
 def _is_below(name: str, adapted: set[str]) -> bool:

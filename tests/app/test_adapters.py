@@ -11,6 +11,9 @@ from typing import Any
 
 import httpx
 
+from merge.plan import MergeInput
+from storage import adapters
+
 
 def test_upload_of_a_peft_directory_is_201_and_shows_everything(server: Any, adapter_files: Any) -> None:
     files = adapter_files()
@@ -232,3 +235,16 @@ def test_a_registered_base_model_is_linked_by_name_or_id(server: Any, adapter_fi
         assert body["base_model"] == "acme/tiny-llm"
     by_id = server.client.get("/adapters", params={"base_model": model["id"]}).json()
     assert len(by_id["items"]) == 3
+
+
+def test_factors_that_peft_would_not_load_are_named_in_every_answer_and_to_a_merge(
+    server: Any, adapter_files: Any
+) -> None:
+    files = adapter_files(config={"target_modules": ["q_proj"]})
+    body = server.upload(files.parts()).json()
+    (told,) = (text for text in body["report"]["warnings"] if "target_modules" in text)
+    assert "'model.layers.0.self_attn.v_proj'" in told
+    assert told in server.client.get(f"/adapters/{body['id']}").json()["report"]["warnings"]
+    with server.services.database.read() as session:
+        stored = adapters.manifest_of(adapters.get_adapter(session, body["id"]))
+    assert MergeInput.of(stored, body["id"], "one", None).doubts == (told,)

@@ -8,7 +8,7 @@ import pytest
 
 from artifacts.errors import FileBroken, FormatUnknown
 from artifacts.peft_config import parse_config
-from artifacts.peft_keys import KeyMatch, match_keys
+from artifacts.peft_keys import UNSELECTED, KeyMatch, match_keys
 from artifacts.safetensors_header import read_header
 
 Tensors = dict[str, tuple[str, list[int]]]
@@ -233,7 +233,13 @@ def test_bias_where_none_can_be(match: Match, pairs: Callable[..., Tensors], rol
         ("score.dense.bias", [8], {"modules_to_save": ["score"]}, "full copy", "score.dense"),
         ("head.modules_to_save.default.weight", [2, 8], {}, "full copy", "modules_to_save"),
         ("head.original_module.weight", [2, 8], {}, "copy of a base weight", None),
-        ("embed_tokens.base_layer.weight", [50, 8], {}, "copy of a base weight", None),
+        ("embed_tokens.base_layer.weight", [50, 8], {}, "where no adapted layer is; PEFT does not load it", None),
+        ("model.q_proj.base_layer.base_layer.weight", [6, 8], {}, "where no adapted layer is", None),
+        ("model.q_proj.base_layer.weight", [6, 8], {}, "full weight of an adapted layer", "q_proj.base_layer.weight"),
+        ("model.q_proj.base_layer.bias", [6], {}, "full weight of an adapted layer", "q_proj.base_layer.bias"),
+        ("model.q_proj.base_layer.bias", [6], {"bias": "all"}, "trained bias", None),
+        ("v_head.summary.weight", [1, 8], {}, "value head of TRL", None),
+        ("v_head.summary.weight", [1, 8], {"modules_to_save": ["v_head"]}, "full copy", "v_head"),
         ("lm_head.weight", [5000, 8], {}, "full weight", "lm_head"),
         ("model.norm.weight", [8], {}, "full weight", "model.norm.weight is stored in full, which replaces"),
         ("model.layers.0.k_proj.bias", [6], {}, "full weight", "model.layers.0.k_proj.bias"),
@@ -294,12 +300,50 @@ def test_modules_and_patterns_that_peft_would_pass_over_are_reported(
     assert any("'model.o_proj'" in warning and "not selected" in warning for warning in found.warnings)
 
 
+def test_modules_that_peft_would_not_load_are_named_first_among_the_warnings(
+    match: Match, pairs: Callable[..., Tensors]
+) -> None:
+    paths = [f"model.{letter}_proj" for letter in "abcdefghijklmnopqrstuvw"]
+    odd: Tensors = {f"{PREFIX}odd.{number}": ("F32", [1]) for number in range(60)}
+    found = match(pairs(*paths) | odd, target_modules=["q_proj", "r_proj"])
+    assert found.warnings[0].startswith(f"21 {UNSELECTED} and its exceptions; stock PEFT would not load them, a merge")
+    assert all(f"'{path}'" in found.warnings[0] for path in paths[:16])
+    assert found.warnings[0].endswith("'model.v_proj', ….")
+    assert "'model.q_proj'" not in found.warnings[0]
+
+
 def test_what_has_not_the_prefix_of_the_factors_is_nothing_that_peft_loads(
     match: Match, pairs: Callable[..., Tensors]
 ) -> None:
     found = match(pairs("model.q_proj", "model.v_proj") | {"v_head.summary.weight": ("F32", [1, 8])})
     assert found.refusals == ()
-    assert found.warnings == ("v_head.summary.weight is not part of a LoRA adapter and is ignored.",)
+    assert found.warnings == (
+        "v_head.summary.weight is of TRL's value head, which PEFT does not load, and is ignored.",
+    )
+
+
+@pytest.mark.parametrize(("path", "embedding"), [("model.embed_tokens", True), ("wte", True), ("lm_head", False)])
+def test_weights_that_peft_saves_along_with_an_adapted_embedding_are_copies(
+    match: Match, pairs: Callable[..., Tensors], path: str, embedding: bool
+) -> None:
+    tensors = pairs("model.q_proj") if embedding else pairs("model.q_proj", path)
+    if embedding:
+        tensors[f"{PREFIX}{path}.lora_embedding_A"] = ("F32", [4, 50])
+        tensors[f"{PREFIX}{path}.lora_embedding_B"] = ("F32", [8, 4])
+    tensors[f"{PREFIX}{path}.base_layer.weight"] = ("F32", [50, 8])
+    found = match(tensors, target_modules=["q_proj", path])
+    assert found.refusals == ()
+    (entry,) = found.ignored
+    assert entry.reason.startswith("copy of a base weight that PEFT saved along")
+    assert any("the base must be resized in the same way" in warning for warning in found.warnings)
+
+
+def test_a_value_head_with_factors_of_its_own_is_adapted_and_its_weight_stands_beside_them(
+    match: Match, pairs: Callable[..., Tensors]
+) -> None:
+    tensors = pairs("model.q_proj", "v_head.summary") | {f"{PREFIX}v_head.summary.weight": ("F32", [1, 8])}
+    (reason,) = match(tensors, target_modules=["q_proj", "summary"]).refusals
+    assert "stand beside factors" in reason
 
 
 def test_several_weights_of_the_base_are_one_reason(match: Match, pairs: Callable[..., Tensors]) -> None:

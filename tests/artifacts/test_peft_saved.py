@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from artifacts.intake import inspect
@@ -109,3 +110,33 @@ def test_what_is_stored_but_not_merged(tmp_path: Path, fields: dict[str, Any], m
     assert not any("not part of a LoRA adapter" in entry.reason for entry in report.ignored)
     if "target_parameters" not in fields:
         assert [module.path for module in manifest.modules] == sorted(path for path, _ in adapted(model))
+
+
+@pytest.mark.parametrize(
+    ("key", "loaded"),
+    [
+        ("layers.0.q_proj.base_layer.weight", True),
+        ("layers.0.q_proj.base_layer.bias", True),
+        ("layers.0.v_proj.weight", True),
+        ("layers.0.v_proj.base_layer.weight", False),
+        ("v_head.summary.weight", False),
+    ],
+)
+def test_weights_beside_the_factors_keep_from_merging_what_peft_loads_them_into(
+    tmp_path: Path, key: str, loaded: bool
+) -> None:
+    save(tmp_path, target_modules=["q_proj"])
+    weights = tmp_path / "adapter_model.safetensors"
+    shape = (6,) if key.endswith("bias") else (10, 6) if "v_proj" in key else (6, 8)
+    save_file({**load_file(weights), f"base_model.model.{key}": torch.full(shape, 7.0)}, weights)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PEFT warns that the toy model has no configuration of transformers
+        model = PeftModel.from_pretrained(Tiny(), str(tmp_path))
+    state = model.base_model.model.state_dict()
+    assert (key in state and bool((state[key] == 7).all())) == loaded
+    manifest = inspect(tmp_path)
+    assert manifest.mergeable != loaded
+    (verdict,) = (item for item in manifest.keys if item.key.endswith(key))
+    assert verdict.use == ("kept" if loaded else "ignored")
+    assert loaded or "PEFT does not load it" in verdict.note
+    assert key in (manifest.refusal or "") or not loaded

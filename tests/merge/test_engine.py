@@ -17,10 +17,12 @@ from torch import Tensor, nn
 from artifacts.adapter import Adapter
 from artifacts.errors import DiskFull, MergeRefused, ReloadMismatch
 from artifacts.export import PeftWriter
+from artifacts.intake import inspect
 from artifacts.layout import LINEAGE_KEY
 from merge.catalog import METHODS, parse_parameters
 from merge.comparison import Candidate, compare_files
 from merge.engine import merge_files
+from merge.plan import MergeInput
 from merge.reload import TOLERANCE, Probe, check_reload
 
 PATH = "layers.0.proj"
@@ -367,3 +369,15 @@ def test_the_report_is_json(write_adapter: Write, merge: Any) -> None:
     assert zero["energy_kept"] is None
     assert any(warning.startswith("zero_delta") for warning in document["warnings"])
     assert document["total"]["interference"][0][0] == 1.0
+
+
+def test_what_peft_would_not_load_of_an_adapter_is_told_in_the_report(
+    tmp_path: Path, write_adapter: Callable[..., Path]
+) -> None:
+    factors = {path: (torch.ones(2, 6), torch.ones(8, 2)) for path in ("layers.0.q_proj", "layers.0.o_proj")}
+    sources = [write_adapter("one", factors, target_modules=["q_proj"]), write_adapter("two", factors)]
+    inputs = [(MergeInput.of(inspect(path), path.name, path.name, None), path) for path in sources]
+    report = merge_files(inputs, "cat", parse_parameters("cat", {}), tmp_path / "out").to_dict()
+    (told,) = (text for text in report["warnings"] if text.startswith("not_selected"))
+    assert told.startswith("not_selected: adapter 'one': 1 modules are not selected by target_modules")
+    assert "'layers.0.o_proj'" in told
