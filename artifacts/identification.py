@@ -26,6 +26,9 @@ class Identification:
 _PEFT = Identification("peft", "a PEFT LoRA file")
 _ADALORA = Identification("adalora", "an AdaLoRA file")
 _LOWERCASE = Identification("lora-lowercase", "an MLX or torchtune LoRA")
+_TEXT_ENCODER = Identification("text-encoder", "a LoRA of a text encoder under a name that is not read")
+_ENCODER_NAME = re.compile(r"(text_encoders\.\w+|te\d?)\.")
+"""How ComfyUI and trainers after it begin the names of text encoders; those that are read are known before."""
 _BARE = Identification("lora-bare", "a LoRA file without PEFT's prefix")
 _READERS = {reader.name: Identification(reader.name, reader.description) for reader in READERS} | {"bare": _BARE}
 _PLACES = tuple((reader.place, reader.name) for reader in READERS)
@@ -98,18 +101,28 @@ def _family(stem: str, role: str, key: str) -> str | None:
     stem = stem.removeprefix("module.")
     for place, name in _PLACES:
         if place(stem, role) is not None:
+            if name == "bare" and _ENCODER_NAME.match(stem):
+                return _TEXT_ENCODER.name
             lowercase = name == "bare" and role in (A, B, A_T, B_T) and (".lora_a" in key or ".lora_b" in key)
             return "lora-lowercase" if lowercase else name
     return None
 
 
 def _of_families(found: Counter[str]) -> Identification:
-    named = {**_READERS, "peft": _PEFT, "adalora": _ADALORA, "lora-lowercase": _LOWERCASE}
+    named = {
+        **_READERS,
+        "peft": _PEFT,
+        "adalora": _ADALORA,
+        "lora-lowercase": _LOWERCASE,
+        "text-encoder": _TEXT_ENCODER,
+    }
     if "adalora" in found:
         return _ADALORA
     families = set(found) - {"lora-lowercase"}
     if "onetrainer" in families:
         families.discard("kohya")  # its text encoders carry kohya's names
+    if len(families) > 1 and _TEXT_ENCODER.name in families:
+        families = families - {_TEXT_ENCODER.name} | {"bare"}
     if len(families) > 1:
         names = " and ".join(sorted(named[name].description for name in families))
         return Identification("mixed", f"{names} in one file")

@@ -277,6 +277,12 @@ def _component_configs(document: Mapping[str, Any]) -> dict[str, PeftLoraConfig]
 def _unknown(header: SafetensorsHeader, error: FormatUnknown) -> ConfigRefused | FormatUnknown:
     """The reason in words for a file that no reader understands."""
     layout = identify(header)
+    if layout.name == "text-encoder":
+        return FormatUnknown(
+            f"{layout.sentence[0].upper()}{layout.sentence[1:-1]}: its first key is {next(iter(header.tensors))!r}.",
+            hint="Text encoders are read that ComfyUI calls clip_l, clip_g, clip_h and t5xxl. Save others with PEFT, "
+            "under the names that their own model has.",
+        )
     if layout.name in ("peft", "lora-bare", "lora-lowercase", "adalora"):
         return ConfigRefused(
             f"{CONFIG_NAME} is missing, and the file has no {METADATA_KEY} in its metadata.",

@@ -35,6 +35,11 @@ def header(*keys: str) -> SafetensorsHeader:
         ("layers.0.attention.qkv.lora_A.weight", "lora-bare"),
         ("model.layers.0.self_attn.q_proj.lora_a", "mlx"),
         ("blocks.0.attn.lora_a", "lora-lowercase"),
+        ("text_encoders.qwen25_7b.transformer.model.layers.0.self_attn.q_proj.lora_A.weight", "text-encoder"),
+        ("te.model.layers.0.self_attn.q_proj.lora_down.weight", "text-encoder"),
+        ("te2.model.layers.0.self_attn.q_proj.lora_A.weight", "text-encoder"),
+        ("text_encoders.clip_l.transformer.text_model.encoder.layers.0.self_attn.q_proj.lora_A.weight", "comfy"),
+        ("tea.layers.0.q_proj.lora_A.weight", "lora-bare"),
         ("ip_adapter.1.to_k_ip.weight", "ip-adapter"),
         ("emb_params", "textual-inversion"),
         ("x.alpha", "alpha-only"),
@@ -60,3 +65,11 @@ def test_empty_and_mixed_files() -> None:
 
 def test_text_encoders_of_onetrainer_files_carry_kohya_names() -> None:
     assert identify(header("lora_te_x.lora_down.weight", "lora_transformer_y.lora_down.weight")).name == "onetrainer"
+
+
+def test_text_encoders_beside_other_names_are_names_without_a_prefix() -> None:
+    encoder = "te.model.layers.0.self_attn.q_proj.lora_A.weight"
+    assert identify(header(encoder, "model.blocks.0.q.lora_A.weight")).name == "lora-bare"
+    mixed = identify(header(encoder, "diffusion_model.blocks.0.self_attn.q.lora_A.weight"))
+    assert mixed.name == "mixed"
+    assert "a ComfyUI or ai-toolkit LoRA" in mixed.description

@@ -145,3 +145,17 @@ def test_other_types_are_stored_without_description(peft_directory: Make) -> Non
 def test_other_types_without_tensors(peft_directory: Make) -> None:
     with pytest.raises(RankwiseError, match="no tensors"):
         read_layout(peft_directory({}, peft_type="LOHA"))
+
+
+@pytest.mark.parametrize("start", ["text_encoders.qwen25_7b.transformer.", "te.", "te1."])
+def test_text_encoders_under_names_that_are_not_read_are_called_so(
+    tmp_path: Path, write_tensors: Callable[..., Path], pairs: Callable[..., Any], start: str
+) -> None:
+    path = write_tensors(
+        tmp_path / "te.safetensors", pairs("model.layers.0.self_attn.q_proj", prefix=start, d_in=64, d_out=64)
+    )
+    with pytest.raises(FormatUnknown) as caught:
+        read_layout(path)
+    assert "a LoRA of a text encoder under a name that is not read" in caught.value.detail
+    assert f"'{start}model.layers.0.self_attn.q_proj.lora_A.weight'" in caught.value.detail
+    assert "clip_l, clip_g, clip_h and t5xxl" in str(caught.value.hint)
