@@ -15,6 +15,7 @@ from app.cli.adapter_summary import summary
 from app.cli.client import Client, ProblemError
 from app.cli.compatibility import compatibility
 from app.cli.importing import import_adapter
+from app.cli.job_reports import conversion_fields
 from app.cli.jobs import conclude
 from app.cli.made_again import show_recipe
 from app.cli.options import AdapterId, Cursor, Json, Limit, stem
@@ -352,10 +353,8 @@ def convert(
 
 
 def _show_conversion(job: dict[str, Any]) -> None:
-    report = job["result"]["report"]
-    shown = {key: report[key] for key in ("from", "to", "rank", "exact", "relative_error")}
     made = [*job["result"]["adapters"], *job["result"].get("models", [])]
-    stdout().print(fields(" on ".join(made), shown))
+    stdout().print(fields(" on ".join(made), conversion_fields(job["result"]["report"])))
 
 
 @app.command("recipe")

@@ -7,8 +7,9 @@ from typing import Annotated, Any
 import typer
 
 from app.cli.client import Client
+from app.cli.job_reports import print_load_check
 from app.cli.options import AdapterId, Json
-from app.cli.output import fields, print_json, stdout, table
+from app.cli.output import print_json, stdout, table
 from app.cli.progress import require_success, watch
 
 
@@ -37,7 +38,7 @@ def compatibility(
     if as_json:
         print_json(found)
     elif load:
-        stdout().print(fields(f"{engine}: {found['verdict']}", _summary(found)))
+        print_load_check(stdout(), found)
     else:
         rows = [(item["level"], item["rule"], item["message"], item["remedy"]) for item in found["findings"]]
         title = f"{engine} {'loads' if found['loads'] else 'does not load'} it"
@@ -51,22 +52,3 @@ def _loaded(client: Client, adapter: str, wanted: dict[str, str | None]) -> dict
     job = require_success(watch(client, client.post(f"/adapters/{adapter}/load-check", body)["id"]))
     report: dict[str, Any] = job["result"]["report"]
     return report
-
-
-def _summary(report: dict[str, Any]) -> dict[str, Any]:
-    """The fields of a check's report that a person looks for first."""
-    base = report["base_model"]
-    built = "layers of the adapter's own sizes" if base["built_from"] == "skeleton" else base["class"]
-    shown: dict[str, Any] = {"loaded into": f"{base['name']} ({built})" if base["name"] else built}
-    if report["refusal"] is not None:
-        shown["refused"] = f"{report['refusal']['type']}: {report['refusal']['message']}"
-    else:
-        modules, scaling = report["modules"], report["scaling"]
-        shown["modules with their numbers"] = f"{modules['loaded']} of {modules['of_adapter']}"
-        shown["not loaded"] = modules["not_loaded"] or None
-        shown["left out of the file"] = report["unexpected"]["names"] or None
-        shown["made up by the engine"] = report["missing"]["names"] or None
-        shown["rank and scaling"] = (
-            f"{scaling['compared'] - scaling['different']} of {scaling['compared']} as in the file"
-        )
-    return shown | {"it said": report["warnings"] or None}

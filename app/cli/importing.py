@@ -6,6 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
+from app.cli.job_reports import import_fields
 from app.cli.jobs import conclude
 from app.cli.options import Json
 from app.cli.output import fields, stdout
@@ -44,10 +45,7 @@ def import_adapter(
 
 
 def _show_import(job: dict[str, Any]) -> None:
-    report = job["result"]["report"]
-    shown = {key: report[key] for key in ("format", "method", "modules", "used_keys", "ignored_keys", "warnings")}
-    shown["revision"] = report["source"].get("revision")
-    stdout().print(fields(job["result"]["adapters"][0], shown))
+    stdout().print(fields(job["result"]["adapters"][0], import_fields(job["result"]["report"])))
 
 
 def place_of(source: str, hub: dict[str, str | None]) -> dict[str, Any]:

@@ -3,31 +3,18 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 
 from app.cli.client import Client
-from app.cli.compose_report import print_compose_report
+from app.cli.job_reports import REPORTS
 from app.cli.options import Cursor, JobId, Json, Limit
 from app.cli.output import duration, fields, moment, note, note_more, print_json, size, stdout, table
 from app.cli.progress import require_success, watch
-from app.cli.reports import print_comparison, print_report
-from app.cli.train_report import print_train_report
-from app.cli.transfer_report import print_transfer_report
 
 app = typer.Typer(help="Jobs: list, look at, follow, read the logs, cancel, retry.", no_args_is_help=True)
-
-_REPORTS: Mapping[str, Callable[[Console, dict[str, Any]], None]] = {
-    "train": print_train_report,
-    "compose": print_compose_report,
-    "compare": print_compose_report,
-    "merge_compare": print_comparison,
-    "transfer": print_transfer_report,
-}
-"""How the report of a kind is printed."""
 
 
 def summary(job: dict[str, Any]) -> dict[str, Any]:
@@ -60,7 +47,10 @@ def show(job: dict[str, Any]) -> None:
     stdout().print(fields(job["id"], summary(job)))
     report = (job.get("result") or {}).get("report")
     if report:
-        _REPORTS.get(job["kind"], print_report)(stdout(), report)
+        if job["kind"] in REPORTS:
+            REPORTS[job["kind"]](stdout(), report)
+        else:  # of a newer service
+            print_json(report)
 
 
 def conclude(

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from app.cli.job_reports import quantised_fields
 from app.cli.jobs import conclude
 from app.cli.made_again import show_recipe
 from app.cli.options import Cursor, Json, Limit
@@ -160,10 +161,7 @@ def quantize(
 
 
 def _show_quantised(job: dict[str, Any]) -> None:
-    report = job["result"]["report"]
-    shown = ("matrices", "bits_per_weight", "packed_bytes", "dense_bytes", "relative_error")
-    alone = {"without low-rank part": report["relative_error_of_quantising_alone"]}
-    stdout().print(fields(job["result"]["models"][0], {key: report[key] for key in shown} | alone))
+    stdout().print(fields(job["result"]["models"][0], quantised_fields(job["result"]["report"])))
 
 
 @app.command("remove")

@@ -6,6 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
+from app.cli.job_reports import push_fields
 from app.cli.jobs import conclude
 from app.cli.options import AdapterId, Json
 from app.cli.output import fields, stdout
@@ -40,9 +41,7 @@ def push_adapter(
 
 def _show_push(job: dict[str, Any]) -> None:
     report = job["result"]["report"]
-    shown = dict(report.get("hub") or report["oci"])
-    shown |= {"relative error": report["relative_error"], "files": [file["path"] for file in report["files"]]}
-    stdout().print(fields(report["adapter"], shown))
+    stdout().print(fields(report["adapter"], push_fields(report)))
 
 
 def target_of(target: str, hub: dict[str, Any]) -> dict[str, Any]:
