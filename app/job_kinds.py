@@ -23,7 +23,7 @@ from app.schemas.common import as_json
 from app.schemas.compose import CompareParams, ComposeParams
 from app.schemas.conversion import ConvertParams
 from app.schemas.imports import ImportParams
-from app.schemas.load_checks import LoadCheckParams
+from app.schemas.load_checks import LONGEST_SECONDS, LoadCheckParams
 from app.schemas.merge import CompareMergesParams, MergeParams
 from app.schemas.pushes import PushParams
 from app.schemas.quantize import QuantizeParams
@@ -68,11 +68,13 @@ class JobKind:
     Attributes:
         confidential: which part of the parameters (a JSON pointer) goes with confidential inputs, if one does: only the
             kind's own call takes them.
+        timeout_seconds: longest run of one attempt where none is asked for; None: any.
     """
 
     params: type[BaseModel]
     check: Callable[[Settings, Session, Any, int], str | TransferPlan | None]
     confidential: Callable[[Any], str | None] = lambda _: None
+    timeout_seconds: float | None = None
 
 
 def check_submission(
@@ -100,6 +102,8 @@ def check_submission(
             f"there is no job kind {kind[:40]!r}", errors=[FieldError("/kind", f"must be one of: {known}")]
         )
     asked = as_json(parse_part(Resources, resources, "/resources"), exclude_none=True)
+    if found.timeout_seconds is not None:
+        asked.setdefault("timeout_seconds", found.timeout_seconds)
     capacity.check_devices(session, settings, kind, asked)
     request = parse_part(found.params, params, "/params")
     confidential = found.confidential(request)
@@ -128,7 +132,8 @@ JOB_KINDS: Mapping[str, JobKind] = MappingProxyType(
         "convert": JobKind(ConvertParams, check_convert),
         "import": JobKind(ImportParams, check_import),
         "push": JobKind(PushParams, check_push),
-        "load_check": JobKind(LoadCheckParams, check_load),
+        # a library matches the expressions of a foreign configuration, which may take for ever
+        "load_check": JobKind(LoadCheckParams, check_load, timeout_seconds=LONGEST_SECONDS),
         "compose": JobKind(ComposeParams, check_compose),
         "compare": JobKind(CompareParams, check_compare),
         "quantize": JobKind(QuantizeParams, check_quantize),

@@ -43,7 +43,7 @@ async def check_loading(
         principal,
         "load_check",
         {"adapter": adapter_id, **as_json(body, exclude={"resources"})},
-        body.bounded_resources,
+        body.resources,
         idempotency_key,
         subject=lambda session: adapters.get_adapter(session, adapter_id),
     )

@@ -39,9 +39,3 @@ class LoadCheckRequest(LoadCheck):
     resources: Resources | None = Field(
         None, description=f"Unless timeout_seconds is set, the attempt ends after {LONGEST_SECONDS:g} s."
     )
-
-    @property
-    def bounded_resources(self) -> Resources:
-        """With an end: the library matches the expressions of a foreign configuration, which may take for ever."""
-        asked = self.resources or Resources()
-        return asked.model_copy(update={"timeout_seconds": asked.timeout_seconds or LONGEST_SECONDS})

@@ -34,6 +34,17 @@ def test_a_submission_is_as_it_will_be_stored(server: Any, two_adapters: list[st
 
 
 @pytest.mark.parametrize(
+    ("asked", "seconds"), [({}, 600), ({"timeout_seconds": None}, 600), ({"timeout_seconds": 5.0}, 5)]
+)
+def test_a_load_check_has_an_end_whichever_road_makes_it(
+    server: Any, two_adapters: list[str], asked: dict[str, Any], seconds: float
+) -> None:
+    found = submit(server, "load_check", {"adapter": two_adapters[0], "engine": "peft"}, asked)
+    assert found.resources == {"timeout_seconds": seconds}
+    assert submit(server, "load_check", found.params, found.resources) == found
+
+
+@pytest.mark.parametrize(
     ("kind", "changes", "resources", "pointer"),
     [
         ("bake", {}, {}, "/kind"),
