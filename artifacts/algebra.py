@@ -26,13 +26,14 @@ def gram(stack: Tensor, *, columns: bool = False) -> Tensor:
     """(n, n) float64 inner products of the rows (or columns) of a stack, computed in the stack's own precision."""
     X = stack.T if columns else stack
     n = X.shape[0]
-    half = n // 2
-    # A Gram matrix is symmetric: one of its four blocks is never computed.
-    upper, corner = torch.mm(X[:half], X.T), torch.mm(X[half:], X[half:].T)
     result = torch.empty(n, n, dtype=torch.float64, device=X.device)
-    result[:half] = upper
-    result[half:, half:] = corner
-    result[half:, :half] = upper[:, half:].T
+    # A Gram matrix is symmetric: of its blocks, those below the diagonal are never computed.
+    step = max(-(-n // (4 if n >= 64 else 2)), 1)
+    for first in range(0, n, step):
+        last = first + step
+        rows = torch.mm(X[first:last], X[first:].T)
+        result[first:last, first:] = rows
+        result[first:, first:last] = rows.T
     return result
 
 
