@@ -112,17 +112,25 @@ def raw_factors(stack: Stack) -> tuple[list[Tensor], list[Tensor], Tensor]:
 
     Those of a scaling of 0 come back as zeros: nothing of them is left in a stack.
     """
-    all_A, all_B, scalings = [], [], []
+    all_A, all_B = own_factors(stack)
+    scalings = torch.stack([stack.scalings[own[0]] for _, own in stack.members])
+    for A, B, scaling in zip(all_A, all_B, scalings.tolist(), strict=True):
+        unfold = abs(scaling) ** -0.5 if scaling else 0.0
+        A.mul_(unfold)
+        B.mul_(unfold if scaling > 0 else -unfold)
+    return all_A, all_B, scalings
+
+
+def own_factors(stack: Stack) -> tuple[list[Tensor], list[Tensor]]:
+    """Copies of the owners' A's (rᵢ, d_in) and transposed B's (rᵢ, d_out), scalings folded in, in file order."""
+    all_A, all_B = [], []
     # transposed once, as a whole: columns one by one would read all of B for every owner
     transposed = stack.B.T.contiguous()
     for _, own in stack.members:
         rows = own[stack.places[own].argsort()]
-        scaling = float(stack.scalings[rows[0]])
-        unfold = abs(scaling) ** -0.5 if scaling else 0.0
-        all_A.append(stack.A[rows] * unfold)
-        all_B.append(transposed[rows] * (unfold if scaling > 0 else -unfold))
-        scalings.append(scaling)
-    return all_A, all_B, torch.tensor(scalings, dtype=torch.float64, device=stack.A.device)
+        all_A.append(stack.A[rows])
+        all_B.append(transposed[rows])
+    return all_A, all_B
 
 
 def _combined(stack: Stack, options: MergeOptions, combine_A: Combine, combine_B: Combine) -> MergedModule:

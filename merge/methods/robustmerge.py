@@ -11,7 +11,7 @@ from torch import Tensor
 
 from artifacts.algebra import core_svd, gram, truncated_factors
 from merge import rules
-from merge.methods.factorwise import padded, raw_factors
+from merge.methods.factorwise import own_factors, padded
 from merge.peer_options import RobustMergeOptions, RobustMergeProductOptions
 from merge.result import MergedModule
 from merge.stack import Stack
@@ -46,13 +46,12 @@ def _pruned(
     stack: Stack, options: RobustMergeOptions | RobustMergeProductOptions
 ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
     """Pruned A's (rᵢ, d_in) and transposed B's (rᵢ, d_out), √|s| folded into either, and the scales zᵢ: (rᵢ,)."""
-    all_A, all_B, scalings = raw_factors(stack)
     pruned_A, pruned_B, scales = [], [], []
-    for A, B, scaling in zip(all_A, all_B, scalings.tolist(), strict=True):
-        root = abs(scaling) ** 0.5
+    # A folded scaling changes neither which entries of an adapter are its largest nor what part of a row they are.
+    for A, B in zip(*own_factors(stack), strict=True):
         kept = rules.trimmed(A, options.density)
-        pruned_A.append(kept * root)
-        pruned_B.append(rules.trimmed(B, options.density) * (root if scaling >= 0 else -root))
+        pruned_A.append(kept)
+        pruned_B.append(rules.trimmed(B, options.density))
         scales.append(component_scales(A, kept, options.tail))
     return pruned_A, pruned_B, scales
 
