@@ -85,8 +85,8 @@ def parts_floor(count: int, rank: int, layers: int) -> float:
     """CPU seconds of what KnOTS can not do without: forming its parts once, and selecting the border of each."""
     import torch
 
-    from merge import rules
     from merge.memory import keep_freed_memory
+    from merge.methods.knots import trimming
     from merge.peer_options import KnotsOptions
     from merge.rows import DeltaRows
 
@@ -99,7 +99,7 @@ def parts_floor(count: int, rank: int, layers: int) -> float:
         passes = []
         for _ in range(4):  # the first compiles the loop, or loads it
             started = time.process_time()
-            rules.trimming(parts.each(), KnotsOptions().density, parts.entries)
+            trimming(parts, KnotsOptions().density)
             passes.append(time.process_time() - started)
         total += modules * min(passes)
     return total

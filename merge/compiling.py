@@ -11,7 +11,7 @@ import torch
 from merge import rules
 from merge.catalog import METHODS, parse_parameters
 from merge.kmeans import gram_kmeans
-from merge.methods import entrywise
+from merge.methods import entrywise, knots
 from merge.stack import Stack
 
 _SIDE, _RANK = 1056, 2
@@ -33,7 +33,7 @@ def compile_loops() -> None:
         scalings=torch.ones(2 * _RANK, dtype=torch.float64),
     ).ordered()
     for name, row in METHODS.items():
-        if row.implementation.startswith(entrywise.__name__):
+        if row.implementation.startswith((entrywise.__name__, knots.__name__)):
             row.load()(stack, parse_parameters(name, {}), _RANK)
     # random numbers that loops do not use themselves, and a row whose sizes short keys do not tell apart
     rules.dropped(torch.ones(1, 2, dtype=torch.float64), 0.5, 0)

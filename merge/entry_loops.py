@@ -108,6 +108,22 @@ def elected(X, lower, upper, votes, weights, shares, by_count, result):
 
 
 @compiled
+def form_elected(A, B, starts, lower, upper, votes, weights, shares, by_count, height, width, result):
+    """result (d_out, d_in) = `elected` of the blocks BᵢAᵢ, formed in tiles of this height and width and not kept."""
+    count, (d_out, d_in) = len(starts) - 1, result.shape
+    space, found = np.empty(count * height * width, A.dtype), np.empty(height * width, A.dtype)
+    for row in range(0, d_out, height):
+        rows = min(height, d_out - row)
+        for column in range(0, d_in, width):
+            columns = min(width, d_in - column)
+            blocks = space[: count * rows * columns].reshape(count, rows, columns)
+            form(A, B, starts, row, column, blocks)
+            flat, tile = blocks.reshape(count, rows * columns), found[: rows * columns]
+            elected(flat, lower, upper, votes, weights, shares, by_count, tile)
+            result[row : row + rows, column : column + columns] = tile.reshape(rows, columns)
+
+
+@compiled
 def add_product(B, A, X):
     """X (rows, columns) += B·A with B: (rows, terms) and A: (terms, columns), narrow: a few times COLUMNS at most."""
     rows, columns = X.shape

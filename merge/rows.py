@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from artifacts.errors import MergeRefused
-from merge import entry_loops
+from merge import entry_loops, rules
 from merge.panel import ROWS
 from merge.rules import compiled, kth_largest
 from merge.stack import Stack
@@ -32,6 +32,8 @@ WHOLE = 1 << 20
 """Entries up to which a matrix is taken as a whole."""
 SAMPLE = 1 << 16
 """Entries drawn to bracket an order statistic of a larger one."""
+BRACKETED, DRAWN = 1 << 17, 1 << 13
+"""Entries from which `kth_size` brackets the value, and about how many it draws for that."""
 MARGIN = 3.2
 """Half the width of a first bracket, in standard deviations of a sample's quantile: one in 700 misses."""
 
@@ -85,15 +87,34 @@ class DeltaRows:
         """The ΔWᵢ one after the other. The next overwrites it."""
         whole = self.A[0].new_empty(1, *self.shape)
         for A, B in zip(self.A, self.B, strict=True):
-            type(self)((A,), (B,))._form(0, 0, whole)
+            if compiled(A):
+                entry_loops.form(A.numpy(), B.numpy(), np.array([0, len(A)]), 0, 0, whole.numpy())
+            else:
+                torch.mm(B, A, out=whole[0])
             yield whole[0]
+
+    def elected(self, weights: Tensor, election: rules.Election, window: rules.Window | None) -> Tensor:
+        """(d_out, d_in) `rules.elected_sum` of the ΔWᵢ, formed in tiles and not kept."""
+        result = self.A[0].new_empty(self.shape)
+        if compiled(self.A[0]):
+            A, B, starts = self._stacked
+            of_weights, ones = rules.floats(weights, result), np.ones(len(self.A), np.float32)
+            height, width = self._tile_shape(whole_rows=False)
+            borders = rules.borders(len(self.A), result, window)
+            entry_loops.form_elected(
+                A, B, starts, *borders, ones, of_weights, ones, election == "frequency", height, width, result.numpy()
+            )
+            return result
+        for row, column, tile in self.tiles():
+            merged = rules.elected_sum(tile, weights, election, window)
+            result[row : row + tile.shape[1], column : column + tile.shape[2]] = merged
+        return result
 
     @cached_property
     def _form(self) -> Callable[[int, int, Tensor], None]:
         """What fills a tile with the entries from a row and a column on."""
         if compiled(self.A[0]):
-            A, B = torch.cat(self.A).numpy(), torch.cat(self.B, 1).numpy()
-            starts = np.cumsum([0, *(len(part) for part in self.A)])
+            A, B, starts = self._stacked
             return lambda row, column, tile: entry_loops.form(A, B, starts, row, column, tile.numpy())
 
         def form(row: int, column: int, tile: Tensor) -> None:
@@ -101,6 +122,12 @@ class DeltaRows:
                 torch.mm(B[row : row + rows.shape[0]], A[:, column : column + rows.shape[1]], out=rows)
 
         return form
+
+    @cached_property
+    def _stacked(self) -> tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.int64]]:
+        """(n, d_in) and (d_out, n) of all owners, and (N + 1,) where the components of each begin."""
+        starts = np.cumsum([0, *(len(part) for part in self.A)])
+        return torch.cat(self.A).numpy(), torch.cat(self.B, 1).numpy(), starts
 
     def _tile_shape(self, whole_rows: bool) -> tuple[int, int]:
         """Rows and columns. A device of its own has no use for tiles of a core's cache."""
@@ -167,6 +194,24 @@ def overflow() -> MergeRefused:
     return MergeRefused("The entries of ΔW overflow in the merge.", hint="Set compute_dtype to float64.")
 
 
+def kth_size(block: Tensor, k: int) -> float:
+    """The k-th largest |entry|, 1 ≤ k ≤ entries, exactly. A large block on a CPU is read once, and not copied.
+
+    Raises:
+        MergeRefused: an entry is NaN.
+    """
+    entries = block.numel()
+    if entries >= BRACKETED and k < entries and compiled(block):
+        # an odd step visits all columns
+        drawn = block.view(-1)[:: entries // DRAWN | 1].abs()
+        brackets = _Brackets.around([(0, k / entries)], _descending(_numbers(drawn[None])), MARGIN)
+        brackets.add(block.view(1, -1))
+        (found,) = brackets.kth([k])
+        if found is not None:
+            return found
+    return kth_largest(_numbers(block.abs().flatten()), k)
+
+
 @dataclass(slots=True, eq=False)
 class _Brackets:
     """What a pass has seen of some channels' |values|: how many lay above `high`, and those from `low` to `high`.
@@ -193,11 +238,12 @@ class _Brackets:
     def around(cls, places: Sequence[tuple[int, float]], sample: Tensor, margin: float) -> Self:
         """Of the values that a share of all is above, by (channel, share); `sample` is sorted, the largest first."""
         low, high = [], []
+        drawn = sample.shape[1]
         for channel, share in places:
-            half = margin * math.sqrt(share * (1 - share) / SAMPLE)
+            half = margin * math.sqrt(share * (1 - share) / drawn)
             upper, lower = share - half, share + half
-            high.append(float(sample[channel, int(upper * SAMPLE)]) if upper > 0 else float("inf"))
-            low.append(float(sample[channel, int(lower * SAMPLE)]) if lower < 1 else 0.0)
+            high.append(float(sample[channel, int(upper * drawn)]) if upper > 0 else float("inf"))
+            low.append(float(sample[channel, int(lower * drawn)]) if lower < 1 else 0.0)
         above, at_high, at_low, count = np.zeros((4, len(places)), np.int64)
         return cls(
             np.array([channel for channel, _ in places]),

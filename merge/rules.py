@@ -40,7 +40,7 @@ def weighted_sum(X: Tensor, weights: Tensor, window: Window | None = None) -> Te
     """Σ wᵢXᵢ."""
     if compiled(X):
         result = X.new_empty(X.shape[1:])
-        entry_loops.weighted_sum(_flat(X), *_borders(X, window), _floats(weights, X), result.view(-1).numpy())
+        entry_loops.weighted_sum(_flat(X), *borders(len(X), X, window), floats(weights, X), result.view(-1).numpy())
         return result
     total: Tensor = torch.tensordot(weights.to(X.dtype), window.of(X) if window else X, dims=1)
     return total
@@ -72,8 +72,10 @@ def elected(
     """
     if compiled(X):
         result = X.new_empty(X.shape[1:])
-        columns = (_floats(values, X) for values in (votes, weights, shares))
-        entry_loops.elected(_flat(X), *_borders(X, window), *columns, election == "frequency", result.view(-1).numpy())
+        columns = (floats(values, X) for values in (votes, weights, shares))
+        entry_loops.elected(
+            _flat(X), *borders(len(X), X, window), *columns, election == "frequency", result.view(-1).numpy()
+        )
         return result
     X = window.of(X) if window else X
     voted = X * _broadcast(votes, X)
@@ -92,14 +94,16 @@ def _flat(X: Tensor) -> NDArray[np.float32]:
     return X.view(len(X), -1).numpy()
 
 
-def _floats(values: Tensor, X: Tensor) -> NDArray[np.float32]:
+def floats(values: Tensor, X: Tensor) -> NDArray[np.float32]:
+    """As a compiled loop on X takes numbers of the blocks."""
     return values.to(X.dtype).numpy()
 
 
-def _borders(X: Tensor, window: Window | None) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+def borders(count: int, X: Tensor, window: Window | None) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """The borders of as many blocks as a compiled loop on X takes them."""
     if window:
-        return _floats(window.lower, X), _floats(window.upper, X)
-    return np.zeros(len(X), np.float32), np.full(len(X), np.inf, np.float32)
+        return floats(window.lower, X), floats(window.upper, X)
+    return np.zeros(count, np.float32), np.full(count, np.inf, np.float32)
 
 
 def _majority(votes: Tensor) -> Tensor:
@@ -202,7 +206,7 @@ def variance(X: Tensor, sizes: Tensor) -> Tensor:
     """Of sizesᵢXᵢ over the blocks, (…) of X: (N, …)."""
     if compiled(X):
         result = X.new_empty(X.shape[1:])
-        entry_loops.variance(_flat(X), _floats(sizes, X), result.view(-1).numpy())
+        entry_loops.variance(_flat(X), floats(sizes, X), result.view(-1).numpy())
         return result
     scaled = X * _broadcast(sizes, X)
     return (scaled - scaled.mean(0)).square_().mean(0)

@@ -7,6 +7,8 @@ From factors: with B = Q·T (T: n×n) the left basis comes from the n×n matrix 
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -15,7 +17,7 @@ from merge import rules
 from merge.core import one_sign
 from merge.peer_options import KnotsOptions
 from merge.result import MergedModule
-from merge.rows import DeltaRows
+from merge.rows import DeltaRows, kth_size
 from merge.rules import compiled
 from merge.stack import Stack
 
@@ -62,12 +64,20 @@ def _merged_parts(parts: DeltaRows, stack: Stack, options: KnotsOptions) -> Tens
 
 def _elected(parts: DeltaRows, weights: Tensor, options: KnotsOptions) -> Tensor:
     """TIES of parts that are never there together: forming a tile twice costs less than writing it and reading it."""
-    result = parts.A[0].new_empty(parts.shape)
-    window = rules.trimming(parts.each(), options.density, parts.entries)
-    for row, column, tile in parts.tiles():
-        merged = rules.elected_sum(tile, weights, options.majority_sign_method, window)
-        result[row : row + tile.shape[1], column : column + tile.shape[2]] = merged
-    return result
+    return parts.elected(weights, options.majority_sign_method, trimming(parts, options.density))
+
+
+def trimming(parts: DeltaRows, density: float) -> rules.Window | None:
+    """`rules.trimming` of parts that are there one at a time.
+
+    Raises:
+        MergeRefused: an entry is NaN, for the parts are too large for their dtype.
+    """
+    kept = rules.kept_count(density, parts.entries)
+    if not 0 < kept < parts.entries:
+        return rules.trimming(parts.each(), density, parts.entries)
+    lower = torch.tensor([kth_size(part, kept) for part in parts.each()])
+    return rules.Window(lower, torch.full_like(lower, math.inf))
 
 
 def _factored(stack: Stack, basis: Tensor, merged: Tensor, rank: int) -> MergedModule:

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from merge import rules
+from merge.rows import kth_size
 
 
 def dense(adapters: list[Any], weights: list[float], density: float, election: Any) -> Tensor:
@@ -81,3 +82,13 @@ def test_parts_in_tiles_are_the_parts(stack_of: Any, random_adapters: Any) -> No
     expected = rules.elected_sum(whole, weights, "total", rules.trimming(whole, 0.2, parts.entries))
     options = parse_parameters("knots", {"density": 0.2})
     assert torch.equal(knots._elected(parts, weights, options), expected)
+
+
+@pytest.mark.parametrize("k", [1, 2, 40_000, 139_999, 140_000])
+def test_the_border_of_a_large_block(k: int) -> None:
+    """Exact for numbers that differ, for ties, and where the columns that a sample visits are not like the others."""
+    block = torch.randn(40, 3500, generator=torch.Generator().manual_seed(0))
+    skewed = block.clone()
+    skewed.view(-1)[:: skewed.numel() // 2**13 | 1] *= 100
+    for case in (block, block.round(decimals=1), block * 0, skewed):
+        assert kth_size(case, k) == case.abs().flatten().sort(descending=True).values[k - 1]
