@@ -13,6 +13,7 @@ from starlette.responses import Response
 from starlette.types import Message
 
 from artifacts.errors import MalformedRequest, UnsupportedMedia
+from artifacts.json_objects import unique_members
 
 MAX_INTEGER = 2**63 - 1
 MAX_DEPTH = 64
@@ -28,7 +29,7 @@ def parse_json(body: bytes) -> Any:
     try:
         document = json.loads(
             body.decode("utf-8"),
-            object_pairs_hook=_unique,
+            object_pairs_hook=unique_members(_twice),
             parse_constant=_no_constant,
             parse_float=_finite,
             parse_int=_integer,
@@ -45,13 +46,8 @@ def parse_json(body: bytes) -> Any:
     return document
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    result = dict(pairs)
-    if len(result) != len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise MalformedRequest(f"The body names {twice[:80]!r} twice in one object.")
-    return result
+def _twice(name: str) -> MalformedRequest:
+    return MalformedRequest(f"The body names {name[:80]!r} twice in one object.")
 
 
 def _no_constant(text: str) -> Any:

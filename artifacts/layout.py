@@ -17,6 +17,7 @@ from artifacts.formats.roles import A, B, part_of
 from artifacts.formats.table import configured_reader, is_reader
 from artifacts.formats.values import FileValues, Values
 from artifacts.identification import identify
+from artifacts.json_objects import unique_members
 from artifacts.manifest import FormatFacts, IgnoredKey, KeyVerdict, LoraModule
 from artifacts.miss_keys import match_blocks
 from artifacts.peft_config import BLOCK_TYPES, PeftLoraConfig, parse_config
@@ -185,19 +186,14 @@ def read_json(path: Path) -> dict[str, Any]:
 def parse_json(text: str, name: str) -> dict[str, Any]:
     """As `read_json`, from text."""
 
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        result = dict(pairs)
-        if len(result) != len(pairs):
-            names = [key for key, _ in pairs]
-            twice = next(key for key in names if names.count(key) > 1)
-            raise ConfigRefused(f"{name} names {twice[:80]!r} twice.")
-        return result
+    def twice(key: str) -> ConfigRefused:
+        return ConfigRefused(f"{name} names {key[:80]!r} twice.")
 
     def refuse(constant: str) -> Any:
         raise ConfigRefused(f"{name} holds {constant}, which is not JSON.")
 
     try:
-        document = json.loads(text, object_pairs_hook=unique, parse_constant=refuse)
+        document = json.loads(text, object_pairs_hook=unique_members(twice), parse_constant=refuse)
     except (ValueError, RecursionError) as error:
         raise ConfigRefused(f"{name} is not valid JSON: {error}.") from error
     if not isinstance(document, dict):

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from artifacts.errors import FileBroken
+from artifacts.json_objects import unique_members
 
 MAX_HEADER_BYTES = 10 * 1024 * 1024
 """An adapter of thousands of modules needs well under 1 MB; the format itself would allow 100 MB."""
@@ -139,16 +140,11 @@ def parse_header(
 
 
 def _parse_json(raw: bytes, name: str) -> dict[str, Any]:
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        result = dict(pairs)
-        if len(result) != len(pairs):
-            seen: set[str] = set()
-            twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
-            raise FileBroken(f"{name}: the header names {twice!r} twice.")
-        return result
+    def twice(key: str) -> FileBroken:
+        return FileBroken(f"{name}: the header names {key[:80]!r} twice.")
 
     try:
-        document = json.loads(raw.decode("utf-8"), object_pairs_hook=unique)
+        document = json.loads(raw.decode("utf-8"), object_pairs_hook=unique_members(twice))
     except (UnicodeDecodeError, ValueError, RecursionError) as error:
         raise FileBroken(f"{name}: the header is not valid JSON: {error}.") from error
     if not isinstance(document, dict):

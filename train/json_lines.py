@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 from artifacts.errors import FileBroken
+from artifacts.json_objects import unique_members
 from train.records import Faults, Limits, Row
 from train.text_lines import Line, decode, lines, too_long
 
@@ -60,17 +61,12 @@ def _parse(line: Line, limits: Limits) -> Row:
 _NAMES = {list: "array", str: "string", int: "number", float: "number", bool: "truth value", type(None): "null"}
 
 
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for position, name in enumerate(names) if name in names[:position])
-        raise ValueError(f"has the key {twice[:80]!r} twice")
-    return found
+def _twice(name: str) -> ValueError:
+    return ValueError(f"has the key {name[:80]!r} twice")
 
 
 def _refuse_constant(name: str) -> float:
     raise ValueError(f"has {name}, which is no JSON number")
 
 
-_DECODER = json.JSONDecoder(object_pairs_hook=_object, parse_constant=_refuse_constant)
+_DECODER = json.JSONDecoder(object_pairs_hook=unique_members(_twice), parse_constant=_refuse_constant)
