@@ -21,6 +21,7 @@ from app.schemas.transfer import FleetParams, TransferParams
 from app.settings import Settings
 from app.transfer_costs import cost_of, mean_seconds, total_cost
 from artifacts.errors import FieldError, RankwiseError, RequestInvalid
+from artifacts.menu import accepted_parameters
 from artifacts.pointers import pointers_below
 from storage import datasets, selectors, transfers
 from storage.database import Database
@@ -74,7 +75,8 @@ def submit_item(settings: Settings, session: Session, row: ScheduleRow, adapter_
         QueueFull, QuotaExceeded
     """
     params = {**row.job_params, "adapter": adapter_id}
-    wanted = check_submission(settings, session, row.job_kind, params, row.job_resources)
+    with accepted_parameters():
+        wanted = check_submission(settings, session, row.job_kind, params, row.job_resources)
     return MadeJob(*make_job(settings, session, wanted, created_by=row.created_by, schedule_id=row.id))
 
 
@@ -111,7 +113,7 @@ def _planned(settings: Settings, database: Database, template: JobTemplate, adap
     known: dict[str, Any] = {"adapter": adapter.id, "adapter_name": adapter.name}
     stays = {"moves": False, "hint": None, "job_id": None, "cost": None}
     try:
-        with _discarded(database) as session:
+        with _discarded(database) as session, accepted_parameters():
             params = {**template.params, "adapter": adapter.id}
             wanted = check_submission(settings, session, template.kind, params, template.resources)
             assert wanted.transfer is not None

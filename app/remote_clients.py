@@ -20,6 +20,7 @@ from app.uploads import Upload, UploadedFile
 from artifacts.errors import FieldError, NotFound, RankwiseError, RequestInvalid, StateConflict, TooLarge
 from artifacts.layout import WEIGHTS_NAME
 from artifacts.manifest import FileEntry
+from artifacts.menu import accepted_parameters
 from artifacts.safetensors_header import TensorInfo, parse_header
 from storage import models, remote_clients
 from storage.blob_reader import open_blob
@@ -79,7 +80,8 @@ def find_client(session: Session, principal: Principal, run_id: str, number: int
     """
     run = session.get(JobRow, run_id)
     if run is not None and run.kind == "train":
-        options = parse_parameters(run.params["method"], run.params.get("parameters") or {})
+        with accepted_parameters():
+            options = parse_parameters(run.params["method"], run.params.get("parameters") or {})
         remote = options.remotes.get(number) if isinstance(options, FfaLoraOptions) else None
         if remote is not None and _may_speak(principal, remote):
             assert isinstance(options, FfaLoraOptions)

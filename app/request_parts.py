@@ -9,6 +9,7 @@ from pydantic import BaseModel, ValidationError
 
 from app.problems import pointer_of
 from artifacts.errors import FieldError, RequestInvalid
+from artifacts.menu import validated
 
 Model = TypeVar("Model", bound=BaseModel)
 
@@ -16,7 +17,7 @@ Model = TypeVar("Model", bound=BaseModel)
 def parse_part(model: type[Model], value: Mapping[str, Any], prefix: str) -> Model:
     """Validate a part of a request that lies at `prefix`. Raises RequestInvalid, with pointers."""
     try:
-        return model.model_validate(dict(value))
+        return validated(model, value)
     except ValidationError as error:
         findings = [
             FieldError(prefix + pointer_of(item["loc"]), item["msg"].removeprefix("Value error, "))

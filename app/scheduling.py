@@ -16,6 +16,7 @@ from app.job_kinds import check_submission
 from app.job_making import make_job
 from app.settings import Settings
 from artifacts.errors import QueueFull, QuotaExceeded, RankwiseError
+from artifacts.menu import accepted_parameters
 from storage import database as clock
 from storage import domain_events, firings, fleets, parking
 from storage.database import Database
@@ -39,7 +40,8 @@ def submit_scheduled(
         RequestInvalid and its kin: what was possible when the schedule was made no longer is.
         QueueFull, QuotaExceeded
     """
-    wanted = check_submission(settings, session, row.job_kind, row.job_params, row.job_resources)
+    with accepted_parameters():
+        wanted = check_submission(settings, session, row.job_kind, row.job_params, row.job_resources)
     job, _ = make_job(settings, session, wanted, created_by=created_by, request_id=request_id, schedule_id=row.id)
     return job
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, TypeVar
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Annotated, Any, TypeVar
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, Field, ValidationError
 
 from artifacts.errors import FieldError, RequestInvalid
 from artifacts.pointers import pointer_token
@@ -15,8 +17,11 @@ Options = TypeVar("Options", bound=BaseModel)
 
 NO_NUL = r"^[^\x00]*$"
 """Pattern of texts that every database stores: PostgreSQL has no NUL."""
+Number = Annotated[float, Field(strict=True, allow_inf_nan=False)]
+"""A JSON number, which neither a text nor true is; bounds are added where it is used."""
 _SHOWN = 80
 """Characters of a name that is not known."""
+_ACCEPTED: ContextVar[bool] = ContextVar("accepted_parameters", default=False)
 
 
 def find_row(menu: Mapping[str, Row], title: str, name: str) -> Row:
@@ -35,6 +40,24 @@ def find_row(menu: Mapping[str, Row], title: str, name: str) -> Row:
     return menu[name]
 
 
+@contextmanager
+def accepted_parameters() -> Iterator[None]:
+    """Inside, `validated` reads what was checked when it was sent: parameters of a job or of a schedule.
+
+    Earlier versions took "2" and true for numbers, and kept them as they were sent: here they are still taken so.
+    """
+    token = _ACCEPTED.set(True)
+    try:
+        yield
+    finally:
+        _ACCEPTED.reset(token)
+
+
+def validated(model: type[Options], value: Mapping[str, Any]) -> Options:
+    """A part of a request, sent now or accepted before. Raises pydantic.ValidationError."""
+    return model.model_validate(dict(value), strict=False if _ACCEPTED.get() else None)
+
+
 def parse_options(options: type[Options], kind: str, title: str, name: str, parameters: Mapping[str, Any]) -> Options:
     """Validate the parameters of a method.
 
@@ -46,7 +69,7 @@ def parse_options(options: type[Options], kind: str, title: str, name: str, para
         RequestInvalid: an unknown parameter, or a value out of range; each finding with its JSON pointer.
     """
     try:
-        return options.model_validate(dict(parameters))
+        return validated(options, parameters)
     except ValidationError as error:
         findings = _findings(error)
         raise RequestInvalid(

@@ -16,6 +16,7 @@ from pydantic import (
 )
 
 from artifacts.base_model import Level
+from artifacts.menu import Number
 
 MAX_RANK = 16384
 """No weight matrix of a current model has a smaller side above this, so no useful rank does either."""
@@ -34,7 +35,7 @@ def _no_number(value: Any) -> Any:
     return value
 
 
-Scale = Annotated[float, Field(strict=True, allow_inf_nan=False, ge=-1e6, le=1e6), AfterValidator(_finite_non_zero)]
+Scale = Annotated[Number, Field(ge=-1e6, le=1e6), AfterValidator(_finite_non_zero)]
 
 
 class MergeOptions(BaseModel):
@@ -123,10 +124,10 @@ class LegoOptions(MergeOptions):
         description="Norm that each centroid regains after averaging (eq. of the parameter reweighting), or false.",
     )
     output_reweight: StrictBool = Field(True, description="Multiply ΔW once by √(r/k) (Theorem 3.1).")
-    reference_rank: Annotated[float, Field(strict=True, gt=0, le=MAX_RANK, allow_inf_nan=False)] | None = Field(
+    reference_rank: Annotated[Number, Field(gt=0, le=MAX_RANK)] | None = Field(
         None, description="r of √(r/k); unset, the weighted mean rank of the adapters that own the module."
     )
-    reweight_cap: Annotated[float, Field(strict=True, ge=1, allow_inf_nan=False)] | None = Field(
+    reweight_cap: Annotated[Number, Field(ge=1)] | None = Field(
         10.0, description="Upper bound of a cluster's reweighting factor; near-opposite members would make it explode."
     )
     sign_alignment: Literal["none", "canonical", "cluster"] = Field(
@@ -144,7 +145,7 @@ class LegoOptions(MergeOptions):
     )
     n_init: Annotated[StrictInt, Field(ge=1, le=1000)] = Field(10, description="Restarts of greedy k-means++.")
     max_iter: Annotated[StrictInt, Field(ge=1, le=100_000)] = Field(300, description="Lloyd iterations per restart.")
-    tol: Annotated[float, Field(strict=True, ge=0, le=1, allow_inf_nan=False)] = Field(
+    tol: Annotated[Number, Field(ge=0, le=1)] = Field(
         1e-4, description="Lloyd stops when the squared shift of all centres is below tol × mean feature variance."
     )
     refine: StrictBool = Field(True, description="Improve the best restart by single-point moves and centre swaps.")

@@ -6,10 +6,11 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, StrictInt
 
+from artifacts.menu import Number
 from merge.options import MAX_RANK, MergeOptions, RankedOptions
 
-Density = Annotated[float, Field(strict=True, gt=0, le=1, allow_inf_nan=False)]
-Fraction = Annotated[float, Field(strict=True, ge=0, le=1, allow_inf_nan=False)]
+Density = Annotated[Number, Field(gt=0, le=1)]
+Fraction = Annotated[Number, Field(ge=0, le=1)]
 Seed = Annotated[StrictInt, Field(ge=0, lt=2**63)]
 
 DENSITY = "Share of the entries that are kept, by size in ties and magnitude pruning, by chance in dare; 1 keeps all."
@@ -29,7 +30,7 @@ class KarcherOptions(RankedOptions):
     """Karcher mean of the deltas on the sphere, as mergekit's karcher."""
 
     max_iter: Annotated[StrictInt, Field(ge=1, le=100_000)] = Field(100, description="Most steps of the iteration.")
-    tol: Annotated[float, Field(strict=True, gt=0, le=1, allow_inf_nan=False)] = Field(
+    tol: Annotated[Number, Field(gt=0, le=1)] = Field(
         1e-10, description="The iteration stops at a gradient of this length, in radians."
     )
 
@@ -150,7 +151,7 @@ class RobustMergeOptions(FactorwiseOptions):
         description="Share of an adapter's largest component scales that stay as they are; smaller ones are raised to "
         "the least of them.",
     )
-    coefficient: Annotated[float, Field(strict=True, gt=0, le=1e6, allow_inf_nan=False)] = Field(
+    coefficient: Annotated[Number, Field(gt=0, le=1e6)] = Field(
         2.0, description="Factor on the merged A and on the merged B, 2 in the official code."
     )
 
@@ -160,6 +161,6 @@ class RobustMergeProductOptions(RankedOptions):
 
     density: Density = Field(0.2, description=DENSITY)
     tail: Fraction = Field(0.2, description="As in robustmerge.")
-    coefficient: Annotated[float, Field(strict=True, gt=0, le=1e6, allow_inf_nan=False)] = Field(
+    coefficient: Annotated[Number, Field(gt=0, le=1e6)] = Field(
         2.0, description="Factor on the merged ΔW, 2 in the port."
     )

@@ -6,13 +6,14 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, StringConstraints, model_validator
 
+from artifacts.menu import Number
 from merge.options import MAX_RANK
 
 MAX_TRIALS = 1000
 MAX_SEARCHED = 32
 _SECONDS_PER_WEEK = 7 * 86400
 
-Number = Annotated[float, Field(strict=True, allow_inf_nan=False, ge=-1e6, le=1e6)]
+Bound = Annotated[Number, Field(ge=-1e6, le=1e6)]
 
 
 class Range(BaseModel):
@@ -20,8 +21,8 @@ class Range(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    low: Number
-    high: Number
+    low: Bound
+    high: Bound
     log: StrictBool = Field(False, description="Draw by ratios rather than by differences; needs low above 0.")
 
     @model_validator(mode="after")
@@ -73,7 +74,7 @@ class SearchOptions(BaseModel):
         description="Output ranks that are tried, in the methods that take a rank and do not fix one of their own.",
     )
     trials: Annotated[StrictInt, Field(ge=1, le=MAX_TRIALS)] = Field(20, description="Most trials.")
-    seconds: Annotated[float, Field(strict=True, gt=0, le=_SECONDS_PER_WEEK, allow_inf_nan=False)] | None = Field(
+    seconds: Annotated[Number, Field(gt=0, le=_SECONDS_PER_WEEK)] | None = Field(
         None,
         description="No trial begins after so many seconds of trials, which an interruption does not set back. With "
         "such a budget the result depends on the speed of the machine.",

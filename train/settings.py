@@ -17,10 +17,11 @@ from pydantic import (
     model_validator,
 )
 
+from artifacts.menu import Number
 from train.metrics import Metric
 
 Column = Annotated[str, StringConstraints(min_length=1, max_length=200)]
-Share = Annotated[float, Field(ge=0, le=0.5, allow_inf_nan=False)]
+Share = Annotated[Number, Field(ge=0, le=0.5)]
 Count = Annotated[StrictInt, Field(ge=1, le=10_000_000)]
 Targets = Literal["all-linear"] | list[str]
 SECONDS_PER_DAY = 86400
@@ -216,14 +217,14 @@ class TextToImageTask(_TaskSettings):
     prediction: Literal["auto", "epsilon", "v-prediction"] = Field(
         "auto", description="What the UNet predicts: the noise, or v (arXiv:2202.00512); auto: as its scheduler says."
     )
-    noise_offset: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)] = Field(
+    noise_offset: Annotated[Number, Field(ge=0, le=1)] = Field(
         0.0,
         description="Standard deviation of noise that is one value for a whole channel: for dark or light images.",
     )
-    min_snr_gamma: Annotated[float, Field(gt=0, le=1000, allow_inf_nan=False)] | None = Field(
+    min_snr_gamma: Annotated[Number, Field(gt=0, le=1000)] | None = Field(
         None, description="γ of min-SNR weighting (arXiv:2303.09556; 5 there); unset, all noise levels weigh the same."
     )
-    prompt_dropout: Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)] = Field(
+    prompt_dropout: Annotated[Number, Field(ge=0, lt=1)] = Field(
         0.0,
         description="Share of the rows of a step whose caption is taken as empty, for guidance without a classifier.",
     )
@@ -272,7 +273,7 @@ class EarlyStopping(_Settings):
     patience: Annotated[StrictInt, Field(ge=1, le=10_000)] = Field(
         3, description="Measurements in a row without a gain after which the training ends."
     )
-    min_delta: Annotated[float, Field(ge=0, le=1e6, allow_inf_nan=False)] = Field(
+    min_delta: Annotated[Number, Field(ge=0, le=1e6)] = Field(
         0.0, description="What a measurement must gain on the best one to count."
     )
 
@@ -281,7 +282,7 @@ class TrainingSettings(_Settings):
     """How the loop runs."""
 
     steps: Count | None = Field(None, description="Optimiser steps. Give these or epochs.")
-    epochs: Annotated[float, Field(gt=0, le=10_000, allow_inf_nan=False)] | None = Field(
+    epochs: Annotated[Number, Field(gt=0, le=10_000)] | None = Field(
         None, description="Passes over the training rows; unset with steps unset: 1."
     )
     batch_size: Annotated[StrictInt, Field(ge=1, le=65536)] = Field(
@@ -293,17 +294,15 @@ class TrainingSettings(_Settings):
     optimizer: Literal["adamw", "sgd"] = Field(
         "adamw", description="adamw, or plain stochastic gradient descent without momentum; a method may bring its own."
     )
-    learning_rate: Annotated[float, Field(gt=0, le=10, allow_inf_nan=False)] = Field(
-        2e-4, description="Peak of the schedule."
-    )
+    learning_rate: Annotated[Number, Field(gt=0, le=10)] = Field(2e-4, description="Peak of the schedule.")
     schedule: Literal["constant", "linear", "cosine"] = Field(
         "linear", description="After the warm-up: stay, or fall to 0 along a line or a cosine."
     )
     warmup_steps: Annotated[StrictInt, Field(ge=0, le=10_000_000)] = Field(
         0, description="Steps in which the learning rate rises from 0."
     )
-    weight_decay: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)] = Field(0.0, description="Of the optimiser.")
-    max_grad_norm: Annotated[float, Field(ge=0, le=1e6, allow_inf_nan=False)] = Field(
+    weight_decay: Annotated[Number, Field(ge=0, le=1)] = Field(0.0, description="Of the optimiser.")
+    max_grad_norm: Annotated[Number, Field(ge=0, le=1e6)] = Field(
         1.0, description="Gradients are scaled down to this norm; 0 leaves them."
     )
     precision: Literal["float32", "bfloat16", "float16"] = Field(
@@ -314,7 +313,7 @@ class TrainingSettings(_Settings):
     gradient_checkpointing: StrictBool = Field(
         False, description="Compute activations twice instead of keeping them: less memory, about a third slower."
     )
-    checkpoint_seconds: Annotated[float, Field(gt=0, le=SECONDS_PER_DAY, allow_inf_nan=False)] = Field(
+    checkpoint_seconds: Annotated[Number, Field(gt=0, le=SECONDS_PER_DAY)] = Field(
         300.0, description="Longest time between two checkpoints: what an interruption costs at most."
     )
     checkpoint_steps: Count | None = Field(None, description="Also write one every so many steps.")

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, StringConstraints, model_validator
 
-from artifacts.menu import NO_NUL
+from artifacts.menu import NO_NUL, Number
 from artifacts.pointers import pointers_below
 from train.catalog import METHODS as TRAINING
 from train.catalog import parse_parameters
@@ -18,7 +18,7 @@ MAX_ROWS = 100_000
 MAX_CANDIDATES = 20 * MAX_ROWS
 
 Rows = Annotated[StrictInt, Field(ge=16, le=MAX_ROWS)]
-Share = Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)]
+Share = Annotated[Number, Field(gt=0, le=1)]
 Tokens = Annotated[StrictInt, Field(ge=1, le=8192)]
 BatchSize = Annotated[StrictInt, Field(ge=1, le=4096)]
 
@@ -78,7 +78,7 @@ class CrossLoraOptions(SubspaceOptions):
 class LoraXOptions(SubspaceOptions):
     """LoRA-X, arXiv:2501.16559: ΔW projected onto the target's leading singular vectors."""
 
-    minimum_similarity: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)] = Field(
+    minimum_similarity: Annotated[Number, Field(ge=0, le=1)] = Field(
         0.0,
         description="Φ, the likeness of the two weights' column spaces, below which a module is left out. Where the "
         "widths differ it is not defined and not asked for.",
@@ -89,7 +89,7 @@ class ProloraOptions(SubspaceOptions):
     """ProLoRA, arXiv:2506.04244: the parts of ΔW inside and outside of the source's spaces, each put into the same of
     the target's; the rank doubles. For bases of the same widths."""
 
-    minimum_similarity: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)] = Field(
+    minimum_similarity: Annotated[Number, Field(ge=0, le=1)] = Field(
         0.8, description="Φ, the likeness of the two weights' column spaces, below which a module is left out (paper)."
     )
 
@@ -194,7 +194,7 @@ class TransLoraOptions(DistilOptions):
         "arXiv:2510.04682). tuneshift_kd: keep answers that surprise the source base but not the adapter "
         "(arXiv:2603.24518). none: keep all that are well-formed.",
     )
-    threshold: Annotated[float, Field(ge=-1e6, le=1e6, allow_inf_nan=False)] | None = Field(
+    threshold: Annotated[Number, Field(ge=-1e6, le=1e6)] | None = Field(
         None,
         description="A score has to be above it: logit of yes minus logit of no for discriminator (unset: 0), the "
         "comparison of perplexities for tuneshift_kd (unset: 1.5).",
@@ -204,7 +204,7 @@ class TransLoraOptions(DistilOptions):
         description="What happens if max_candidates give too few accepted inputs: fail, or take the best of all and "
         "mark the adapter as degraded.",
     )
-    pool: Annotated[float, Field(ge=1, le=20, allow_inf_nan=False)] = Field(
+    pool: Annotated[Number, Field(ge=1, le=20)] = Field(
         2.0, description="Filter excess: inputs that are answered and ranked, as a multiple of `rows`."
     )
     token_share: Share = Field(
@@ -218,7 +218,7 @@ class TransLoraOptions(DistilOptions):
         description="Inputs that the filter has accepted become seeds of the next batches, a few drawn anew for each. "
         "For the filters discriminator and tuneshift_kd; unset: true for tuneshift_kd (arXiv:2603.24518), else false.",
     )
-    temperature: Annotated[float, Field(gt=0, le=10, allow_inf_nan=False)] = Field(
+    temperature: Annotated[Number, Field(gt=0, le=10)] = Field(
         1.0, description="Of the generator; low ones repeat themselves and the seeds."
     )
     top_p: Share = Field(1.0, description="Draw from the fewest tokens whose probabilities reach this sum.")

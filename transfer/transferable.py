@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, model_validator
 
+from artifacts.menu import Number
 from train.catalog import parse_parameters
 from train.options.common import LowRankOptions, TrainOptions
 from train.settings import TrainingSettings
@@ -38,7 +39,7 @@ class DiscriminatorSettings(BaseModel):
     max_candidates: Annotated[StrictInt, Field(ge=16, le=MAX_CANDIDATES)] | None = Field(
         None, description=f"Most inputs that are invented; unset, {CANDIDATES_EACH} for each that is wanted."
     )
-    temperature: Annotated[float, Field(gt=0, le=10, allow_inf_nan=False)] = Field(1.0, description="Of the inventing.")
+    temperature: Annotated[Number, Field(gt=0, le=10)] = Field(1.0, description="Of the inventing.")
     top_p: Share = Field(1.0, description="Draw from the fewest tokens whose probabilities reach this sum.")
     input_tokens: Tokens = Field(
         128, description="Longest invented input, tokens; one that has not ended by then is left out."

@@ -22,6 +22,7 @@ from types import FrameType
 import structlog
 
 from artifacts.errors import AttemptCancelled, AttemptStale
+from artifacts.menu import accepted_parameters
 from storage.blobs import BlobStore
 from storage.database import Database
 from workers import failures
@@ -142,7 +143,7 @@ def _run(spec: AttemptSpec, interruption: Interruption, ranks: Ranks | None, ran
         database, blobs = _stores(spec.database_url, spec.blob_url)
         context = JobContext(rank_spec(spec, rank), database, blobs, interruption, warm_models(), rank)
         context.check_cancelled()
-        with process_group(spec, rank) if spec.devices > 1 else nullcontext():
+        with accepted_parameters(), process_group(spec, rank) if spec.devices > 1 else nullcontext():
             result = function(context)
         if rank == 0:
             if ranks is not None:

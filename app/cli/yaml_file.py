@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -17,6 +18,15 @@ _IDS = ("dat_", "mdl_", "adp_")
 Body = TypeVar("Body", bound=BaseModel)
 
 
+class _Loader(yaml.SafeLoader):
+    """Numbers as YAML 1.2 has them: 1e-4 too, which YAML 1.1 takes for a text."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\.\d+|\d+(\.\d*)?)[eE][-+]?\d+$", re.ASCII), list("-+.0123456789")
+)
+
+
 def read_mapping(path: Path, page: str) -> dict[str, Any]:
     """The document of the file.
 
@@ -29,7 +39,7 @@ def read_mapping(path: Path, page: str) -> dict[str, Any]:
     if path.stat().st_size > MAX_BYTES:
         raise RequestInvalid(f"{path} has more than {MAX_BYTES} bytes: that is no recipe.")
     try:
-        document = yaml.safe_load(path.read_text(encoding="utf-8"))
+        document = _Loader(path.read_text(encoding="utf-8")).get_single_data()
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise RequestInvalid(f"{path} is not valid YAML: {error}") from error
     if not isinstance(document, Mapping):

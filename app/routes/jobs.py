@@ -19,6 +19,7 @@ from app.problems import problem_responses
 from app.schemas.common import PageOf
 from app.schemas.jobs import Job, JobQuery
 from app.waiting import wait_for_job
+from artifacts.menu import accepted_parameters
 from storage import jobs
 from storage.jobs import JobFilter
 from storage.tables import TERMINAL_STATES
@@ -97,7 +98,8 @@ async def retry_job(
     def act(session: Session) -> Answer:
         old = jobs.retryable(session, job_id)
         # Of confidential inputs the retry itself tells whether they are there still.
-        check_submission(services.settings, session, old.kind, old.params, old.resources, sealed=True)
+        with accepted_parameters():
+            check_submission(services.settings, session, old.kind, old.params, old.resources, sealed=True)
         job = jobs.retry_job(
             session,
             job_id,

@@ -10,6 +10,7 @@ from pydantic import ConfigDict, Field, StringConstraints
 from app.dependencies import HEX_ID, PLAIN
 from app.schemas.common import BaseModelName, Name, RequestModel
 from app.schemas.resources import Resources
+from artifacts.menu import Number
 from compose.catalog import METHODS
 from compose.options.common import MAX_CONCEPTS, MAX_STEPS, MAX_STYLE_WEIGHT, PromptText
 from compose.request import DEFAULT_STEPS, CompositionRequest, Concept, Style
@@ -22,8 +23,8 @@ MAX_SEED = 2**53 - 1
 AdapterId = Annotated[str, StringConstraints(pattern=f"^adp_{HEX_ID}$")]
 Word = Annotated[str, StringConstraints(max_length=100, pattern=PLAIN)]
 Side = Annotated[int, Field(strict=True, ge=1, le=MAX_SIDE)]
-ConceptWeight = Annotated[float, Field(strict=True, allow_inf_nan=False, ge=-MAX_WEIGHT, le=MAX_WEIGHT)]
-StyleWeight = Annotated[float, Field(strict=True, allow_inf_nan=False, ge=0, le=MAX_STYLE_WEIGHT)]
+ConceptWeight = Annotated[Number, Field(ge=-MAX_WEIGHT, le=MAX_WEIGHT)]
+StyleWeight = Annotated[Number, Field(ge=0, le=MAX_STYLE_WEIGHT)]
 
 _EXAMPLE: dict[str, Any] = {
     "base_model": "mdl_" + "0" * 32,

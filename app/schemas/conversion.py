@@ -9,6 +9,7 @@ from pydantic import ConfigDict, Field, StringConstraints
 from app.dependencies import HEX_ID
 from app.schemas.common import BaseModelName, Name, RequestModel
 from app.schemas.resources import Resources
+from artifacts.menu import Number
 from merge.options import MAX_RANK
 
 
@@ -25,7 +26,7 @@ class Conversion(RequestModel):
         description="Of the result, at most; the nearest of that rank is made. Unset, the exact form, of a rank up to "
         "1024, and twice the rank of a DoRA, whose change has full rank.",
     )
-    max_error: Annotated[float, Field(strict=True, ge=0, le=1, allow_inf_nan=False)] | None = Field(
+    max_error: Annotated[Number, Field(ge=0, le=1)] | None = Field(
         None,
         description="Largest ‖ΔW' − ΔW‖/‖ΔW‖ of the whole adapter; the job fails if more is lost. Unset, any will do; "
         "the report tells it.",

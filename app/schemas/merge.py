@@ -9,6 +9,7 @@ from pydantic import ConfigDict, Field, StringConstraints, model_validator
 from app.dependencies import HEX_ID
 from app.schemas.common import BaseModelName, Name, RequestModel, TargetEngine
 from app.schemas.resources import Resources
+from artifacts.menu import Number
 from merge.catalog import MENU, METHODS
 from merge.plan import MAX_ADAPTERS
 from train.measurement_settings import MeasurementSettings
@@ -23,7 +24,7 @@ MergeParameters = Annotated[
         default_factory=dict, description="Options of the method; GET /methods/merge/{method} has their JSON Schema."
     ),
 ]
-Weight = Annotated[float, Field(strict=True, allow_inf_nan=False, ge=-1e6, le=1e6)]
+Weight = Annotated[Number, Field(ge=-1e6, le=1e6)]
 
 
 class MergeAdapter(RequestModel):

@@ -7,6 +7,7 @@ from typing import Annotated
 from pydantic import Field
 
 from app.schemas.common import RequestModel
+from artifacts.menu import Number
 
 MAX_DEVICES = 1024
 MAX_TIMEOUT_SECONDS = 366 * 86400
@@ -18,6 +19,6 @@ class Resources(RequestModel):
     devices: Annotated[int, Field(strict=True, ge=1, le=MAX_DEVICES)] | None = Field(
         None, description="Device slots, all of one host."
     )
-    timeout_seconds: Annotated[float, Field(strict=True, gt=0, le=MAX_TIMEOUT_SECONDS, allow_inf_nan=False)] | None = (
-        Field(None, description="Longest run of one attempt; over it the job fails.")
+    timeout_seconds: Annotated[Number, Field(gt=0, le=MAX_TIMEOUT_SECONDS)] | None = Field(
+        None, description="Longest run of one attempt; over it the job fails."
     )

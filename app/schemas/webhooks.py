@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints
+from pydantic import BaseModel, ConfigDict, Field, StrictBool, StringConstraints
 
 from app.dependencies import PageQuery
 from app.schemas.common import RequestModel, Timestamp
@@ -42,7 +42,7 @@ class WebhookPatch(RequestModel):
     url: WebhookUrl | None = Field(None, description="A new address; what waits is sent there.")
     events: Events | None = None
     description: Description | None = None
-    enabled: bool | None = Field(None, description="false: nothing is sent, and what waits is given up.")
+    enabled: StrictBool | None = Field(None, description="false: nothing is sent, and what waits is given up.")
 
 
 class WebhookResource(BaseModel):

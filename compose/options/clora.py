@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field, StrictBool, StrictInt, field_validator
 
 from artifacts.errors import FieldError
+from artifacts.menu import Number
 from compose.options.common import PromptText, count_problems, placed
 from compose.options.masks import MaskOptions, Step
 from compose.prompts import ScenePrompts
@@ -80,10 +81,10 @@ class CloraOptions(CloraMaskOnlyOptions):
     """CLoRA, arXiv:2403.19776: the latent is moved until attention maps of one concept agree and those of others do
     not, and each branch's prediction counts only inside its own mask."""
 
-    temperature: Annotated[float, Field(gt=0, le=10, allow_inf_nan=False)] = Field(
+    temperature: Annotated[Number, Field(gt=0, le=10)] = Field(
         0.5, description="τ of the contrastive loss (arXiv:2403.19776: 0.5)."
     )
-    step_size: Annotated[float, Field(ge=0, le=1000, allow_inf_nan=False)] = Field(
+    step_size: Annotated[Number, Field(ge=0, le=1000)] = Field(
         20.0,
         description="η of z ← z − η·∂L/∂z. The first update should move the latent by 1 to 10 % (see `updates` in the "
         "report); SDXL and small models need far less.",

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, StrictInt, StringConstraints
 
 from artifacts.errors import FieldError
-from artifacts.menu import NO_NUL
+from artifacts.menu import NO_NUL, Number
 from compose.prompts import ScenePrompts
 from compose.request import CompositionRequest
 
@@ -17,7 +17,7 @@ MAX_STEPS = 1000
 MAX_STYLE_WEIGHT = 2.0
 
 PromptText = Annotated[str, StringConstraints(max_length=2000, pattern=NO_NUL)]
-Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
+Share = Annotated[Number, Field(ge=0, le=1)]
 
 
 class ComposeOptions(BaseModel):
@@ -25,7 +25,7 @@ class ComposeOptions(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
 
-    guidance_scale: Annotated[float, Field(ge=1, le=30, allow_inf_nan=False)] = Field(
+    guidance_scale: Annotated[Number, Field(ge=1, le=30)] = Field(
         7.5,
         description="g of classifier-free guidance, ε_u + g·(ε_c − ε_u). At 1 the unconditional half is not computed.",
     )

@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field, StrictInt
 
 from artifacts.errors import FieldError
+from artifacts.menu import Number
 from compose.options.common import MAX_CONCEPTS, ComposeOptions, PromptText, count_problems, placed
 from compose.prompts import ScenePrompts
 from compose.request import CompositionRequest
@@ -34,10 +35,8 @@ class ZipLoraOptions(FusionOptions):
     have one m for each input channel. The result is a plain LoRA of both ranks together, exactly."""
 
     train_steps: Annotated[StrictInt, Field(ge=1, le=10_000)] = Field(100, description="Steps of Adam.")
-    learning_rate: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)] = Field(
-        0.01, description="Of Adam, constant."
-    )
-    similarity_weight: Annotated[float, Field(ge=0, le=1000, allow_inf_nan=False)] = Field(
+    learning_rate: Annotated[Number, Field(ge=0, le=1)] = Field(0.01, description="Of Adam, constant.")
+    similarity_weight: Annotated[Number, Field(ge=0, le=1000)] = Field(
         0.01, description="λ of the sum over layers of mean|m_c·m_s| (a public port: 0.01)."
     )
     style_prompt: PromptText | None = Field(
@@ -68,7 +67,7 @@ class GradientFusionOptions(FusionOptions):
         description="closed_form solves (Σ ΔWᵢCᵢ)(ΣCᵢ + λI)⁻¹ with Cᵢ = XᵢXᵢᵀ; lbfgs goes down from W₀ as the authors "
         "do, with a history of 25 and strong Wolfe conditions.",
     )
-    ridge: Annotated[float, Field(ge=1e-10, le=1, allow_inf_nan=False)] = Field(
+    ridge: Annotated[Number, Field(ge=1e-10, le=1)] = Field(
         1e-6, description="λ of closed_form as a share of the mean of the diagonal of ΣCᵢ."
     )
     word_iterations: Annotated[StrictInt, Field(ge=1, le=10_000)] = Field(

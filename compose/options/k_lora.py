@@ -7,10 +7,11 @@ from typing import Annotated
 from pydantic import Field, StrictBool, StrictInt
 
 from artifacts.errors import FieldError
+from artifacts.menu import Number
 from compose.options.common import ComposeOptions
 from compose.request import CompositionRequest
 
-Factor = Annotated[float, Field(ge=0, le=1000, allow_inf_nan=False)]
+Factor = Annotated[Number, Field(ge=0, le=1000)]
 
 
 class KLoraOptions(ComposeOptions):

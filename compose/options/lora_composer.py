@@ -7,13 +7,14 @@ from typing import Annotated, Literal
 from pydantic import Field, StrictBool, StrictInt
 
 from artifacts.errors import FieldError
+from artifacts.menu import Number
 from compose.options.common import ComposeOptions, PromptText, Share, count_problems, placed
 from compose.options.masks import Step
 from compose.options.places import Box
 from compose.prompts import ScenePrompts
 from compose.request import CompositionRequest
 
-Weight = Annotated[float, Field(ge=0, le=1000, allow_inf_nan=False)]
+Weight = Annotated[Number, Field(ge=0, le=1000)]
 
 
 class LoraComposerOptions(ComposeOptions):

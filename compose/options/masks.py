@@ -6,6 +6,7 @@ from typing import Annotated
 
 from pydantic import Field, StrictBool, StrictInt
 
+from artifacts.menu import Number
 from compose.options.common import MAX_STEPS, ComposeOptions
 
 Step = Annotated[StrictInt, Field(ge=0, le=MAX_STEPS)]
@@ -14,7 +15,7 @@ Step = Annotated[StrictInt, Field(ge=0, le=MAX_STEPS)]
 class MaskOptions(ComposeOptions):
     """How attention becomes masks."""
 
-    mask_threshold: Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)] = Field(
+    mask_threshold: Annotated[Number, Field(ge=0, lt=1)] = Field(
         0.3,
         description="α: a cell belongs to a token's mask when its attention is above α times the token's largest "
         "(the authors' code of CLoRA 0.3, their example 0.4).",

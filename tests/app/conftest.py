@@ -218,7 +218,7 @@ def adapter_files() -> type[AdapterFiles]:
     return AdapterFiles
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def make_safetensors() -> Callable[..., bytes]:
     return safetensors
 

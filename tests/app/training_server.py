@@ -19,6 +19,11 @@ ROWS = [{"prompt": f"{number} and one is ", "completion": str(number + 1)} for n
 @pytest.fixture
 def training(serve: Any, tmp_path: Path, make_safetensors: Any) -> Any:
     """A server with a base model and a dataset; returns (server, body of a training)."""
+    return training_server(serve, tmp_path, make_safetensors)
+
+
+def training_server(serve: Any, tmp_path: Path, make_safetensors: Any) -> tuple[Any, dict[str, Any]]:
+    """As the fixture, for one that lives as long as others."""
     folder = tmp_path / "roots" / "tiny"
     folder.mkdir(parents=True)
     weights = {f"{path}.weight": ("F32", [out, in_], b"\1" * 4 * out * in_) for path, (out, in_) in LAYERS.items()}

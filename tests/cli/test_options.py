@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from app.cli.options import parse_settings, parse_weights, stem
+from app.cli.yaml_file import read_mapping
 
 
 @pytest.mark.parametrize(
@@ -51,3 +52,13 @@ def test_settings_are_numbers_where_json_wants_a_digit_more() -> None:
 
 def test_weights_may_name_a_path_with_an_equals_sign() -> None:
     assert parse_weights(["run=1/adapter=0.5", "b=-2"]) == {"run=1/adapter": 0.5, "b": -2.0}
+
+
+def test_numbers_with_an_exponent_are_numbers_in_yaml_files(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text('a: 1e-4\nb: -.5E3\nc: 2.e+1\nd: 1.5e-3\ne: "1e-4"\nf: 1e\ng: e5\nh: 1e4x\ni: 7\n')
+    found = read_mapping(path, "how-to/train.md")
+    assert found == {
+        "a": 1e-4, "b": -500.0, "c": 20.0, "d": 1.5e-3, "e": "1e-4", "f": "1e", "g": "e5", "h": "1e4x", "i": 7,
+    }  # fmt: skip
+    assert isinstance(found["i"], int)

@@ -10,11 +10,20 @@ from typing import Any
 import pytest
 from sqlalchemy import select, update
 
-from artifacts.errors import AttemptCancelled, AttemptStale, BlobMissing, DatabaseUnavailable, NotFound, QuotaExceeded
+from artifacts.errors import (
+    AttemptCancelled,
+    AttemptStale,
+    BlobMissing,
+    DatabaseUnavailable,
+    NotFound,
+    QuotaExceeded,
+    RequestInvalid,
+)
 from storage import adapters, claims, keys
 from storage.adapters import Parent
 from storage.blobs import BlobStore
 from storage.tables import AdapterRow, ApiKeyRow, JobRow
+from train.catalog import parse_parameters
 from workers import context as module
 from workers import failures, runtime
 from workers.attempt import AttemptSpec
@@ -263,3 +272,20 @@ def test_output_goes_to_the_log_and_back_to_where_it_went(spec: AttemptSpec, cap
     assert "written past Python" in Path(spec.log).read_text()
     assert "afterwards" not in Path(spec.log).read_text()
     assert not Path(spec.scratch).exists()
+
+
+def test_an_attempt_reads_numbers_as_earlier_versions_kept_them(
+    spec: AttemptSpec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read = []
+
+    def function(context: JobContext) -> JobOutcome:
+        read.append(parse_parameters("lora", {"alpha": "16"}))
+        return JobOutcome()
+
+    monkeypatch.setattr(runtime, "load_function", lambda _: function)
+    outcome = run_attempt(spec, Interruption(attempt_runs=True))
+    assert outcome.state == "succeeded", outcome
+    assert [options.model_dump()["alpha"] for options in read] == [16.0]
+    with pytest.raises(RequestInvalid, match="alpha"):
+        parse_parameters("lora", {"alpha": "16"})

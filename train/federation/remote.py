@@ -8,6 +8,7 @@ from typing import Any
 
 from safetensors.torch import load_file
 
+from artifacts.menu import accepted_parameters
 from train.base_files import BaseFiles
 from train.catalog import parse_parameters
 from train.data import DataFile
@@ -27,9 +28,11 @@ def plan_of_round(told: Mapping[str, Any], device: str) -> Plan:
     Raises:
         RequestInvalid: it is no federated training, or has options that are not known here.
     """
+    with accepted_parameters():
+        options = parse_parameters(told["method"], told["parameters"])
     return Plan(
         method=told["method"],
-        options=parse_parameters(told["method"], told["parameters"]),
+        options=options,
         task=parse_task(told.get("task") or "causal-lm"),
         training=TrainingSettings.model_validate(told["training"]),
         evaluation=EvaluationSettings(),

@@ -7,9 +7,10 @@ from typing import Annotated, Literal
 
 from pydantic import Field, StrictBool, ValidationInfo, field_validator
 
+from artifacts.menu import Number
 from train.options.common import Alpha, Circumstances, Rank, TrainOptions
 
-Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Positive = Annotated[Number, Field(gt=0)]
 
 DEFAULT_ETA = 2.0
 SENSIBLE_ETA = (0.5, 8.0)
@@ -37,7 +38,7 @@ class AlloraOptions(TrainOptions):
         description="What is multiplied: the gradient, as published, which Adam all but undoes; or what the optimiser "
         "makes of it, so that η acts under adamw too.",
     )
-    dropout: float = Field(0.0, description="ALLoRA has none; nothing but 0 is taken.")
+    dropout: Number = Field(0.0, description="ALLoRA has none; nothing but 0 is taken.")
     alpha: Alpha | None = Field(None, description="ALLoRA's scaling is 1; nothing but the rank is taken.")
     use_rslora: StrictBool = Field(False, description="ALLoRA's scaling is 1; nothing but false is taken.")
     use_dora: StrictBool = Field(False, description="ALLoRA learns no norms apart; nothing but false is taken.")

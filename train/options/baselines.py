@@ -7,6 +7,7 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, StrictInt, model_validator
 
+from artifacts.menu import Number
 from train.options.common import Alpha, Dropout, LowRankOptions, Rank, TrainOptions
 
 
@@ -59,10 +60,10 @@ class OloraOptions(ChangedBaseOptions):
 class EvaOptions(LowRankOptions):
     """EVA, arXiv:2410.07170: A starts at the directions in which the layers' inputs vary most on the training rows."""
 
-    rho: Annotated[float, Field(ge=1, le=16, allow_inf_nan=False)] = Field(
+    rho: Annotated[Number, Field(ge=1, le=16)] = Field(
         2.0, description="A layer may get up to ρ·r of the ranks of all layers; 1 leaves r to each."
     )
-    tau: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)] = Field(
+    tau: Annotated[Number, Field(ge=0, le=1)] = Field(
         0.99, description="The search ends when the directions of two batches agree to this cosine."
     )
 
@@ -70,7 +71,7 @@ class EvaOptions(LowRankOptions):
 class LoraPlusOptions(LoraOptions):
     """LoRA+, arXiv:2402.12354: B learns faster than A."""
 
-    ratio: Annotated[float, Field(ge=1, le=1000, allow_inf_nan=False)] = Field(
+    ratio: Annotated[Number, Field(ge=1, le=1000)] = Field(
         16.0, description="Learning rate of lora_B over that of lora_A, which is training.learning_rate."
     )
 
@@ -91,16 +92,14 @@ class AdaloraOptions(TrainOptions):
     target_rank: Rank = Field(8, description="Mean rank of the layers at the end; below initial_rank.")
     alpha: Alpha = Field(32.0, description="Numerator of the scaling, whose denominator is initial_rank.")
     dropout: Dropout = Field(0.0, description="Share of the layer's inputs that lora_A does not see in a step.")
-    warmup: Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)] = Field(
+    warmup: Annotated[Number, Field(ge=0, lt=1)] = Field(
         0.1, description="Share of the steps before the first entry is set to 0."
     )
-    final: Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)] = Field(
-        0.3, description="Share of the steps after the last one is."
-    )
+    final: Annotated[Number, Field(ge=0, lt=1)] = Field(0.3, description="Share of the steps after the last one is.")
     interval: Annotated[StrictInt, Field(ge=1, le=1_000_000)] = Field(
         1, description="Steps between two rounds of setting entries to 0."
     )
-    orthogonality: Annotated[float, Field(ge=0, le=1e3, allow_inf_nan=False)] = Field(
+    orthogonality: Annotated[Number, Field(ge=0, le=1e3)] = Field(
         0.5, description="Weight in the loss of how far A and B are from orthogonal."
     )
 
@@ -127,7 +126,7 @@ class VeraOptions(TrainOptions):
         256, description="r of the shared matrices; larger than with LoRA, for it costs r + d_out parameters a layer."
     )
     dropout: Dropout = Field(0.0, description="Share of the layer's inputs that A does not see in a step.")
-    initial_scale: Annotated[float, Field(gt=0, le=10, allow_inf_nan=False)] = Field(
+    initial_scale: Annotated[Number, Field(gt=0, le=10)] = Field(
         0.1, description="First value of the vector between A and B; small values do better (table 6c)."
     )
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 from pydantic import BaseModel, ConfigDict, Field, StrictInt, StringConstraints
 
 from artifacts.errors import FieldError
+from artifacts.menu import Number
 
 if TYPE_CHECKING:
     from train.settings import TrainingSettings
@@ -21,8 +22,8 @@ ADAM_STATE_BYTES = 8
 
 ModuleName = Annotated[str, StringConstraints(min_length=1, max_length=300, pattern=r"^[A-Za-z0-9_.\-]+$")]
 Rank = Annotated[StrictInt, Field(ge=1, le=MAX_RANK)]
-Alpha = Annotated[float, Field(gt=0, le=1e6, allow_inf_nan=False)]
-Dropout = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)]
+Alpha = Annotated[Number, Field(gt=0, le=1e6)]
+Dropout = Annotated[Number, Field(ge=0, lt=1)]
 
 
 @dataclass(frozen=True, slots=True)

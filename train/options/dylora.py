@@ -7,11 +7,12 @@ from typing import Annotated, Literal
 
 from pydantic import Field, StrictBool, ValidationInfo, field_validator
 
+from artifacts.menu import Number
 from train.options.common import MAX_RANK, Alpha, Circumstances, LowRankOptions, Rank
 
 _FEW = 10
 
-Weight = Annotated[float, Field(ge=0, le=1e9, allow_inf_nan=False)]
+Weight = Annotated[Number, Field(ge=0, le=1e9)]
 
 
 class DyloraOptions(LowRankOptions):

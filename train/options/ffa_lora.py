@@ -8,12 +8,13 @@ from typing import Annotated, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, StringConstraints, model_validator
 
 from artifacts.errors import FieldError
+from artifacts.menu import Number
 from train.options.common import Circumstances, LowRankOptions
 
 MAX_CLIENTS = 100
 MAX_ROUNDS = 10_000
 MAX_ROWS = 10**9
-Norm = Annotated[float, Field(gt=0, le=1e9, allow_inf_nan=False)]
+Norm = Annotated[Number, Field(gt=0, le=1e9)]
 
 
 class _Part(BaseModel):
@@ -67,10 +68,10 @@ class Privacy(_Part):
     Clients' datasets are taken to be disjoint, so the ε of the run is the largest of the clients'.
     """
 
-    epsilon: Annotated[float, Field(gt=0, le=1000, allow_inf_nan=False)] = Field(
+    epsilon: Annotated[Number, Field(gt=0, le=1000)] = Field(
         description="ε that no client's rows exceed over the whole run (arXiv:2403.12313 takes 6, 3 and 1)."
     )
-    delta: Annotated[float, Field(gt=0, lt=1)] = Field(
+    delta: Annotated[Number, Field(gt=0, lt=1)] = Field(
         1e-5, description="δ; below 1/n of every client with n rows (arXiv:2403.12313: 1e-5)."
     )
     clip_norm: Norm = Field(
@@ -78,7 +79,7 @@ class Privacy(_Part):
         description="C: the gradient of a row, over all trained tensors together, is scaled down to this norm. Public "
         "re-implementations of arXiv:2403.12313 try 2, 5 and 10. It stands in for training.max_grad_norm.",
     )
-    noise_multiplier: Annotated[float, Field(gt=0, le=1000, allow_inf_nan=False)] | None = Field(
+    noise_multiplier: Annotated[Number, Field(gt=0, le=1000)] | None = Field(
         None,
         description="σ: the noise of a step has the standard deviation σ·C. Unset, the smallest with which all rounds "
         "stay within ε. Given, the run stops before the round that would exceed ε.",
@@ -126,7 +127,7 @@ class FfaLoraOptions(LowRankOptions):
     min_clients: Annotated[StrictInt, Field(ge=1, le=MAX_CLIENTS)] = Field(
         1, description="With absent=skip: the run fails when fewer clients than this answer in a round."
     )
-    round_seconds: Annotated[float, Field(gt=0, le=604_800, allow_inf_nan=False)] = Field(
+    round_seconds: Annotated[Number, Field(gt=0, le=604_800)] = Field(
         86_400.0, description="Seconds from the beginning of a round after which a client that is not done is late."
     )
     max_update_norm: Norm | None = Field(

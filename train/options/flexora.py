@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 from pydantic import Field, StrictInt
 
 from artifacts.errors import FieldError
+from artifacts.menu import Number
 from train.layer_groups import group_of
 from train.options.common import Circumstances, LowRankOptions
 from train.targets import EMBEDDINGS
@@ -16,7 +17,7 @@ AUTHORS_STEPS = 600
 _SHARE_OF_STEPS = 4
 _NAMED = 20
 Count = Annotated[StrictInt, Field(ge=1, le=10_000_000)]
-Rate = Annotated[float, Field(gt=0, le=10, allow_inf_nan=False)]
+Rate = Annotated[Number, Field(gt=0, le=10)]
 
 
 class FlexoraOptions(LowRankOptions):

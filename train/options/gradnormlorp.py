@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 from pydantic import Field, StrictBool, StrictInt
 
 from artifacts.errors import FieldError
+from artifacts.menu import Number
 from train.options.common import ADAM_STATE_BYTES, Circumstances, LowRankOptions, Rank, Target
 from train.projection import Bits, OnRefresh, Projection, Sides
 
@@ -42,7 +43,7 @@ class GradnormlorpOptions(LowRankOptions):
     update_proj_gap: Annotated[StrictInt, Field(ge=1, le=10_000_000)] = Field(
         200, description="T, steps between two choices of that space (the authors: 200 to 500)."
     )
-    scale: Annotated[float, Field(gt=0, le=1000, allow_inf_nan=False)] = Field(
+    scale: Annotated[Number, Field(gt=0, le=1000)] = Field(
         1.0,
         description="Factor of the projected updates: scale times training.learning_rate is the learning rate of A and "
         "B, training.learning_rate that of m.",

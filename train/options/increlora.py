@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from pydantic import Field, StrictInt
 
 from artifacts.errors import FieldError
+from artifacts.menu import Number
 from train.options.common import Alpha, Circumstances, Dropout, Rank, TrainOptions
 from train.rank_growth import GrowthPlan
 
@@ -18,7 +19,7 @@ INCREMENTS = {2: 1, 4: 2, 6: 3, 8: 4}
 LONGEST_GROWTH = 0.6
 """Share of the steps after which growing leaves too few to train what has grown."""
 _SHARE_OF_LAYERS = 4
-Beta = Annotated[float, Field(gt=0, lt=1)]
+Beta = Annotated[Number, Field(gt=0, lt=1)]
 Steps = Annotated[StrictInt, Field(ge=1, le=10_000_000)]
 
 
@@ -54,10 +55,10 @@ class IncreloraOptions(TrainOptions):
     )
     beta1: Beta = Field(0.85, description="Of the running mean of a layer's score.")
     beta2: Beta = Field(0.85, description="Of the running mean of how far the score strays from that.")
-    orthogonality: Annotated[float, Field(ge=0, le=1e3, allow_inf_nan=False)] = Field(
+    orthogonality: Annotated[Number, Field(ge=0, le=1e3)] = Field(
         0.1, description="Weight in the loss of how far A and B are from orthonormal (the authors: 0.1, or 0.3)."
     )
-    reserve_weight: Annotated[float, Field(gt=0, le=1e-3)] = Field(
+    reserve_weight: Annotated[Number, Field(gt=0, le=1e-3)] = Field(
         1e-5, description="λ of the components that are trained in advance; fixed until they count."
     )
     alpha: Alpha = Field(16.0, description="Numerator of the scaling, whose denominator is the rank that a layer has.")

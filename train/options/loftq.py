@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, StrictInt
 
+from artifacts.menu import Number
 from train.options.common import LowRankOptions
 
 
@@ -20,6 +21,6 @@ class LoftqOptions(LowRankOptions):
         description="Rounds of quantising and decomposing (algorithm 1 of the paper, which takes 5). With 1, Q is what "
         "plain quantisation makes of W.",
     )
-    dropout: Annotated[float, Field(ge=0, le=0)] = Field(
+    dropout: Annotated[Number, Field(ge=0, le=0)] = Field(
         0.0, description="Nothing but 0 is taken: B·A holds a part of the base weights, which dropout would disturb."
     )

@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
+from artifacts.menu import Number
 from train.options.common import Alpha, Rank, TrainOptions
 
 
@@ -22,7 +23,7 @@ class LqLoraOptions(TrainOptions):
     alpha: Alpha = Field(
         16.0, description="Numerator of the scaling alpha/r; the training begins at the same model with each value."
     )
-    dropout: Annotated[float, Field(ge=0, le=0)] = Field(
+    dropout: Annotated[Number, Field(ge=0, le=0)] = Field(
         0.0,
         description="Nothing but 0 is taken: the factors hold base weights, which dropout would disturb.",
     )

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, StrictInt, model_validator
+from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, model_validator
 
+from artifacts.menu import Number
 from train.options.common import MAX_TARGETS, ModuleName, Rank
 from train.quantised.block_format import PRESETS, BlockFormat, ScaleDtype, grid
 
@@ -53,7 +54,7 @@ class QuantisationOptions(BaseModel):
         description="r of L1·L2, and of every adapter that is trained on the result; below the smaller side of every "
         "quantised weight.",
     )
-    budget_bits: Annotated[float, Field(gt=2, le=8.625, allow_inf_nan=False)] | None = Field(
+    budget_bits: Annotated[Number, Field(gt=2, le=8.625)] | None = Field(
         None,
         description="Bits per weight, the mean over the quantised matrices and without L1·L2: an integer program gives "
         "each matrix its format. 2.5 to 4 were studied.",
@@ -67,19 +68,19 @@ class QuantisationOptions(BaseModel):
     num_iterations: Annotated[StrictInt, Field(ge=1, le=MAX_ITERATIONS)] = Field(
         100, description="T: most rounds of decomposing and quantising; they end when the error rises."
     )
-    rtol: Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)] = Field(
+    rtol: Annotated[Number, Field(ge=0, lt=1)] = Field(
         0.0, description="End the rounds also when one gains less than this share of the error."
     )
     cost_iterations: Annotated[StrictInt, Field(ge=1, le=MAX_ITERATIONS)] = Field(
         20, description="With budget_bits: most rounds while every format is tried on every matrix."
     )
-    cost_rtol: Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)] = Field(1e-3, description="As rtol, meanwhile.")
+    cost_rtol: Annotated[Number, Field(ge=0, lt=1)] = Field(1e-3, description="As rtol, meanwhile.")
     oversampling: Annotated[StrictInt, Field(ge=0, le=1024)] | None = Field(
         10,
         description="Dimensions beside r of the random subspace in which the low-rank part is found; null computes the "
         "exact SVD in every round, which is slower.",
     )
-    polish: bool = Field(True, description="Fit L1·L2 to Q once more at the end.")
+    polish: StrictBool = Field(True, description="Fit L1·L2 to Q once more at the end.")
     target_modules: Literal["all-linear"] | Annotated[list[ModuleName], Field(min_length=1, max_length=MAX_TARGETS)] = (
         Field(
             "all-linear",

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, StrictBool
 
 from artifacts.errors import FieldError
+from artifacts.menu import Number
 from train.options.common import Alpha, Circumstances, Dropout, Rank, TrainOptions
 
 
@@ -30,7 +31,7 @@ class SmoraOptions(TrainOptions):
         description="p: components that are switched together. 1 is the method; larger ones, which have to divide the "
         "rank, make a mixture of experts of rank p out of it.",
     )
-    bias_update_rate: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)] = Field(
+    bias_update_rate: Annotated[Number, Field(ge=0, le=1)] = Field(
         1e-3,
         description="u: how far the balance bias of a component moves in an optimiser step, up if fewer tokens than "
         "the mean chose it, down if more did; 0 balances nothing. The authors' code has 1e-5 in every forward pass, "

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from pydantic import Field, StrictBool, StrictInt, ValidationInfo, field_validator
 
 from artifacts.errors import FieldError
+from artifacts.menu import Number
 from train.options.common import Alpha, Circumstances, Dropout, Rank, TrainOptions
 
 if TYPE_CHECKING:
@@ -60,7 +61,7 @@ class LoraSbOptions(ThreeFactorOptions):
         description="sign: the step of AdamW, -eta·sign(gradient). raw: that of plain descent, -eta·gradient; made for "
         "the optimizer sgd, an experiment with adamw.",
     )
-    eta: Annotated[float, Field(gt=0, le=10, allow_inf_nan=False)] | None = Field(
+    eta: Annotated[Number, Field(gt=0, le=10)] | None = Field(
         None,
         description="Length of the estimated step; unset, training.learning_rate over the warm-up steps (at least 1), "
         f"and with sign at most {MOST_ETA:g}: the model is changed by it before training begins.",

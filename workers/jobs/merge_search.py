@@ -15,6 +15,7 @@ from typing import Any
 
 from artifacts.errors import ReloadMismatch, RequestInvalid
 from artifacts.free_memory import free_memory
+from artifacts.menu import validated
 from merge import engine
 from merge.catalog import SEARCH
 from merge.comparison import Candidate, StackShelf, compare_files
@@ -44,7 +45,7 @@ def run(context: JobContext) -> JobOutcome:
         RequestInvalid: nothing that was tried could be merged and measured.
         NotFound, FileBroken, AttemptCancelled, AttemptStale: as of a comparison with an evaluation.
     """
-    options = SearchOptions.model_validate(context.params["parameters"])
+    options = validated(SearchOptions, context.params["parameters"])
     sources = MergeSources.fetch(context, _FETCHED)
     space = SearchSpace.of(options, [weight for _, weight, _ in sources.items])
     kept = _KeptTrials(context)
