@@ -13,6 +13,7 @@ from artifacts import low_rank_forms, weight_forms
 from artifacts.adapter import Adapter
 from artifacts.errors import FileBroken, MergeRefused
 from artifacts.formats.architectures import architecture
+from artifacts.formats.modules import FACTORED_ROLES
 from artifacts.formats.reading import Reading
 from artifacts.formats.roles import ALPHA, MAGNITUDE
 from artifacts.low_rank_forms import Pair
@@ -181,6 +182,11 @@ def forms_of(reading: Reading, adapter: Adapter) -> dict[str, ForeignForm]:
         raise MergeRefused("Some modules of the file could not be told, so it is not converted: see GET …/keys.")
     if reading.misfits:
         raise MergeRefused(f"The file does not fit the model that it names: {reading.misfits[0]}.")
+    if reading.besides:
+        raise MergeRefused(
+            f"The file is not converted, since what becomes a LoRA is not all of it: {'; '.join(reading.besides)}.",
+            hint="GET …/keys tells what became of every tensor.",
+        )
     others = [module for module in reading.typed if module.type.removesuffix("-dora") not in TYPES]
     if others:
         raise MergeRefused(
@@ -274,15 +280,16 @@ def _check_parts(module: TypedModule, kind: str, tensors: Mapping[str, Tensor]) 
     """Raises MergeRefused: a part that the form does not read, or a type that is not used like this."""
     if module.swap and kind in OF_WEIGHTS and not module.d_out:
         raise MergeRefused(f"{module.path} has the halves of its rows exchanged, which is not converted of {kind}.")
-    known: Sequence[str] = {
+    own: Sequence[str] = {
         "full": ("diff", MAGNITUDE),
         "oft": ("oft_blocks", "rescale"),
         "boft": ("oft_blocks", "rescale"),
         "ia3": ("weight", "on_input"),
         "glora": ("glora_a1", "glora_a2", "glora_b1", "glora_b2", "glora_bm"),
-    }.get(kind, tuple(tensors))
+    }.get(kind, ())
+    known = own or FACTORED_ROLES[kind]
     strange = sorted(role for role in tensors if role not in known and role not in _BIASES)
-    if strange or not set(known[:1]) <= tensors.keys():
+    if strange or not set(own[:1]) <= tensors.keys():
         raise MergeRefused(
             f"{module.path} is of type {kind} in another form than LyCORIS': it has {', '.join(sorted(tensors))}."
         )

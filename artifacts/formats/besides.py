@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 
-from artifacts.formats.modules import PAIR_ROLES, is_lora, type_of
+from artifacts.formats.modules import FACTORED_ROLES, PAIR_ROLES, Parts, is_lora, type_of
 from artifacts.formats.resolution import Stem
 from artifacts.formats.roles import ALPHA, part_of
 
@@ -33,23 +33,30 @@ def besides(
             loose += [info.name for info in stem.parts.values()]
             continue
         adapted.add(stem.name)
-        if stem.name in known and is_lora(stem.parts):
-            beside += [info.name for role, info in stem.parts.items() if role not in PAIR_ROLES]
+        own = _own_roles(stem.parts)
+        if stem.name in known and own is not None:
+            beside += [info.name for role, info in stem.parts.items() if role not in own]
     near = {key for key in loose if _is_below(clean(key), adapted)}
     beside += [key for key in loose if key in near]
-    full = [key for key in loose if key not in near and (part := part_of(key)) is not None and part.role in _FULL]
+    loose = [key for key in loose if key not in near]
+    full = [key for key in loose if (part := part_of(key)) is not None and part.role in _FULL]
     reasons, warnings = [], []
     if beside:
         reasons.append(f"{len(beside)} tensors stand beside factors and are not understood: {beside[0]!r}")
     if full:
         reasons.append(f"{len(full)} weights of the base are stored in full, for instance {full[0]!r}")
     alphas = [key for key in loose if (part := part_of(key)) is not None and part.role == ALPHA]
-    others = [key for key in loose if (part := part_of(key)) is None or part.role != ALPHA]
+    others = [key for key in loose if (part := part_of(key)) is None or part.role not in (ALPHA, *_FULL)]
     if alphas:
         warnings.append(f"{len(alphas)} alphas stand without factors and are ignored: {_listed(alphas)}.")
     if others:
         warnings.append(f"{len(others)} tensors are no part of an adapter and are ignored: {_listed(others)}.")
     return tuple(reasons), tuple(warnings)
+
+
+def _own_roles(parts: Parts) -> frozenset[str] | None:
+    """What a module's tensors may be; None of a type whose other tensors are its own."""
+    return PAIR_ROLES if is_lora(parts) else FACTORED_ROLES.get(type_of(parts) or "")
 
 
 def _listed(keys: Sequence[str]) -> str:

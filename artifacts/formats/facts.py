@@ -66,7 +66,7 @@ def _composable(
 def _exact(refusals: Sequence[str], reading: Reading | None) -> Ability:
     if not refusals:
         return Ability(True)
-    if reading is not None and reading.typed and not reading.partial:
+    if reading is not None and reading.typed and not reading.partial and not reading.besides:
         kinds = {module.type for module in reading.typed}
         factored = all("lokr_w2" not in module.tensors or "lokr_w1" not in module.tensors for module in reading.typed)
         if kinds <= {"lokr"} and factored and not reading.modules:

@@ -73,8 +73,9 @@ def sides_of(parts: Parts) -> tuple[int, int]:
         info = parts.get(role)
         if info is not None and len(info.shape) >= 2:
             return info.shape[0], math.prod(info.shape[1:])
-    if "hada_w1_a" in parts and "hada_w1_b" in parts and "hada_t1" not in parts:
-        return parts["hada_w1_a"].shape[0], math.prod(parts["hada_w1_b"].shape[1:])
+    left, right = parts.get("hada_w1_a"), parts.get("hada_w1_b")
+    if left is not None and right is not None and left.shape and right.shape and "hada_t1" not in parts:
+        return left.shape[0], math.prod(right.shape[1:])
     return _lokr_sides(parts)
 
 
@@ -97,6 +98,14 @@ def _lokr_sides(parts: Parts) -> tuple[int, int]:
             return 0, 0
     return sides[0], sides[1]
 
+
+_BESIDE_FACTORED = frozenset({ALPHA, MAGNITUDE, "diff_b", "w_norm", "b_norm"})
+
+FACTORED_ROLES: Mapping[str, frozenset[str]] = {
+    "loha": frozenset(f"hada_{end}" for end in ("w1_a", "w1_b", "w2_a", "w2_b", "t1", "t2")) | _BESIDE_FACTORED,
+    "lokr": frozenset(f"lokr_{end}" for end in ("w1", "w1_a", "w1_b", "w2", "w2_a", "w2_b", "t2")) | _BESIDE_FACTORED,
+}
+"""Type → what its tensors may be: what else stands beside them may change ΔW, and is not understood."""
 
 _FACTORS = frozenset({A, B, A_T, B_T, "lora_embedding_A", "lora_embedding_B"})
 

@@ -34,6 +34,7 @@ class Reading:
         partial: whether tensors of an adapter were left out.
         misfits: modules with other sides than the model has, in words.
         stems: distinct names of modules in the file.
+        besides: tensors that may change a weight and are of no module, or that its form does not read, in words.
     """
 
     format: str
@@ -46,6 +47,7 @@ class Reading:
     partial: bool
     stems: int
     misfits: tuple[str, ...] = ()
+    besides: tuple[str, ...] = ()
 
     @property
     def used(self) -> tuple[str, ...]:
@@ -100,6 +102,7 @@ class _Reader:
         self._prefixed = False
         self._warnings: list[str] = []
         self._refusals: dict[str, None] = {}
+        self._besides: tuple[str, ...] = ()
 
     def run(self) -> Reading:
         for info in self._header.tensors.values():
@@ -133,6 +136,7 @@ class _Reader:
             bool(resolution.unknown),
             len(members),
             tuple(f"{name}: {reason}" for name, reason in resolution.misfits.items()),
+            self._besides,
         )
 
     def _place(self, info: TensorInfo) -> None:
@@ -308,9 +312,9 @@ class _Reader:
             self._warnings.append(f"alpha is 0 in {dead} modules: they change nothing.")
 
     def _refuse_besides(self, modules: list[LoraModule], resolution: Resolution) -> None:
-        unplaced = [key for key, reason in self._unplaced.items() if not reason and not key.startswith(_BUNDLED)]
-        reasons, warnings = besides(self._stems.values(), resolution.found, unplaced, self._clean)
-        self._refusals |= dict.fromkeys(reasons)
+        unplaced = [key for key, reason in self._unplaced.items() if not reason and not _is_bundled(key)]
+        self._besides, warnings = besides(self._stems.values(), resolution.found, unplaced, self._clean)
+        self._refusals |= dict.fromkeys(self._besides)
         self._warnings += warnings
         grouped = [module.path for module in modules if module.grouped]
         if grouped:
@@ -366,7 +370,11 @@ def _verdict(
     return KeyVerdict(key, "kept", role, resolved.paths, resolved.note)
 
 
+def _is_bundled(key: str) -> bool:
+    return key.startswith(_BUNDLED) and part_of(key) is None
+
+
 def _no_part(key: str) -> str:
-    if key.startswith(_BUNDLED):
+    if _is_bundled(key):
         return "an embedding that textual inversion learned; no part of ΔW"
     return "not part of an adapter"

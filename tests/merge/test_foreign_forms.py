@@ -10,7 +10,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from artifacts.adapter import Adapter
-from artifacts.errors import MergeRefused
+from artifacts.errors import FileBroken, MergeRefused
+from artifacts.layout import read_layout
 from merge.conversion import convert_to_lora
 
 QKV = "lora_unet_double_blocks_0_img_attn_qkv"
@@ -74,3 +75,47 @@ def test_mixtures_and_what_does_not_fit_are_refused_by_name(tmp_path: Path) -> N
     save_file(tensors, tmp_path / "mixed.safetensors")
     with pytest.raises(MergeRefused, match=r"norm besides|could not be told"):
         convert_to_lora(tmp_path / "mixed.safetensors", tmp_path / "out")
+
+
+def lokr(stem: str) -> dict[str, Tensor]:
+    return {f"{stem}.lokr_w1": torch.randn(2, 2), f"{stem}.lokr_w2": torch.randn(4, 4)}
+
+
+PROJ = "lora_unet_double_blocks_0_img_attn_proj"
+
+
+@pytest.mark.parametrize(
+    ("other", "shape"),
+    [
+        (f"{PROJ}.scalar", (1,)),
+        (f"{PROJ}.scale", (8,)),
+        (f"{PROJ}.diff", (8, 8)),
+        (f"{PROJ}.weight", (8, 8)),
+        (f"{PROJ}.hada_w1_a", (8, 2)),
+        (f"{PROJ}.inner.diff_m", (8,)),
+        ("diffusion_model.double_blocks.0.img_attn.norm.key_norm.weight", (8,)),
+    ],
+)
+@pytest.mark.parametrize("kind", ["lokr", "loha", "lora"])
+def test_what_stands_beside_a_form_is_never_passed_over(
+    tmp_path: Path, kind: str, other: str, shape: tuple[int, ...]
+) -> None:
+    tensors = {"lokr": lokr(PROJ), "loha": loha(PROJ, 8, 8)[0]}.get(kind, {})
+    if kind == "lora":  # a pair in a file that is no plain LoRA
+        tensors = lokr(PROJ.replace("img", "txt"))
+        tensors |= {f"{PROJ}.lora_down.weight": torch.randn(2, 8), f"{PROJ}.lora_up.weight": torch.randn(8, 2)}
+    elif other.endswith(".hada_w1_a") and kind == "loha":
+        other = f"{PROJ}.lokr_w1"
+    path = tmp_path / "x.safetensors"
+    save_file(tensors | {other: torch.ones(shape)}, path)
+    try:
+        layout = read_layout(path)
+    except FileBroken as error:  # what shows another type of which the rest is missing
+        assert PROJ in error.detail
+        return
+    assert layout.refusals
+    assert not layout.facts.exact_as_lora.able
+    with pytest.raises(MergeRefused) as caught:
+        convert_to_lora(path, tmp_path / "out")
+    assert other in caught.value.detail
+    assert not (tmp_path / "out").exists()

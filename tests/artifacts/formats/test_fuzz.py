@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from artifacts.errors import RankwiseError
@@ -51,6 +51,7 @@ ENDS = st.sampled_from(
         "alpha",
         "dora_scale",
         "hada_w1_a",
+        "hada_w1_b",
         "lokr_w1",
         "lokr_w2_b",
         "lokr_t2",
@@ -71,6 +72,8 @@ DTYPES = st.sampled_from(["F32", "BF16", "I64", "U8"])
 
 
 @given(st.dictionaries(KEYS, st.tuples(DTYPES, SHAPES), max_size=8))
+@example({f"unet.mid.{end}": ("F32", []) for end in ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")})
+@example({f"unet.mid.{end}": ("F32", [2] * (end[-1] == "b")) for end in ("hada_w1_a", "hada_w1_b")})
 @settings(max_examples=300, deadline=None)
 def test_any_header_is_understood_or_refused(tensors: dict[str, tuple[str, list[int]]]) -> None:
     header = header_of({"tensors": tensors})

@@ -146,6 +146,23 @@ def test_what_stands_elsewhere_is_told_and_ignored(reading: Make, pair: Make) ->
 def test_weights_of_the_base_keep_the_rest_from_being_merged(reading: Make, pair: Make) -> None:
     found = reading({**pair(TO_OUT, 320, 320), "lora_unet_conv_norm_out.bias": [320]})
     assert found.refusals == ("1 weights of the base are stored in full, for instance 'lora_unet_conv_norm_out.bias'",)
+    assert not any("lora_unet_conv_norm_out" in text for text in found.warnings), "said once"
+
+
+def test_what_is_below_an_adapted_module_is_named_once(reading: Make, pair: Make) -> None:
+    found = reading({**pair(TO_OUT, 320, 320), f"{TO_OUT}.inner.thing": [320], f"{TO_OUT}.inner.alpha": []})
+    (reason,) = found.refusals
+    assert reason.startswith("2 tensors stand beside factors and are not understood:")
+    assert not any("inner" in text for text in found.warnings)
+
+
+@pytest.mark.parametrize("start", ["clip_l", "clip_g"])
+def test_only_embeddings_of_textual_inversion_are_passed_over(reading: Make, pair: Make, start: str) -> None:
+    learned = {start: [2, 768], f"bundle_emb.word.{start}": [2, 768], "emb_params": [2, 768]}
+    assert not reading({**pair(TO_OUT, 320, 320), **learned}).refusals
+    key = f"{start}.transformer.text_model.final_layer_norm.weight"
+    found = reading({**pair(TO_OUT, 320, 320), key: [768]})
+    assert found.refusals == (f"1 weights of the base are stored in full, for instance '{key}'",)
 
 
 def test_a_grouped_convolution_is_described_and_not_merged(reading: Make) -> None:
