@@ -195,6 +195,25 @@ def _is_there(entry: Any) -> bool:
     return isinstance(entry, list) and len(entry) == 2 and all(isinstance(item, str) for item in entry)
 
 
+class _Placeholder(nn.Parameter):
+    """A parameter that holds one number. PEFT copies whole modules, for `modules_to_save`: a copy is as small, and is
+    none of the base's."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> nn.Parameter:
+        if not is_one_number(self):
+            copied: nn.Parameter = super().__deepcopy__(memo)  # type: ignore[no-untyped-call]
+            return copied
+        if id(self) not in memo:
+            memo[id(self)] = nn.Parameter(torch.zeros((), dtype=self.dtype).expand(self.shape), self.requires_grad)
+        found: nn.Parameter = memo[id(self)]
+        return found
+
+
+def is_one_number(tensor: Tensor) -> bool:
+    """Whether all entries are one and the same in memory."""
+    return tensor.numel() > 1 and not any(tensor.stride())
+
+
 def _hollow_out(model: nn.Module) -> list[Tensor]:
     """Make every parameter and buffer a view of one number; gives those numbers, one of each dtype."""
     zeros: dict[torch.dtype, Tensor] = {}
@@ -208,7 +227,7 @@ def _hollow_out(model: nn.Module) -> list[Tensor]:
         for name, parameter in module._parameters.items():
             if parameter is not None:  # tied ones stay tied
                 if id(parameter) not in made:
-                    made[id(parameter)] = nn.Parameter(view(parameter), requires_grad=False)
+                    made[id(parameter)] = _Placeholder(view(parameter), requires_grad=False)
                 module._parameters[name] = made[id(parameter)]
         for name, buffer in module._buffers.items():
             if buffer is not None:

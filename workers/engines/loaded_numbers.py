@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from artifacts.errors import RankwiseError
 from artifacts.layout import read_layout
 from artifacts.manifest import LoraModule
+from workers.engines.hollow_models import is_one_number
 
 MAX_NAMES = 20
 _PREFIXES = re.compile(r"(?:base_model\.|model\.|text_model\.|language_model\.|transformer\.)*")
@@ -162,7 +163,7 @@ def _live(components: Mapping[str, nn.Module], placeholders: set[int], adapter: 
                 if not on_meta and tensor.untyped_storage().data_ptr() in placeholders:
                     continue
                 if id(tensor) not in known:
-                    known[id(tensor)] = None if on_meta else _digest(tensor)
+                    known[id(tensor)] = None if on_meta or is_one_number(tensor) else _digest(tensor)
                 plain = _WRAPPERS.sub("", f"{prefix}{name}".replace(f".{adapter}", ""))
                 yield _Live(f"{prefix}{name}", _canonical(_module_path(plain)), known[id(tensor)], is_parameter)
 

@@ -14,13 +14,16 @@ from typing import Any, Protocol
 
 from torch import nn
 
-from artifacts.errors import RankwiseError
+from artifacts.errors import FieldError, RankwiseError, RequestInvalid
 from artifacts.loading import LoadedEngine
 from workers.engines.hollow_models import HollowModel
+from workers.engines.memory_bound import BoundReached, at_most
 
 ADAPTER = "default"
 MAX_MESSAGE = 500
 MAX_MESSAGES = 20
+ALLOWED_BYTES, ALLOWED_TIMES = 2 << 30, 4
+"""What a library may take to load an adapter: so many bytes, and so many times its files, which it casts to float32."""
 _COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 _OF_THE_LIBRARY = (DeprecationWarning, FutureWarning, PendingDeprecationWarning)
 
@@ -50,11 +53,23 @@ def load(engine: LoadedEngine, hollow: HollowModel, path: Path) -> Loaded:
     """Load the adapter at `path` (a PEFT directory, or one file) into the hollow model, which is changed.
 
     Nothing is fetched meanwhile. What a library raises is the answer, not an error.
+
+    Raises:
+        RequestInvalid: it takes far more memory than its file, as the configuration's own numbers (of virtual tokens,
+            of ranks whose factors are not in the file) ask for it.
     """
     loaded = Loaded(hollow.components)
+    allowed = ALLOWED_BYTES + ALLOWED_TIMES * _size(path)
     with _quiet(loaded.warnings, path), _offline():
         try:
-            wrapper = _LOADERS[engine](hollow.target, path)
+            with at_most(allowed):
+                wrapper = _LOADERS[engine](hollow.target, path)
+        except BoundReached as error:
+            raise RequestInvalid(
+                f"To load files of {_size(path)} bytes {engine} asks for more than {allowed >> 20} MiB of memory.",
+                hint="The configuration asks for it: numbers such as num_virtual_tokens or r do not fit the tensors.",
+                errors=[FieldError("/adapter", f"takes more than {allowed >> 20} MiB to load")],
+            ) from error
         except (RankwiseError, MemoryError):
             raise
         except Exception as error:
@@ -64,6 +79,11 @@ def load(engine: LoadedEngine, hollow: HollowModel, path: Path) -> Loaded:
             if wrapper is not None:
                 loaded.components = {"": wrapper}
     return loaded
+
+
+def _size(path: Path) -> int:
+    """Bytes of an adapter's files."""
+    return sum(file.stat().st_size for file in path.rglob("*")) if path.is_dir() else path.stat().st_size
 
 
 def _peft(target: Any, path: Path) -> nn.Module:

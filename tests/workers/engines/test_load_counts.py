@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from peft import LoraConfig, PromptTuningConfig
+from peft import LoraConfig, PromptTuningConfig, VeraConfig
+from transformers import LlamaConfig
 
 from artifacts.errors import RequestInvalid
-from artifacts.layout import CONFIG_NAME
+from artifacts.layout import CONFIG_NAME, WEIGHTS_NAME
 from train.base_files import BaseFiles
-from workers.engines import hollow_models
+from workers.engines import hollow_models, loaded_numbers, stock_loading
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # PEFT asks
 
@@ -139,6 +140,53 @@ def test_a_base_that_no_class_of_transformers_is_made_of(tmp_path: Path, documen
     (tmp_path / "config.json").write_text(json.dumps(document))
     with pytest.raises(RequestInvalid, match="can not be"):
         hollow_models.model_of(BaseFiles("odd", str(tmp_path)), None, {})
+
+
+def changed(folder: Path, **fields: Any) -> Path:
+    document = json.loads((folder / CONFIG_NAME).read_text())
+    (folder / CONFIG_NAME).write_text(json.dumps(document | fields))
+    return folder
+
+
+def test_modules_to_save_that_are_not_in_the_file_take_no_memory(
+    saved: Any, plain: LoraConfig, base: Path, tmp_path: Path
+) -> None:
+    """The libraries copy them whole before they read the file: 38 GB here, for a file of a few kB."""
+    folder = changed(saved(plain), modules_to_save=["mlp"])
+    config = LlamaConfig.from_pretrained(base, intermediate_size=100_000_000)
+    config.save_pretrained(tmp_path / "wide")
+
+    def load(engine: Any) -> Any:
+        hollow = hollow_models.model_of(BaseFiles("wide", str(tmp_path / "wide")), None, {})
+        return hollow, stock_loading.load(engine, hollow, folder)
+
+    _, loaded = load("peft")
+    assert loaded.refusal == {
+        "type": "KeyError", "message": "'base_model.model.model.layers.0.mlp.gate_proj.weight'",
+    }  # fmt: skip
+    hollow, loaded = load("transformers")
+    assert loaded.refusal is None
+    found = loaded_numbers.count(
+        folder, folder / WEIGHTS_NAME, loaded.components, hollow.placeholders, stock_loading.ADAPTER
+    )
+    assert (found.verdict, found.loaded, len(found.missing)) == ("partly", 4, 6)
+    assert all(".mlp.modules_to_save." in name for name in found.missing)
+
+
+@pytest.mark.parametrize(
+    ("config", "fields"),
+    [
+        (PromptTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM"), {"num_virtual_tokens": 60_000_000}),
+        (VeraConfig(r=2, target_modules=TARGETS), {"r": 200_000_000, "save_projection": False}),
+    ],
+)
+def test_a_configuration_that_asks_for_more_memory_than_its_file_is_refused(
+    saved: Any, check: Any, config: Any, fields: dict[str, Any]
+) -> None:
+    folder = changed(saved(config), **fields)
+    with pytest.raises(RequestInvalid, match="asks for more than 2048 MiB") as caught:
+        check("peft", folder)
+    assert [item.pointer for item in caught.value.errors] == ["/adapter"]
 
 
 def test_a_hollow_model_takes_no_memory(base: Path) -> None:
