@@ -29,6 +29,13 @@ def truncated(matrix: Tensor, rank: int) -> Tensor:
     return (U[:, :rank] * S[:rank]) @ Vh[:rank]
 
 
+@pytest.mark.parametrize("size", [1, 2, 3, 63, 64, 66, 129])
+def test_gram_matrices_of_any_size(size: int) -> None:
+    X = torch.randn(size, 40, generator=torch.Generator().manual_seed(size), dtype=torch.float64)
+    torch.testing.assert_close(gram(X), X @ X.T)
+    torch.testing.assert_close(gram(X.T, columns=True), X @ X.T)
+
+
 @pytest.mark.parametrize("rank", [1, 5, 12])
 def test_it_is_the_best_approximation(write_adapter: Write, merge: Any, dense_delta: Any, rank: int) -> None:
     sources = [write_adapter(f"a{i}", {PATH: factors(i, r)}, lora_alpha=3) for i, r in enumerate((4, 8))]
