@@ -15,7 +15,9 @@ from typing import Any, Protocol
 from torch import nn
 
 from artifacts.errors import FieldError, RankwiseError, RequestInvalid
+from artifacts.layout import CONFIG_NAME, WEIGHTS_NAME, read_json
 from artifacts.loading import LoadedEngine
+from artifacts.safetensors_header import read_header
 from workers.engines.hollow_models import HollowModel
 from workers.engines.memory_bound import BoundReached, at_most
 
@@ -66,7 +68,8 @@ def load(engine: LoadedEngine, hollow: HollowModel, path: Path) -> Loaded:
                 wrapper = _LOADERS[engine](hollow.target, path)
         except BoundReached as error:
             raise RequestInvalid(
-                f"To load files of {_size(path)} bytes {engine} asks for more than {allowed >> 20} MiB of memory.",
+                f"To load files of {_size(path)} bytes {engine} asks for more than {allowed >> 20} MiB of memory."
+                + _odd_numbers(path),
                 hint="The configuration asks for it: numbers such as num_virtual_tokens or r do not fit the tensors.",
                 errors=[FieldError("/adapter", f"takes more than {allowed >> 20} MiB to load")],
             ) from error
@@ -84,6 +87,20 @@ def load(engine: LoadedEngine, hollow: HollowModel, path: Path) -> Loaded:
 def _size(path: Path) -> int:
     """Bytes of an adapter's files."""
     return sum(file.stat().st_size for file in path.rglob("*")) if path.is_dir() else path.stat().st_size
+
+
+def _odd_numbers(path: Path) -> str:
+    """The numbers of a PEFT configuration that are above every side of a tensor of the file, in words."""
+    if not path.is_dir():
+        return ""
+    sides = (max(info.shape, default=1) for info in read_header(path / WEIGHTS_NAME).tensors.values())
+    largest = max(sides, default=1)
+    numbers = {key: value for key, value in read_json(path / CONFIG_NAME).items() if type(value) is int}
+    odd = sorted((-value, key) for key, value in numbers.items() if value > largest)
+    if not odd:
+        return ""
+    listed = ", ".join(f"{key[:80]} = {-value}" for value, key in odd[:MAX_MESSAGES])
+    return f" {CONFIG_NAME} says {listed}, and no side of a tensor is above {largest}"
 
 
 def _peft(target: Any, path: Path) -> nn.Module:

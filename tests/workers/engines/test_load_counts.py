@@ -187,6 +187,9 @@ def test_a_configuration_that_asks_for_more_memory_than_its_file_is_refused(
     with pytest.raises(RequestInvalid, match="asks for more than 2048 MiB") as caught:
         check("peft", folder)
     assert [item.pointer for item in caught.value.errors] == ["/adapter"]
+    name = next(iter(fields))
+    assert f"{CONFIG_NAME} says {name} = {fields[name]}, and no side of a tensor is above " in caught.value.detail
+    assert "inference_mode" not in caught.value.detail, "true is no number"
 
 
 def test_a_hollow_model_takes_no_memory(base: Path) -> None:
