@@ -10,7 +10,7 @@ from app.settings import Settings
 from app.stored_inputs import stored_adapters
 from artifacts.errors import FieldError, MergeRefused, RequestInvalid
 from artifacts.quantised_base import packed_layers
-from merge.convertible import CONVERTIBLE, PACKED, need_of
+from merge.convertible import CONVERTIBLE, PACKED, lost, need_of
 from storage import adapters
 from storage.tables import AdapterRow, ModelRow
 
@@ -41,6 +41,13 @@ def check_convert(_: Settings, session: Session, request: ConvertParams, devices
             else f"{row.name} is of type {row.method}; converted are {', '.join(CONVERTIBLE)}"
         )
         raise MergeRefused(f"{problem}.", errors=[FieldError("/adapter", problem)])
+    loss = lost(manifest.report.facts.lasting)
+    if loss is not None:
+        raise MergeRefused(
+            f"{loss[0].upper()}{loss[1:]}.",
+            hint="GET /adapters/{id}/keys says what became of every tensor.",
+            errors=[FieldError("/adapter", loss)],
+        )
     if need == "nothing":
         return None
     model = _model_of(session, row, request)

@@ -113,9 +113,7 @@ def inspect(directory: Path, *, base_model: str | None = None) -> AdapterManifes
     for info in tensors:
         elements[info.dtype] += info.elements
     targets = {module.path.rpartition(".")[2] for module in modules} or set(config.target_modules)
-    refusals = list(layout.refusals)
-    if directory.is_dir() and (directory / "new_embeddings.safetensors").is_file():
-        refusals.append("new_embeddings.safetensors holds embedding rows besides the factors")
+    refusals = layout.refusals
     return AdapterManifest(
         format=layout.format,
         method=config.method if nested is None else METHOD,

@@ -26,6 +26,8 @@ from artifacts.safetensors_header import SafetensorsHeader, read_header
 
 WEIGHTS_NAME = "adapter_model.safetensors"
 CONFIG_NAME = "adapter_config.json"
+EMBEDDINGS_NAME = "new_embeddings.safetensors"
+"""Where vLLM expects rows of the embedding that were trained besides the factors."""
 METADATA_KEY = "lora_adapter_metadata"
 """The key of a safetensors file's metadata under which diffusers, and Rankwise, put the configuration as JSON."""
 LINEAGE_KEY = "rankwise_lineage"
@@ -104,7 +106,11 @@ def read_layout(path: Path) -> AdapterLayout:
     named = configured_reader(header.tensors)
     config_path = path / (CONFIG_NAME if named is None else named.settings_name)
     document = read_json(config_path) if path.is_dir() and config_path.is_file() else None
-    return understand(header, FileValues(weights), document, weights, config_path)
+    layout = understand(header, FileValues(weights), document, weights, config_path)
+    if path.is_dir() and (path / EMBEDDINGS_NAME).is_file():
+        reason = f"{EMBEDDINGS_NAME} holds embedding rows besides the factors"
+        return replace(layout, match=replace(layout.match, refusals=(*layout.match.refusals, reason)))
+    return layout
 
 
 def understand(

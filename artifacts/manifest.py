@@ -166,6 +166,7 @@ class FormatFacts:
         composable: whether `POST /compose-image` can take it.
         exact_as_lora: whether every ΔW is exactly a low-rank product, be it after a conversion.
         typed: modules whose ΔW is no product of stored factors.
+        lasting: reasons that keep it from being merged after a conversion too (`artifacts.refusals`).
     """
 
     architecture: str | None = None
@@ -174,6 +175,7 @@ class FormatFacts:
     composable: Ability = Ability(True)
     exact_as_lora: Ability = Ability(True)
     typed: tuple[TypedModule, ...] = ()
+    lasting: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,6 +12,7 @@ from artifacts.declared_types import DECLARED_TYPES
 from artifacts.errors import ConfigRefused, FieldError
 from artifacts.peft_fields import BASE_CHANGING_INITS, DEFAULT_VALUES, FIELD_RULES, OTHER_PEFT_TYPES, PLAIN_INITS
 from artifacts.peft_patterns import ModuleSelection, PatternTable
+from artifacts.refusals import OfType
 
 NAMING_FIELDS = frozenset({"base_model_name_or_path", "revision", "task_type", "init_lora_weights"})
 """Fields that name things around an adapter of another type than LoRA and leave its ΔW alone."""
@@ -142,9 +143,10 @@ def parse_config(document: Mapping[str, Any]) -> PeftLoraConfig:
         )
     if peft_type in DECLARED_TYPES:
         own = DECLARED_TYPES[peft_type]
-        return _other_type(reader, peft_type, own.method, (f"it is of Rankwise's type {peft_type}, {own.reason}",))
+        reason = OfType(f"it is of Rankwise's type {peft_type}, {own.reason}")
+        return _other_type(reader, peft_type, own.method, (reason,))
     if peft_type in OTHER_PEFT_TYPES:
-        reason = f"it is of PEFT type {peft_type}, whose ΔW is not scaling·B·A; it is stored as it is"
+        reason = OfType(f"it is of PEFT type {peft_type}, whose ΔW is not scaling·B·A; it is stored as it is")
         # What keeps a MiSS adapter from being merged is found in its tensors.
         refusals = () if peft_type in BLOCK_TYPES else (reason,)
         return _other_type(reader, peft_type, peft_type.lower(), refusals)
@@ -246,7 +248,8 @@ def _consequences(reader: _Reader) -> tuple[str, bool, tuple[str, ...]]:
             continue
         method = rule.method or method
         opaque = opaque or rule.kind == "opaque"
-        refusals.append(f"{field} is set: {rule.reason}")
+        reason = f"{field} is set: {rule.reason}"
+        refusals.append(OfType(reason) if field == "use_dora" else reason)
     if reader.document.get("bias", "none") in ("all", "lora_only"):
         refusals.append("bias is set: bias vectors of the base were trained, which B·A can not express")
     refusals.extend(_init_refusal(reader))

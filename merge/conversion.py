@@ -18,8 +18,9 @@ from artifacts.errors import FieldError, FileBroken, MergeRefused
 from artifacts.export import ExportedModule, PeftWriter, lora_config
 from artifacts.layout import AdapterLayout, read_layout
 from artifacts.manifest import LoraModule
+from artifacts.refusals import lasting
 from merge.base_weights import BaseWeights
-from merge.convertible import MAX_RESULT_BYTES
+from merge.convertible import MAX_RESULT_BYTES, lost
 from merge.foreign_forms import ForeignForm, forms_of
 from merge.nearest_lora import ConvertedModule, Nearest, of_factors, of_matrix, relative
 from merge.peft_forms import Change, PeftForms
@@ -149,9 +150,15 @@ def _changes_of(
     layout: AdapterLayout, fingerprint: Fingerprint | None, base: Path | None, unpacked: str | None
 ) -> PeftForms | _ForeignForms:
     weights = None if base is None else BaseWeights(base)
+    changes: PeftForms | _ForeignForms
     if layout.reading is not None:
-        return _ForeignForms(forms_of(layout.reading, Adapter(layout)), weights)
-    return PeftForms.of(layout, fingerprint, weights, unpacked=unpacked is not None)
+        changes = _ForeignForms(forms_of(layout.reading, Adapter(layout)), weights)
+    else:
+        changes = PeftForms.of(layout, fingerprint, weights, unpacked=unpacked is not None)
+    problem = lost(lasting(layout.refusals))
+    if problem is not None:
+        raise MergeRefused(f"{problem[0].upper()}{problem[1:]}.")
+    return changes
 
 
 def _nearest(changes: PeftForms | _ForeignForms, layout: AdapterLayout, path: str, rank: int | None) -> _Converted:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Literal
 
@@ -59,6 +59,18 @@ def need_of(method: str, modules: Iterable[LoraModule], typed: Iterable[TypedMod
         if magnitudes or any(CONVERTIBLE.get(module.type) == "weights" for module in typed):
             return "weights"
     return need
+
+
+def lost(lasting: Sequence[str]) -> str | None:
+    """What a conversion would lose, in words; None if that is nothing.
+
+    Args:
+        lasting: reasons against merging that are not the adapter's type (`artifacts.refusals.lasting`).
+    """
+    if not lasting:
+        return None
+    more = "" if len(lasting) == 1 else f"; and {len(lasting) - 1} more"
+    return f"a LoRA would lose a part of the adapter: {lasting[0]}{more}"
 
 
 def check_form(path: str, rank: int) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -68,6 +68,9 @@ class PeftForms:
                 modules.setdefault(path, {})[name] = tensor
             else:
                 shared[name] = tensor
+        strays = sorted(shared.keys() - ({"vera_A", "vera_B"} if layout.config.peft_type == "VERA" else set()))
+        if strays and modules:
+            raise MergeRefused(f"{strays[0]} stands outside {PREFIX}<module>, where PEFT does not load it.")
         if not modules:
             raise FileBroken("The adapter holds no module.")
         whole = layout.config.modules_to_save
@@ -100,6 +103,8 @@ class PeftForms:
 
     def _pair(self, kind: str, path: str, tensors: Tensors) -> Pair:
         raw = self.layout.config.raw
+        if kind in _NAMES:
+            check_names(path, kind, tensors, _NAMES[kind])
         if kind == "ADALORA":
             return self._adalora(tensors)
         if kind == "VERA":
@@ -150,6 +155,7 @@ class PeftForms:
         """ΔW = diag(m / ‖W + s·B·A‖)·(W + s·B·A) − W, norms of rows."""
         base = needed(self.base, "DoRA")
         module = next((item for item in self.layout.modules if item.path == path), None)
+        check_names(path, "DoRA", tensors, ("lora_A", "lora_B", "lora_magnitude_vector"))
         A, B, magnitude = tensors["lora_A"], tensors["lora_B"], tensors["lora_magnitude_vector"].flatten()
         if module is None or A.ndim != 2:
             raise MergeRefused(f"{path} is no linear layer; only those of DoRA are converted.")
@@ -162,9 +168,7 @@ class PeftForms:
     def _of_weights(self, kind: str, path: str, tensors: Tensors) -> Change:
         title, names, form = _OF_WEIGHTS[kind]
         base = needed(self.base, title)
-        others = sorted(tensors.keys() - set(names))
-        if others:
-            raise MergeRefused(f"{path} has {others[0]}, which is no part of a linear layer of {title}.")
+        check_names(path, title, tensors, names)
         return Change(form(self, base, path, tensors))
 
     def _oft(self, base: BaseWeights, path: str, tensors: Tensors) -> Tensor:
@@ -222,6 +226,23 @@ _OF_WEIGHTS: Mapping[str, tuple[str, tuple[str, ...], Callable[[PeftForms, BaseW
     "IA3": ("IA3", ("ia3_l",), PeftForms._ia3),
 }
 """Type → its title, the tensors of a module, and ΔW."""
+
+
+_NAMES: Mapping[str, tuple[str, ...]] = {
+    "ADALORA": ("lora_A", "lora_B", "lora_E", "ranknum"),
+    "VERA": ("vera_lambda_b", "vera_lambda_d"),
+    "RANKWISE_LQ_LORA": ("lora_A", "lora_B", "start_A", "start_B"),
+    "LOHA": ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2"),
+    "LOKR": ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2"),
+}
+"""Type → what a module may have, of those whose ΔW is a pair."""
+
+
+def check_names(path: str, title: str, tensors: Tensors, names: Collection[str]) -> None:
+    """Raises MergeRefused: a module has more than its form reads."""
+    others = sorted(tensors.keys() - set(names))
+    if others:
+        raise MergeRefused(f"{path} has {others[0]}, which is no part of a linear layer of {title}.")
 
 
 def linear_weight(base: BaseWeights, path: str) -> Tensor:

@@ -276,6 +276,7 @@ def _facts(document: Mapping[str, Any] | None) -> FormatFacts:
         composable=Ability(**document["composable"]),
         exact_as_lora=Ability(**document["exact_as_lora"]),
         typed=tuple(TypedModule(**{**item, "targets": tuple(item["targets"])}) for item in document["typed"]),
+        lasting=tuple(document.get("lasting", ())),
     )
 
 

@@ -9,6 +9,7 @@ from artifacts.formats.architectures import Named
 from artifacts.formats.reading import Reading
 from artifacts.manifest import Ability, FormatFacts, KeyUse, KeyVerdict, LoraModule
 from artifacts.peft_keys import KeyMatch
+from artifacts.refusals import OfType, lasting
 from artifacts.safetensors_header import SafetensorsHeader
 
 COMPOSABLE = ("lora", "rslora", "dora", "dylora")
@@ -27,6 +28,7 @@ def facts_of(
         partial=reading is not None and reading.partial,
         composable=_composable(modules, method, name, reading),
         exact_as_lora=_exact(refusals, reading),
+        lasting=lasting(refusals),
         typed=() if reading is None else reading.typed,
     )
 
@@ -66,7 +68,8 @@ def _composable(
 def _exact(refusals: Sequence[str], reading: Reading | None) -> Ability:
     if not refusals:
         return Ability(True)
-    if reading is not None and reading.typed and not reading.partial and not reading.besides:
+    of_type_only = all(isinstance(reason, OfType) for reason in refusals)
+    if of_type_only and reading is not None and reading.typed and not reading.partial:
         kinds = {module.type for module in reading.typed}
         factored = all("lokr_w2" not in module.tensors or "lokr_w1" not in module.tensors for module in reading.typed)
         if kinds <= {"lokr"} and factored and not reading.modules:

@@ -17,6 +17,7 @@ from artifacts.formats.values import Values
 from artifacts.manifest import IgnoredKey, KeyVerdict, LoraModule, TypedModule
 from artifacts.peft_config import PeftLoraConfig
 from artifacts.peft_keys import MAX_FINDINGS, PREFIX, WRAPPERS
+from artifacts.refusals import OfType, OfVectors
 from artifacts.safetensors_header import SafetensorsHeader, TensorInfo
 
 _BUNDLED = ("bundle_emb.", "emb_params", "clip_l", "clip_g", "string_to_param")
@@ -287,15 +288,14 @@ class _Reader:
         counts = Counter(module.type for module in typed)
         for kind, count in counts.items():
             why = WHY_NO_LORA[kind.removesuffix("-dora")]
-            self._refusals[f"{count} modules are of type {kind}: {why}"] = None
+            self._refusals[OfType(f"{count} modules are of type {kind}: {why}")] = None
         if any(module.magnitude_key for module in modules):
-            self._refusals[f"it is a DoRA: {WHY_NO_LORA['dora']}"] = None
+            self._refusals[OfType(f"it is a DoRA: {WHY_NO_LORA['dora']}")] = None
         self._refuse_besides(modules, resolution)
         biased = [stem for stem in self._stems.values() if is_lora(stem.parts) and self._has_odd_bias(stem, resolution)]
         if biased:
-            self._refusals[f"{len(biased)} modules have biases that no LoRA has, for instance {biased[0].name!r}"] = (
-                None
-            )
+            reason = f"{len(biased)} modules have biases that no LoRA has, for instance {biased[0].name!r}"
+            self._refusals[OfVectors(reason)] = None
         with_alpha = sum(ALPHA in stem.parts for stem in self._stems.values() if is_lora(stem.parts))
         pairs = sum(is_lora(stem.parts) for stem in self._stems.values())
         told = self._configs or self._told != NOTHING_TOLD

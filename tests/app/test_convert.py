@@ -92,6 +92,23 @@ def test_a_file_of_lycoris_needs_weights_when_one_of_its_modules_does(
     assert (response.status_code, response.json()["params"]["base_model"]) == (202, known)
 
 
+def test_what_a_lora_would_lose_is_told_before_the_work(
+    server: Any, adapter_files: Any, make_safetensors: Any, two_adapters: list[str]
+) -> None:
+    numbers = adapter_files().numbers
+    tensors = {f"{LAYERS}q.lokr_w1": ("F32", [4, 4], numbers(16, 1)),
+               f"{LAYERS}q.lokr_w2": ("F32", [80, 80], numbers(6400, 2)),
+               f"{LAYERS}q.scalar": ("F32", [1], numbers(1, 3))}  # fmt: skip
+    adapter = server.upload([("file", ("x.safetensors", make_safetensors(tensors)))]).json()["id"]
+    refused = server.client.post(f"/adapters/{adapter}/convert", json={"to": "lora"})
+    assert (refused.status_code, refused.json()["code"]) == (422, "merge_refused")
+    assert refused.json()["errors"][0]["pointer"] == "/adapter"
+    assert f"{LAYERS}q.scalar" in refused.json()["detail"]
+    body = {"adapters": [{"id": two_adapters[0]}, {"id": adapter}], "method": "cat", "convert": True}
+    refused = server.client.post("/merge", json=body)
+    assert (refused.status_code, refused.json()["errors"][0]["pointer"]) == (422, "/adapters/1/id")
+
+
 LQ_LORA = {"lora_A": [2, 8], "lora_B": [6, 2], "start_A": [2, 8], "start_B": [6, 2]}
 LAYER = "model.layers.0.self_attn.q_proj"
 PACKED = {
