@@ -16,6 +16,7 @@ from artifacts.loading import describes_its_layers, layout_for, why_not_counted
 from artifacts.manifest import PEFT_FORMATS, AdapterManifest
 from artifacts.pointers import pointers_below
 from storage import adapters
+from storage.downloads import check_one_component
 from storage.tables import AdapterRow, ModelRow
 
 
@@ -23,7 +24,7 @@ def check_load(_: Settings, session: Session, request: LoadCheckParams, devices:
     """Refuse what says nothing. `request` gets the id of the base model, if one is known.
 
     Returns:
-        The id of the base model, if one is known.
+        None: of the base model no weights are read, so a worker that has them is no better than another.
 
     Raises:
         RequestInvalid: an unknown adapter or base model; a base model of another kind than the engine's, or none where
@@ -36,12 +37,14 @@ def check_load(_: Settings, session: Session, request: LoadCheckParams, devices:
     if reason is not None:
         raise _refused("/engine", f"the adapter is not loaded here: {reason}", "")
     layout = layout_for(manifest, request.engine)
-    if layout != "safetensors" and not (layout == "peft" and row.format in PEFT_FORMATS):
-        with pointers_below("/engine", instead_of="/query/format"):
+    with pointers_below("/engine", instead_of="/query/format"):
+        if layout == "peft" and row.format in PEFT_FORMATS:
+            check_one_component(row)
+        elif layout != "safetensors":
             WRITERS[layout].plan(subject_of(manifest, layout, None))
     model = _model(session, row, request, manifest)
     request.base_model = None if model is None else model.id
-    return request.base_model
+    return None
 
 
 def _model(session: Session, row: AdapterRow, request: LoadCheckParams, manifest: AdapterManifest) -> ModelRow | None:
@@ -70,9 +73,9 @@ def _unsuitable(model: ModelRow, engine: str) -> str | None:
     is_pipeline = model.pipeline is not None or model.architecture == UNET
     if engine != "diffusers":
         return f"is a pipeline of diffusers, and {engine} loads adapters into one model" if is_pipeline else None
-    if not is_pipeline:
-        return "is no pipeline of diffusers"
-    return "lies on a hub; register a folder of the server" if model.source == "hub" else None
+    if model.source == "hub":  # of which it may not be known what it is
+        return "lies on a hub; register a folder of the server"
+    return None if is_pipeline else "is no pipeline of diffusers"
 
 
 def _refused(pointer: str, problem: str, hint: str) -> RequestInvalid:

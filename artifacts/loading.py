@@ -17,6 +17,8 @@ _NOT_COUNTED: Mapping[str, str] = MappingProxyType(
         "XLORA": "its experts are adapters of their own, which its configuration names and the service does not have",
         "SHADOW": "it is another model, which its configuration names and the service does not have",
         "ADAMSS": "its layers are laid out by the numbers of the base model, and these are not read here",
+        "OSF": "every weight of the base model is decomposed while it is loaded, and these are not read here",
+        "PSOFT": "every weight of the base model is decomposed while it is loaded, and these are not read here",
     }
 )
 """Types that can not be loaded into a model without numbers from the adapter's file alone."""

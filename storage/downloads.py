@@ -76,17 +76,22 @@ def peft_download(blobs: BlobStore, crc32: Crc32Cache, row: AdapterRow) -> Downl
             for file in directory_files(row)
         ]
     else:
-        if not _is_one_component(row.config):
-            raise RequestInvalid(
-                f"{row.id} holds the adapters of several components; a PEFT directory holds one.",
-                hint="Download it with format=safetensors.",
-                errors=[FieldError("/query/format", "must be safetensors for this adapter")],
-            )
+        check_one_component(row)
         entries = [
             bytes_entry(CONFIG_NAME, config_text(config)),
             blob_entry(WEIGHTS_NAME, weights.sha256, weights.size, crc32.get(weights.sha256)),
         ]
     return zipped(entries, file_stem(row))
+
+
+def check_one_component(row: AdapterRow) -> None:
+    """Raises RequestInvalid: the adapter consists of several components, which one PEFT directory can not hold."""
+    if "r" not in row.config and "peft_type" not in row.config:
+        raise RequestInvalid(
+            f"{row.id} holds the adapters of several components; a PEFT directory holds one.",
+            hint="Download it with format=safetensors.",
+            errors=[FieldError("/query/format", "must be safetensors for this adapter")],
+        )
 
 
 def safetensors_download(blobs: BlobStore, row: AdapterRow) -> Download:
@@ -191,10 +196,6 @@ def check_blobs(blobs: BlobStore, files: Sequence[AdapterFileRow]) -> None:
                 f"The bytes of {file.path} (sha256 {file.sha256}) are missing from the blob store.",
                 hint="Restore them from a backup, or upload the adapter again.",
             )
-
-
-def _is_one_component(config: dict[str, Any]) -> bool:
-    return "r" in config or "peft_type" in config
 
 
 def etag_of(kind: str, segments: Sequence[Segment]) -> str:

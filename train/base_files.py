@@ -84,9 +84,12 @@ class BaseFiles:
         return found
 
     def _read(self, auto_class: Any, what: str, files: str) -> Any:
+        from huggingface_hub.errors import StrictDataclassError
+
+        broken = (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError, RecursionError)
         try:
             return auto_class.from_pretrained(self.location, revision=self.revision or "main", trust_remote_code=False)
-        except (OSError, ValueError, KeyError) as error:
+        except (*broken, StrictDataclassError) as error:  # of a file with values of wrong types it raises what comes
             raise RequestInvalid(
                 f"The {what} of the base model {self.name!r} can not be loaded: {error}",
                 hint=f"Its folder needs the {files}.",

@@ -11,7 +11,7 @@ import pytest
 from safetensors.numpy import save
 
 from artifacts.base_model import UNET, BaseModelRef
-from storage import models
+from storage import jobs, models
 
 SHAPES = Path(__file__).resolve().parents[2] / "examples" / "shapes_sd"
 
@@ -33,7 +33,7 @@ def bases(checking: Any) -> dict[str, str]:
     refs = {
         "language": BaseModelRef("lm", "path", "/m", architecture="LlamaForCausalLM"),
         "pipeline": BaseModelRef("sd", "path", "/p", architecture=UNET, pipeline="StableDiffusionPipeline"),
-        "hub": BaseModelRef("acme/sd", "hub", "acme/sd", architecture=UNET, pipeline="StableDiffusionPipeline"),
+        "hub": BaseModelRef("acme/sd", "hub", "acme/sd"),  # whose class is not known
     }
     with checking.services.database.write() as session:
         return {name: models.add_model(session, ref)[0].id for name, ref in refs.items()}
@@ -54,6 +54,8 @@ def test_a_check_is_a_job_with_the_base_model_that_it_will_build(
         assert answer.json()["kind"] == "load_check"
         assert answer.json()["params"] == {"adapter": adapter, "engine": body["engine"], "base_model": base}
         assert answer.json()["resources"]["timeout_seconds"] == 600  # the library may match expressions for ever
+        with checking.services.database.read() as session:
+            assert jobs.get_job(session, answer.json()["id"]).affinity is None  # no weights are read
     own = {"engine": "peft", "resources": {"timeout_seconds": 5.0}}
     answer = checking.client.post(f"/adapters/{alone}/load-check", json=own)
     assert answer.json()["resources"]["timeout_seconds"] == 5
@@ -86,6 +88,8 @@ def test_checks_that_are_refused(
     [
         ({"peft_type": "PROMPT_TUNING"}, {"prompt_embeddings": [3, 8]}, {"engine": "peft"}, "/base_model"),
         ({"peft_type": "XLORA"}, {"a.weight": [3, 8]}, {"engine": "peft", "base_model": "lm"}, "/engine"),
+        ({"peft_type": "OSF"}, {"b.osf_U": [3, 8]}, {"engine": "peft", "base_model": "lm"}, "/engine"),
+        ({"peft_type": "PSOFT"}, {"b.psoft_R": [3, 8]}, {"engine": "peft", "base_model": "lm"}, "/engine"),
         ({"peft_type": "ADAMSS"}, {"b.weight": [3, 8]}, {"engine": "peft", "base_model": "lm"}, "/engine"),
         (
             {"peft_type": "VBLORA", "save_only_topk_weights": True},
@@ -130,8 +134,30 @@ def test_an_image_models_adapter_needs_a_pipeline_that_is_here(checking: Any, ba
         answer = checking.client.post(path, json={"engine": "diffusers", "base_model": base})
         assert answer.status_code == 422, answer.text
         assert [item["pointer"] for item in answer.json()["errors"]] == ["/base_model"]
+    assert "lies on a hub" in answer.json()["detail"]
     assert checking.client.post(path, json={"engine": "diffusers", "base_model": "sd"}).status_code == 202
     assert checking.client.post(f"/adapters/adp_{'0' * 32}/load-check", json={"engine": "peft"}).status_code == 404
+
+
+def test_a_file_of_several_components_is_no_peft_directory(checking: Any, bases: dict[str, str]) -> None:
+    config = {"r": 2, "lora_alpha": 2, "target_modules": ["to_q"]}
+    parts = {
+        part: f"{part}.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q" for part in ("unet", "text_encoder")
+    }
+    parts["text_encoder"] = "text_encoder.text_model.encoder.layers.0.self_attn.q_proj"
+    tensors = {
+        f"{path}.lora_{side}.weight": np.ones(shape, np.float32)
+        for path in parts.values()
+        for side, shape in (("A", (2, 32)), ("B", (32, 2)))
+    }
+    fields = {f"{part}.{key}": value for part in parts for key, value in config.items()}
+    content = save(tensors, {"lora_adapter_metadata": json.dumps(fields)})
+    adapter = checking.upload([("file", ("x.safetensors", content))]).json()
+    assert adapter["format"] == "safetensors-metadata", adapter
+    body = {"engine": "peft", "base_model": "lm"}
+    answer = checking.client.post(f"/adapters/{adapter['id']}/load-check", json=body)
+    assert answer.status_code == 422, answer.text
+    assert [item["pointer"] for item in answer.json()["errors"]] == ["/engine"]
 
 
 @pytest.mark.slow

@@ -28,6 +28,8 @@ _HEADS: Mapping[str, tuple[str, str]] = {
     "QUESTION_ANS": ("ForQuestionAnswering", "AutoModelForQuestionAnswering"),
 }
 """PEFT's task → how transformers ends the names of classes with that head, and what finds one for a configuration."""
+_WITHOUT_HEAD = "FEATURE_EXTRACTION"
+"""PEFT's task of embeddings: such an adapter is saved from, and loaded into, what `AutoModel` gives."""
 _HEAD_WEIGHTS = ("score.weight", "classifier.weight", "classifier.out_proj.weight")
 _LIBRARIES = ("diffusers", "transformers")
 
@@ -58,7 +60,8 @@ def model_of(base: BaseFiles, task: str | None, shapes: Mapping[str, Sequence[in
     """The model of transformers that config.json describes.
 
     Args:
-        task: PEFT's task_type; a classifier's head is put on a base that is stored without one.
+        task: PEFT's task_type; a classifier's head is put on a base that is stored without one, and an adapter of
+            embeddings goes into the bare model.
         shapes: of the adapter's tensors, by key: a saved head tells the number of classes.
 
     Raises:
@@ -67,10 +70,12 @@ def model_of(base: BaseFiles, task: str | None, shapes: Mapping[str, Sequence[in
     import transformers
 
     config = base.config()
-    names = getattr(config, "architectures", None) or []
-    name = names[0] if names and isinstance(names[0], str) else ""
+    names = getattr(config, "architectures", None)
+    name = names[0] if isinstance(names, list) and names and isinstance(names[0], str) else ""
     ending, auto = _HEADS.get(task or "", ("", ""))
-    if ending and not name.endswith(ending):
+    if task == _WITHOUT_HEAD:
+        make: Any = transformers.AutoModel.from_config
+    elif ending and not name.endswith(ending):
         classes = next((shape[0] for key, shape in shapes.items() if key.endswith(_HEAD_WEIGHTS)), None)
         if classes is not None:
             config.num_labels = classes

@@ -110,6 +110,12 @@ def test_a_classifier_gets_its_head_on_a_base_without_one(saved: Any, check: Any
         assert (found.verdict, found.loaded, found.compared) == ("loads", 5, 4)
 
 
+def test_an_adapter_of_embeddings_goes_into_the_bare_model(saved: Any, check: Any) -> None:
+    folder = saved(LoraConfig(r=2, target_modules=TARGETS, task_type="FEATURE_EXTRACTION"), kind="LlamaModel")
+    _, found = check("peft", folder, task="FEATURE_EXTRACTION")
+    assert (found.verdict, found.loaded, found.compared) == ("loads", 4, 4)
+
+
 def test_an_initialisation_that_decomposes_the_base_needs_none(saved: Any, check: Any) -> None:
     folder = saved(LoraConfig(r=2, target_modules=TARGETS))
     document = json.loads((folder / CONFIG_NAME).read_text())
@@ -133,10 +139,17 @@ def test_what_the_library_raises_is_the_answer(saved: Any, check: Any, plain: Lo
         {"model_type": "llama", "architectures": ["os.system"]},
         {"model_type": "llama", "architectures": ["LlamaConfig"]},
         {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_act": "nothing"},
+        {"model_type": "llama", "architectures": 3},
+        {"model_type": "llama", "rope_scaling": 5},
+        {"model_type": "llama", "torch_dtype": 7},
+        {"model_type": "llama", "id2label": ["a"]},
+        {"model_type": "llama", "num_labels": "two"},
+        {"model_type": ["llama"]},
+        [],
         {"model_type": "mine", "auto_map": {"AutoConfig": "mine.Config"}},
     ],
 )
-def test_a_base_that_no_class_of_transformers_is_made_of(tmp_path: Path, document: dict[str, Any]) -> None:
+def test_a_base_that_no_class_of_transformers_is_made_of(tmp_path: Path, document: Any) -> None:
     (tmp_path / "config.json").write_text(json.dumps(document))
     with pytest.raises(RequestInvalid, match="can not be"):
         hollow_models.model_of(BaseFiles("odd", str(tmp_path)), None, {})
