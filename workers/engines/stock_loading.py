@@ -100,7 +100,7 @@ def _odd_numbers(path: Path) -> str:
     if not odd:
         return ""
     listed = ", ".join(f"{key[:80]} = {-value}" for value, key in odd[:MAX_MESSAGES])
-    return f" {CONFIG_NAME} says {listed}, and no side of a tensor is above {largest}"
+    return f" {CONFIG_NAME} says {listed}, and no side of a tensor is above {largest}."
 
 
 def _peft(target: Any, path: Path) -> nn.Module:

@@ -202,6 +202,7 @@ def test_a_configuration_that_asks_for_more_memory_than_its_file_is_refused(
     assert [item.pointer for item in caught.value.errors] == ["/adapter"]
     name = next(iter(fields))
     assert f"{CONFIG_NAME} says {name} = {fields[name]}, and no side of a tensor is above " in caught.value.detail
+    assert caught.value.detail.endswith(".")
     assert "inference_mode" not in caught.value.detail, "true is no number"
 
 
