@@ -193,3 +193,37 @@ def test_the_libraries_themselves_load_what_is_stored(serve: Any, adapter_files:
     report = check(answer.json()["id"], engine="peft")
     assert (report["verdict"], report["missing"]["count"], report["unexpected"]["count"]) == ("nothing", 4, 4)
     assert report["refusal"] is None
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_configuration_that_asks_for_all_memory_fails_its_job_once(
+    serve: Any, make_safetensors: Any, tmp_path: Path
+) -> None:
+    """960 GB of virtual tokens, for a file of 192 bytes."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=40,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+    )
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "tiny")
+    server = serve(pool="local", devices="cpu:1", model_roots=[str(tmp_path)], max_wait_seconds=300)
+    server.client.post("/models", json={"path": str(tmp_path / "tiny"), "name": "tiny"}).raise_for_status()
+    document = {"peft_type": "PROMPT_TUNING", "task_type": "CAUSAL_LM", "num_virtual_tokens": 15_000_000_000}
+    weights = make_safetensors({"prompt_embeddings": ("F32", [3, 16], bytes(192))})
+    parts = [
+        ("file", ("adapter_model.safetensors", weights)),
+        ("file", ("adapter_config.json", json.dumps(document | {"token_dim": 16}).encode())),
+    ]
+    adapter = server.upload(parts).json()["id"]
+    body = {"engine": "peft", "base_model": "tiny"}
+    headers = {"Prefer": "wait=300"}
+    job = server.client.post(f"/adapters/{adapter}/load-check", json=body, headers=headers, timeout=320).json()
+    assert (job["state"], job["attempt"]) == ("failed", 1), job
+    assert job["error"]["code"] == "invalid_request"
+    assert [item["pointer"] for item in job["error"]["errors"]] == ["/adapter"]
