@@ -45,6 +45,7 @@ UNET = "UNet2DConditionModel"
 """The architecture of the pipelines that are served here."""
 PIPELINE_INDEX = "model_index.json"
 """The file that makes a folder a diffusers pipeline."""
+_WEIGHTS = ("model", "diffusion_pytorch_model")  # as save_pretrained of transformers and of diffusers calls them
 _MAX_JSON_BYTES = 64 * 1024 * 1024
 
 
@@ -268,25 +269,48 @@ def _load(path: Path) -> Any:
 
 
 def weight_files(path: Path) -> list[Path]:
-    """The files named by the index, or all *.safetensors of the folder, sorted by name."""
-    indices = [path / f"{stem}.safetensors.index.json" for stem in ("model", "diffusion_pytorch_model")]
-    index = next((found for found in indices if found.is_file()), indices[0])
-    if not index.is_file():
-        files = sorted(entry for entry in path.glob("*.safetensors") if entry.is_file())
+    """The files of a folder that hold the model's weights, sorted by name: those that the index names; else the one
+    file that save_pretrained writes, whatever lies beside it (the same weights in another width, an adapter); else all
+    *.safetensors.
+
+    Raises:
+        FormatUnknown: there are none.
+        FileBroken: the index is broken, or names what is not in the folder.
+    """
+    index = _index(path)
+    if index is None:
+        usual = [path / f"{stem}.safetensors" for stem in _WEIGHTS]
+        files = [file for file in usual if file.is_file()][:1]
+        files = files or sorted(entry for entry in path.glob("*.safetensors") if entry.is_file())
         if not files:
             raise FormatUnknown(
                 f"{path.name} has no *.safetensors weights.", hint="Save the model with safe_serialization=True."
             )
         return files
-    document = _load(index)
-    mapping = document.get("weight_map") if isinstance(document, dict) else None
-    if not isinstance(mapping, dict) or not mapping or not all(isinstance(name, str) for name in mapping.values()):
-        raise FileBroken(f"{index.name} has no weight_map.")
-    files = [path / name for name in sorted(set(mapping.values()))]
+    files = [path / name for name in _names_in(index)]
     for file in files:
         if file.parent != path or not file.is_file():
             raise FileBroken(f"{index.name} names {file.name!r}, which is not in the folder.")
     return files
+
+
+def indexed_weights(path: Path) -> list[str] | None:
+    """The names that the index of a folder's weights gives, sorted; None: there is no index. They are hostile: whether
+    they are files of the folder is for the caller to see. Raises FileBroken."""
+    index = _index(path)
+    return None if index is None else _names_in(index)
+
+
+def _index(path: Path) -> Path | None:
+    return next((found for stem in _WEIGHTS if (found := path / f"{stem}.safetensors.index.json").is_file()), None)
+
+
+def _names_in(index: Path) -> list[str]:
+    document = _load(index)
+    mapping = document.get("weight_map") if isinstance(document, dict) else None
+    if not isinstance(mapping, dict) or not mapping or not all(isinstance(name, str) for name in mapping.values()):
+        raise FileBroken(f"{index.name} has no weight_map.")
+    return sorted(set(mapping.values()))
 
 
 def _fingerprint(infos: Iterable[TensorInfo], config: dict[str, Any]) -> Fingerprint:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, NoReturn
 
 from artifacts.errors import FieldError, RemoteUnavailable, RequestInvalid
+from workers.hub_calls import answered_status, plain_transfers
 from workers.pushed_files import PushedFile
 from workers.remote_client import is_passing
 from workers.watched_work import watched
@@ -50,7 +51,7 @@ def _commit(target: HubTarget, files: Sequence[PushedFile], message: str) -> dic
     from huggingface_hub import CommitOperationAdd, HfApi
 
     api = HfApi(endpoint=target.hub, token=target.token)
-    with _plain_uploads(), _translated(target):
+    with plain_transfers(), _translated(target):
         api.create_repo(target.repo, private=target.private, exist_ok=True)
         if target.private and not api.repo_info(target.repo).private:
             problem = f"{target.repo} is there and is public"
@@ -68,21 +69,6 @@ def _commit(target: HubTarget, files: Sequence[PushedFile], message: str) -> dic
 
 
 @contextmanager
-def _plain_uploads() -> Iterator[None]:
-    """Git LFS over HTTP, which every hub speaks; the chunked protocol of one company's hub is not asked for."""
-    from huggingface_hub import constants
-    from huggingface_hub.utils.tqdm import disable_progress_bars, tqdm
-
-    disable_progress_bars()
-    tqdm.monitor_interval = 0  # or it starts a thread that stays
-    before, constants.HF_HUB_DISABLE_XET = constants.HF_HUB_DISABLE_XET, True
-    try:
-        yield
-    finally:
-        constants.HF_HUB_DISABLE_XET = before
-
-
-@contextmanager
 def _translated(target: HubTarget) -> Iterator[None]:
     """Failures of the hub as errors of our tree. Nothing of a request is in them, for it may hold the token."""
     from httpx2 import HTTPError  # what huggingface_hub sends with, and the base of its own errors
@@ -96,7 +82,7 @@ def _translated(target: HubTarget) -> Iterator[None]:
             hint="Whoever runs the service can unset it.",
         ) from error
     except (HTTPError, OSError, RuntimeError, ValueError) as error:
-        status = next((found for found in map(_status, _causes(error)) if found is not None), None)
+        status = answered_status(error)
         if status is not None and not is_passing(status):
             _refuse(target, status)
         if isinstance(error, HFValidationError):  # by the rules of the client itself: nothing was sent
@@ -104,17 +90,6 @@ def _translated(target: HubTarget) -> Iterator[None]:
             raise RequestInvalid(f"{problem}.", hint=str(error), errors=[FieldError("/hub", problem)]) from error
         what = f"it answered {status}" if status is not None else type(error).__name__
         raise RemoteUnavailable(f"Sending to {target.hub}/{target.repo} failed: {what}.") from error
-
-
-def _causes(error: BaseException | None) -> Iterator[BaseException]:
-    while error is not None:
-        yield error
-        error = error.__cause__
-
-
-def _status(error: BaseException) -> int | None:
-    status = getattr(getattr(error, "response", None), "status_code", None)
-    return status if isinstance(status, int) else None
 
 
 def _refuse(target: HubTarget, status: int) -> NoReturn:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from artifacts.base_model import BaseModelRef, Comparison, check_modules, compare, inspect_base
+from artifacts.base_model import BaseModelRef, Comparison, check_modules, compare, inspect_base, weight_files
 from artifacts.errors import FileBroken, FormatUnknown
 from artifacts.manifest import LoraModule, ModuleKind
 
@@ -174,6 +174,14 @@ def test_sharding_does_not_change_the_digest(base: Make, write_tensors: Make) ->
     assert compare(inspect_base(whole), inspect_base(parts)) == Comparison("weights")
 
 
+def test_the_same_weights_in_another_width_and_an_adapter_are_not_of_the_model(base: Make, write_tensors: Make) -> None:
+    plain, crowded = base(TENSORS, "plain"), base(TENSORS, "crowded")
+    for name in ("adapter_model.safetensors", "model.fp16.safetensors"):
+        write_tensors(crowded / name, {"x.weight": ("F16", [1])})
+    assert weight_files(crowded) == [crowded / "model.safetensors"]
+    assert inspect_base(crowded).weights_digest == inspect_base(plain).weights_digest
+
+
 def test_digests_see_what_changes(base: Make, write_tensors: Make) -> None:
     first, second = base(TENSORS), base(TENSORS, "second")
     (second / "tokenizer_config.json").write_text('{"chat_template": "other"}')
@@ -228,6 +236,7 @@ def test_broken_documents(tmp_path: Path, base: Make, name: str, text: str) -> N
 
 def test_one_tensor_in_two_files(base: Make, write_tensors: Make) -> None:
     folder = base(TENSORS)
+    (folder / "model.safetensors").rename(folder / "first.safetensors")
     write_tensors(folder / "second.safetensors", {"model.norm.weight": ("BF16", [8])})
     with pytest.raises(FileBroken, match=r"two weights files hold the tensor 'model\.norm\.weight'"):
         inspect_base(folder)

@@ -79,7 +79,7 @@ def fold(
     force = bool(context.params.get("force"))
     output = context.scratch / "model"
     context.progress(MERGED_INTO_BASE, "fetching the base model")
-    folder = local_folder(source)
+    folder = local_folder(source, context.check_cancelled)
     report = fold_into_base(
         folder,
         adapter,

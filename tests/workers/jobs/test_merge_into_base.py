@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
+import threading
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,9 +19,10 @@ from transformers import AutoModelForCausalLM
 
 from app.recipes import recipe_of_model
 from artifacts.base_model import BaseModelRef, inspect_base
-from artifacts.errors import RequestInvalid
+from artifacts.errors import AttemptCancelled, DiskFull, RemoteUnavailable, RequestInvalid
 from storage import made_models, models
 from storage.blobs import BlobStore
+from workers import hub_models
 from workers.base_models import ModelSource
 from workers.hub_models import local_folder
 from workers.kinds import KINDS
@@ -26,6 +30,10 @@ from workers.kinds import KINDS
 MODULES = ("model.layers.0.self_attn.q_proj", "model.layers.1.self_attn.q_proj")
 SECONDS = 200  # transformers is imported for the first time
 IDS = torch.arange(1, 9)[None]
+
+
+def never() -> None:
+    """No stop is asked for."""
 
 
 def fetched(pool: Any, model_id: str, folder: Path) -> Path:
@@ -150,13 +158,22 @@ def test_a_model_of_the_hub_is_fetched_and_its_commit_kept(
 
 @pytest.fixture
 def hub_server(tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FileServer]:
-    """A hub on loopback that has the tiny model beside code, pickles and the weights of another program."""
+    """A hub on loopback that has the tiny model beside code, pickles, an adapter and weights that are not its own."""
     from huggingface_hub import close_session, constants
 
     server = FileServer(headers={"x-repo-commit": COMMIT})
     files = {path.name: path.read_bytes() for path in tiny_base.iterdir()}
     files |= dict.fromkeys(
-        ("modeling_tiny.py", "pytorch_model.bin", "onnx/model.safetensors", "README.md"), b"not read"
+        (
+            "modeling_tiny.py",
+            "pytorch_model.bin",
+            "onnx/model.safetensors",
+            "README.md",
+            "model.fp16.safetensors",
+            "adapter_model.safetensors",
+            "consolidated.safetensors",
+        ),
+        b"not read",
     )
     add_repository(server, "acme/tiny", files)
     told = {"id": "acme/tiny", "sha": COMMIT, "private": False, "tags": [], "siblings": []}
@@ -175,13 +192,81 @@ def hub_server(tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_only_what_a_model_is_made_of_is_fetched_from_the_hub(tiny_base: Path, hub_server: FileServer) -> None:
-    folder = local_folder(ModelSource("tiny", "acme/tiny", None, 0))
+    folder = local_folder(ModelSource("tiny", "acme/tiny", None, 0), never)
     assert folder.name == COMMIT
     fetched = {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     assert fetched == {path.name: path.read_bytes() for path in tiny_base.iterdir()}
-    assert local_folder(ModelSource("tiny", str(tiny_base), None, 0)) == tiny_base
-    with pytest.raises(RequestInvalid, match="can not be had from the hub"):
-        local_folder(ModelSource("other", "acme/other", None, 0))
+    assert local_folder(ModelSource("tiny", str(tiny_base), None, 0), never) == tiny_base
+    with pytest.raises(RequestInvalid, match="can not be had from the hub: it answered 404"):
+        local_folder(ModelSource("other", "acme/other", None, 0), never)
+
+
+def test_of_weights_in_parts_those_of_the_index_are_fetched(tiny_base: Path, hub_server: FileServer) -> None:
+    index = json.dumps({"weight_map": {"a": "one.safetensors", "b": "model.fp16.safetensors"}}).encode()
+    resolved = f"/acme/tiny/resolve/{COMMIT}/"
+    hub_server.files |= {
+        f"{resolved}model.safetensors.index.json": index,
+        f"{resolved}one.safetensors": b"part",
+    }
+    listing = f"/api/models/acme/tiny/tree/{COMMIT}"
+    tree = json.loads(hub_server.files[listing])
+    for name in ("model.safetensors.index.json", "one.safetensors"):
+        size = len(hub_server.files[resolved + name])
+        tree.append({"type": "file", "path": name, "size": size, "oid": "0" * 40})
+    hub_server.files[listing] = json.dumps(tree).encode()
+    folder = local_folder(ModelSource("tiny", "acme/tiny", None, 0), never)
+    assert {path.name for path in folder.glob("*.safetensors")} == {"one.safetensors", "model.fp16.safetensors"}
+
+
+def test_a_hub_that_is_away_is_no_fault_of_the_request(hub_server: FileServer) -> None:
+    hub_server.statuses += [503] * 20
+    with pytest.raises(RemoteUnavailable) as caught:
+        local_folder(ModelSource("tiny", "acme/tiny", None, 0), never)
+    assert hub_server.url not in caught.value.detail
+    assert "503" in caught.value.detail
+
+
+def test_a_download_that_does_not_fit_the_disk_is_not_begun(
+    hub_server: FileServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hub_models, "shutil", SimpleNamespace(disk_usage=lambda _: SimpleNamespace(free=10)))
+    with pytest.raises(DiskFull, match="and 10 are free"):
+        local_folder(ModelSource("tiny", "acme/tiny", None, 0), never)
+    assert not [path for path, _ in hub_server.got if path.endswith(".safetensors")]
+
+
+def test_a_disk_that_fills_up_meanwhile_is_told_as_that(
+    hub_server: FileServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*args: Any, **options: Any) -> str:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", full)
+    with pytest.raises(DiskFull, match="'tiny' in the hub's cache"):
+        local_folder(ModelSource("tiny", "acme/tiny", None, 0), never)
+
+
+def test_a_job_that_is_to_stop_does_not_wait_for_the_hub(
+    hub_server: FileServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    released, left = threading.Event(), threading.Event()
+
+    def silent(*args: Any, **options: Any) -> str:
+        released.wait(60)
+        left.set()
+        return "/nowhere"
+
+    def stop() -> None:
+        raise AttemptCancelled("stop")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", silent)
+    try:
+        with pytest.raises(AttemptCancelled):
+            local_folder(ModelSource("tiny", "acme/tiny", None, 0), stop)
+        assert not left.is_set()
+    finally:
+        released.set()
+    assert left.wait(60)
 
 
 def test_a_model_that_the_hub_does_not_give_is_told(
