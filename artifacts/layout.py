@@ -16,7 +16,7 @@ from artifacts.formats.reading import Reading, read_keys
 from artifacts.formats.roles import A, B, part_of
 from artifacts.formats.table import configured_reader, is_reader
 from artifacts.formats.values import FileValues, Values
-from artifacts.identification import identify
+from artifacts.identification import Identification, identify
 from artifacts.json_objects import unique_members
 from artifacts.manifest import FormatFacts, IgnoredKey, KeyVerdict, LoraModule
 from artifacts.miss_keys import match_blocks
@@ -36,6 +36,7 @@ LINEAGE_KEY = "rankwise_lineage"
 MAX_CONFIG_BYTES = 4 * 1024 * 1024
 MAX_CONFIG_DEPTH = 32
 MAX_KEY_LENGTH = 500
+MAX_COMPONENTS = 16
 _PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 
 
@@ -273,6 +274,10 @@ def _component_configs(document: Mapping[str, Any]) -> dict[str, PeftLoraConfig]
         parts.setdefault(f"{component}.", {"peft_type": "LORA"})[field] = value
     if not parts:
         raise ConfigRefused(f"{METADATA_KEY} is empty.")
+    if len(parts) > MAX_COMPONENTS:
+        raise ConfigRefused(
+            f"{METADATA_KEY} names {len(parts)} components; a pipeline has at most {MAX_COMPONENTS} that are adapted."
+        )
     return {component: parse_config(fields) for component, fields in sorted(parts.items())}
 
 
@@ -308,7 +313,8 @@ def _layout(
     configs: Mapping[str, PeftLoraConfig],
     document: Mapping[str, Any],
 ) -> AdapterLayout:
-    match = _join([_match(header, config, component) for component, config in configs.items()])
+    found = identify(header)
+    match = _join([_match(header, config, component, found) for component, config in configs.items()])
     known = {*match.used, *(entry.key for entry in match.ignored)}
     homeless = [key for key in sorted(header.tensors) if key not in known]
     if homeless:
@@ -329,11 +335,11 @@ def _layout(
     return AdapterLayout(kind, weights, config_path, header, configs, document, match)
 
 
-def _match(header: SafetensorsHeader, config: PeftLoraConfig, component: str) -> KeyMatch:
+def _match(header: SafetensorsHeader, config: PeftLoraConfig, component: str, layout: Identification) -> KeyMatch:
     if config.peft_type in BLOCK_TYPES:
         return match_blocks(header, config, component=component)
     if not config.opaque:
-        return match_keys(header, config, component=component)
+        return match_keys(header, config, component=component, layout=layout)
     keys = tuple(key for key in sorted(header.tensors) if key.startswith(component))
     if not keys:
         raise FormatUnknown("The file holds no tensors.")

@@ -27,8 +27,8 @@ def missing_modules(paths: Iterable[str]) -> tuple[str, ...]:
         for rest, has in modules.items():
             # every one of these has most of the numbers, so that they are few
             lost = numbers - has if 8 * len(has) >= 7 * len(numbers) else set()
-            lost = {number for number in lost if number > min(has)} | (
-                between if 2 * len(has) > len(numbers) else set()
-            )
+            start_of_these = min(has)
+            lost = {number for number in lost if number > start_of_these}
+            lost |= between if 2 * len(has) > len(numbers) else set()
             absent += [f"{start}.{number}.{rest}" for number in sorted(lost)]
     return tuple(absent)

@@ -179,7 +179,7 @@ def _explain(others: list[TensorInfo], config: PeftLoraConfig) -> tuple[tuple[Ig
     ignored, refusals = [], []
     for info in others:
         module, _, leaf = info.name.removeprefix(PREFIX).rpartition(".")
-        if any(f".{name}." in f".{module}." for name in config.modules_to_save):
+        if config.saved_names.inside(module):
             reason = "full copy of a trained module (modules_to_save); kept in the stored file"
         elif leaf == "bias" and config.raw.get("bias", "none") != "none":
             reason = "trained bias of the base; kept in the stored file"

@@ -11,7 +11,7 @@ from typing import Any
 from artifacts.declared_types import DECLARED_TYPES
 from artifacts.errors import ConfigRefused, FieldError
 from artifacts.peft_fields import BASE_CHANGING_INITS, DEFAULT_VALUES, FIELD_RULES, OTHER_PEFT_TYPES, PLAIN_INITS
-from artifacts.peft_patterns import ModuleSelection, PatternTable
+from artifacts.peft_patterns import InnerNames, ModuleSelection, PatternTable
 from artifacts.refusals import OfType
 
 NAMING_FIELDS = frozenset({"base_model_name_or_path", "revision", "task_type", "init_lora_weights"})
@@ -110,8 +110,13 @@ class PeftLoraConfig:
             excludes if isinstance(excludes, str) else tuple(excludes),
             (layers,) if isinstance(layers, int) else tuple(layers or ()),
             (patterns,) if isinstance(patterns, str) else tuple(patterns),
-            self.modules_to_save,
+            self.saved_names,
         )
+
+    @cached_property
+    def saved_names(self) -> InnerNames:
+        """`modules_to_save`, to be found in paths: PEFT saves what is below such a module too."""
+        return InnerNames("modules_to_save", self.modules_to_save)
 
     @property
     def evenly_targeted(self) -> bool:
@@ -265,7 +270,7 @@ def _init_refusal(reader: _Reader) -> list[str]:
         for prefix, title in BASE_CHANGING_INITS.items():
             if lowered == prefix or (prefix in ("pissa", "corda") and lowered.startswith(prefix)):
                 reason = (
-                    f"init_lora_weights is {value!r}: {title} subtracts its initial B·A from the base weights (or "
+                    f"init_lora_weights is {value[:40]!r}: {title} subtracts its initial B·A from the base weights (or "
                     "quantises them), so these factors fit that changed base and not the original. Save it in PEFT "
                     "with path_initial_model_for_weight_conversion to get factors for the original base"
                 )

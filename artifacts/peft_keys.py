@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 import re
+from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 
 from artifacts.errors import FieldError, FileBroken, FormatUnknown
-from artifacts.formats.roles import WEAK, part_of
-from artifacts.identification import identify
+from artifacts.formats.roles import BUFFERS, WEAK, part_of
+from artifacts.identification import Identification, identify
 from artifacts.lost_modules import missing_modules
 from artifacts.manifest import IgnoredKey, LoraModule, ModuleKind
 from artifacts.peft_config import PeftLoraConfig
@@ -33,6 +34,7 @@ _FACTOR = re.compile(
 UNSELECTED = "modules are not selected by target_modules"
 """In the warning of factors that PEFT would not load: what is made of the adapter must be told too."""
 
+_REPLACES = "stored in full, which replaces what the base has"
 _SAVED_ALONG = ("embed_tokens", "lm_head")
 """Layers whose weights `save_pretrained` of PEFT writes without being told to, where one of them is adapted."""
 FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
@@ -64,7 +66,9 @@ class _Parts:
     tensors: dict[str, TensorInfo] = field(default_factory=dict)
 
 
-def match_keys(header: SafetensorsHeader, config: PeftLoraConfig, *, component: str = "") -> KeyMatch:
+def match_keys(
+    header: SafetensorsHeader, config: PeftLoraConfig, *, component: str = "", layout: Identification | None = None
+) -> KeyMatch:
     """Pair the factors of a file and check them against its configuration.
 
     Args:
@@ -72,6 +76,7 @@ def match_keys(header: SafetensorsHeader, config: PeftLoraConfig, *, component: 
         config: its configuration, or that of one component.
         component: "unet." and the like for files that hold several models: only these keys are looked at, and the
             component stays part of the module's path.
+        layout: what `identify` says of the header, where it was asked before.
 
     Raises:
         FileBroken: a factor without its partner, shapes that are no low-rank pair, a rank that is not the
@@ -79,20 +84,22 @@ def match_keys(header: SafetensorsHeader, config: PeftLoraConfig, *, component: 
         FormatUnknown: no key of the file belongs to a LoRA adapter, or two layouts are mixed.
         ConfigRefused: a pattern of the configuration is no valid expression.
     """
-    return _Matching(header, config, component).run()
+    return _Matching(header, config, component, layout or identify(header)).run()
 
 
 class _Matching:
-    def __init__(self, header: SafetensorsHeader, config: PeftLoraConfig, component: str) -> None:
+    def __init__(
+        self, header: SafetensorsHeader, config: PeftLoraConfig, component: str, layout: Identification
+    ) -> None:
         self._infos = [info for name, info in sorted(header.tensors.items()) if name.startswith(component)]
-        self._header = header
+        self._layout = layout
         self._config = config
         self._component = component
         self._parts: dict[str, _Parts] = {}
         self._adapters: set[str] = set()
         self._others: list[tuple[str, TensorInfo]] = []
         self._heads: set[str] = set()
-        self._replaced: list[str] = []
+        self._counted: dict[str, list[str]] = defaultdict(list)
         self._beside: list[str] = []
         self._wrappers: set[str] = set()
         self._prefixes: set[int] = set()
@@ -105,7 +112,7 @@ class _Matching:
             self._place(info)
         if not self._parts:
             raise FormatUnknown(
-                f"None of the {len(self._infos)} tensors belongs to a LoRA adapter: {identify(self._header).sentence}",
+                f"None of the {len(self._infos)} tensors belongs to a LoRA adapter: {self._layout.sentence}",
                 hint="A PEFT adapter holds keys such as base_model.model.<module>.lora_A.weight.",
             )
         self._check_mixture()
@@ -159,16 +166,15 @@ class _Matching:
         return path, depth
 
     def _check_mixture(self) -> None:
-        layout = identify(self._header)
         for path, info in self._others:
             if path.endswith((".alpha", ".dora_scale")):
                 raise FormatUnknown(
                     f"{info.name!r} belongs to another layout than PEFT's, whose scaling is in its configuration.",
                     hint="Save the adapter with PEFT's save_pretrained.",
                 )
-        if layout.name == "mixed":
+        if self._layout.name == "mixed":
             raise FormatUnknown(
-                f"The file mixes two layouts: {layout.description}.",
+                f"The file mixes two layouts: {self._layout.description}.",
                 hint="Which of them counts is ambiguous; save the adapter again in one layout.",
             )
 
@@ -202,9 +208,9 @@ class _Matching:
         if module.rank != expected:
             raise FileBroken(f"{path}: the tensors have rank {module.rank}, adapter_config.json says {expected}.")
         if module.grouped:
-            self._refusals[f"{path} is a grouped convolution, whose ΔW is block-diagonal"] = None
+            self._counted["a grouped convolution, whose ΔW is block-diagonal"].append(path)
         if path.endswith(".base_layer"):
-            self._refusals[f"{path} is a parameter inside an adapted module (target_parameters)"] = None
+            self._counted["a parameter inside an adapted module (target_parameters)"].append(path)
         alpha = self._config.alpha_for(path)
         bias, magnitude = tensors.get("lora_B.bias"), tensors.get("lora_magnitude_vector")
         self._check_vectors(path, module, bias, magnitude)
@@ -244,18 +250,20 @@ class _Matching:
         elif "trainable_tokens_delta" in path:
             reason = "rows of the embedding that were trained (trainable_token_indices); kept in the stored file"
             self._refusals["trained embedding rows are stored besides the factors"] = None
-        elif ".modules_to_save." in path or self._is_saved(module):
+        elif ".modules_to_save." in path or self._config.saved_names.inside(module):
             reason = "full copy of a trained module (modules_to_save); kept in the stored file"
-            self._refusals.setdefault(f"{module} is stored as a full copy (modules_to_save)", None)
+            self._counted["stored as a full copy (modules_to_save)"].append(module)
         elif leaf == "bias" and self._config.bias != "none":
             reason = f"trained bias of the base (bias={self._config.bias!r}); kept in the stored file"
         elif path.startswith("v_head.") and not self._stands_beside(path):
             reason = "value head of TRL, which is no part of the model that is adapted; PEFT does not load it"
             self._warnings.append(f"{info.name} is of TRL's value head, which PEFT does not load, and is ignored.")
-        elif leaf in ("weight", "bias") and self._replaces_base(module, info):
+        elif self._replaces_base(path, info):
             # PEFT hands them to load_state_dict as they are
             reason = "full weight, saved for instance after the vocabulary was resized; kept in the stored file"
-            self._replaced.append(f"{module}.{leaf}")
+            if leaf not in ("weight", "bias"):
+                reason = "parameter of the base of no adapted module, which PEFT loads; kept in the stored file"
+            self._counted[_REPLACES].append(path)
         else:
             reason = "not part of a LoRA adapter; PEFT does not load it"
             self._warnings.append(f"{info.name} is not part of a LoRA adapter and is ignored.")
@@ -270,7 +278,7 @@ class _Matching:
             self._warnings.append(f"{info.name} is a weight of the base that PEFT does not load, and is ignored.")
             return "weight of the base where no adapted layer is; PEFT does not load it"
         if "lora_embedding_A" not in parts.tensors and adapted.rpartition(".")[2] not in _SAVED_ALONG:
-            self._replaced.append(f"{adapted}.base_layer.{leaf}")
+            self._counted[_REPLACES].append(f"{adapted}.base_layer.{leaf}")
             return "full weight of an adapted layer, which PEFT loads into the base; kept in the stored file"
         self._warnings.append(
             f"{info.name} is a copy of a base weight of shape {info.shape}. Where the vocabulary was resized, "
@@ -281,9 +289,14 @@ class _Matching:
     def _has_prefix(self, info: TensorInfo) -> bool:
         return PREFIX in info.name or self._prefixes == {0}
 
-    def _replaces_base(self, module: str, info: TensorInfo) -> bool:
+    def _replaces_base(self, path: str, info: TensorInfo) -> bool:
         """Whether PEFT would load it into the base model: it has the factors' prefix and is of no adapted module."""
-        return self._has_prefix(info) and module not in self._parts and ".lora_" not in f".{module}"
+        module, _, leaf = path.rpartition(".")
+        if leaf not in ("weight", "bias") and (
+            info.dtype not in FLOATS or leaf in BUFFERS or self._stands_beside(path)
+        ):
+            return False
+        return self._has_prefix(info) and module not in self._parts and ".lora_" not in f".{path}"
 
     def _stands_beside(self, path: str) -> bool:
         """Whether it is below an adapted module, or has the name of another adapter's tensor: B·A is then not all."""
@@ -299,16 +312,10 @@ class _Matching:
         if self._beside:
             count, first = len(self._beside), self._beside[0]
             self._refusals[f"{count} tensors stand beside factors and are not understood: {first!r}"] = None
-        if self._replaced:
-            count, first = len(self._replaced), self._replaced[0]
-            what = f"{first} is" if count == 1 else f"{count} tensors of the base, for instance {first}, are"
-            self._refusals[f"{what} stored in full, which replaces what the base has"] = None
-
-    def _is_saved(self, module: str) -> bool:
-        return any(
-            module == name or module.endswith(f".{name}") or f".{name}." in f".{module}."
-            for name in self._config.modules_to_save
-        )
+        for what, names in self._counted.items():
+            count = len(dict.fromkeys(names))
+            more = "" if count == 1 else f", as are {count - 1} others"
+            self._refusals[f"{names[0]} is {what}{more}"] = None
 
     def _warn_about_names(self, modules: Iterable[LoraModule]) -> None:
         for wrapper in sorted(self._wrappers):

@@ -149,6 +149,56 @@ class PatternTable(Generic[Value]):
         return key == path or self._matcher.match(rf"(.*\.)?({key})$", path) is not None
 
 
+MAX_COMPONENTS = 100_000
+"""Of all names that are looked for inside paths together: real configurations have a handful."""
+
+
+class InnerNames:
+    """Names that are looked for in paths as whole components, anywhere: in one pass over a path, however many there
+    are (Aho and Corasick, https://doi.org/10.1145/360825.360855).
+
+    Raises:
+        ConfigRefused: more than `MAX_COMPONENTS` components.
+    """
+
+    def __init__(self, field: str, names: Iterable[str]) -> None:
+        self._following: list[dict[str, int]] = [{}]
+        self._is_end = [False]
+        for name in names:
+            node = 0
+            for part in name.split("."):
+                node = self._following[node].setdefault(part, len(self._following))
+                if node == len(self._following):
+                    self._following.append({})
+                    self._is_end.append(False)
+            self._is_end[node] = True
+            if len(self._following) > MAX_COMPONENTS:
+                raise ConfigRefused(
+                    f"adapter_config.json: {field}: its names have more than {MAX_COMPONENTS} components together."
+                )
+        self._back = [0] * len(self._following)
+        nodes = list(self._following[0].values())
+        for node in nodes:
+            for part, following in self._following[node].items():
+                self._back[following] = self._step(self._back[node], part)
+                self._is_end[following] |= self._is_end[self._back[following]]
+                nodes.append(following)
+
+    def inside(self, path: str) -> bool:
+        """Whether one of the names is the path or some components of it that stand together."""
+        node = 0
+        for part in path.split("."):
+            node = self._step(node, part)
+            if self._is_end[node]:
+                return True
+        return False
+
+    def _step(self, node: int, part: str) -> int:
+        while node and part not in self._following[node]:
+            node = self._back[node]
+        return self._following[node].get(part, 0)
+
+
 class ModuleSelection:
     """`target_modules`, `exclude_modules`, `layers_to_transform`, `layers_pattern` and `modules_to_save` together:
     is a module adapted?"""
@@ -159,18 +209,18 @@ class ModuleSelection:
         excludes: tuple[str, ...] | str,
         layers: tuple[int, ...],
         layers_patterns: tuple[str, ...],
-        saved: tuple[str, ...],
+        saved: InnerNames,
     ) -> None:
-        self._targets = targets
-        self._excludes = excludes
-        self._layers = layers
+        self._targets = targets if targets is None or isinstance(targets, str) else frozenset(targets)
+        self._excludes = excludes if isinstance(excludes, str) else frozenset(excludes)
+        self._layers = frozenset(layers)
         self._layers_patterns = layers_patterns
         self._saved = saved
         self._matcher = Matcher("target_modules")
 
     def selects(self, path: str) -> bool:
         """Whether PEFT would put an adapter on the module at `path`; always true when PEFT itself chose the targets."""
-        if self._named(self._excludes, path) or any(f".{name}." in f".{path}." for name in self._saved):
+        if self._named(self._excludes, path) or self._saved.inside(path):
             return False
         if self._targets is None or self._targets == "all-linear":
             return True
@@ -181,10 +231,10 @@ class ModuleSelection:
         index = self._layer_index(path)
         return index is not None and index in self._layers
 
-    def _named(self, names: tuple[str, ...] | str, path: str) -> bool:
+    def _named(self, names: frozenset[str] | str, path: str) -> bool:
         if isinstance(names, str):
             return bool(names) and self._matcher.match(names, path, full=True) is not None
-        return any(path == name or path.endswith(f".{name}") for name in names)
+        return path in names or any(path[at + 1 :] in names for at, letter in enumerate(path) if letter == ".")
 
     def _layer_index(self, path: str) -> int | None:
         expressions = [rf"(?:^|.*?\.){pattern}\.(?P<idx>[0-9]+)\." for pattern in self._layers_patterns]

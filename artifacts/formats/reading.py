@@ -312,7 +312,9 @@ class _Reader:
             self._warnings.append(f"alpha is 0 in {dead} modules: they change nothing.")
 
     def _refuse_besides(self, modules: list[LoraModule], resolution: Resolution) -> None:
-        unplaced = [key for key, reason in self._unplaced.items() if not reason and not _is_bundled(key)]
+        unplaced = [
+            self._header.tensors[key] for key, reason in self._unplaced.items() if not reason and not _is_bundled(key)
+        ]
         self._besides, warnings = besides(self._stems.values(), resolution.found, unplaced, self._clean)
         self._refusals |= dict.fromkeys(self._besides)
         self._warnings += warnings

@@ -84,6 +84,9 @@ _LEGACY = {"down.weight": A, "up.weight": B}
 _LEGACY_LAYERS = ("_lora", "_lora1", "_lora2")
 """Old layers of diffusers and XLabs: how the component before it ends."""
 
+BUFFERS = frozenset({"inv_freq", "original_inv_freq", "position_ids", "cos_cached", "sin_cached", "masked_bias"})
+"""Leaves of what a model computes for itself, and nobody trains."""
+
 WEAK = frozenset({"weight", "bias", "scale", ALPHA})
 """Roles that also occur in files that are no adapter."""
 

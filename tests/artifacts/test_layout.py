@@ -159,3 +159,12 @@ def test_text_encoders_under_names_that_are_not_read_are_called_so(
     assert "a LoRA of a text encoder under a name that is not read" in caught.value.detail
     assert f"'{start}model.layers.0.self_attn.q_proj.lora_A.weight'" in caught.value.detail
     assert "clip_l, clip_g, clip_h and t5xxl" in str(caught.value.hint)
+
+
+def test_more_components_than_a_pipeline_has(tmp_path: Path, write_tensors: Make, pairs: Make) -> None:
+    document = {f"part{number}.r": 4 for number in range(17)}
+    path = write_tensors(
+        tmp_path / "x.safetensors", pairs("part0.to_q", prefix=""), {METADATA_KEY: json.dumps(document)}
+    )
+    with pytest.raises(ConfigRefused, match="names 17 components; a pipeline has at most 16"):
+        read_layout(path)

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from artifacts.errors import FileBroken, FormatUnknown
+from artifacts.manifest import IgnoredKey
 from artifacts.peft_config import parse_config
 from artifacts.peft_keys import UNSELECTED, KeyMatch, match_keys
 from artifacts.safetensors_header import read_header
@@ -251,7 +252,8 @@ def test_bias_where_none_can_be(match: Match, pairs: Callable[..., Tensors], rol
         ("model.o_proj.ia3_l", [6, 1], {}, "not part of a LoRA adapter", "beside factors"),
         ("embed_tokens.token_adapter.trainable_tokens_delta", [2, 8], {}, "trained", "embedding rows"),
         ("model.q_proj.bias", [6], {"bias": "all"}, "trained bias", None),
-        ("something.else", [3], {}, "not part of a LoRA adapter", None),
+        ("something.else", [3], {}, "parameter of the base", "something.else is stored in full"),
+        ("something.inv_freq", [3], {}, "not part of a LoRA adapter", None),
     ],
 )
 def test_every_other_key_is_ignored_with_a_reason(
@@ -349,7 +351,49 @@ def test_a_value_head_with_factors_of_its_own_is_adapted_and_its_weight_stands_b
 def test_several_weights_of_the_base_are_one_reason(match: Match, pairs: Callable[..., Tensors]) -> None:
     norms: Tensors = {f"{PREFIX}model.layers.{number}.norm.weight": ("F32", [8]) for number in range(30)}
     (reason,) = match(pairs("model.q_proj") | norms).refusals
-    assert reason.startswith("30 tensors of the base, for instance model.layers.0.norm.weight, are stored in full")
+    assert reason == (
+        "model.layers.0.norm.weight is stored in full, which replaces what the base has, as are 29 others"
+    )
+
+
+@pytest.mark.parametrize("leaf", ["mixer.A_log", "mixer.D", "gate", "mixer.norm.scale"])
+def test_every_parameter_that_peft_loads_beside_the_factors_keeps_them_from_being_merged(
+    match: Match, pairs: Callable[..., Tensors], leaf: str
+) -> None:
+    key = f"{PREFIX}model.layers.0.{leaf}"
+    found = match(pairs("model.layers.0.mixer.in_proj") | {key: ("F32", [8])}, target_modules=["in_proj"])
+    assert found.refusals == (f"model.layers.0.{leaf} is stored in full, which replaces what the base has",)
+    assert found.ignored == (
+        IgnoredKey(key, "parameter of the base of no adapted module, which PEFT loads; kept in the stored file"),
+    )
+
+
+@pytest.mark.parametrize(
+    ("key", "dtype"),
+    [
+        (f"{PREFIX}model.layers.0.self_attn.rotary_emb.inv_freq", "F32"),
+        (f"{PREFIX}model.embeddings.position_ids", "F32"),
+        (f"{PREFIX}model.layers.0.counter", "I64"),
+        ("model.cls_token", "F32"),
+    ],
+)
+def test_what_nobody_trains_or_peft_does_not_load_is_told_and_ignored(
+    match: Match, pairs: Callable[..., Tensors], key: str, dtype: str
+) -> None:
+    found = match(pairs("model.layers.0.q_proj", "model.layers.0.v_proj") | {key: (dtype, [8])})
+    assert found.refusals == ()
+    assert found.warnings == (f"{key} is not part of a LoRA adapter and is ignored.",)
+
+
+def test_reasons_stay_short_however_many_modules_they_are_of(match: Match, pairs: Callable[..., Tensors]) -> None:
+    paths = [f"model.layers.{number}.experts" for number in range(50)]
+    tensors = pairs(*paths, *(f"{path}.base_layer" for path in paths))
+    tensors |= {f"{PREFIX}model.layers.{number}.norm.{leaf}": ("F32", [8]) for number in range(40) for leaf in "ab"}
+    found = match(tensors, target_modules=["experts"], modules_to_save=["norm"])
+    assert found.refusals == (
+        f"{paths[0]}.base_layer is a parameter inside an adapted module (target_parameters), as are 49 others",
+        "model.layers.0.norm is stored as a full copy (modules_to_save), as are 39 others",
+    )
 
 
 @pytest.mark.parametrize("head", ["model.", "lit_model.", "_forward_module.", "module.policy."])

@@ -12,7 +12,7 @@ from peft.utils.other import get_pattern_key
 
 from artifacts.errors import ConfigRefused
 from artifacts.peft_config import parse_config
-from artifacts.peft_patterns import LiteralNames, PatternTable
+from artifacts.peft_patterns import MAX_COMPONENTS, InnerNames, LiteralNames, ModuleSelection, PatternTable
 
 STEADY = settings(deadline=None, derandomize=True, max_examples=300, suppress_health_check=[HealthCheck.too_slow])
 
@@ -127,3 +127,31 @@ def test_thousands_of_literal_names_are_found() -> None:
     names = [f"model.layers.{layer}.experts.{expert}.w1" for layer in range(32) for expert in range(50)]
     table = PatternTable("rank_pattern", {name: number + 1 for number, name in enumerate(names)})
     assert [table.lookup(name, 0) for name in names] == list(range(1, len(names) + 1))
+
+
+LETTERS = st.lists(st.sampled_from(["a", "b", "aa", ""]), min_size=1, max_size=7).map(".".join)
+
+
+@given(st.lists(LETTERS, max_size=6), LETTERS)
+@STEADY
+def test_names_inside_paths_are_those_that_stand_between_dots(names: list[str], path: str) -> None:
+    assert InnerNames("x", names).inside(path) == any(f".{name}." in f".{path}." for name in names)
+
+
+@given(st.lists(LETTERS, max_size=6), LETTERS)
+@STEADY
+def test_names_of_targets_are_ends_of_paths(names: list[str], path: str) -> None:
+    selection = ModuleSelection(tuple(names), (), (), (), InnerNames("x", ()))
+    assert selection.selects(path) == any(path == name or path.endswith(f".{name}") for name in names)
+
+
+def test_a_hundred_thousand_names_are_looked_up_and_not_gone_through() -> None:
+    names = [f"m{number}" for number in range(MAX_COMPONENTS - 1)]
+    selection = ModuleSelection(tuple(names), tuple(f"x.{name}" for name in names), (), (), InnerNames("x", names[:-1]))
+    paths = [f"layer.{number}.{names[-1]}" for number in range(20_000)]
+    assert all(selection.selects(path) for path in paths)
+
+
+def test_names_that_would_take_much_memory_are_refused() -> None:
+    with pytest.raises(ConfigRefused, match="modules_to_save: its names have more than 100000 components"):
+        InnerNames("modules_to_save", [f"{number}" + ".a" * 50 for number in range(2000)])

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import pytest
+
 Make = Callable[..., Any]
 AB = ("lora_A.weight", "lora_B.weight")
 
@@ -72,3 +74,19 @@ def test_names_whose_beginning_was_cut_off(reading: Make, pair: Make) -> None:
     shapes = pair("diffusion_model.sformer_blocks.0.attn.add_q_proj", 6144, 6144, ends=AB)
     (module,) = reading(shapes).modules
     assert module.path == "transformer.transformer_blocks.0.attn.add_q_proj"
+
+
+@pytest.mark.parametrize("key", ["blocks.0.diff_m", "blocks.0.modulation", "blocks.39.diff_m", "head.modulation"])
+def test_parameters_of_no_layer_keep_the_rest_from_being_merged(reading: Make, pair: Make, key: str) -> None:
+    shapes = pair("diffusion_model.blocks.0.self_attn.q", 5120, 5120, ends=AB)
+    found = reading({**shapes, f"diffusion_model.{key}": [1, 6, 5120]})
+    reason = f"1 tensors may change what no adapted module has: 'diffusion_model.{key}'"
+    assert (found.refusals, found.besides) == ((reason,), (reason,))
+    assert not any(key in text for text in found.warnings)
+
+
+def test_what_a_model_computes_for_itself_is_no_parameter(reading: Make, pair: Make) -> None:
+    shapes = pair("diffusion_model.blocks.0.self_attn.q", 5120, 5120, ends=AB)
+    found = reading({**shapes, "diffusion_model.freqs.inv_freq": [64], "step": [1]})
+    assert not found.refusals
+    assert "2 tensors are no part of an adapter and are ignored" in found.warnings[0]
