@@ -122,7 +122,8 @@ class PeftLoraConfig:
     def evenly_targeted(self) -> bool:
         """Whether every layer is adapted alike: the targets are plain names, without exceptions."""
         narrowed = any(self.raw.get(field) for field in ("exclude_modules", "layers_to_transform", "layers_pattern"))
-        return not narrowed and bool(self.target_modules) and not any("." in name for name in self.target_modules)
+        listed = isinstance(self.raw.get("target_modules"), list) and bool(self.target_modules)
+        return listed and not narrowed and not any("." in name for name in self.target_modules)
 
     @cached_property
     def _ranks(self) -> PatternTable[int]:

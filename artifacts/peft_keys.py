@@ -110,6 +110,8 @@ class _Matching:
     def run(self) -> KeyMatch:
         for info in self._infos:
             self._place(info)
+        if not self._infos and self._component:
+            raise FormatUnknown(f"The metadata configure {self._component[:-1][:80]!r}, of which there is no tensor.")
         if not self._parts:
             raise FormatUnknown(
                 f"None of the {len(self._infos)} tensors belongs to a LoRA adapter: {self._layout.sentence}",

@@ -7,6 +7,7 @@ the first block of each kind is enough; PEFT takes any.
 from __future__ import annotations
 
 import json
+import math
 import re
 import tempfile
 import warnings
@@ -132,7 +133,14 @@ def _differences(ours: Adapter, state: Mapping[str, Tensor], alphas: Mapping[str
         x = torch.randn(A.shape[1], _PROBES, generator=probe, dtype=torch.float64)
         expected = _alpha_of(stem, alphas, len(A)) / len(A) * (B @ (A @ x))
         found = factors.scaling * (factors.B.double() @ (factors.A.double() @ x))
-        yield float((found - expected).norm() / expected.norm())
+        yield distance(found, expected)
+
+
+def distance(found: Tensor, expected: Tensor) -> float:
+    """‖found − expected‖/‖expected‖, or ‖found‖ where nothing is expected; infinite where there are NaN, which no
+    comparison would find too large."""
+    value = float((found - expected).norm() / (expected.norm() or 1.0))
+    return math.inf if math.isnan(value) else value
 
 
 def _numbers(layout: Any, chosen: str) -> dict[str, Tensor]:
@@ -224,7 +232,7 @@ def against_peft(name: str, understood: AdapterLayout) -> Comparison | None:
             if ours.config.fan_in_fan_out or ours.modules[path].kind == "embedding":
                 expected = expected.T
             delta = (found.scaling * found.B.double() @ found.A.double()).reshape(expected.shape)
-            worst = max(worst, float((delta - expected).norm() / expected.norm()))
+            worst = max(worst, distance(delta, expected))
         return Comparison("PEFT", len(ours), worst)
 
 

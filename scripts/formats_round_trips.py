@@ -30,6 +30,7 @@ from artifacts.intake import IntakeLimits, inspect, receive
 from artifacts.layout import CONFIG_NAME, WEIGHTS_NAME, AdapterLayout
 from artifacts.manifest import PEFT_FORMATS
 from artifacts.safetensors_header import DTYPE_BYTES, TensorInfo, packed_header
+from scripts.formats_engines import distance
 from scripts.formats_report import CorpusValues, document_of, header_of, layouts, read
 from storage import adapters
 from storage.adapter_downloads import AdapterDownloads
@@ -131,7 +132,8 @@ def round_trips(name: str, layout: Mapping[str, Any], shelf: Shelf) -> Iterator[
             after = Adapter.open(shelf.take_in({file_name: content}, config))
             as_stored = form in ("peft", "safetensors") and row.format in PEFT_FORMATS
             names = _names(None if as_stored else subject_of(manifest, form, None), form, deltas)
-            worst = max(_difference(deltas[old], after[new]) for old, new in names.items())
+            same = after.keys() == set(names.values())
+            worst = max(_difference(deltas[old], after[new]) for old, new in names.items()) if same else math.inf
             yield RoundTrip(name, form, dtype, len(names), worst)
 
 
@@ -145,8 +147,7 @@ def _names(subject: Subject | None, form: DownloadFormat, before: Adapter) -> di
 
 def _difference(one: Any, other: Any) -> float:
     first, second = (item.scaling * item.B.double() @ item.A.double() for item in (one, other))
-    energy = float(first.norm())
-    return float((first - second).norm()) / energy if energy else float(second.norm())
+    return distance(second, first)
 
 
 def _files(layout: Mapping[str, Any], understood: AdapterLayout, config: Mapping[str, Any] | None) -> dict[str, bytes]:

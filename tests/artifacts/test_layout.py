@@ -168,3 +168,11 @@ def test_more_components_than_a_pipeline_has(tmp_path: Path, write_tensors: Make
     )
     with pytest.raises(ConfigRefused, match="names 17 components; a pipeline has at most 16"):
         read_layout(path)
+
+
+def test_a_component_that_is_configured_and_not_there(tmp_path: Path, write_tensors: Make, pairs: Make) -> None:
+    document = {"transformer.r": 4, "transformer.lora_alpha": 4, "transformer.target_modules": ["to_q"]}
+    tensors = pairs("blocks.0.to_q", prefix="diffusion_model.")
+    path = write_tensors(tmp_path / "x.safetensors", tensors, {METADATA_KEY: json.dumps(document)})
+    with pytest.raises(FormatUnknown, match="'transformer', of which there is no tensor"):
+        read_layout(path)

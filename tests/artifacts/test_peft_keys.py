@@ -444,3 +444,8 @@ def test_layers_of_several_kinds_miss_nothing(
 def test_factors_of_a_parameter_are_described_and_not_merged(match: Match, pairs: Callable[..., Tensors]) -> None:
     found = match(pairs("model.experts", "model.experts.base_layer"), target_modules=["experts"])
     assert found.refusals == ("model.experts.base_layer is a parameter inside an adapted module (target_parameters)",)
+
+
+def test_all_linear_is_no_name_of_a_module(match: Match, pairs: Callable[..., Tensors]) -> None:
+    paths = [f"model.layers.{number}.q_proj" for number in range(8)]
+    assert match(pairs(*paths), target_modules="all-linear").warnings == ()

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 
-from scripts.formats_engines import PEFT_LOADS_NOT, diffusers_candidates, peft_candidates
+import torch
+
+from scripts.formats_engines import PEFT_LOADS_NOT, diffusers_candidates, distance, peft_candidates
 from scripts.formats_figures import faults, kept_figures
 from scripts.formats_report import layouts
 
@@ -30,3 +33,12 @@ def test_every_family_is_on_the_page_and_nothing_breaks_a_promise() -> None:
     assert figures["identification"].keys() == families(set(layouts())).keys()
     assert set(figures["round_trips"]) == {"peft", "safetensors", "diffusers", "kohya", "comfy", "gguf"}
     assert faults(figures) == []
+
+
+def test_numbers_that_are_none_are_infinitely_far() -> None:
+    one = torch.ones(2, 2)
+    assert distance(one * 2, one) == 1.0
+    assert distance(one, torch.zeros(2, 2)) == 2.0
+    for value in (math.nan, math.inf):
+        broken = torch.tensor([[1.0, value]])
+        assert distance(broken, torch.ones(1, 2)) == distance(torch.ones(1, 2), broken) == math.inf
