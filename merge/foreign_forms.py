@@ -182,11 +182,6 @@ def forms_of(reading: Reading, adapter: Adapter) -> dict[str, ForeignForm]:
         raise MergeRefused("Some modules of the file could not be told, so it is not converted: see GET …/keys.")
     if reading.misfits:
         raise MergeRefused(f"The file does not fit the model that it names: {reading.misfits[0]}.")
-    if reading.besides:
-        raise MergeRefused(
-            f"The file is not converted, since what becomes a LoRA is not all of it: {'; '.join(reading.besides)}.",
-            hint="GET …/keys tells what became of every tensor.",
-        )
     others = [module for module in reading.typed if module.type.removesuffix("-dora") not in TYPES]
     if others:
         raise MergeRefused(

@@ -35,7 +35,6 @@ class Reading:
         partial: whether tensors of an adapter were left out.
         misfits: modules with other sides than the model has, in words.
         stems: distinct names of modules in the file.
-        besides: tensors that may change a weight and are of no module, or that its form does not read, in words.
     """
 
     format: str
@@ -48,7 +47,6 @@ class Reading:
     partial: bool
     stems: int
     misfits: tuple[str, ...] = ()
-    besides: tuple[str, ...] = ()
 
     @property
     def used(self) -> tuple[str, ...]:
@@ -103,7 +101,6 @@ class _Reader:
         self._prefixed = False
         self._warnings: list[str] = []
         self._refusals: dict[str, None] = {}
-        self._besides: tuple[str, ...] = ()
 
     def run(self) -> Reading:
         for info in self._header.tensors.values():
@@ -137,7 +134,6 @@ class _Reader:
             bool(resolution.unknown),
             len(members),
             tuple(f"{name}: {reason}" for name, reason in resolution.misfits.items()),
-            self._besides,
         )
 
     def _place(self, info: TensorInfo) -> None:
@@ -315,8 +311,8 @@ class _Reader:
         unplaced = [
             self._header.tensors[key] for key, reason in self._unplaced.items() if not reason and not _is_bundled(key)
         ]
-        self._besides, warnings = besides(self._stems.values(), resolution.found, unplaced, self._clean)
-        self._refusals |= dict.fromkeys(self._besides)
+        reasons, warnings = besides(self._stems.values(), resolution.found, unplaced, self._clean)
+        self._refusals |= dict.fromkeys(reasons)
         self._warnings += warnings
         grouped = [module.path for module in modules if module.grouped]
         if grouped:
