@@ -19,7 +19,7 @@ def check_convert(_: Settings, session: Session, request: ConvertParams, devices
     """Refuse what can not be converted. `request` gets the id of the base model, if it is needed and not named.
 
     Returns:
-        The id of the base model, if it is needed.
+        The id of the base model, if it is needed or named.
 
     Raises:
         RequestInvalid: an unknown adapter or base model.
@@ -49,7 +49,9 @@ def check_convert(_: Settings, session: Session, request: ConvertParams, devices
             errors=[FieldError("/adapter", loss)],
         )
     if need == "nothing":
-        return None
+        if request.base_model is not None:
+            request.base_model = base_model(session, request.base_model, lock=True).id
+        return request.base_model
     model = _model_of(session, row, request)
     if need == "weights" and model.source == "hub":
         problem = f"the files of {model.name} lie on a hub"

@@ -122,6 +122,9 @@ class ForeignForm:
         R_a, L_a, R_b, L_b = (factor.flatten(1) for factor in (*a, *b))
         if (L_b.shape[0], R_b.shape[1]) != (W.shape[0], inputs * W.shape[2]):
             raise misfit(self.path, f"b1 and b2 of shapes {tuple(b1.shape)} and {tuple(b2.shape)}", W)
+        if (R_a.shape[0], R_a.shape[1]) != L_a.shape[::-1] or R_b.shape[0] != L_b.shape[1]:
+            shapes = ", ".join(str(tuple(factor.shape)) for factor in (a1, a2, b1, b2))
+            raise FileBroken(f"{self.path}: a1, a2, b1 and b2 of shapes {shapes} are no two products.")
         check_form(self.path, rank * (W.shape[2] + 1))
         return weight_forms.glora(W, (R_a, L_a), (R_b, L_b), self.scaling)
 
@@ -164,7 +167,9 @@ class ForeignForm:
         return (W if self.siblings else self._own(W)), kernel
 
     def _own(self, matrix: Tensor) -> Tensor:
-        """The rows that are this module's."""
+        """The rows that are this module's. Raises MergeRefused: there are fewer."""
+        if self.rows and max(stop for _, stop in self.rows) > matrix.shape[0]:
+            raise MergeRefused(f"{self.path}: the adapter is for more rows than the {matrix.shape[0]} that there are.")
         return torch.cat([matrix[start:stop] for start, stop in self.rows]) if self.rows else matrix
 
 
@@ -288,7 +293,7 @@ def _check_parts(module: TypedModule, kind: str, tensors: Mapping[str, Tensor]) 
         raise MergeRefused(
             f"{module.path} is of type {kind} in another form than LyCORIS': it has {', '.join(sorted(tensors))}."
         )
-    if kind == "full" and tensors["diff"].ndim not in (2, 4):
+    if kind == "full" and (tensors["diff"].ndim not in (2, 4) or 0 in tensors["diff"].shape):
         shape = tuple(tensors["diff"].shape)
         raise MergeRefused(f"{module.path}: a difference of shape {shape} is neither of a matrix nor of a convolution.")
     if kind == "oft" and module.alpha == 0 and module.tensors["oft_blocks"].startswith("oft_"):

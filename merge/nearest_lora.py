@@ -10,7 +10,7 @@ from torch import Tensor
 
 from artifacts import low_rank_forms
 from artifacts.algebra import core_svd, gram, squared_norm, truncated_factors
-from artifacts.errors import FieldError, MergeRefused
+from artifacts.errors import FieldError, FileBroken, MergeRefused
 from artifacts.low_rank_forms import Pair
 from merge.convertible import MAX_EXACT_RANK
 
@@ -45,8 +45,11 @@ def of_factors(path: str, A: Tensor, B: Tensor, rank: int | None) -> Nearest:
     """The best LoRA of `rank` to B·A, or B·A itself.
 
     Raises:
-        MergeRefused: no rank is given and the exact one is above `MAX_EXACT_RANK`.
+        MergeRefused: no rank is given and the exact one is above `MAX_EXACT_RANK`; or ΔW is not finite.
+        FileBroken: A and B have other ranks.
     """
+    if A.shape[0] != B.shape[1]:
+        raise FileBroken(f"{path}: its factors are of the ranks {A.shape[0]} and {B.shape[1]}.")
     if A.shape[0] > min(A.shape[1], B.shape[0]):  # then the matrix itself is smaller than its factors
         A, B = low_rank_forms.factored(B @ A, None, None)
     exact = A.shape[0]
@@ -55,6 +58,8 @@ def of_factors(path: str, A: Tensor, B: Tensor, rank: int | None) -> Nearest:
     gram_A, gram_B = gram(A), gram(B, columns=True)
     ones = torch.ones(exact, dtype=torch.float64)
     energy = squared_norm(torch.diag(ones), gram_A, gram_B)
+    if not math.isfinite(energy):
+        raise _infinite(path)
     wanted = exact if rank is None else min(rank, exact)
     if rank is None and exact > MAX_EXACT_RANK:
         raise _too_large(path, exact)
@@ -80,7 +85,7 @@ def of_matrix(path: str, delta: Tensor, rank: int | None, default: int | None = 
     """
     energy = float(delta.double().square().sum())
     if not math.isfinite(energy):
-        raise MergeRefused(f"What is added to {path} is not finite.")
+        raise _infinite(path)
     if energy == 0:
         return _nothing(path, *delta.shape)
     asked = rank or default
@@ -118,6 +123,10 @@ def _leading(delta: Tensor, count: int) -> tuple[Tensor, Tensor]:
 
 def _nothing(path: str, d_out: int, d_in: int) -> Nearest:
     return Nearest((torch.zeros(1, d_in), torch.zeros(d_out, 1)), ConvertedModule(path, 1, 1, 0.0), 0.0, 0.0)
+
+
+def _infinite(path: str) -> MergeRefused:
+    return MergeRefused(f"What is added to {path} is not finite.")
 
 
 def _too_large(path: str, rank: int) -> MergeRefused:

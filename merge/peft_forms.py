@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -22,7 +23,9 @@ from merge.form_sizes import form_size
 
 PREFIX = "base_model.model."
 _NAMED = 20
-_MAX_TERMS = 1000
+_MAX_TERMS = 100
+_SERIES_SINCE = (0, 18)
+"""The release of PEFT that cuts the series of a rotation as it is cut here; earlier ones did it otherwise."""
 
 Tensors = Mapping[str, Tensor]
 
@@ -106,18 +109,18 @@ class PeftForms:
         if kind in _NAMES:
             check_names(path, kind, tensors, _NAMES[kind])
         if kind == "ADALORA":
-            return self._adalora(tensors)
+            return self._adalora(path, tensors)
         if kind == "VERA":
             return self._vera(path, tensors)
         if kind == "RANKWISE_LQ_LORA":
-            scaling = float(raw["lora_alpha"]) / float(raw["r"])
+            scaling = _number(raw, "lora_alpha") / _number(raw, "r", positive=True)
             trained, start = ((tensors[f"{name}_A"], tensors[f"{name}_B"]) for name in ("lora", "start"))
             if self.unpacked:
                 return trained[0], trained[1] * scaling
             return low_rank_forms.difference(trained, start, scaling)
         if kind not in ("LOHA", "LOKR"):
             raise MergeRefused(f"Adapters of the type {kind} are not converted to LoRA.")
-        scaling = _pattern(raw, "alpha", path) / _pattern(raw, "r", path)
+        scaling = _pattern(raw, "alpha", path) / _pattern(raw, "r", path, positive=True)
         form_size(path, kind.lower(), {name: tuple(tensor.shape) for name, tensor in tensors.items()})
         if kind == "LOHA":
             w1_a, w1_b, w2_a, w2_b = (tensors[f"hada_{name}"] for name in ("w1_a", "w1_b", "w2_a", "w2_b"))
@@ -128,11 +131,16 @@ class PeftForms:
         ]
         return low_rank_forms.lokr(parts[0], parts[1], scaling)
 
-    def _adalora(self, tensors: Tensors) -> Pair:
+    def _adalora(self, path: str, tensors: Tensors) -> Pair:
         raw = self.layout.config.raw
         A, B, E = (tensors[f"lora_{name}"] for name in "ABE")
+        if not (A.ndim == B.ndim == E.ndim == 2 and A.shape[0] == B.shape[1] and E.shape == (A.shape[0], 1)):
+            shapes = ", ".join(str(tuple(tensor.shape)) for tensor in (A, B, E))
+            raise FileBroken(f"{path}: lora_A, lora_B and lora_E of shapes {shapes} are no product of one rank.")
         # As PEFT computes it: by the rank that the training began with, whatever has been pruned since.
-        return low_rank_forms.adalora(A, B, E, float(raw["lora_alpha"]) / (float(raw["init_r"]) + 1e-5))
+        return low_rank_forms.adalora(
+            A, B, E, _number(raw, "lora_alpha") / (_number(raw, "init_r", positive=True) + 1e-5)
+        )
 
     def _vera(self, path: str, tensors: Tensors) -> Pair:
         if not {"vera_A", "vera_B"} <= self.shared.keys():
@@ -185,6 +193,11 @@ class PeftForms:
         if raw.get("coft"):
             Q = weight_forms.bounded(Q, _number(raw, "eps", 6e-5))
         if raw.get("use_cayley_neumann", True):
+            if _release(raw) < _SERIES_SINCE:
+                raise MergeRefused(
+                    "The rotations are those of PEFT before 0.18, whose series was another one.",
+                    hint="Train it again with a later release, or without use_cayley_neumann.",
+                )
             terms = _number(raw, "num_cayley_neumann_terms", 5)
             if not 1 <= terms <= _MAX_TERMS:
                 raise MergeRefused(f"num_cayley_neumann_terms is {terms:g}; from 1 to {_MAX_TERMS} are converted.")
@@ -264,16 +277,29 @@ def misfit(path: str, found: str, W: Tensor) -> MergeRefused:
     return MergeRefused(f"{path}: the adapter has {found}, the weight of the base model is {tuple(W.shape)}.")
 
 
-def _number(raw: Mapping[str, Any], name: str, default: float) -> float:
-    value = raw.get(name, default)
+def _number(raw: Mapping[str, Any], name: str, default: float | None = None, *, positive: bool = False) -> float:
+    return _checked(raw.get(name, default), name, positive)
+
+
+def _checked(value: object, name: str, positive: bool) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise MergeRefused(f"{name} of the configuration is no number.")
+    if positive and not value > 0:
+        raise MergeRefused(f"{name} of the configuration is {value:g}; what is converted has it above 0.")
     return float(value)
 
 
-def _pattern(raw: Mapping[str, Any], name: str, path: str) -> float:
+def _pattern(raw: Mapping[str, Any], name: str, path: str, *, positive: bool = False) -> float:
     """`r` or `alpha` of a module: of its pattern, else of all."""
     field = {"r": "rank_pattern", "alpha": "alpha_pattern"}[name]
     pattern = raw.get(field) or {}
-    value = PatternTable(field, pattern).lookup(path, raw[name])
-    return float(value)
+    if not isinstance(pattern, dict):
+        raise MergeRefused(f"{field} of the configuration is no object.")
+    found = PatternTable[object](field, pattern).lookup(path, None)
+    return _number(raw, name, positive=positive) if found is None else _checked(found, f"{field} of {path}", positive)
+
+
+def _release(raw: Mapping[str, Any]) -> tuple[int, ...]:
+    """Major and minor number of the PEFT that wrote the configuration; those before 0.18 did not say."""
+    found = re.match(r"(\d{1,4})\.(\d{1,4})", str(raw.get("peft_version")))
+    return (0, 0) if found is None else tuple(map(int, found.groups()))

@@ -46,6 +46,17 @@ def test_a_conversion_is_a_job_and_the_refused_merge_names_it(
     assert job["params"] == {"to": "lora", "adapter": adapter, **unset}
 
 
+def test_a_base_model_that_is_named_must_be_there(server: Any, adapter_files: Any, make_safetensors: Any) -> None:
+    adapter = upload(server, adapter_files(), make_safetensors, "LOHA", LOHA, alpha=4)
+    path, body = f"/adapters/{adapter}/convert", {"to": "lora", "base_model": "here"}
+    response = server.client.post(path, json=body)
+    assert (response.status_code, response.json()["errors"][0]["pointer"]) == (422, "/base_model")
+    with server.services.database.write() as session:
+        known = models.add_model(session, BaseModelRef("here", "path", "/m"))[0].id
+    response = server.client.post(path, json=body)
+    assert (response.status_code, response.json()["params"]["base_model"]) == (202, known)
+
+
 def test_a_vera_needs_the_layers_of_its_base(server: Any, adapter_files: Any, make_safetensors: Any) -> None:
     adapter = upload(server, adapter_files(), make_safetensors, "VERA", VERA)
     path = f"/adapters/{adapter}/convert"

@@ -97,12 +97,10 @@ def test_modules_are_read_once_for_each_precision(pool: Pool, tmp_path: Path, mo
 
 
 def test_inner_products_are_computed_once(stack_of: Any) -> None:
-    stack = stack_of([(torch.randn(2, 6), torch.randn(5, 2), 1.0) for _ in range(2)])
+    stack = stack_of([(torch.randn(2, 6), torch.randn(5, 2), 1.0) for _ in range(2)]).ordered()
     gram_A, gram_B = stack.gram_A, stack.gram_B
     other = stack.reweighted([0.5, -2.0])
-    if other.A is stack.A:
-        assert other.gram_A is gram_A
-        assert other.gram_B is gram_B
+    assert (other.A is stack.A, other.gram_A is gram_A, other.gram_B is gram_B) == (True, True, True)
     bare = stack.bare()
     assert (bare.gram_A is gram_A, bare.gram_B is gram_B, bare.A is stack.A) == (True, True, True)
     assert stack.reweighted([1.0, 1.0]) is stack

@@ -341,7 +341,7 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 LAYER = "model.layers.0.self_attn"
-OFT: dict[str, Any] = {"peft_type": "OFT", "oft_block_size": 4}
+OFT: dict[str, Any] = {"peft_type": "OFT", "oft_block_size": 4, "peft_version": "0.18.0"}
 UNFIT: dict[str, tuple[dict[str, Any], dict[str, Tensor], str]] = {
     "OFT, no triangle": (OFT, {"q_proj.oft_R": numbers(4, 5)}, "oft_R of shape (4, 5) is no row of an upper triangle"),
     "OFT, too few blocks": (
@@ -365,11 +365,17 @@ UNFIT: dict[str, tuple[dict[str, Any], dict[str, Tensor], str]] = {
     ),
     "OFT, no terms": (
         {**OFT, "num_cayley_neumann_terms": 0}, {"q_proj.oft_R": numbers(4, 6)},
-        "num_cayley_neumann_terms is 0; from 1 to 1000 are converted.",
+        "num_cayley_neumann_terms is 0; from 1 to 100 are converted.",
     ),
     "OFT, too many terms": (
-        {**OFT, "num_cayley_neumann_terms": 1001}, {"q_proj.oft_R": numbers(4, 6)},
-        "num_cayley_neumann_terms is 1001; from 1 to 1000 are converted.",
+        {**OFT, "num_cayley_neumann_terms": 101}, {"q_proj.oft_R": numbers(4, 6)},
+        "num_cayley_neumann_terms is 101; from 1 to 100 are converted.",
+    ),
+    "OFT, of a release that does not tell itself": (
+        {"peft_type": "OFT", "oft_block_size": 4}, {"q_proj.oft_R": numbers(4, 6)}, "those of PEFT before 0.18",
+    ),
+    "OFT, of an earlier release": (
+        {**OFT, "peft_version": "0.17.9@abc"}, {"q_proj.oft_R": numbers(4, 6)}, "those of PEFT before 0.18",
     ),
     "OFT, a switch for a number": (
         {**OFT, "num_cayley_neumann_terms": True}, {"q_proj.oft_R": numbers(4, 6)},
@@ -422,7 +428,7 @@ def test_scales_of_a_layer_whose_bias_is_zero(saved: Any, tmp_path: Path, llama:
 def test_terms_of_a_series_up_to_the_bound(saved: Any, tmp_path: Path, llama: Path) -> None:
     """One is no change, many are the rotation itself."""
     R = numbers(4, 6) * 0.05
-    for number, (terms, share) in enumerate(((1, False), (1000, False), (1000, True))):
+    for number, (terms, share) in enumerate(((1, False), (100, False), (100, True))):
         config = {**OFT, "num_cayley_neumann_terms": terms, "block_share": share}
         folder = saved({f"{LAYER}.q_proj.oft_R": R[:1] if share else R}, **config)
         convert_to_lora(folder, tmp_path / str(number), base=llama)
