@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 from sqlalchemy.orm import Session
 
 from app.schemas.recipes import AdapterRecipe, ModelRecipe, RecipeCall
-from artifacts.errors import NotFound
+from artifacts.base_model import weight_files
+from artifacts.errors import FileBroken, FormatUnknown, NotFound
 from storage import adapters, jobs, made_models, models
 from storage.lineage import steps_to
-from storage.tables import AdapterRow, LineageRow
+from storage.tables import AdapterRow, LineageRow, ModelRow
 
 _CALLS: Mapping[str, str] = MappingProxyType({"compose": "/compose-image", "train": "/train"})
 """Kind of a job that makes adapters → where its parameters are posted."""
@@ -103,6 +105,8 @@ def recipe_of_model(session: Session, model_id: str) -> ModelRecipe:
     of_base = models.get_model(session, base["id"])
     if of_base.removed_at is not None:
         because.append(f"the base model {base['id']} was removed")
+    elif of_base.source == "path":
+        because += _moved_on(of_base)
     commit = base.get("commit")
     if commit is not None and of_base.revision != commit:
         because.append(f"the base model was at commit {commit} of its repository, and is registered without it")
@@ -113,6 +117,18 @@ def recipe_of_model(session: Session, model_id: str) -> ModelRecipe:
         reproducible=not because,
         because=because,
     )
+
+
+def _moved_on(base: ModelRow) -> list[str]:
+    """What stands against a base model in a folder having the bytes that it was registered with. Times are looked at,
+    not digests: those would read every byte."""
+    try:
+        written = max(file.stat().st_mtime for file in weight_files(Path(base.location)))
+    except (FormatUnknown, FileBroken, OSError):
+        return [f"the weights of the base model {base.id} are not in its folder any more"]
+    if written > base.created_at.timestamp():
+        return [f"the weights of the base model {base.id} were written to after it was registered"]
+    return []
 
 
 def _of_import(row: AdapterRow, source: Mapping[str, Any]) -> AdapterRecipe:

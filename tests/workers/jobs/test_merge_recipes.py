@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +59,7 @@ def test_of_every_method(pool: Any, run_here: Any, add_adapter: Any, part: int) 
 
 
 def test_of_a_merge_into_the_base_model(
-    train_pool: Any, run_here: Any, add_adapter: Any, base_id: str, tiny_base: Path
+    train_pool: Any, run_here: Any, add_adapter: Any, base_id: str, tiny_base: Path, tmp_path: Path
 ) -> None:
     pool = train_pool
     sides = {"d_in": 32, "d_out": 32, "modules": MODULES, "base_model": inspect_base(tiny_base).name}
@@ -86,6 +87,25 @@ def test_of_a_merge_into_the_base_model(
     assert (body["output"], body["base_model"], body["dtype"], body["force"]) == ("base", base_id, "bfloat16", True)
     assert (body["name"], body["parameters"]["rank"]) == ("both", 2)
     assert made_by(as_json(MergeParams.model_validate(body))) == key
+    weights = tiny_base / "model.safetensors"
+    before = weights.stat()
+    away = weights.rename(tmp_path / "away.safetensors")
+    try:
+        with pool.database.read() as session:
+            gone = recipe_of_model(session, key)
+        os.utime(away, (before.st_atime, before.st_mtime + 10**6))
+        away.rename(weights)
+        with pool.database.read() as session:
+            changed = recipe_of_model(session, key)
+    finally:
+        if away.exists():
+            away.rename(weights)
+        os.utime(weights, ns=(before.st_atime_ns, before.st_mtime_ns))
+    for found, words in (
+        (gone, "are not in its folder any more"),
+        (changed, "were written to after it was registered"),
+    ):
+        assert (found.reproducible, found.because) == (False, [f"the weights of the base model {base_id} {words}"])
     with pool.database.write() as session:
         for adapter_id in ids:
             adapters.delete_adapter(session, adapter_id)
