@@ -24,12 +24,14 @@ from merge.panel import (
     variance_panel,
 )
 
+PANEL_DIGEST = "502224717b9d7043"
+"""Of panel.py: numba's cache keeps what it compiled from that file until this one changes."""
+
 # numpy's division: a check for zero in every step would keep the loops from being vectors
 compiled = njit(cache=True, nogil=True, error_model="numpy")
 
 CHUNK = 512
 """Entries whose sums are held at a time."""
-
 
 TERMS = 512
 """Of a long sum that are added to each other before they are to what came before."""
@@ -362,20 +364,23 @@ def drop(X, keys, row, probabilities, rescale):
 
 @compiled
 def variance(X, sizes, result):
-    """result (m,) = the variance of sizesᵢ·xᵢ over the blocks, of flattened X: (N, m)."""
+    """result (m,) = the variance of sizesᵢ·xᵢ over the blocks, of flattened X: (N, m); 0 where it is rounding."""
     count, size = X.shape
-    whole, flat_X, share = size - size % LANES, X.ravel(), np.float32(1 / count)
+    # the rounding of a mean, in parts of the largest of its terms
+    number, rounding = np.float32(count), np.float32(count * 2.0**-23)
+    whole, flat_X = size - size % LANES, X.ravel()
     for c in range(0, whole, LANES):
-        variance_panel(flat_X, c, size, count, sizes, share, result, c)
+        variance_panel(flat_X, c, size, count, sizes, number, rounding, result, c)
     for c in range(whole, size):
-        mean, squares = np.float32(0), np.float32(0)
+        mean, squares, largest = np.float32(0), np.float32(0), np.float32(0)
         for i in range(count):
             mean += sizes[i] * X[i, c]
-        mean *= share
+            largest = max(largest, abs(sizes[i] * X[i, c]))
+        mean /= number
         for i in range(count):
-            difference = sizes[i] * X[i, c] - mean
-            squares += difference * difference
-        result[c] = squares * share
+            squares += (sizes[i] * X[i, c] - mean) ** 2
+        found, border = squares / number, (rounding * largest) ** 2
+        result[c] = np.float32(0) if found < border else found
 
 
 @compiled

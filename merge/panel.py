@@ -148,31 +148,38 @@ def sum_panel(_typing, X, x, x_step, count, lower, upper, weights, result, place
 
 
 @intrinsic
-def variance_panel(_typing, X, x, x_step, count, sizes, share, result, place):
-    """`entry_loops.variance` of LANES entries: the i-th block's are X[x + i·x_step:]; `share` is 1/count."""
-    signature = types.void(X, x, x_step, count, sizes, share, result, place)
+def variance_panel(_typing, X, x, x_step, count, sizes, divisor, rounding, result, place):
+    """`entry_loops.variance` of LANES entries: the i-th block's are X[x + i·x_step:]; `divisor` is count."""
+    signature = types.void(X, x, x_step, count, sizes, divisor, rounding, result, place)
 
     def generate(context, builder, signature, values):
         vector = ir.VectorType(ir.FloatType(), LANES)
-        X, sizes, result = (_data(context, builder, signature, values, place) for place in (0, 4, 6))
-        share = _spread(builder, values[5])
+        X, sizes, result = (_data(context, builder, signature, values, place) for place in (0, 4, 7))
+        divisor, rounding = _spread(builder, values[5]), _spread(builder, values[6])
+        fabs = cgutils.get_or_insert_function(
+            builder.module, ir.FunctionType(vector, (vector,)), f"llvm.fabs.v{LANES}f32"
+        )
 
         def scaled(index):
             there = builder.gep(X, [builder.add(values[1], builder.mul(index, values[2]))])
             number = builder.load(builder.bitcast(there, vector.as_pointer()), align=4)
             return builder.fmul(_spread(builder, builder.load(builder.gep(sizes, [index]))), number)
 
-        total = cgutils.alloca_once_value(builder, vector(None))
+        total, largest, squares = (cgutils.alloca_once_value(builder, vector(None)) for _ in range(3))
         with cgutils.for_range(builder, values[3]) as loop:
-            builder.store(builder.fadd(builder.load(total), scaled(loop.index)), total)
-        mean = builder.fmul(builder.load(total), share)
-        squares = cgutils.alloca_once_value(builder, vector(None))
+            number = scaled(loop.index)
+            builder.store(builder.fadd(builder.load(total), number), total)
+            size, before = builder.call(fabs, [number]), builder.load(largest)
+            builder.store(builder.select(builder.fcmp_ordered(">", size, before), size, before), largest)
+        mean = builder.fdiv(builder.load(total), divisor)
         with cgutils.for_range(builder, values[3]) as loop:
             difference = builder.fsub(scaled(loop.index), mean)
             square = builder.fmul(difference, difference)
             builder.store(builder.fadd(builder.load(squares), square), squares)
-        to = builder.bitcast(builder.gep(result, [values[7]]), vector.as_pointer())
-        builder.store(builder.fmul(builder.load(squares), share), to, align=4)
+        found, border = builder.fdiv(builder.load(squares), divisor), builder.fmul(rounding, builder.load(largest))
+        nothing = builder.fcmp_ordered("<", found, builder.fmul(border, border))
+        to = builder.bitcast(builder.gep(result, [values[8]]), vector.as_pointer())
+        builder.store(builder.select(nothing, _spread(builder, ir.FloatType()(0.0)), found), to, align=4)
         return context.get_dummy_value()
 
     return signature, generate

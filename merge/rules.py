@@ -203,13 +203,15 @@ def _drawn(keys: NDArray[np.uint64], row: int, column: int, X: Tensor) -> Tensor
 
 
 def variance(X: Tensor, sizes: Tensor) -> Tensor:
-    """Of sizesᵢXᵢ over the blocks, (…) of X: (N, …)."""
+    """Of sizesᵢXᵢ over the blocks, (…) of X: (N, …); 0 where it is no more than the rounding of the mean."""
     if compiled(X):
         result = X.new_empty(X.shape[1:])
         entry_loops.variance(_flat(X), floats(sizes, X), result.view(-1).numpy())
         return result
     scaled = X * _broadcast(sizes, X)
-    return (scaled - scaled.mean(0)).square_().mean(0)
+    found = (scaled - scaled.mean(0)).square_().mean(0)
+    rounding = len(X) * torch.finfo(X.dtype).eps * scaled.abs().amax(0)
+    return torch.where(found < rounding.square(), 0.0, found)
 
 
 def energies(X: Tensor, chosen: Tensor) -> Tensor:

@@ -91,6 +91,14 @@ def test_against_dense_matrices(
     assert near(run_method(name, stack, rank=2, **parameters(name)), truncated(expected, 2), 1e-6)
 
 
+@pytest.mark.parametrize("count", [3, 5])
+def test_sce_of_equal_adapters_is_the_adapter(count: int, stack_of: Any, random_adapters: Any, run_method: Any) -> None:
+    """No position varies, so none is erased for varying less than others."""
+    adapter = random_adapters([4])[0]
+    found = run_method("sce", stack_of([adapter] * count), rank=4, density=0.3)
+    assert near(found, adapter[2] * adapter[1].double() @ adapter[0].double(), 1e-5)
+
+
 class TestAgainstPeft:
     @pytest.mark.parametrize(
         ("name", "changes"),

@@ -94,6 +94,20 @@ class TestCompiledLoops:
         assert rules.weighted_sum(X.double(), one, window).tolist() == expected
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("count", [3, 5, 7])
+def test_equal_blocks_have_no_variance(count: int, dtype: torch.dtype) -> None:
+    """Their mean is rounded, though: what that leaves is no difference between them."""
+    one = torch.randn(40, 37, generator=torch.Generator().manual_seed(count)).to(dtype)
+    equal = one.expand(count, -1, -1).contiguous()
+    sizes = torch.full((count,), 0.7, dtype=torch.float64)
+    assert float(rules.variance(equal, sizes).abs().max()) == 0
+    other = equal.clone()
+    other[0] *= 1.001
+    exact = (other.double() * sizes.to(dtype).double()[:, None, None]).var(0, unbiased=False)
+    torch.testing.assert_close(rules.variance(other, sizes).double(), exact, rtol=2e-3, atol=0)
+
+
 class TestDropping:
     def test_entries_are_kept_at_the_density_and_rescaled(self) -> None:
         X = torch.ones(400, 300)
