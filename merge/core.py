@@ -8,6 +8,7 @@ Gram matrices; neither U nor V is ever formed.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal, Self
@@ -19,10 +20,13 @@ from artifacts.algebra import Spectrum, gram_triangular, small_svd, triangular
 from merge.result import MergedModule
 from merge.stack import Stack
 
+RESOLVED = 2 * math.sqrt(torch.finfo(torch.float64).eps)
+"""Of the largest, the singular values that `small_svd` tells from nothing: it works on their squares."""
+
 
 def rounding_cutoff(size: int, dtype: torch.dtype) -> float:
     """Singular values below this, relative to the largest, are rounding: no rule may give their directions weight."""
-    return 2 * max(size, 32) * torch.finfo(dtype).eps
+    return max(2 * max(size, 32) * torch.finfo(dtype).eps, RESOLVED)
 
 
 def one_sign(sums: Tensor) -> Tensor:

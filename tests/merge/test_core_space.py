@@ -95,6 +95,27 @@ def test_tsv_is_that_of_the_whole_matrices(
     assert torch.equal(run_method("tsv_m", stack), run_method("core_space", stack, rule="tsv"))
 
 
+@pytest.mark.parametrize("method", ["iso_c", "iso_cts"])
+def test_directions_that_are_rounding_get_no_weight_in_double_precision(
+    method: str, stack_of: Any, run_method: Any
+) -> None:
+    """The same deltas, sizes over five decades, from as many components as they have directions, and from more."""
+    generator = torch.Generator().manual_seed(0)
+    sizes = torch.logspace(0, -5, 6, dtype=torch.float64)[:, None]
+    whole, redundant = [], []
+    for _ in range(2):
+        A = sizes * torch.linalg.qr(torch.randn(40, 6, dtype=torch.float64, generator=generator)).Q.T
+        mix = torch.randn(9, 6, dtype=torch.float64, generator=generator)
+        B = torch.randn(24, 9, dtype=torch.float64, generator=generator)
+        whole.append((A, B @ mix, 1.0))
+        redundant.append((mix @ A, B, 1.0))
+    expected = run_method(method, stack_of(whole, dtype=torch.float64))
+    assert near(run_method(method, stack_of(redundant, dtype=torch.float64)), expected, 1e-4)
+    if method == "iso_c":
+        U, S, Vh = torch.linalg.svd(sum(B @ A for A, B, _ in whole))
+        assert near(expected, S[:12].mean() * U[:, :12] @ Vh[:12], 1e-4)
+
+
 class TestOnWholeMatricesTheyMakeNoise:
     def test_iso_leaves_the_subspace_of_the_adapters(
         self, stack_of: Any, random_adapters: Any, run_method: Any
