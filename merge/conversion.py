@@ -136,14 +136,14 @@ def _too_lossy(report: ConversionReport, max_error: float) -> MergeRefused:
 class _ForeignForms:
     """The modules of a file that is not PEFT's."""
 
-    forms: Mapping[str, ForeignForm]
+    forms: Mapping[str, Callable[[], ForeignForm]]
     base: BaseWeights | None
 
     def paths(self) -> list[str]:
         return sorted(self.forms)
 
     def change(self, path: str) -> Change:
-        return self.forms[path].change(self.base)
+        return self.forms[path]().change(self.base)
 
 
 def _changes_of(

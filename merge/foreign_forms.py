@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -176,12 +177,12 @@ class ForeignForm:
 _TITLES = {"oft": "OFT", "boft": "BOFT", "ia3": "IA3", "glora": "GLoRA"}
 
 
-def forms_of(reading: Reading, adapter: Adapter) -> dict[str, ForeignForm]:
-    """Path → form, of every module of the file; the rows of a fused projection are split.
+def forms_of(reading: Reading, adapter: Adapter) -> dict[str, Callable[[], ForeignForm]]:
+    """Path → what reads the form, of every module of the file; the rows of a fused projection are split.
 
     Raises:
-        MergeRefused: modules of a type that no LoRA expresses, biases, convolutions that do not fit their model, NaN or
-            infinite numbers.
+        MergeRefused: modules of a type that no LoRA expresses, or biases; of what reads a form also convolutions that
+            do not fit their model, and NaN or infinite numbers.
     """
     if reading.partial:
         raise MergeRefused("Some modules of the file could not be told, so it is not converted: see GET …/keys.")
@@ -194,12 +195,14 @@ def forms_of(reading: Reading, adapter: Adapter) -> dict[str, ForeignForm]:
             hint="Weights of normalisations and biases are vectors, which no LoRA adds.",
         )
     _check_biases(reading, adapter)
-    forms = {module.path: _of_pair(module, adapter) for module in reading.modules}
+    forms: dict[str, Callable[[], ForeignForm]] = {
+        module.path: partial(_of_pair, module, adapter) for module in reading.modules
+    }
     for module in reading.typed:
-        for form in _of_typed(module, reading, adapter):
-            if form.path in forms:
-                raise MergeRefused(f"The file has two modules for {form.path}.")
-            forms[form.path] = form
+        for position, path in enumerate(module.targets or (module.path,)):
+            if path in forms:
+                raise MergeRefused(f"The file has two modules for {path}.")
+            forms[path] = partial(_of_typed, module, position, reading, adapter)
     return forms
 
 
@@ -236,7 +239,8 @@ def _rows_of(module: LoraModule, adapter: Adapter) -> int:
     return adapter.tensor(module.b_key).shape[1 if module.transposed else 0]
 
 
-def _of_typed(module: TypedModule, reading: Reading, adapter: Adapter) -> list[ForeignForm]:
+def _of_typed(module: TypedModule, position: int, reading: Reading, adapter: Adapter) -> ForeignForm:
+    """The module of another type; of a fused one, the part at `position`."""
     kind = module.type.removesuffix("-dora")
     paths = module.targets or (module.path,)
     shapes = [_shape(reading, path) for path in paths]
@@ -255,20 +259,18 @@ def _of_typed(module: TypedModule, reading: Reading, adapter: Adapter) -> list[F
     if len(paths) == 1:
         kernel = () if kind in OF_WEIGHTS else _kernel(module.path, (d_out, d_in), tensors, shapes[0])
         half = d_out // 2
-        return [form(paths[0], ((half, d_out), (0, half)) if module.swap else (), (), kernel)]
+        return form(paths[0], ((half, d_out), (0, half)) if module.swap else (), (), kernel)
     if any(len(shape) > 2 for shape in shapes) or (kind not in OF_WEIGHTS and convolved):
         raise MergeRefused(f"{module.path} is a convolution of several modules, which is not converted.")
     if not all(shapes):
         raise MergeRefused(f"{module.path} is of several modules, of which no list has the sides; it is not converted.")
-    total, start, found = sum(shape[0] for shape in shapes), 0, []
+    total = sum(shape[0] for shape in shapes)
     d_out = d_out or total
     if any(d_out * shape[0] % total for shape in shapes):
         raise MergeRefused(f"{module.path}: {d_out} rows can not be split into its {len(paths)} modules.")
-    for path, shape in zip(paths, shapes, strict=True):
-        stop = start + d_out * shape[0] // total
-        found.append(form(path, ((start, stop),), tuple(paths), ()))
-        start = stop
-    return found
+    start = d_out * sum(shape[0] for shape in shapes[:position]) // total
+    stop = start + d_out * shapes[position][0] // total
+    return form(paths[position], ((start, stop),), tuple(paths), ())
 
 
 def _check_finite(path: str, tensors: Mapping[str, Tensor]) -> None:

@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from artifacts.base_model import Fingerprint, sides_of
 from artifacts.errors import FileBroken, MergeRefused
 from artifacts.layout import AdapterLayout
 from artifacts.low_rank_forms import Pair
+from artifacts.manifest import LoraModule
 from artifacts.peft_patterns import PatternTable
 from merge.base_weights import BaseWeights, needed
 from merge.form_sizes import form_size
@@ -45,11 +47,13 @@ class Change:
 
 @dataclass(frozen=True)
 class PeftForms:
-    """The modules of an adapter in PEFT's own layout, and what is known of its base model."""
+    """The modules of an adapter in PEFT's own layout, and what is known of its base model. Tensors are read when a
+    module's change is asked for."""
 
     layout: AdapterLayout
-    modules: Mapping[str, Tensors]  # path → name within the module → tensor
-    shared: Tensors  # that belong to no module
+    adapter: Adapter
+    modules: Mapping[str, Mapping[str, str]]  # path → name within the module → key
+    shared: Mapping[str, str]  # name → key, of what belongs to no module
     sides: Callable[[str], tuple[int, int] | None]
     base: BaseWeights | None
     unpacked: bool
@@ -58,19 +62,18 @@ class PeftForms:
     def of(
         cls, layout: AdapterLayout, fingerprint: Fingerprint | None, base: BaseWeights | None, *, unpacked: bool
     ) -> PeftForms:
-        """Raises MergeRefused: numbers that are not finite, or modules that were trained whole."""
-        adapter = Adapter(layout)
-        modules: dict[str, dict[str, Tensor]] = {}
-        shared: dict[str, Tensor] = {}
-        for key in layout.header.tensors:
+        """Raises MergeRefused: modules that were trained whole, or tensors outside the modules."""
+        modules: dict[str, dict[str, str]] = {}
+        shared: dict[str, str] = {}
+        described = layout.config.method == "dora"  # whose keys may begin with a component of diffusers instead
+        if described:
+            modules = {module.path: {} for module in layout.modules}
+        for key in () if described else layout.header.tensors:
             path, _, name = key.removeprefix(PREFIX).removesuffix(".weight").rpartition(".")
-            tensor = adapter.tensor(key).float()
-            if not bool(torch.isfinite(tensor).all()):
-                raise MergeRefused(f"{key} holds NaN or infinite numbers.")
             if key.startswith(PREFIX):
-                modules.setdefault(path, {})[name] = tensor
+                modules.setdefault(path, {})[name] = key
             else:
-                shared[name] = tensor
+                shared[name] = key
         strays = sorted(shared.keys() - ({"vera_A", "vera_B"} if layout.config.peft_type == "VERA" else set()))
         if strays and modules:
             raise MergeRefused(f"{strays[0]} stands outside {PREFIX}<module>, where PEFT does not load it.")
@@ -82,7 +85,7 @@ class PeftForms:
                 f"The adapter holds modules that were trained whole: {', '.join(whole[:_NAMED])}.",
                 hint="They can not become part of a LoRA.",
             )
-        return cls(layout, modules, shared, sides_of(fingerprint or ()), base, unpacked)
+        return cls(layout, Adapter(layout), modules, shared, sides_of(fingerprint or ()), base, unpacked)
 
     def paths(self) -> list[str]:
         """Of all modules."""
@@ -92,17 +95,29 @@ class PeftForms:
         """What is added to the module.
 
         Raises:
-            MergeRefused: its form is not converted, or the base model does not fit.
+            MergeRefused: its form is not converted, the base model does not fit, or numbers are not finite.
             KeyError, IndexError, RuntimeError: tensors that the form does not have.
         """
-        tensors, kind = self.modules[path], self.layout.config.peft_type
+        kind = self.layout.config.peft_type
         if self.layout.config.method == "dora":
-            return self._dora(path, tensors)
+            return self._dora(self.adapter.modules[path])
+        tensors = {name: self._tensor(key) for name, key in self.modules[path].items()}
         if kind in _OF_WEIGHTS:
             return self._of_weights(kind, path, tensors)
         if any(tensor.ndim > 2 for tensor in tensors.values()):
             raise MergeRefused(f"{path} is a convolution; only linear layers of {kind} are converted.")
         return Change(self._pair(kind, path, tensors))
+
+    def _tensor(self, key: str) -> Tensor:
+        tensor = self.adapter.tensor(key).float()
+        if not bool(torch.isfinite(tensor).all()):
+            raise MergeRefused(f"{key} holds NaN or infinite numbers.")
+        return tensor
+
+    @cached_property
+    def _projections(self) -> Pair:
+        """VeRA's, which all modules share."""
+        return self._tensor(self.shared["vera_A"]), self._tensor(self.shared["vera_B"])
 
     def _pair(self, kind: str, path: str, tensors: Tensors) -> Pair:
         raw = self.layout.config.raw
@@ -155,22 +170,23 @@ class PeftForms:
                 hint="Register the base model from a folder of the server (POST /models), and name it as base_model.",
             )
         b, d = tensors["vera_lambda_b"], tensors["vera_lambda_d"]
-        if b.shape[0] != sides[0] or self.shared["vera_A"].shape[1] < sides[1]:
+        A, B = self._projections
+        if b.shape[0] != sides[0] or A.shape[1] < sides[1]:
             raise MergeRefused(f"{path} of the base model has other sides than the adapter.")
-        return low_rank_forms.vera(self.shared["vera_A"], self.shared["vera_B"], d, b, sides[1])
+        return low_rank_forms.vera(A, B, d, b, sides[1])
 
-    def _dora(self, path: str, tensors: Tensors) -> Change:
-        """ΔW = diag(m / ‖W + s·B·A‖)·(W + s·B·A) − W, norms of rows."""
-        base = needed(self.base, "DoRA")
-        module = next((item for item in self.layout.modules if item.path == path), None)
-        check_names(path, "DoRA", tensors, ("lora_A", "lora_B", "lora_magnitude_vector"))
-        A, B, magnitude = tensors["lora_A"], tensors["lora_B"], tensors["lora_magnitude_vector"].flatten()
-        if module is None or A.ndim != 2:
+    def _dora(self, module: LoraModule) -> Change:
+        """ΔW = diag(m / ‖W + s·B·A‖)·(W + s·B·A) − W, norms of rows; s·B·A of a component without magnitudes."""
+        path, A, B = module.path, self._tensor(module.a_key), self._tensor(module.b_key)
+        if module.bias_key is not None and bool(self._tensor(module.bias_key).any()):
+            raise MergeRefused(f"{module.bias_key} was trained, a vector that no LoRA adds.")
+        if module.kind != "linear":
             raise MergeRefused(f"{path} is no linear layer; only those of DoRA are converted.")
-        W = linear_weight(base, path)
+        if module.magnitude_key is None:
+            return Change((A, module.scaling * B))
+        magnitude, W = self._tensor(module.magnitude_key).flatten(), linear_weight(needed(self.base, "DoRA"), path)
         fits(path, W, (B.shape[0], A.shape[1]))
-        change = self.layout.config.scaling_for(path, A.shape[0]) * (B @ A)
-        delta = weight_forms.dora(W[:, :, None], change[:, :, None], magnitude, axis=0)
+        delta = weight_forms.dora(W[:, :, None], module.scaling * (B @ A)[:, :, None], magnitude, axis=0)
         return Change(delta.flatten(1), 2 * A.shape[0])
 
     def _of_weights(self, kind: str, path: str, tensors: Tensors) -> Change:
