@@ -315,7 +315,7 @@ class _Matching:
             count, first = len(self._beside), self._beside[0]
             self._refusals[f"{count} tensors stand beside factors and are not understood: {first!r}"] = None
         for what, names in self._counted.items():
-            more = f", as are {others} others" if (others := len(set(names)) - 1) else ""
+            more = f" (and {others} more)" if (others := len(set(names)) - 1) else ""
             self._refusals[f"{names[0]} is {what}{more}"] = None
 
     def _warn_about_names(self, modules: Iterable[LoraModule]) -> None:

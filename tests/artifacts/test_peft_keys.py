@@ -352,7 +352,7 @@ def test_several_weights_of_the_base_are_one_reason(match: Match, pairs: Callabl
     norms: Tensors = {f"{PREFIX}model.layers.{number}.norm.weight": ("F32", [8]) for number in range(30)}
     (reason,) = match(pairs("model.q_proj") | norms).refusals
     assert reason == (
-        "model.layers.0.norm.weight is stored in full, which replaces what the base has, as are 29 others"
+        "model.layers.0.norm.weight is stored in full, which replaces what the base has (and 29 more)"
     )
 
 
@@ -391,8 +391,8 @@ def test_reasons_stay_short_however_many_modules_they_are_of(match: Match, pairs
     tensors |= {f"{PREFIX}model.layers.{number}.norm.{leaf}": ("F32", [8]) for number in range(40) for leaf in "ab"}
     found = match(tensors, target_modules=["experts"], modules_to_save=["norm"])
     assert found.refusals == (
-        f"{paths[0]}.base_layer is a parameter inside an adapted module (target_parameters), as are 49 others",
-        "model.layers.0.norm is stored as a full copy (modules_to_save), as are 39 others",
+        f"{paths[0]}.base_layer is a parameter inside an adapted module (target_parameters) (and 49 more)",
+        "model.layers.0.norm is stored as a full copy (modules_to_save) (and 39 more)",
     )
 
 
