@@ -351,9 +351,7 @@ def test_a_value_head_with_factors_of_its_own_is_adapted_and_its_weight_stands_b
 def test_several_weights_of_the_base_are_one_reason(match: Match, pairs: Callable[..., Tensors]) -> None:
     norms: Tensors = {f"{PREFIX}model.layers.{number}.norm.weight": ("F32", [8]) for number in range(30)}
     (reason,) = match(pairs("model.q_proj") | norms).refusals
-    assert reason == (
-        "model.layers.0.norm.weight is stored in full, which replaces what the base has (and 29 more)"
-    )
+    assert reason == "model.layers.0.norm.weight is stored in full, which replaces what the base has (and 29 more)"
 
 
 @pytest.mark.parametrize("leaf", ["mixer.A_log", "mixer.D", "gate", "mixer.norm.scale"])
