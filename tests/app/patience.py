@@ -10,10 +10,12 @@ from typing import Any
 PAUSE = 0.02
 
 
-def wait_for(condition: Callable[[], Any], what: str = "what is waited for", seconds: float = 90.0) -> Any:
+def wait_for(
+    condition: Callable[[], Any], what: str = "what is waited for", seconds: float = 90.0, *, pause: float = PAUSE
+) -> Any:
     """The first true value of `condition`; fails when there is none within `seconds`."""
-    deadline, pause = time.monotonic() + seconds, threading.Event()
+    deadline, waiting = time.monotonic() + seconds, threading.Event()
     while not (value := condition()):
         assert time.monotonic() < deadline, f"not within {seconds:g} s: {what}"
-        pause.wait(PAUSE)
+        waiting.wait(pause)
     return value

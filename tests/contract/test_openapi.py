@@ -36,11 +36,19 @@ def run_schemathesis(
     return result, int(generated.group(1)) if generated else 0
 
 
+def check_walked(output: str) -> None:
+    """Every call of the document was selected and tested."""
+    counts = re.search(r"Selected: (\d+)/(\d+)\s+Tested: (\d+)", output)
+    assert counts is not None, output[-2000:]
+    assert len(set(counts.groups())) == 1, f"not every call was walked: {counts[0]}"
+
+
 @pytest.mark.parametrize("contract_server", ["keys"], indirect=True)
 def test_a_few_cases_of_every_call(contract_server: tuple[str, str | None], tmp_path: Path) -> None:
     result, cases = run_schemathesis(contract_server, tmp_path, "-n", "3", "--phases", "examples,fuzzing", timeout=240)
     assert result.returncode == 0, result.stdout[-20_000:]
     assert cases >= 60, result.stdout[-2000:]
+    check_walked(result.stdout)
 
 
 @pytest.mark.slow
@@ -60,9 +68,7 @@ def test_two_thousand_cases_of_all_checks(
         print(f"\n{phases}: {cases} cases")
     assert result.returncode == 0, result.stdout[-20_000:]
     assert cases >= 2000, result.stdout[-2000:]
-    counts = re.search(r"Selected: (\d+)/(\d+)\s+Tested: (\d+)", result.stdout)
-    assert counts is not None, result.stdout[-2000:]
-    assert len(set(counts.groups())) == 1, f"not every call was walked: {counts[0]}"
+    check_walked(result.stdout)
 
 
 def test_the_document_is_valid_and_every_call_names_its_problems(tmp_path: Path) -> None:
