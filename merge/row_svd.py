@@ -14,7 +14,7 @@ from torch import Tensor
 from merge import entry_loops
 from merge.memory import Room
 from merge.panel import COLUMNS
-from merge.rows import WHOLE
+from merge.rows import WHOLE, finite, overflow
 from merge.rules import compiled
 
 OVERSAMPLING = 8
@@ -53,6 +53,9 @@ def row_svd(fill: Fill, shape: tuple[int, int], rank: int, start: Tensor, passes
         shape: (d_out, d_in).
         start: (d_in, s) directions to begin with.
         passes: at least 1.
+
+    Raises:
+        MergeRefused: entries, or sums of their squares, overflow.
     """
     rank = min(rank, *shape)
     if shape[0] * shape[1] <= WHOLE:
@@ -63,13 +66,15 @@ def row_svd(fill: Fill, shape: tuple[int, int], rank: int, start: Tensor, passes
             Z, project = Q.new_zeros(Q.shape[1], Q.shape[0]), _projection(Q)
             for block in replayed():
                 _add_product(Z, project(block), block)
-            Q = _orthonormal(Z.T)
+            Q = _orthonormal(finite(Z).T)
         projected, energy, project = [], 0.0, _projection(Q)
         for block in replayed():
             projected.append(project(block))
             flat = block.reshape(-1)
             energy += float(flat @ flat)
-    return _split(torch.cat(projected), Q, rank, energy)
+    if not math.isfinite(energy):
+        raise overflow()
+    return _split(finite(torch.cat(projected)), Q, rank, energy)
 
 
 @contextmanager
@@ -163,7 +168,7 @@ def _orthonormal(X: Tensor) -> Tensor:
 def _whole(M: Tensor, rank: int) -> LowRank:
     tall = M.shape[0] > M.shape[1]
     N = (M.T if tall else M).double()
-    vectors = torch.linalg.eigh(N @ N.T).eigenvectors.flip(1)[:, :rank]
+    vectors = torch.linalg.eigh(finite(N @ N.T)).eigenvectors.flip(1)[:, :rank]
     rows = vectors.T @ N
     root = rows.norm(dim=1).sqrt()
     left, right = vectors * root, torch.where(root[:, None] > 0, rows / root[:, None], 0.0)

@@ -196,6 +196,18 @@ def overflow() -> MergeRefused:
     return MergeRefused("The entries of ΔW overflow in the merge.", hint="Set compute_dtype to float64.")
 
 
+def finite(values: Tensor) -> Tensor:
+    """The values.
+
+    Raises:
+        MergeRefused: one of them is not finite.
+    """
+    # a sum makes no copy, but may overflow itself
+    if not bool(values.sum().isfinite()) and not bool(values.isfinite().all()):
+        raise overflow()
+    return values
+
+
 def kth_size(block: Tensor, k: int) -> float:
     """The k-th largest |entry|, 1 ≤ k ≤ entries, exactly. A large block on a CPU is read once, and not copied.
 
@@ -204,7 +216,7 @@ def kth_size(block: Tensor, k: int) -> float:
     """
     entries = block.numel()
     if entries >= BRACKETED and k < entries and compiled(block):
-        # an odd step visits all columns
+        # an odd step visits all columns, unless their number has a divisor with it
         drawn = block.view(-1)[:: entries // DRAWN | 1].abs()
         brackets = _Brackets.around([(0, k / entries)], _descending(_numbers(drawn[None])), NARROW_MARGIN)
         brackets.add(block.view(1, -1))

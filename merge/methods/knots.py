@@ -17,7 +17,7 @@ from merge import rules
 from merge.core import one_sign
 from merge.peer_options import KnotsOptions
 from merge.result import MergedModule
-from merge.rows import DeltaRows, kth_size
+from merge.rows import DeltaRows, kth_size, largest, overflow
 from merge.rules import compiled
 from merge.stack import Stack
 
@@ -49,42 +49,77 @@ def _left_basis(stack: Stack) -> tuple[Tensor, Tensor]:
 
 
 def _merged_parts(parts: DeltaRows, stack: Stack, options: KnotsOptions) -> Tensor:
-    weights = stack.owner_weights
-    if options.rule == "ties" and compiled(stack.A):
-        return _elected(parts, weights, options)
-    X = torch.stack([part.clone() for part in parts.each()])
-    if options.rule in ("dare", "dare_ties"):
-        seeds = rules.seeds(stack, options.seed)
-        X = torch.stack([rules.dropped(part, options.density, seed) for part, seed in zip(X, seeds, strict=True)])
-    if options.rule in ("ties", "dare_ties"):
-        window = rules.trimming(X, options.density, parts.entries) if options.rule == "ties" else None
-        return rules.elected_sum(X, weights, options.majority_sign_method, window)
-    return rules.weighted_sum(X, weights)
+    """(p, d_in), of parts that are never there together: the part of one at a time, or a tile of all of them."""
+    if options.rule == "sum":
+        weights = stack.owner_weights.to(stack.A.dtype)
+        return torch.cat([B * w for B, w in zip(parts.B, weights, strict=True)], 1) @ torch.cat(parts.A)
+    if options.rule == "ties":
+        return _elected(parts, stack.owner_weights, options)
+    return _dropped(parts, stack, options)
 
 
 def _elected(parts: DeltaRows, weights: Tensor, options: KnotsOptions) -> Tensor:
-    """TIES of parts that are never there together: forming a tile twice costs less than writing it and reading it."""
+    """TIES: forming a tile twice costs less than writing it and reading it."""
     return parts.elected(weights, options.majority_sign_method, trimming(parts, options.density))
 
 
 def trimming(parts: DeltaRows, density: float) -> rules.Window | None:
-    """`rules.trimming` of parts that are there one at a time.
+    """`rules.trimming` of parts that are there one at a time, or by tiles.
 
     Raises:
         MergeRefused: an entry is NaN, for the parts are too large for their dtype.
     """
     kept = rules.kept_count(density, parts.entries)
-    if not 0 < kept < parts.entries:
-        return rules.trimming(parts.each(), density, parts.entries)
-    lower = torch.tensor([kth_size(part, kept) for part in parts.each()])
+    if kept >= parts.entries:
+        return None
+    if kept == 0:
+        borders = [math.inf] * len(parts.A)
+    elif compiled(parts.A[0]):
+        borders = [kth_size(part, kept) for part in parts.each()]
+    else:
+        # tiles are rounded in their own way: a border must be that of the entries it is compared with
+        borders = [border for (border,) in largest(parts, lambda X: X, [[kept]] * len(parts.A))]
+    lower = parts.A[0].new_tensor(borders)
     return rules.Window(lower, torch.full_like(lower, math.inf))
 
 
+def _dropped(parts: DeltaRows, stack: Stack, options: KnotsOptions) -> Tensor:
+    """DARE, with or without an election, tile by tile: whether an entry stays depends on its place alone."""
+    keys, weights = rules.keys(stack, options.seed), stack.owner_weights / options.density
+    result = parts.A[0].new_empty(parts.shape)
+    for row, column, tile in parts.tiles():
+        X = rules.erased(tile, keys, row, column, options.density) if options.density < 1 else tile
+        if options.rule == "dare_ties":
+            merged = rules.elected_sum(X, weights, options.majority_sign_method)
+        else:
+            merged = rules.weighted_sum(X, weights)
+        result[row : row + tile.shape[1], column : column + tile.shape[2]] = merged
+    return result
+
+
 def _factored(stack: Stack, basis: Tensor, merged: Tensor, rank: int) -> MergedModule:
-    """U·merged at min(rank, p) components, √σ on either side, from the p×p Gram matrix of the rows of `merged`."""
+    """U·merged at min(rank, p) components, √σ on either side, from the p×p Gram matrix of the rows of `merged`.
+
+    Raises:
+        MergeRefused: `merged`, which is changed, overflows.
+    """
+    size = _power(merged)
+    merged.div_(size)
     vectors = torch.linalg.eigh(gram(merged)).eigenvectors.flip(1)[:, :rank]
     rows = vectors.T.to(merged.dtype) @ merged
     root = rows.norm(dim=1).sqrt()
-    A = torch.where(root[:, None] > 0, rows / root[:, None], 0.0)
-    B = stack.B @ (basis @ (vectors * root)).to(stack.B.dtype)
+    A = torch.where(root[:, None] > 0, rows / root[:, None], 0.0) * math.sqrt(size)
+    B = stack.B @ (basis @ (vectors * root * math.sqrt(size))).to(stack.B.dtype)
     return MergedModule(A, B, stack, None)
+
+
+def _power(merged: Tensor) -> float:
+    """A power of two near its largest |entry|: what is divided by it has squares that do not overflow, and no rounding.
+
+    Raises:
+        MergeRefused: an entry is not finite.
+    """
+    least, most = (float(border) for border in merged.aminmax())
+    if not (math.isfinite(least) and math.isfinite(most)):
+        raise overflow()
+    return 4.0 ** max(math.frexp(max(-least, most))[1] // 2 - 1, -60)

@@ -251,16 +251,25 @@ class TestALargeMatrix:
         assert rows.largest(deltas, lambda X: X, counts) == exact
         assert (exact[0][2], exact[1][2], held) == (0.0, 0.0, 0)
 
-    @pytest.mark.parametrize("whole", [1 << 20, 100])
+    @pytest.mark.parametrize("name", ["sce", "dare_linear_svd", "della_linear", "breadcrumbs_ties"])
+    @pytest.mark.parametrize(("whole", "size"), [(1 << 20, 1e18), (100, 1e18), (100, 2e15)])
     def test_deltas_that_overflow_are_refused(
-        self, whole: int, stack_of: Any, random_adapters: Any, run_method: Any, monkeypatch: pytest.MonkeyPatch
+        self,
+        whole: int,
+        name: str,
+        size: float,
+        stack_of: Any,
+        random_adapters: Any,
+        run_method: Any,
+        monkeypatch: pytest.MonkeyPatch,
     ) -> None:
         monkeypatch.setattr(rows, "WHOLE", whole)
         monkeypatch.setattr(row_svd, "WHOLE", whole)
         monkeypatch.setattr(rows, "SAMPLE", 1 << 10)
-        pairs = [(A * 1e18, B * 1e18, s) for A, B, s in random_adapters([3, 4], d_out=70, d_in=50)]
+        # of the smaller ones the entries themselves do not, but sums of their squares
+        pairs = [(A * size, B * size, s) for A, B, s in random_adapters([3, 4], d_out=70, d_in=50)]
         with pytest.raises(MergeRefused, match="overflow") as caught:
-            run_method("sce", stack_of(pairs, [1e3, 1e3]), rank=4, **parameters("sce"))
+            run_method(name, stack_of(pairs, [1e3, 1e3]), rank=4, **parameters(name))
         assert "float64" in (caught.value.hint or "")
 
     def test_a_matrix_without_room_comes_anew_in_every_pass(self, monkeypatch: pytest.MonkeyPatch) -> None:

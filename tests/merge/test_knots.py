@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from artifacts.errors import MergeRefused
 from merge import rules
 from merge.rows import kth_size
 
@@ -82,6 +83,61 @@ def test_parts_in_tiles_are_the_parts(stack_of: Any, random_adapters: Any) -> No
     expected = rules.elected_sum(whole, weights, "total", rules.trimming(whole, 0.2, parts.entries))
     options = parse_parameters("knots", {"density": 0.2})
     assert torch.equal(knots._elected(parts, weights, options), expected)
+
+
+@pytest.mark.parametrize("rule", ["sum", "ties", "dare", "dare_ties"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_parts_are_never_there_together(
+    rule: str,
+    dtype: torch.dtype,
+    stack_of: Any,
+    random_adapters: Any,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As the rules on whole parts do, from tiles; TIES in single precision takes a whole part at a time."""
+    from merge import rows
+    from merge.catalog import parse_parameters
+    from merge.methods import knots
+
+    stack = stack_of(random_adapters([5, 3, 4], d_out=70, d_in=300), [1.0, -0.5, 2.0], dtype)
+    options = parse_parameters("knots", {"rule": rule, "density": 0.3, "seed": 3})
+    parts = rows.DeltaRows.of(stack)
+    whole = torch.stack([part.clone() for part in parts.each()])
+    if rule.startswith("dare"):
+        seeds = rules.seeds(stack, 3)
+        whole = torch.stack([rules.dropped(part, 0.3, seed) for part, seed in zip(whole, seeds, strict=True)])
+    window = rules.trimming(whole, 0.3, parts.entries) if rule == "ties" else None
+    if rule.endswith("ties"):
+        expected = rules.elected_sum(whole, stack.owner_weights, "total", window)
+    else:
+        expected = rules.weighted_sum(whole, stack.owner_weights)
+    monkeypatch.setattr(rows, "WHOLE", 100)
+    monkeypatch.setattr(rows, "SAMPLE", 1 << 12)
+    monkeypatch.setattr(rows, "TILE_BYTES", 1)
+    if rule != "ties" or dtype == torch.float64:
+        monkeypatch.setattr(rows.DeltaRows, "each", None)
+    found = knots._merged_parts(parts, stack, options)
+    assert found.dtype == dtype
+    wrong = (found - expected).abs() > 1e-4 * expected.abs().max()
+    assert int(wrong.sum()) == 0
+
+
+@pytest.mark.parametrize("rule", ["sum", "ties", "dare", "dare_ties"])
+def test_large_numbers_are_merged_or_refused_in_words(
+    rule: str, stack_of: Any, random_adapters: Any, run_method: Any
+) -> None:
+    pairs = random_adapters([3, 4])
+    large = [(A * 3e3, B * 3e3, s) for A, B, s in pairs]
+    stack = stack_of(large, [1e6, -5e5])
+    found = run_method("knots", stack, rule=rule, density=0.5)
+    exact = run_method("knots", stack_of(large, [1e6, -5e5], torch.float64), rule=rule, density=0.5)
+    # masks come from the numbers' bytes, which differ with the precision
+    if not rule.startswith("dare"):
+        assert float((found - exact).norm() / exact.norm()) < 1e-5
+    assert bool(found.isfinite().all())
+    beyond = [(A * 1e16, B * 1e16, s) for A, B, s in pairs]
+    with pytest.raises(MergeRefused, match="overflow"):
+        run_method("knots", stack_of(beyond, [1e6, -5e5]), rule=rule, density=0.5)
 
 
 @pytest.mark.parametrize("k", [1, 2, 40_000, 139_999, 140_000])
