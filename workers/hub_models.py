@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import glob
 import math
 import shutil
@@ -13,6 +12,7 @@ from pathlib import Path
 from artifacts.base_model import PIPELINE_INDEX, indexed_weights
 from artifacts.errors import DiskFull, FieldError, RemoteUnavailable, RequestInvalid
 from artifacts.model_folder import CARRIED
+from storage.faults import is_disk_full
 from workers.base_models import ModelSource
 from workers.hub_calls import answered_status, causes, plain_transfers
 from workers.remote_client import is_passing
@@ -20,7 +20,6 @@ from workers.watched_work import watched
 
 _ABSENT = "it can not be had from the hub"
 _OTHERS = ["*/*"]  # parts of other models, and the same weights for other programs
-_NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 
 
 def local_folder(source: ModelSource, check_stop: Callable[[], None]) -> Path:
@@ -100,7 +99,7 @@ def _translated(source: ModelSource) -> Iterator[None]:
             raise _refused(source, f"{_ABSENT}: {source.location!r} is no name of a repository") from error
         if status is not None and not is_passing(status):
             raise _refused(source, f"{_ABSENT}: it answered {status}") from error
-        if any(isinstance(cause, OSError) and cause.errno in _NO_SPACE for cause in causes(error)):
+        if any(isinstance(cause, OSError) and is_disk_full(cause) for cause in causes(error)):
             raise _no_space(source, "the disk is full") from error
         what = f"it answered {status}" if status is not None else type(error).__name__
         raise RemoteUnavailable(f"Fetching the base model {source.name!r} from the hub failed: {what}.") from error
