@@ -244,7 +244,9 @@ def _drawn(first, second, column):
     x = np.uint32(x * np.uint32(0x21F0AAAD))
     x = np.uint32(x ^ (x >> np.uint32(15)))
     x = np.uint32(np.uint32(x + second) * np.uint32(0x735A2D97))
-    return np.uint32(x ^ (x >> np.uint32(15)))
+    x = np.uint32(x ^ (x >> np.uint32(15)))
+    x = np.uint32(x * np.uint32(0x31848BAB))
+    return np.uint32(x ^ (x >> np.uint32(14)))
 
 
 @compiled

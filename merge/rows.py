@@ -216,7 +216,7 @@ def kth_size(block: Tensor, k: int) -> float:
     """
     entries = block.numel()
     if entries >= BRACKETED and k < entries and compiled(block):
-        # an odd step visits all columns, unless their number has a divisor with it
+        # an odd step visits all columns, unless their number shares a divisor with it
         drawn = block.view(-1)[:: entries // DRAWN | 1].abs()
         brackets = _Brackets.around([(0, k / entries)], _descending(_numbers(drawn[None])), NARROW_MARGIN)
         brackets.add(block.view(1, -1))

@@ -89,7 +89,8 @@ def drawn(shape: tuple[int, int], seed: int) -> NDArray[np.uint32]:
     x = first + columns
     x = (x ^ x >> np.uint32(16)) * np.uint32(0x21F0AAAD)
     x = ((x ^ x >> np.uint32(15)) + second) * np.uint32(0x735A2D97)
-    return x ^ x >> np.uint32(15)
+    x = (x ^ x >> np.uint32(15)) * np.uint32(0x31848BAB)
+    return x ^ x >> np.uint32(14)
 
 
 def dropped(X: Matrix, density: float, seed: int) -> Matrix:

@@ -155,6 +155,16 @@ class TestRandomNumbers:
             # a mean product of independent numbers has the deviation 1/12·√m
             assert abs(float((one * other).mean())) < 4.5 / 12 / one.size**0.5
 
+    @pytest.mark.parametrize("density", [0.1, 0.5])
+    def test_what_is_kept_of_a_row_does_not_depend_on_what_is_kept_far_away(self, density: float) -> None:
+        found = np.empty((1, 40, 32768), np.uint32)
+        entry_loops.draw(np.array([5], np.uint64), 0, 0, found)
+        centred = (found < density * 2**32).astype(np.float32) - np.float32(density)
+        for lag in (1, 64, 512, 2048, 4096, 8192, 12288, 16384):
+            products = centred[..., lag:] * centred[..., :-lag]
+            correlation = float(products.mean(dtype=np.float64)) / (density * (1 - density))
+            assert abs(correlation) < 4.5 / products.size**0.5, lag
+
     @pytest.mark.parametrize("density", [1e-9, 0.1, 0.5, 0.999])
     def test_the_share_that_is_kept_is_the_density(self, density: float) -> None:
         kept = rules.erased(torch.ones(2, 700, 700), np.array([1, 2], np.uint64), 0, 0, density)
