@@ -32,6 +32,9 @@ def pipeline(tmp_path: Path) -> Path:
         (folder / part).mkdir(parents=True)
         save_file(tensors, folder / part / "model.safetensors")
     save_file({"to_k.weight": numbers(2, 2)}, folder / "unet" / "other.safetensors")
+    names = {**dict.fromkeys(parts["unet"], "model.safetensors"), "to_k.weight": "other.safetensors"}
+    index = folder / "unet" / "diffusion_pytorch_model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": names}))
     (folder / "model_index.json").write_text(json.dumps({"_class_name": "StableDiffusionPipeline"}))
     return folder
 
