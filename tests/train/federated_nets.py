@@ -31,7 +31,8 @@ def toy(rank: int = 4, **parameters: Any) -> nn.Module:
     return adapted(Net(), {"rank": rank, **parameters})
 
 
-def adapted(net: Any, parameters: dict[str, Any]) -> nn.Module:
+def adapted(net: Any, parameters: dict[str, Any], seed: int = 5) -> nn.Module:
+    """A net of layers `first` and `second` with FFA-LoRA; lora_A from the seed."""
     net.name_or_path = "toy"
     method = METHODS["ffa-lora"].load(parse_parameters("ffa-lora", parameters))
     context = MethodContext(
@@ -42,7 +43,7 @@ def adapted(net: Any, parameters: dict[str, Any]) -> nn.Module:
         task_type=None,
     )
     with torch.random.fork_rng():
-        torch.manual_seed(5)
+        torch.manual_seed(seed)
         return method.prepare(net, context)
 
 

@@ -11,14 +11,13 @@ from typing import Any
 
 import pytest
 import torch
+from federated_nets import adapted
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
-from train.catalog import METHODS, parse_parameters
 from train.federation.accounting import noise_for, spent
 from train.federation.averaging import average, shares
 from train.federation.local_steps import LocalPlan, Noise, seed_of, train_locally
-from train.protocol import MethodContext
 from train.settings import TrainingSettings
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
@@ -91,21 +90,9 @@ class Digits:
         return parts
 
     def adapted(self, rank: int, freeze_a: bool, seed: int) -> nn.Module:
-        net: Any = copy.deepcopy(self.base)
-        net.name_or_path = "digits"
         clients = [{"dataset": f"dat_{number:032x}"} for number in range(CLIENTS)]
         parameters = {"rank": rank, "freeze_a": freeze_a, "clients": clients}
-        method = METHODS["ffa-lora"].load(parse_parameters("ffa-lora", parameters))
-        context = MethodContext(
-            targets=["first", "second"],
-            total_steps=1,
-            batches=lambda: iter(()),
-            settings=TrainingSettings(),
-            task_type=None,
-        )
-        with torch.random.fork_rng():
-            torch.manual_seed(seed)
-            return method.prepare(net, context)
+        return adapted(copy.deepcopy(self.base), parameters, seed)
 
     def federated(
         self,
