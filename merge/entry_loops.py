@@ -44,7 +44,7 @@ def form(A, B, starts, row, column, X):
     Every entry is rounded the same, whatever tile it lies in (`merge.panel`).
 
     Args:
-        A: (n, d_in); B: (d_out, n); starts: (N + 1,) where the components of each block begin, and n.
+        A: (n, d_in or more); B: (d_out, n); starts: (N + 1,) where the components of each block begin, and n.
     """
     flat_A, flat_B, flat_X = A.ravel(), B.ravel(), X.ravel()
     rows, columns = X.shape[1:]

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from artifacts.errors import MergeRefused
 from merge import entry_loops, rules
-from merge.panel import ROWS
+from merge.panel import LANES, ROWS
 from merge.rules import compiled, kth_largest
 from merge.stack import Stack
 
@@ -28,6 +28,8 @@ TILE_BYTES = 1 << 20
 """Of the deltas that are there at a time, in the cache of one core."""
 TILE_COLUMNS = 64
 """A tile's width is a multiple of it."""
+PAGE = 1024
+"""Numbers of float32; entries as far apart, or a multiple of it, take turns in the same places of a core's cache."""
 WHOLE = 1 << 20
 """Entries up to which a matrix is taken as a whole."""
 SAMPLE = 1 << 16
@@ -127,9 +129,15 @@ class DeltaRows:
 
     @cached_property
     def _stacked(self) -> tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.int64]]:
-        """(n, d_in) and (d_out, n) of all owners, and (N + 1,) where the components of each begin."""
+        """(n, d_in or more) and (d_out, n) of all owners, and (N + 1,) where the components of each begin.
+
+        Rows whose beginnings are whole pages apart would share a few places of a core's cache: those are padded.
+        """
         starts = np.cumsum([0, *(len(part) for part in self.A)])
-        return torch.cat(self.A).numpy(), torch.cat(self.B, 1).numpy(), starts
+        d_in = self.shape[1]
+        A = np.empty((starts[-1], d_in + LANES if d_in % PAGE == 0 else d_in), np.float32)
+        A[:, :d_in] = torch.cat(self.A).numpy()
+        return A, torch.cat(self.B, 1).numpy(), starts
 
     def _tile_shape(self, whole_rows: bool) -> tuple[int, int]:
         """Rows and columns. A device of its own has no use for tiles of a core's cache."""
