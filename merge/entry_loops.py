@@ -24,7 +24,7 @@ from merge.panel import (
     variance_panel,
 )
 
-PANEL_DIGEST = "502224717b9d7043"
+PANEL_DIGEST = "e0ddabe41dadda91"
 """Of panel.py: numba's cache keeps what it compiled from that file until this one changes."""
 
 # numpy's division: a check for zero in every step would keep the loops from being vectors

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from artifacts import low_rank_forms
-from artifacts.algebra import core_svd, gram, squared_norm, truncated_factors
+from artifacts.algebra import core_svd, squared_norm, truncated_factors
 from artifacts.errors import FieldError, FileBroken, MergeRefused
 from artifacts.low_rank_forms import Pair
 from merge.convertible import MAX_EXACT_RANK
+from merge.gram import gram
 
 ROUNDING = 1e-6
 """What a matrix of float32 numbers may lose, of its norm, and still be told to be exact."""

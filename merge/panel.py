@@ -83,6 +83,37 @@ adding_panel = _panel(adds=True)
 
 
 @intrinsic
+def transpose(_typing, X, x, x_step, Y, y, y_step):
+    """Y[y + j·y_step + i] = X[x + i·x_step + j] for i, j < LANES, of flat float32 arrays."""
+    signature = types.void(X, x, x_step, Y, y, y_step)
+
+    def generate(context, builder, signature, values):
+        vector, index = ir.VectorType(ir.FloatType(), LANES), ir.VectorType(ir.IntType(32), LANES)
+        X, Y = (_data(context, builder, signature, values, place) for place in (0, 3))
+
+        def address(array, start, step, number):
+            there = builder.gep(array, [builder.add(start, builder.mul(step, step.type(number)))])
+            return builder.bitcast(there, vector.as_pointer())
+
+        rows = [builder.load(address(X, values[1], values[2], i), align=4) for i in range(LANES)]
+        # quarters of ever smaller squares change places
+        side = LANES // 2
+        while side:
+            first = index([lane if not lane & side else LANES + lane - side for lane in range(LANES)])
+            second = index([lane + side if not lane & side else LANES + lane for lane in range(LANES)])
+            for i in range(LANES):
+                if not i & side:
+                    pair = rows[i], rows[i + side]
+                    rows[i], rows[i + side] = (builder.shuffle_vector(*pair, places) for places in (first, second))
+            side //= 2
+        for i in range(LANES):
+            builder.store(rows[i], address(Y, values[4], values[5], i), align=4)
+        return context.get_dummy_value()
+
+    return signature, generate
+
+
+@intrinsic
 def glance(_typing, x, place, low, high):
     """What the LANES numbers of the float32 array x from a place on are: int64 of
 

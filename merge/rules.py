@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Iterable, Sequence
-from typing import Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -17,7 +17,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from merge import entry_loops
-from merge.stack import Stack
+
+if TYPE_CHECKING:
+    from merge.stack import Stack
 
 Election = Literal["total", "frequency"]
 

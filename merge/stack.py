@@ -14,8 +14,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from artifacts.adapter import Adapter
-from artifacts.algebra import CoreSvd, core_svd, delta_products, gram, squared_norm, truncated_factors
+from artifacts.algebra import CoreSvd, core_svd, delta_products, squared_norm, truncated_factors
 from artifacts.errors import MergeRefused
+from merge.gram import gram
 from merge.plan import PlannedModule
 
 SAMPLED_ENTRIES = 8

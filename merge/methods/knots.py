@@ -12,9 +12,10 @@ import math
 import torch
 from torch import Tensor
 
-from artifacts.algebra import gram, triangular
+from artifacts.algebra import triangular
 from merge import rules
 from merge.core import one_sign
+from merge.gram import gram
 from merge.peer_options import KnotsOptions
 from merge.result import MergedModule
 from merge.rows import DeltaRows, kth_size, largest, overflow

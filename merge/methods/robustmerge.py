@@ -9,8 +9,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from artifacts.algebra import core_svd, gram, truncated_factors
+from artifacts.algebra import core_svd, truncated_factors
 from merge import rules
+from merge.gram import gram
 from merge.methods.factorwise import own_factors, padded
 from merge.peer_options import RobustMergeOptions, RobustMergeProductOptions
 from merge.result import MergedModule
@@ -36,8 +37,9 @@ def robustmerge_product(stack: Stack, options: RobustMergeProductOptions, rank: 
         scale / total[: len(scale)] * (float(weight) * factor)
         for scale, weight in zip(scales, stack.owner_weights, strict=True)
     ]
-    A, B, weights = torch.cat(pruned_A), torch.cat(pruned_B).T, torch.cat(sizes).double()
-    svd = core_svd(A, B, weights, gram(A), gram(B, columns=True))
+    A, rows_of_B, weights = torch.cat(pruned_A), torch.cat(pruned_B), torch.cat(sizes).double()
+    B = rows_of_B.T
+    svd = core_svd(A, B, weights, gram(A), gram(rows_of_B))
     low_A, low_B = truncated_factors(A, B, svd, rank)
     return MergedModule(low_A, low_B, stack, None)
 

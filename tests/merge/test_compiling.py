@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from merge import entry_loops, panel
+from merge import entry_loops, gram_loops, panel
 
 SCRIPT = """
-from merge import entry_loops, kmeans_loops
+from merge import entry_loops, gram_loops, kmeans_loops
 from merge.compiling import compile_loops
 compile_loops()
 # what loops call of each other lies in the cache with those that call it
@@ -35,4 +35,5 @@ def test_every_loop_is_compiled_or_loaded() -> None:
 def test_a_change_of_the_panels_is_one_of_the_loops() -> None:
     """A compiled loop is kept until its own file changes; the panels in it are in another."""
     found = hashlib.sha256(Path(panel.__file__).read_bytes()).hexdigest()[:16]
-    assert found == entry_loops.PANEL_DIGEST, f"put {found} in merge/entry_loops.py"
+    for loops in (entry_loops, gram_loops):
+        assert found == loops.PANEL_DIGEST, f"put {found} in {loops.__file__}"
