@@ -180,8 +180,10 @@ class Stack:
         return type(self)(A, B, self.owners, self.weights, self.places, self.scalings)
 
     def with_weights(self, weights: Tensor) -> Self:
-        """The same components under other weights: (n,) float64."""
-        return type(self)(self.A, self.B, self.owners, weights, self.places, self.scalings)
+        """The same components under other weights, (n,) float64, with their inner products, which depend on none."""
+        found = type(self)(self.A, self.B, self.owners, weights, self.places, self.scalings)
+        vars(found).update({name: vars(self)[name] for name in ("gram_A", "gram_B") if name in vars(self)})
+        return found
 
     def scaled(self, factors: Mapping[int, float]) -> Self:
         """Every ΔWᵢ multiplied by the factor of its owner, the root of it on either side."""
@@ -194,17 +196,11 @@ class Stack:
         of_unit = torch.tensor(weights, dtype=torch.float64, device=self.weights.device)[self.owners]
         if torch.equal(of_unit, self.weights):
             return self
-        return self._with_products(of_unit).ordered()
+        return self.with_weights(of_unit).ordered()
 
     def bare(self) -> Self:
         """The same components and inner products, without what methods have computed of them."""
-        return self._with_products(self.weights)
-
-    def _with_products(self, weights: Tensor) -> Self:
-        """As `with_weights`, keeping the inner products, which do not depend on the weights."""
-        found = self.with_weights(weights)
-        vars(found).update({name: vars(self)[name] for name in ("gram_A", "gram_B") if name in vars(self)})
-        return found
+        return self.with_weights(self.weights)
 
     def ordered(self) -> Self:
         """The same components in the order of their contents."""
