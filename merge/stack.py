@@ -14,13 +14,16 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from artifacts.adapter import Adapter
-from artifacts.algebra import CoreSvd, core_svd, delta_products, squared_norm, truncated_factors
+from artifacts.algebra import CoreSvd, core_svd, delta_products, truncated_factors
 from artifacts.errors import MergeRefused
 from merge.gram import gram
 from merge.plan import PlannedModule
 
 SAMPLED_ENTRIES = 8
 """Entries of a and of b by which components are ordered; full vectors are compared only where these all agree."""
+
+FIRST_ENTRIES = 3
+"""Of these the first that are looked at."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -147,7 +150,7 @@ class Stack:
     @cached_property
     def energy(self) -> float:
         """‖Σ wᵢΔWᵢ‖²_F."""
-        return squared_norm(torch.diag(self.weights), self.gram_A, self.gram_B)
+        return max(float(self.weights @ ((self.gram_A * self.gram_B) @ self.weights)), 0.0)
 
     def svd(self, scale: float = 1.0) -> CoreSvd:
         """Of scale·Σ wᵢΔWᵢ. Computed once, however many methods ask for it."""
@@ -219,12 +222,14 @@ def _concatenated(parts: Sequence[Tensor], dim: int) -> Tensor:
 
 
 def _content_order(A: Tensor, B: Tensor, weights: Tensor) -> NDArray[np.int64]:
-    columns = torch.linspace(0, A.shape[1] - 1, SAMPLED_ENTRIES).long()
-    rows = torch.linspace(0, B.shape[0] - 1, SAMPLED_ENTRIES).long()
+    sides = A.shape[1], B.shape[0]
+    columns, rows = (np.linspace(0, side - 1, SAMPLED_ENTRIES).astype(np.int64).tolist() for side in sides)
     sample = torch.cat([A[:, columns].double(), B[rows].T.double(), weights[:, None]], dim=1).cpu().numpy()
-    order = np.lexsort(sample.T[::-1])
-    ordered = sample[order]
-    if not (ordered[1:] == ordered[:-1]).all(axis=1).any():
-        return order
+    # the first few mostly tell all apart, and then the others change nothing
+    for keys in (sample[:, :FIRST_ENTRIES], sample):
+        order = np.lexsort(keys.T[::-1])
+        ordered = keys[order]
+        if not (ordered[1:] == ordered[:-1]).all(axis=1).any():
+            return order
     full = torch.cat([A.double(), B.T.double(), weights[:, None]], dim=1).cpu().numpy()
     return np.lexsort(full.T[::-1])
