@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from artifacts.algebra import Spectrum, gram_triangular, small_svd, triangular
+from merge.coordinates import Product
 from merge.result import MergedModule
 from merge.stack import Stack
 
@@ -117,7 +118,7 @@ class CoreFrame:
         left, right = self.left @ (core.U[:, :kept] * root), self.right @ (core.V[:, :kept] * root)
         A = right.T.to(self.stack.A.dtype) @ self.stack.A
         B = self.stack.B @ left.to(self.stack.B.dtype)
-        return MergedModule(A, B, self.stack, left @ right.T, figures=figures or {})
+        return MergedModule(A, B, self.stack, Product(left, right.T), figures=figures or {})
 
 
 def _gram_basis(gram_X: Tensor) -> tuple[Tensor, Tensor] | None:

@@ -156,12 +156,7 @@ def measure_module(
     if merged.coordinates is None:
         result_energy, error = _measure_factors(merged, weights, energy)
     else:
-        # ‖B·K·A‖² = tr(Kᵀ·G_B·K·G_A); of the difference K − diag(w) the products need no multiplication of matrices
-        left, right = stack.gram_B @ merged.coordinates, merged.coordinates @ stack.gram_A
-        result_energy = max(float((left * right).sum()), 0.0)
-        left -= stack.gram_B * weights
-        right -= weights[:, None] * stack.gram_A
-        error = max(float((left * right).sum()), 0.0)
+        result_energy, error = merged.coordinates.measured(stack.gram_A, stack.gram_B, weights, energy)
     return ModuleReport(
         path=path,
         rank=merged.A.shape[0],

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from merge.coordinates import Coordinates
 from merge.stack import Stack
 
 
@@ -38,8 +39,8 @@ class MergedModule:
     Attributes:
         A: (k, d_in); B: (d_out, k), in the compute dtype.
         stack: the components that the result is made of; the one that was given, or the same ΔWᵢ in other terms.
-        coordinates: (n, n) float64 K with B·A = stack.B·K·stack.A, by which the report measures the result; None when
-            the result leaves the span of the components, and is measured by its factors.
+        coordinates: K with B·A = stack.B·K·stack.A, by which the report measures the result; None when the result
+            leaves the span of the components, and is measured by its factors.
         clusters: filled by methods that cluster.
         figures: what else the method has to say of the module, by name.
     """
@@ -47,6 +48,6 @@ class MergedModule:
     A: Tensor
     B: Tensor
     stack: Stack
-    coordinates: Tensor | None
+    coordinates: Coordinates | None
     clusters: ClusterReport | None = None
     figures: Mapping[str, float] = field(default_factory=dict)

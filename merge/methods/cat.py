@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import torch
-
+from merge.coordinates import Diagonal
 from merge.options import MergeOptions
 from merge.result import MergedModule
 from merge.stack import Stack
@@ -16,4 +15,4 @@ def merge(stack: Stack, options: MergeOptions, rank: int) -> MergedModule:
     root = weights.abs().sqrt()
     A = stack.A * root[:, None].to(stack.A.dtype)
     B = stack.B * (root * weights.sign()).to(stack.B.dtype)
-    return MergedModule(A, B, stack, torch.diag(weights))
+    return MergedModule(A, B, stack, Diagonal(weights))

@@ -15,8 +15,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from artifacts.algebra import squared_norm
 from merge import rules
+from merge.coordinates import Product
 from merge.options import MergeOptions
 from merge.peer_options import (
     FactorwiseDareOptions,
@@ -37,11 +37,10 @@ def linear_factor(stack: Stack, options: FactorwiseOptions, rank: int) -> Merged
     merged = _combined(stack, options, _sum, _sum)
     root, sign = stack.weights.abs().sqrt(), torch.where(stack.scalings < 0, -1.0, 1.0).to(stack.weights)
     turn = torch.where(stack.weights * stack.scalings < 0, -1.0, 1.0).to(stack.weights)
-    paired = stack.places[:, None] == stack.places
-    coordinates = options.scale * paired * (root * sign)[:, None] * (root * turn)
-    exact = torch.diag(stack.weights * options.scale)
-    error = squared_norm(coordinates - exact, stack.gram_A, stack.gram_B)
-    energy = squared_norm(exact, stack.gram_A, stack.gram_B)
+    paired = torch.nn.functional.one_hot(stack.places).to(root)
+    coordinates = Product(paired * (options.scale * root * sign)[:, None], (paired * (root * turn)[:, None]).T)
+    energy = options.scale**2 * stack.energy
+    _, error = coordinates.measured(stack.gram_A, stack.gram_B, stack.weights * options.scale, energy)
     figures = {"cross_term_error": math.sqrt(error / energy)} if energy > 0 else {}
     return replace(merged, coordinates=coordinates, figures=figures)
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from artifacts.algebra import core_svd, truncated_factors
+from merge.coordinates import Product
 from merge.kmeans import Clustering, gram_kmeans, sklearn_tolerance
 from merge.options import LegoOptions
 from merge.result import ClusterReport, MergedModule
@@ -48,7 +49,7 @@ def merge(stack: Stack, options: LegoOptions, rank: int) -> MergedModule:
         largest_factor=float(factors.max()),
         capped=capped,
     )
-    coordinates = means.T @ (means * (factors**2 * gain)[:, None])
+    coordinates = Product(means.T * (factors**2 * gain), means)
     return MergedModule(A, B, units, coordinates, report)
 
 

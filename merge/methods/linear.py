@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import torch
 
+from merge.coordinates import Diagonal
 from merge.methods import cat, svd
 from merge.options import RankedOptions
 from merge.result import MergedModule
@@ -28,7 +29,7 @@ def merge(stack: Stack, options: RankedOptions, rank: int) -> MergedModule:
     B = stack.B @ sums.to(stack.B.dtype)
     figures = {"shared_lora_A": _shared(stack, firsts, group)}
     # b_p·a of the group is b_p·a_p to the bit: in terms of the stack it is the plain weighted sum.
-    return MergedModule(stack.A[firsts], B, stack, torch.diag(weights), figures=figures)
+    return MergedModule(stack.A[firsts], B, stack, Diagonal(weights), figures=figures)
 
 
 def _shared(stack: Stack, firsts: torch.Tensor, group: torch.Tensor) -> float:

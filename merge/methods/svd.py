@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from merge.coordinates import Product
 from merge.options import MergeOptions
 from merge.result import MergedModule
 from merge.stack import Stack
@@ -11,5 +12,4 @@ def merge(stack: Stack, options: MergeOptions, rank: int) -> MergedModule:
     """Merge one module to min(rank, n) components, in order of their singular values."""
     svd = stack.svd(options.scale)
     A, B = stack.best(rank, options.scale)
-    coordinates = (svd.left[:, :rank] * svd.values[:rank]) @ svd.right[:, :rank].T
-    return MergedModule(A, B, stack, coordinates)
+    return MergedModule(A, B, stack, Product(svd.left[:, :rank] * svd.values[:rank], svd.right[:, :rank].T))

@@ -142,7 +142,7 @@ def test_coordinates_are_those_of_the_factors(name: str, signs: str, stack_of: A
     stack = stack_of([(A, B, -s if signs in ("of scalings", "of both") else s), other], weights)
     merged = METHODS[name].load()(stack, parse_parameters(name, {"scale": 1.5}), 8)
     assert merged.coordinates is not None
-    by_them = merged.stack.B.double() @ merged.coordinates @ merged.stack.A.double()
+    by_them = merged.stack.B.double() @ merged.coordinates.dense() @ merged.stack.A.double()
     assert close(merged.B.double() @ merged.A.double(), by_them)
 
 
