@@ -12,12 +12,20 @@ SWAPS_TRIED = 3
 """Most promising centre swaps that are followed to their end, per round."""
 
 compiled = njit(cache=True, nogil=True)
+summing = njit(cache=True, nogil=True, fastmath={"reassoc", "nsz", "contract"})
+"""Sums of many terms in several lanes at once; the order of the terms is that of the compiled code, always the same."""
 
 
 @compiled
-def squared_distance(gram, i, j, signed):
-    product = abs(gram[i, j]) if signed else gram[i, j]
-    return max(gram[i, i] + gram[j, j] - 2.0 * product, 0.0)
+def squared_distances(gram, signed):
+    """(n, n) between the points; to the nearer of x and −x in a signed problem."""
+    n = len(gram)
+    distances = np.empty((n, n))
+    for i in range(n):
+        for j in range(n):
+            product = abs(gram[i, j]) if signed else gram[i, j]
+            distances[i, j] = max(gram[i, i] + gram[j, j] - 2.0 * product, 0.0)
+    return distances
 
 
 @compiled
@@ -34,15 +42,23 @@ def draw(mass, total, uniform):
     return last
 
 
+@summing
+def potential_with(nearest, distances, weights, trial):
+    """Σ w·min(nearest, distances), whose terms without w are left in `trial`."""
+    total = 0.0
+    for i in range(len(nearest)):
+        trial[i] = distances[i] if distances[i] < nearest[i] else nearest[i]
+        total += trial[i] * weights[i]
+    return total
+
+
 @compiled
-def plus_plus(gram, weights, k, draws, signed):
+def plus_plus(distances, weights, k, draws):
     """Greedy k-means++: indices (k,) of the seeds. draws: (k, L) uniform numbers."""
-    n = len(gram)
+    n = len(distances)
     seeds = np.empty(k, dtype=np.int64)
-    nearest = np.empty(n)
     seeds[0] = draw(weights, weights.sum(), draws[0, 0])
-    for i in range(n):
-        nearest[i] = squared_distance(gram, i, seeds[0], signed)
+    nearest = distances[seeds[0]].copy()
     trial, best = np.empty(n), np.empty(n)
     for step in range(1, k):
         mass = nearest * weights
@@ -50,10 +66,7 @@ def plus_plus(gram, weights, k, draws, signed):
         lowest = np.inf
         for j in range(draws.shape[1]):
             candidate = draw(mass, total, draws[step, j])
-            potential = 0.0
-            for i in range(n):
-                trial[i] = min(nearest[i], squared_distance(gram, i, candidate, signed))
-                potential += trial[i] * weights[i]
+            potential = potential_with(nearest, distances[candidate], weights, trial)
             if potential < lowest:
                 lowest = potential
                 seeds[step] = candidate
@@ -63,19 +76,21 @@ def plus_plus(gram, weights, k, draws, signed):
 
 
 @compiled
-def assign_to_seeds(gram, seeds, signed):
+def assign_to_seeds(gram, distances, seeds, signed):
     """Labels and signs of the points when each joins its nearest seed."""
     n = len(gram)
-    labels, signs = np.empty(n, dtype=np.int64), np.ones(n)
-    for i in range(n):
-        lowest = np.inf
-        for c in range(len(seeds)):
-            distance = squared_distance(gram, i, seeds[c], signed)
-            if distance < lowest:
-                lowest = distance
-                labels[i] = c
-        if signed and gram[i, seeds[labels[i]]] < 0.0:
-            signs[i] = -1.0
+    labels, signs = np.zeros(n, dtype=np.int64), np.ones(n)
+    lowest = distances[seeds[0]].copy()
+    for c in range(1, len(seeds)):
+        row = distances[seeds[c]]
+        for i in range(n):
+            nearer = row[i] < lowest[i]
+            labels[i] = c if nearer else labels[i]
+            lowest[i] = row[i] if nearer else lowest[i]
+    if signed:
+        for i in range(n):
+            if gram[i, seeds[labels[i]]] < 0.0:
+                signs[i] = -1.0
     return labels, signs
 
 
@@ -203,39 +218,62 @@ def lloyd(gram, weights, labels, signs, k, signed, max_iter, tolerance):
 
 
 @compiled
-def best_move(gram, weights, labels, signs, P, mass, squared, counts, signed):
-    """(gain, point, target) of the single-point move that lowers the inertia most.
+def joining(gram, weights, labels, P, mass, squared, b, signed, gains):
+    """What cluster b brings each point that joins it, less what it costs there without: (n,), −∞ for its members.
 
     Moving x (weight w, sign σ) from cluster a to b changes Σ_c ‖S_c‖²/W_c by
-    (‖S_a − wσx‖²/(W_a − w) − ‖S_a‖²/W_a) + (‖S_b ± wx‖²/(W_b + w) − ‖S_b‖²/W_b), all known from P.
+    (‖S_b ± wx‖²/(W_b + w) − ‖S_b‖²/W_b) + (‖S_a − wσx‖²/(W_a − w) − ‖S_a‖²/W_a), all known from P: the first is this,
+    the second `leaving`; the inertia falls by their sum.
     """
-    k, n = P.shape
-    removal = np.empty(n)
-    for i in range(n):
-        a, w = labels[i], weights[i]
-        removal[i] = -np.inf
-        if counts[a] > 1:
-            rest = squared[a] - 2.0 * w * signs[i] * P[a, i] + w * w * gram[i, i]
-            removal[i] = rest / (mass[a] - w) - squared[a] / mass[a]
-    gain, point, target = 0.0, -1, -1
-    for b in range(k):
-        kept = squared[b] / mass[b]
+    kept, row = squared[b] / mass[b], P[b]
+    for i in range(len(labels)):
+        w = weights[i]
+        product = abs(row[i]) if signed else row[i]
+        gain = (squared[b] + 2.0 * w * product + w * w * gram[i, i]) / (mass[b] + w) - kept
+        gains[i] = -np.inf if labels[i] == b else gain
+
+
+@compiled
+def leaving(gram, weights, labels, signs, P, mass, squared, counts, i):
+    """The second part of what `joining` tells, for point i; −∞ where it is alone in its cluster."""
+    a, w = labels[i], weights[i]
+    if counts[a] < 2:
+        return -np.inf
+    rest = squared[a] - 2.0 * w * signs[i] * P[a, i] + w * w * gram[i, i]
+    return rest / (mass[a] - w) - squared[a] / mass[a]
+
+
+@compiled
+def best_move(joined, left):
+    """(gain, point, target) of the single-point move that lowers the inertia most, of (k, n) and (n,) gains."""
+    k, n = joined.shape
+    best, targets = joined[0].copy(), np.zeros(n, dtype=np.int64)
+    for b in range(1, k):
+        row = joined[b]
         for i in range(n):
-            w = weights[i]
-            product = abs(P[b, i]) if signed else P[b, i]
-            change = (squared[b] + 2.0 * w * product + w * w * gram[i, i]) / (mass[b] + w) - kept + removal[i]
-            if change > gain and labels[i] != b:
-                gain, point, target = change, i, b
+            better = row[i] > best[i]
+            targets[i] = b if better else targets[i]
+            best[i] = row[i] if better else best[i]
+    gain, point, target = 0.0, -1, -1
+    for i in range(n):
+        if best[i] + left[i] > gain:
+            gain, point, target = best[i] + left[i], i, targets[i]
     return gain, point, target
 
 
 @compiled
 def move_points(gram, weights, labels, signs, k, signed):
     """Hartigan and Wong (1979): move the best point, in place, until no move helps."""
+    n = len(gram)
     P, mass, squared, counts = measure(gram, weights, labels, signs, k)
     threshold = RELATIVE_GAIN * np.sum(weights * np.diag(gram))
+    joined, left = np.empty((k, n)), np.empty(n)
+    for b in range(k):
+        joining(gram, weights, labels, P, mass, squared, b, signed, joined[b])
+    for i in range(n):
+        left[i] = leaving(gram, weights, labels, signs, P, mass, squared, counts, i)
     while True:
-        gain, point, b = best_move(gram, weights, labels, signs, P, mass, squared, counts, signed)
+        gain, point, b = best_move(joined, left)
         if gain <= threshold:
             return
         a, w, sign = labels[point], weights[point], signs[point]
@@ -243,7 +281,7 @@ def move_points(gram, weights, labels, signs, k, signed):
         term = w * w * gram[point, point]
         squared[a] += term - 2.0 * w * sign * P[a, point]
         squared[b] += term + 2.0 * w * new_sign * P[b, point]
-        for j in range(len(gram)):
+        for j in range(n):
             P[a, j] -= w * sign * gram[point, j]
             P[b, j] += w * new_sign * gram[point, j]
         mass[a] -= w
@@ -252,10 +290,16 @@ def move_points(gram, weights, labels, signs, k, signed):
         counts[b] += 1
         labels[point] = b
         signs[point] = new_sign
+        # of the other clusters nothing has changed
+        joining(gram, weights, labels, P, mass, squared, a, signed, joined[a])
+        joining(gram, weights, labels, P, mass, squared, b, signed, joined[b])
+        for i in range(n):
+            if labels[i] == a or labels[i] == b:
+                left[i] = leaving(gram, weights, labels, signs, P, mass, squared, counts, i)
 
 
 @compiled
-def promising_swaps(gram, weights, labels, signs, k, signed):
+def promising_swaps(gram, distances, weights, labels, signs, k, signed):
     """For each cluster that could be dissolved: the point to open a new one at, and the cost right after that swap.
 
     With d₁, d₂ the distances to the nearest and the second nearest centre, that cost is
@@ -270,7 +314,7 @@ def promising_swaps(gram, weights, labels, signs, k, signed):
         base = 0.0
         extra[:] = 0.0
         for x in range(n):
-            distance = squared_distance(gram, x, p, signed)
+            distance = distances[p, x]
             near = min(distance, first[x])
             base += weights[x] * near
             extra[nearest[x]] += weights[x] * (min(distance, second[x]) - near)
@@ -295,7 +339,7 @@ def swapped(gram, weights, labels, signs, k, signed, dissolved, point):
 
 
 @compiled
-def improve(gram, weights, labels, signs, k, signed, max_iter):
+def improve(gram, distances, weights, labels, signs, k, signed, max_iter):
     """Alternate point moves and centre swaps until neither lowers the inertia."""
     labels, signs = labels.copy(), signs.copy()
     move_points(gram, weights, labels, signs, k, signed)
@@ -304,7 +348,7 @@ def improve(gram, weights, labels, signs, k, signed, max_iter):
     improved = k > 1
     while improved:
         improved = False
-        points, costs = promising_swaps(gram, weights, labels, signs, k, signed)
+        points, costs = promising_swaps(gram, distances, weights, labels, signs, k, signed)
         for c in np.argsort(costs)[:SWAPS_TRIED]:
             trial, trial_signs = swapped(gram, weights, labels, signs, k, signed, c, points[c])
             trial, trial_signs = lloyd(gram, weights, trial, trial_signs, k, signed, max_iter, 0.0)
@@ -322,15 +366,15 @@ def solve(gram, weights, k, signed, draws, max_iter, tolerance, refined):
     """All restarts; the `refined` best ones are improved. Returns labels, signs, inertia and the runner-up's labels."""
     restarts, n = draws.shape[0], len(gram)
     labels, signs = np.empty((restarts, n), dtype=np.int64), np.empty((restarts, n))
-    scores = np.empty(restarts)
+    scores, distances = np.empty(restarts), squared_distances(gram, signed)
     for r in range(restarts):
-        seeds = plus_plus(gram, weights, k, draws[r], signed)
-        start, start_signs = assign_to_seeds(gram, seeds, signed)
+        seeds = plus_plus(distances, weights, k, draws[r])
+        start, start_signs = assign_to_seeds(gram, distances, seeds, signed)
         labels[r], signs[r] = lloyd(gram, weights, start, start_signs, k, signed, max_iter, tolerance)
         scores[r] = inertia_of(gram, weights, labels[r], signs[r], k)
     # mergesort is stable: equal scores keep the order of their draws
     for r in np.argsort(scores, kind="mergesort")[:refined]:
-        labels[r], signs[r], scores[r] = improve(gram, weights, labels[r], signs[r], k, signed, max_iter)
+        labels[r], signs[r], scores[r] = improve(gram, distances, weights, labels[r], signs[r], k, signed, max_iter)
     order = np.argsort(scores, kind="mergesort")
     runner_up = order[1] if restarts > 1 else order[0]
     return labels[order[0]], signs[order[0]], scores[order[0]], labels[runner_up]

@@ -12,7 +12,7 @@ from sklearn.cluster import KMeans
 from sklearn.metrics import adjusted_rand_score
 
 from merge.kmeans import gram_kmeans, sklearn_tolerance
-from merge.kmeans_loops import adjusted_rand, assign_to_seeds, lloyd
+from merge.kmeans_loops import adjusted_rand, assign_to_seeds, lloyd, squared_distances
 
 
 def inertia(X: np.ndarray, labels: np.ndarray, signs: np.ndarray, weights: np.ndarray) -> float:
@@ -33,7 +33,7 @@ def test_oracle_5_lloyd_equals_sklearn_from_the_same_seeds(seed: int) -> None:
     start = rng.choice(60, 8, replace=False)
     reference = KMeans(8, init=X[start], n_init=1, tol=0, algorithm="lloyd").fit(X, sample_weight=weights)
     G = X @ X.T
-    labels, signs = assign_to_seeds(G, start.astype(np.int64), False)
+    labels, signs = assign_to_seeds(G, squared_distances(G, False), start.astype(np.int64), False)
     labels, signs = lloyd(G, weights, labels, signs, 8, False, 300, 0.0)
     assert (labels == reference.labels_).all()
     assert inertia(X, labels, signs, weights) == pytest.approx(reference.inertia_, rel=1e-12)

@@ -44,6 +44,15 @@ class Case:
         points, centres = self.X * signs[:, None], self.centres(labels, signs)
         return float((self.weights * ((points - centres[labels]) ** 2).sum(1)).sum())
 
+    def best_move(self, labels: Any, signs: Any) -> tuple[float, int, int]:
+        P, *rest = loops.measure(self.gram, self.weights, labels, signs, self.k)
+        joined = np.empty((self.k, 9))
+        for b in range(self.k):
+            loops.joining(self.gram, self.weights, labels, P, *rest[:2], b, self.signed, joined[b])
+        left = np.array([loops.leaving(self.gram, self.weights, labels, signs, P, *rest, i) for i in range(9)])
+        found: tuple[float, int, int] = loops.best_move(joined, left)
+        return found
+
 
 @settings(max_examples=40, derandomize=True, deadline=None)
 @given(CASES)
@@ -64,11 +73,11 @@ def test_what_is_measured_of_a_partition(given_case: tuple[int, int, bool]) -> N
 @given(CASES)
 def test_distances_between_points(given_case: tuple[int, int, bool]) -> None:
     case = Case(*given_case)
-    found = [[loops.squared_distance(case.gram, i, j, case.signed) for i in range(9)] for j in range(9)]
+    found = loops.squared_distances(case.gram, case.signed)
     np.testing.assert_allclose(found, case.distances(case.X), atol=1e-10)
-    assert min(map(min, found)) >= 0
+    assert found.min() >= 0
     seeds = np.array([2, 7], np.int64)
-    labels, signs = loops.assign_to_seeds(case.gram, seeds, case.signed)
+    labels, signs = loops.assign_to_seeds(case.gram, found, seeds, case.signed)
     assert labels.tolist() == case.distances(case.X[seeds]).argmin(0).tolist()
     turned = case.signed & (case.gram[np.arange(9), seeds[labels]] < 0)
     assert signs.tolist() == np.where(turned, -1.0, 1.0).tolist()
@@ -112,7 +121,7 @@ def test_how_far_centres_went(given_case: tuple[int, int, bool]) -> None:
 @given(CASES)
 def test_the_best_move_is_worth_what_it_says_and_no_other_more(given_case: tuple[int, int, bool]) -> None:
     case = Case(*given_case)
-    gain, point, target = loops.best_move(case.gram, case.weights, case.labels, case.signs, *case.measured, case.signed)
+    gain, point, target = case.best_move(case.labels, case.signs)
     before, worth = case.inertia(case.labels, case.signs), {}
     for i in range(9):
         if (case.labels == case.labels[i]).sum() == 1:
@@ -129,15 +138,15 @@ def test_the_best_move_is_worth_what_it_says_and_no_other_more(given_case: tuple
     loops.move_points(case.gram, case.weights, labels, signs, case.k, case.signed)
     assert case.inertia(labels, signs) <= before - max(best, 0.0) + 1e-9
     assert set(labels) == set(range(case.k))
-    measured = loops.measure(case.gram, case.weights, labels, signs, case.k)
-    assert loops.best_move(case.gram, case.weights, labels, signs, *measured, case.signed)[0] < 1e-6
+    assert case.best_move(labels, signs)[0] < 1e-6
 
 
 @settings(max_examples=40, derandomize=True, deadline=None)
 @given(CASES)
 def test_what_a_swap_costs_at_first(given_case: tuple[int, int, bool]) -> None:
     case = Case(*given_case)
-    points, costs = loops.promising_swaps(case.gram, case.weights, case.labels, case.signs, case.k, case.signed)
+    apart = loops.squared_distances(case.gram, case.signed)
+    points, costs = loops.promising_swaps(case.gram, apart, case.weights, case.labels, case.signs, case.k, case.signed)
     centres = case.centres()
     for c in range(case.k):
         swapped = [np.delete(centres, c, axis=0) for _ in range(9)]
@@ -172,7 +181,8 @@ def test_lloyd_and_its_improvement_only_go_down(given_case: tuple[int, int, bool
     # a generous tolerance stops after the first
     early = loops.lloyd(case.gram, case.weights, case.labels, case.signs, case.k, case.signed, 100, 1e9)
     assert all(np.array_equal(new, old) for new, old in zip(early, once, strict=True))
-    labels, signs, inertia = loops.improve(case.gram, case.weights, *rest, case.k, case.signed, 100)
+    apart = loops.squared_distances(case.gram, case.signed)
+    labels, signs, inertia = loops.improve(case.gram, apart, case.weights, *rest, case.k, case.signed, 100)
     assert inertia == pytest.approx(case.inertia(labels, signs), rel=1e-9)
     assert inertia <= many + 1e-9
 
@@ -206,7 +216,7 @@ def test_seeds_are_greedy(given_case: tuple[int, int, bool]) -> None:
     """Of the candidates that are drawn, the one that leaves the least to the nearest seed."""
     case = Case(*given_case)
     draws = np.random.default_rng(given_case[0]).random((case.k, 3))
-    found = loops.plus_plus(case.gram, case.weights, case.k, draws, case.signed)
+    found = loops.plus_plus(loops.squared_distances(case.gram, case.signed), case.weights, case.k, draws)
     distances = case.distances(case.X)
     expected = [int(loops.draw(case.weights, case.weights.sum(), draws[0, 0]))]
     for step in range(1, case.k):
