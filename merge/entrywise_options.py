@@ -21,9 +21,9 @@ class EntrywiseOptions(MergeOptions):
         "that k may be above Σ rᵢ; the report's truncation_error says what k leaves out.",
     )
     passes: Annotated[StrictInt, Field(ge=1, le=32)] = Field(
-        2,
+        1,
         description="Passes of the streaming SVD over the rows of a large module (above 2²⁰ entries; smaller ones are "
-        "truncated exactly). More passes come closer to the best approximation.",
+        "truncated exactly). Each multiplies with M and with Mᵀ; more of them come closer to the best approximation.",
     )
 
 

@@ -10,9 +10,12 @@ of the panel: so entries do not depend on how a matrix is cut, nor on what reads
 from __future__ import annotations
 
 from llvmlite import ir
-from numba import types
+from numba import njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic
+
+# numpy's division: a check for zero in every step would keep the loops from being vectors
+compiled = njit(cache=True, nogil=True, error_model="numpy")
 
 LANES = 16
 """Of a vector of float32; processors with shorter ones take several."""
@@ -26,12 +29,12 @@ def fused(_typing, a, b, c):
     return a(a, b, c), lambda _context, builder, _signature, values: builder.fma(*values)
 
 
-def _panel(adds):
+def _panel(adds, columns):
     """X[x + i·x_step + j] = Σₖ B[b + i·b_step + k·b_next]·A[a + k·a_step + j] of the flat float32 arrays A, B and X.
 
-    For i < ROWS, j < COLUMNS and k < terms; `adds`: what was in X is the first term.
+    For i < ROWS, j < columns and k < terms; `adds`: what was in X is the first term.
     """
-    vectors = COLUMNS // LANES
+    vectors = columns // LANES
 
     @intrinsic
     def panel(_typing, A, a, a_step, B, b, b_step, b_next, terms, X, x, x_step):
@@ -78,8 +81,9 @@ def _panel(adds):
     return panel
 
 
-panel = _panel(adds=False)
-adding_panel = _panel(adds=True)
+panel = _panel(adds=False, columns=COLUMNS)
+adding_panel = _panel(adds=True, columns=COLUMNS)
+adding_half = _panel(adds=True, columns=LANES)
 
 
 @intrinsic

@@ -7,30 +7,34 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from merge import entry_loops
+from merge import strip_loops, strips
+from merge.brackets import overflow
 from merge.memory import Room
-from merge.panel import COLUMNS
-from merge.rows import WHOLE, finite, overflow
+from merge.panel import COLUMNS, LANES
+from merge.rows import WHOLE, finite
 from merge.rules import compiled
+from merge.strips import BLOCK_ROWS
 
-OVERSAMPLING = 8
-"""Directions that the subspace iteration carries beyond the rank."""
+OVERSAMPLING = 16
+"""Directions that a pass carries beyond the rank, at least."""
+
+DRAWN = 4
+"""Of these, random ones, at least."""
+
+TOLERANCE = 1e-6
+"""Of the squared singular values of what M makes of the directions, each scaled to length 1: below lies rounding."""
 
 ROOM = Room(1 << 29)
 """For the matrices that this process keeps between two passes over their rows; others come anew in every pass."""
 
-MOST_COLUMNS = 2 * COLUMNS
-"""Of the directions that the compiled products take."""
-
-BLOCK_ROWS = 64
-"""Of the matrix that come at a time."""
-
 Fill = Callable[[int, Tensor], None]
-"""Writes the matrix's rows from the given one on into a tensor (rows, d_in); the same every time it is called."""
+"""Writes the matrix's rows from the given one on into a block; the same every time it is called.
+
+The block is (strips, BLOCK_ROWS, COLUMNS) of `merge.strips` where the compiled loops take it, else (rows, d_in).
+"""
 
 
 class LowRank(NamedTuple):
@@ -44,43 +48,65 @@ class LowRank(NamedTuple):
 def row_svd(fill: Fill, shape: tuple[int, int], rank: int, start: Tensor, passes: int) -> LowRank:
     """A rank-`rank` approximation of the matrix M.
 
-    Up to `WHOLE` entries, or when the rank leaves nothing out, it is the best one. Beyond, subspace iteration: `passes`
-    passes over the rows, all but the last of which apply MᵀM to a block of directions, and the last of which projects
-    M to them. It begins with directions that are known to matter.
+    Up to `WHOLE` entries, or when the rank leaves next to nothing out, it is the best one. Beyond, subspace iteration:
+    each of the `passes` over the rows applies M to a block of directions Q, and Mᵀ to that, which gives the next Q. The
+    last one needs no more than these two products: with Y = MQ = UR it holds UᵀM = R⁻ᵀ(MᵀY)ᵀ, and the leading part of
+    U·UᵀM is the result. It begins with directions that are known to matter.
 
     Args:
         fill: of M.
         shape: (d_out, d_in).
-        start: (d_in, s) directions to begin with.
+        start: (d_in, s) directions to begin with, the most important first.
         passes: at least 1.
 
     Raises:
         MergeRefused: entries, or sums of their squares, overflow.
     """
-    rank = min(rank, *shape)
-    if shape[0] * shape[1] <= WHOLE:
-        return _whole(torch.cat([block.clone() for block in _blocks(fill, shape, start)]), rank)
-    Q = _orthonormal(_directions(start, shape[1], min(rank + OVERSAMPLING, *shape)))
+    rank, start = min(rank, *shape), start.contiguous()
+    count = -(-(rank + OVERSAMPLING) // LANES) * LANES
+    if shape[0] * shape[1] <= WHOLE or min(shape) <= count:
+        return _whole(torch.cat([_plain(block, shape, row) for row, block in _blocks(fill, shape, start)]), rank)
+    Q = _orthonormal(_directions(start, shape[1], count))
     with _replayed(fill, shape, start, passes) as replayed:
-        for _ in range(passes - 1):
-            Z, project = Q.new_zeros(Q.shape[1], Q.shape[0]), _projection(Q)
-            for block in replayed():
-                _add_product(Z, project(block), block)
-            Q = _orthonormal(finite(Z).T)
-        projected, energy, project = [], 0.0, _projection(Q)
-        for block in replayed():
-            projected.append(project(block))
-            flat = block.reshape(-1)
-            energy += float(flat @ flat)
+        for number in range(passes):
+            Y, Z, energy = _products(replayed(), shape, Q)
+            if number < passes - 1:
+                Q = _orthonormal(Z)
+    return _split(Y, Z, rank, energy)
+
+
+def _products(blocks: Iterator[tuple[int, Tensor]], shape: tuple[int, int], Q: Tensor) -> tuple[Tensor, Tensor, float]:
+    """Y = M·Q: (d_out, l), MᵀY: (d_in, l) and ‖M‖².
+
+    Raises:
+        MergeRefused: one of them overflows.
+    """
+    d_out, d_in = shape
+    energy, directions = 0.0, Q.shape[1]
+    Y = Q.new_empty(-(-d_out // BLOCK_ROWS) * BLOCK_ROWS, directions)
+    if compiled(Q):
+        across = Q.new_zeros(-(-d_in // COLUMNS), directions, COLUMNS)
+        padded = torch.cat([Q, Q.new_zeros(len(across) * COLUMNS - d_in, directions)])
+        for row, block in blocks:
+            here = Y[row : row + BLOCK_ROWS]
+            energy += strip_loops.project(block.numpy(), padded.numpy(), here.numpy(), across.numpy())
+        Z = across.transpose(1, 2).flatten(0, 1)[:d_in]
+    else:
+        Z = Q.new_zeros(d_in, directions)
+        for row, block in blocks:
+            here = Y[row : row + len(block)]
+            torch.mm(block, Q, out=here)
+            Z.addmm_(block.T, here)
+            energy += float(block.reshape(-1) @ block.reshape(-1))
     if not math.isfinite(energy):
         raise overflow()
-    return _split(finite(torch.cat(projected)), Q, rank, energy)
+    return finite(Y[:d_out]), finite(Z), energy
 
 
 @contextmanager
 def _replayed(
     fill: Fill, shape: tuple[int, int], like: Tensor, passes: int
-) -> Iterator[Callable[[], Iterator[Tensor]]]:
+) -> Iterator[Callable[[], Iterator[tuple[int, Tensor]]]]:
     """The blocks of rows, kept from the first pass on where there is room for all and they are needed again."""
     size = shape[0] * shape[1] * like.element_size()
     if passes == 1:
@@ -90,70 +116,41 @@ def _replayed(
         yield _kept(fill, shape, like) if granted else lambda: _blocks(fill, shape, like)
 
 
-def _blocks(fill: Fill, shape: tuple[int, int], like: Tensor) -> Iterator[Tensor]:
-    """From top to bottom. The next block overwrites the one before."""
-    buffer = like.new_empty(min(BLOCK_ROWS, shape[0]), shape[1])
+def _blocks(fill: Fill, shape: tuple[int, int], like: Tensor) -> Iterator[tuple[int, Tensor]]:
+    """(first row, block), from top to bottom. The next block overwrites the one before."""
+    buffer = strips.new_block(shape[1], like) if compiled(like) else like.new_empty(BLOCK_ROWS, shape[1])
     for row in range(0, shape[0], BLOCK_ROWS):
-        block = buffer[: shape[0] - row]
+        block = buffer if compiled(like) else buffer[: shape[0] - row]
         fill(row, block)
-        yield block
+        yield row, block
 
 
-def _kept(fill: Fill, shape: tuple[int, int], like: Tensor) -> Callable[[], Iterator[Tensor]]:
+def _plain(block: Tensor, shape: tuple[int, int], row: int) -> Tensor:
+    """A copy of a block's rows (…, d_in)."""
+    if block.dim() == 2:
+        return block.clone()
+    return strips.read(block, min(BLOCK_ROWS, shape[0] - row), shape[1])
+
+
+def _kept(fill: Fill, shape: tuple[int, int], like: Tensor) -> Callable[[], Iterator[tuple[int, Tensor]]]:
     """The same blocks again: whether there was room must not show in the order in which sums are rounded."""
-    matrix = _empty(shape, like)
-    filled = False
+    kept: list[Tensor] = []
 
-    def replayed() -> Iterator[Tensor]:
-        nonlocal filled
-        for row in range(0, shape[0], BLOCK_ROWS):
-            block = matrix[row : row + BLOCK_ROWS]
-            if not filled:
-                fill(row, block)
-            yield block
-        filled = True
+    def replayed() -> Iterator[tuple[int, Tensor]]:
+        if kept:
+            yield from zip(range(0, shape[0], BLOCK_ROWS), kept, strict=True)
+            return
+        for row, block in _blocks(fill, shape, like):
+            kept.append(block.clone())
+            yield row, block
 
     return replayed
-
-
-def _projection(Q: Tensor) -> Callable[[Tensor], Tensor]:
-    """block ↦ block·Q."""
-    if not _narrow(Q):
-        return lambda block: block @ Q
-    panels = -(-Q.shape[1] // COLUMNS)
-    padded = Q.new_zeros(len(Q), panels * COLUMNS)
-    padded[:, : Q.shape[1]] = Q
-
-    def project(block: Tensor) -> Tensor:
-        result = block.new_zeros(len(block), padded.shape[1])
-        entry_loops.add_product(block.numpy(), padded.numpy(), result.numpy())
-        return result[:, : Q.shape[1]].contiguous()
-
-    return project
-
-
-def _add_product(Z: Tensor, projected: Tensor, block: Tensor) -> None:
-    """Z += projectedᵀ·block."""
-    if _narrow(projected):
-        entry_loops.add_transposed_product(projected.numpy(), block.numpy(), Z.numpy())
-    else:
-        Z.addmm_(projected.T, block)
-
-
-def _narrow(X: Tensor) -> bool:
-    """Whether the compiled products are the faster ones."""
-    return compiled(X) and X.shape[1] <= MOST_COLUMNS
-
-
-def _empty(shape: tuple[int, int], like: Tensor) -> Tensor:
-    # numpy asks for pages of megabytes, torch does not: touching them first would be a fifth of the time
-    return torch.from_numpy(np.empty(shape, like.numpy().dtype)) if like.device.type == "cpu" else like.new_empty(shape)
 
 
 def _directions(start: Tensor, d_in: int, count: int) -> Tensor:
     """(d_in, count): those to begin with, and random ones beside them."""
     generator = torch.Generator().manual_seed(d_in)
-    known = start[:, : max(count - OVERSAMPLING // 2, 1)]
+    known = start[:, : count - DRAWN]
     drawn = torch.randn(d_in, count - known.shape[1], generator=generator).to(start)
     return torch.cat([known, drawn], 1)
 
@@ -177,15 +174,25 @@ def _whole(M: Tensor, rank: int) -> LowRank:
     return LowRank(A.to(M.dtype).contiguous(), B.to(M.dtype).contiguous(), error)
 
 
-def _split(Y: Tensor, Q: Tensor, rank: int, energy: float) -> LowRank:
-    """The leading part of Y·Qᵀ with Y: (d_out, l) and Q: (d_in, l) orthonormal."""
+def _split(Y: Tensor, Z: Tensor, rank: int, energy: float) -> LowRank:
+    """The leading part of U·UᵀM from Y = MQ: (d_out, l), whose columns U spans, and Z = MᵀY: (d_in, l)."""
     exact = Y.double()
-    squared, W = torch.linalg.eigh(exact.T @ exact)
-    squared, W = squared.flip(0)[:rank].clamp_min(0), W.flip(1)[:, :rank]
-    root = squared.sqrt().sqrt()
-    B = Y @ torch.where(root > 0, W / root, 0.0).to(Y.dtype)
-    A = (Q @ (W * root).to(Q.dtype)).T
-    return LowRank(A.contiguous(), B, _relative(energy, float(squared.sum())))
+    norms = exact.norm(dim=0)
+    # what M is not applied to at all says nothing; the others count alike, whatever their length
+    used = norms > 0
+    unit, across = exact[:, used] / norms[used], Z.double()[:, used] / norms[used]
+    squared, V = torch.linalg.eigh(unit.T @ unit)
+    kept = squared > TOLERANCE
+    basis = V[:, kept] / squared[kept].sqrt()
+    rows = basis.T @ across.T  # UᵀM with U = unit·basis
+    energies, W = torch.linalg.eigh(rows @ rows.T)
+    energies, W = energies.flip(0)[:rank].clamp_min(0), W.flip(1)[:, :rank]
+    root = energies.sqrt().sqrt()
+    B = exact.new_zeros(len(Y), rank)
+    A = exact.new_zeros(rank, len(Z))
+    B[:, : len(root)] = unit @ (basis @ (W * root))
+    A[: len(root)] = (torch.where(root > 0, W / root, 0.0)).T @ rows
+    return LowRank(A.to(Z.dtype), B.to(Y.dtype), _relative(energy, float(energies.sum())))
 
 
 def _relative(energy: float, held: float) -> float:

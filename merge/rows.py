@@ -17,11 +17,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from artifacts.errors import MergeRefused
-from merge import entry_loops, rules
+from merge import entry_loops, rules, strip_loops, strips
+from merge.brackets import Brackets, descending, numbers
+from merge.brackets import overflow as overflow
+from merge.entry_rule import EntryRule
 from merge.panel import LANES, ROWS
 from merge.rules import compiled, kth_largest
 from merge.stack import Stack
+from merge.strips import BLOCK_ROWS, Strips
 
 TILE_ROWS = 64
 TILE_BYTES = 1 << 20
@@ -97,22 +100,44 @@ class DeltaRows:
                 torch.mm(B, A, out=whole[0])
             yield whole[0]
 
+    @cached_property
+    def strips(self) -> Strips:
+        """The factors as the loops on strips take them; only where `compiled`."""
+        return Strips.of(self.A, self.B)
+
+    @property
+    def compiled(self) -> bool:
+        """Whether the compiled loops take these deltas."""
+        return compiled(self.A[0]) and self.shape[1] >= LANES
+
+    def merged(self, rule: EntryRule, row: int, block: Tensor) -> None:
+        """Fill a block (strips, BLOCK_ROWS, COLUMNS) with what the rule makes of the deltas from a row on."""
+        strip_loops.merge(*self.strips, row, *rule.arguments(), block.numpy())
+
     def elected(self, weights: Tensor, election: rules.Election, window: rules.Window | None) -> Tensor:
-        """(d_out, d_in) `rules.elected_sum` of the ΔWᵢ, formed in tiles and not kept."""
-        result = self.A[0].new_empty(self.shape)
-        if compiled(self.A[0]):
-            A, B, starts = self._stacked
-            of_weights, ones = rules.floats(weights, result), np.ones(len(self.A), np.float32)
-            height, width = self._tile_shape(whole_rows=False)
-            borders = rules.borders(len(self.A), result, window)
-            entry_loops.form_elected(
-                A, B, starts, *borders, ones, of_weights, ones, election == "frequency", height, width, result.numpy()
-            )
+        """(d_out, d_in) `rules.elected_sum` of the ΔWᵢ, formed a few at a time and not kept."""
+        rule, result = EntryRule.elected_sum(weights, election, window), self.A[0].new_empty(self.shape)
+        if self.compiled:
+            block = strips.new_block(self.shape[1], result)
+            for row in range(0, self.shape[0], BLOCK_ROWS):
+                self.merged(rule, row, block)
+                rows = min(BLOCK_ROWS, self.shape[0] - row)
+                result[row : row + rows] = strips.read(block, rows, self.shape[1])
             return result
         for row, column, tile in self.tiles():
-            merged = rules.elected_sum(tile, weights, election, window)
-            result[row : row + tile.shape[1], column : column + tile.shape[2]] = merged
+            result[row : row + tile.shape[1], column : column + tile.shape[2]] = rule(row, column, tile)
         return result
+
+    def energies(self, sizes: Tensor, least: float) -> Tensor:
+        """(N,) float64 Σ x² of each delta over the places where the variance of sizesᵢΔWᵢ is `least` or more."""
+        if self.compiled:
+            result = np.zeros(len(self.A))
+            strip_loops.energies(*self.strips, rules.floats(sizes, self.A[0]), np.float32(least), result)
+            return torch.from_numpy(result)
+        total = torch.zeros(len(self.A), dtype=torch.float64, device=sizes.device)
+        for _, _, tile in self.tiles():
+            total += rules.energies(tile, rules.variance(tile, sizes) >= least)
+        return total
 
     @cached_property
     def _form(self) -> Callable[[int, int, Tensor], None]:
@@ -153,14 +178,33 @@ class DeltaRows:
         """(N, SAMPLE) entries at random places, the same places for all."""
         generator = torch.Generator().manual_seed(SAMPLE)
         rows, columns = (torch.randint(side, (SAMPLE,), generator=generator) for side in self.shape)
-        if not compiled(self.A[0]):
-            pairs = zip(self.A, self.B, strict=True)
-            return torch.stack([(B[rows.to(B.device)] * A[:, columns.to(A.device)].T).sum(1) for A, B in pairs])
-        result = torch.empty(len(self.A), SAMPLE)
-        for A, B, drawn in zip(self.A, self.B, result, strict=True):
-            transposed = A.T.contiguous().numpy()
-            entry_loops.products(transposed, B.numpy(), rows.numpy(), columns.numpy(), drawn.numpy())
-        return result
+        pairs = zip(self.A, self.B, strict=True)
+        return torch.stack([(B[rows.to(B.device)] * A[:, columns.to(A.device)].T).sum(1) for A, B in pairs])
+
+    def sample_of_neighbours(self) -> Tensor:
+        """(N, at least SAMPLE) entries, of every row equally many, as the compiled loops draw them fast."""
+        d_out, d_in = self.shape
+        times = -(-SAMPLE // (d_out * LANES))
+        generator = torch.Generator().manual_seed(SAMPLE)
+        places = torch.randint(d_in - LANES + 1, (d_out, times), generator=generator)
+        result = torch.empty(len(self.A), d_out, times, LANES)
+        strip_loops.sampled(*self._stacked, places.numpy(), result.numpy())
+        return result.flatten(1)
+
+
+@dataclass(frozen=True, eq=False)
+class Variance:
+    """The measure of how much the deltas times `sizes` (N,) vary in a place."""
+
+    sizes: Tensor
+
+    def __call__(self, X: Tensor) -> Tensor:
+        return rules.variance(X, self.sizes)[None]
+
+
+def entries(X: Tensor) -> Tensor:
+    """The measure that tells of each delta its entries."""
+    return X
 
 
 def largest(deltas: DeltaRows, measure: Measure, counts: Sequence[Sequence[int]]) -> list[list[float]]:
@@ -173,22 +217,26 @@ def largest(deltas: DeltaRows, measure: Measure, counts: Sequence[Sequence[int]]
         MergeRefused: the measure of an entry is NaN, for the deltas are too large for their dtype.
     """
     if deltas.entries <= WHOLE:
-        values = _numbers(torch.cat([measure(tile).abs().flatten(1) for _, _, tile in deltas.tiles()], 1))
+        values = numbers(torch.cat([measure(tile).abs().flatten(1) for _, _, tile in deltas.tiles()], 1))
         return [
             [kth_largest(channel, k) if k < len(channel) else 0.0 for k in wanted]
             for channel, wanted in zip(values, counts, strict=True)
         ]
     found = [[0.0 if k else float("inf") for k in wanted] for wanted in counts]
     open_ = [(c, t) for c, wanted in enumerate(counts) for t, k in enumerate(wanted) if 0 < k < deltas.entries]
-    sample = _descending(_numbers(measure(deltas.sample()).abs()))
+    looped = deltas.compiled and (measure is entries or isinstance(measure, Variance))
+    sample = descending(numbers(measure(deltas.sample_of_neighbours() if looped else deltas.sample()).abs()))
     margin = MARGIN
     while open_:
         ranks = [counts[channel][number] for channel, number in open_]
-        brackets = _Brackets.around(
+        brackets = Brackets.around(
             [(c, k / deltas.entries) for (c, _), k in zip(open_, ranks, strict=True)], sample, margin
         )
-        for _, _, tile in deltas.tiles():
-            brackets.add(measure(tile).flatten(1))
+        if looped:
+            brackets.add_all(deltas.strips, deltas.entries, measure.sizes if isinstance(measure, Variance) else None)
+        else:
+            for _, _, tile in deltas.tiles():
+                brackets.add(measure(tile).flatten(1))
         missed = []
         for place, value in zip(open_, brackets.kth(ranks), strict=True):
             if value is None:
@@ -197,11 +245,6 @@ def largest(deltas: DeltaRows, measure: Measure, counts: Sequence[Sequence[int]]
                 found[place[0]][place[1]] = value
         open_, margin = missed, 8 * margin
     return found
-
-
-def overflow() -> MergeRefused:
-    """The error of deltas, or of what is made of them, that their dtype can not hold."""
-    return MergeRefused("The entries of ΔW overflow in the merge.", hint="Set compute_dtype to float64.")
 
 
 def finite(values: Tensor) -> Tensor:
@@ -226,123 +269,9 @@ def kth_size(block: Tensor, k: int) -> float:
     if entries >= BRACKETED and k < entries and compiled(block):
         # an odd step visits all columns, unless their number shares a divisor with it
         drawn = block.view(-1)[:: entries // DRAWN | 1].abs()
-        brackets = _Brackets.around([(0, k / entries)], _descending(_numbers(drawn[None])), NARROW_MARGIN)
+        brackets = Brackets.around([(0, k / entries)], descending(numbers(drawn[None])), NARROW_MARGIN)
         brackets.add(block.view(1, -1))
         (found,) = brackets.kth([k])
         if found is not None:
             return found
-    return kth_largest(_numbers(block.abs().flatten()), k)
-
-
-@dataclass(slots=True, eq=False)
-class _Brackets:
-    """What a pass has seen of some channels' |values|: how many lay above `high`, and those from `low` to `high`.
-
-    Values at a border are only counted: they may be all of a matrix, as the zeros of a module that was never trained.
-
-    Attributes:
-        channels: (P,) the channel of each bracket.
-        low, high: (P,).
-        above, at_high, at_low, count: (P,) how many lay above, at the borders (one border: at `high`), and between.
-        inside: (P, room) those strictly between, `count` of them.
-    """
-
-    channels: NDArray[np.int64]
-    low: Tensor
-    high: Tensor
-    above: NDArray[np.int64]
-    at_high: NDArray[np.int64]
-    at_low: NDArray[np.int64]
-    count: NDArray[np.int64]
-    inside: Tensor
-
-    @classmethod
-    def around(cls, places: Sequence[tuple[int, float]], sample: Tensor, margin: float) -> Self:
-        """Of the values that a share of all is above, by (channel, share); `sample` is sorted, the largest first."""
-        low, high = [], []
-        drawn = sample.shape[1]
-        for channel, share in places:
-            half = margin * math.sqrt(share * (1 - share) / drawn)
-            upper, lower = share - half, share + half
-            high.append(float(sample[channel, int(upper * drawn)]) if upper > 0 else float("inf"))
-            low.append(float(sample[channel, int(lower * drawn)]) if lower < 1 else 0.0)
-        above, at_high, at_low, count = np.zeros((4, len(places)), np.int64)
-        return cls(
-            np.array([channel for channel, _ in places]),
-            sample.new_tensor(low),
-            sample.new_tensor(high),
-            above,
-            at_high,
-            at_low,
-            count,
-            sample.new_empty(len(places), 0),
-        )
-
-    def add(self, values: Tensor) -> None:
-        """See values (channels, m) of either sign.
-
-        Raises:
-            MergeRefused: one of them is NaN.
-        """
-        room = int(self.count.max()) + values.shape[1] + 1
-        if self.inside.shape[1] < room:
-            grown = values.new_empty(len(self.inside), 2 * room)
-            grown[:, : self.inside.shape[1]] = self.inside
-            self.inside = grown
-        if compiled(values):
-            finite = entry_loops.bracketed(
-                values.numpy(),
-                self.channels,
-                self.low.numpy(),
-                self.high.numpy(),
-                self.above,
-                self.at_high,
-                self.at_low,
-                self.inside.numpy(),
-                self.count,
-            )
-            if not finite:
-                raise overflow()
-            return
-        values = _numbers(values)
-        sizes = values.abs()
-        for number, channel in enumerate(self.channels):
-            of_channel = sizes[channel]
-            self.above[number] += int((of_channel > self.high[number]).count_nonzero())
-            at_high = of_channel == self.high[number]
-            self.at_high[number] += int(at_high.count_nonzero())
-            self.at_low[number] += int(((of_channel == self.low[number]) & ~at_high).count_nonzero())
-            kept = of_channel[(of_channel > self.low[number]) & (of_channel < self.high[number])]
-            self.inside[number, self.count[number] : self.count[number] + len(kept)] = kept
-            self.count[number] += len(kept)
-
-    def kth(self, ranks: Sequence[int]) -> list[float | None]:
-        """By bracket, the k-th largest of all that was seen; None when it is not inside."""
-        return [self._kth(number, k) for number, k in enumerate(ranks)]
-
-    def _kth(self, number: int, k: int) -> float | None:
-        k -= int(self.above[number])
-        if k <= 0:
-            return None
-        k -= int(self.at_high[number])
-        if k <= 0:
-            return float(self.high[number])
-        count = int(self.count[number])
-        if k <= count:
-            return kth_largest(self.inside[number, :count], k)
-        return float(self.low[number]) if k - count <= self.at_low[number] else None
-
-
-def _numbers(values: Tensor) -> Tensor:
-    """The values, none of which is NaN: no bracket would ever hold that."""
-    # a NaN makes the sum one, and a sum makes no copy
-    if bool(values.sum().isnan()) and bool(values.isnan().any()):
-        raise overflow()
-    return values
-
-
-def _descending(values: Tensor) -> Tensor:
-    """Rows sorted, the largest first. (numpy sorts many times faster than torch.)"""
-    if values.device.type == "cpu":
-        return torch.from_numpy(np.sort(values.numpy(), axis=1)).flip(1)
-    return values.sort(dim=1, descending=True).values
+    return kth_largest(numbers(block.abs().flatten()), k)

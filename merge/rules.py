@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from merge import entry_loops
+from merge import entry_loops, mask_loops
 
 if TYPE_CHECKING:
     from merge.stack import Stack
@@ -178,7 +178,7 @@ def dropped_by(X: Tensor, keys: NDArray[np.uint64], first_row: int, probabilitie
         rescale: divide what is kept by its probability.
     """
     if compiled(X):
-        entry_loops.drop(X.numpy(), keys, first_row, probabilities.numpy(), rescale)
+        mask_loops.drop(X.numpy(), keys, first_row, probabilities.numpy(), rescale)
         return X
     uniform = (_drawn(keys, first_row, 0, X) >> 8).to(torch.float32) * 2.0**-24
     kept = X * (uniform < probabilities)
@@ -190,17 +190,22 @@ def erased(X: Tensor, keys: NDArray[np.uint64], first_row: int, first_column: in
 
     Whether an entry stays depends on the key and on its row and column in the matrix, not on how that is cut.
     """
-    last = min(math.ceil(density * 2**32), 2**32) - 1
+    last = last_kept(density)
     if compiled(X):
-        entry_loops.erase(X.numpy(), keys, first_row, first_column, np.uint32(last))
+        mask_loops.erase(X.numpy(), keys, first_row, first_column, last)
         return X
-    return X * (_drawn(keys, first_row, first_column, X) <= last)
+    return X * (_drawn(keys, first_row, first_column, X) <= int(last))
+
+
+def last_kept(density: float) -> np.uint32:
+    """The largest of the random numbers whose entries stay, 0 < density < 1."""
+    return np.uint32(min(math.ceil(density * 2**32), 2**32) - 1)
 
 
 def _drawn(keys: NDArray[np.uint64], row: int, column: int, X: Tensor) -> Tensor:
     """The random integers from 0 to 2³² − 1 of the entries of X (N, rows, columns)."""
     drawn = np.empty(X.shape, np.uint32)
-    entry_loops.draw(keys, row, column, drawn)
+    mask_loops.draw(keys, row, column, drawn)
     return torch.from_numpy(drawn.astype(np.int64)).to(X.device)
 
 
@@ -218,10 +223,6 @@ def variance(X: Tensor, sizes: Tensor) -> Tensor:
 
 def energies(X: Tensor, chosen: Tensor) -> Tensor:
     """(N,) float64 Σ Xᵢ² of X: (N, rows, columns) over the chosen places (rows, columns)."""
-    if compiled(X):
-        result = np.zeros(len(X))
-        entry_loops.energies(_flat(X), chosen.view(-1).numpy(), result)
-        return torch.from_numpy(result)
     return (X * chosen).square().flatten(1).sum(1).double()
 
 

@@ -14,7 +14,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from merge import entry_loops, rules
+from merge import rank_loops, rules, strips
+from merge.entry_rule import EntryRule
 from merge.entrywise_options import (
     BreadcrumbsOptions,
     BreadcrumbsTiesOptions,
@@ -30,86 +31,72 @@ from merge.entrywise_options import (
 )
 from merge.result import MergedModule
 from merge.row_svd import row_svd
-from merge.rows import DeltaRows, largest
+from merge.rows import DeltaRows, Variance, entries, largest
 from merge.stack import Stack
+from merge.strips import BLOCK_ROWS
 
 MOST_PLACE_BITS = 20
 """Of a short key; the others tell sizes apart."""
 
-Combine = Callable[[int, int, Tensor], Tensor]
-"""First row, first column and a tile of the deltas (N, rows, columns), which may be changed → the result's tile."""
+Drop = Callable[[int, Tensor], Tensor]
+"""First row and whole rows of the deltas (N, rows, d_in), which may be changed → what is left of them."""
 
 
 def ties_svd(stack: Stack, options: TiesSvdOptions, rank: int) -> MergedModule:
     """`ties_svd` of PEFT (arXiv:2306.01708)."""
-    deltas, weights, election = DeltaRows.of(stack), stack.owner_weights, options.majority_sign_method
+    deltas = DeltaRows.of(stack)
     window = _trimming(deltas, options.density)
-    return _merged(stack, deltas, lambda _r, _c, X: rules.elected_sum(X, weights, election, window), options, rank)
+    rule = EntryRule.elected_sum(stack.owner_weights, options.majority_sign_method, window)
+    return _merged(stack, deltas, rule, options, rank)
 
 
 def ties_mergekit(stack: Stack, options: TiesMergekitOptions, rank: int) -> MergedModule:
     """`ties` of mergekit (arXiv:2306.01708): weights take part in the vote and in the divisor."""
     deltas = DeltaRows.of(stack)
-    elect = _electing(stack, options, _trimming(deltas, options.density))
-    return _merged(stack, deltas, lambda _r, _c, X: elect(X), options, rank)
+    return _merged(stack, deltas, _electing(stack, options, _trimming(deltas, options.density)), options, rank)
 
 
 def magnitude_prune_svd(stack: Stack, options: PruneSvdOptions, rank: int) -> MergedModule:
     """`magnitude_prune_svd` of PEFT."""
-    deltas, weights = DeltaRows.of(stack), stack.owner_weights
-    window = _trimming(deltas, options.density)
-    return _merged(stack, deltas, lambda _r, _c, X: rules.weighted_sum(X, weights, window), options, rank)
+    deltas = DeltaRows.of(stack)
+    rule = EntryRule.sum(stack.owner_weights, _trimming(deltas, options.density))
+    return _merged(stack, deltas, rule, options, rank)
 
 
 def dare_linear_svd(stack: Stack, options: DareSvdOptions, rank: int) -> MergedModule:
     """`dare_linear_svd` of PEFT (arXiv:2311.03099)."""
-    weights, drop = stack.owner_weights / options.density, _dropping(stack, options)
-
-    def combine(row: int, column: int, X: Tensor) -> Tensor:
-        return rules.weighted_sum(drop(row, column, X), weights)
-
-    return _merged(stack, DeltaRows.of(stack), combine, options, rank)
+    rule = EntryRule.sum(stack.owner_weights / options.density)
+    return _merged(stack, DeltaRows.of(stack), _dropping(rule, stack, options), options, rank)
 
 
 def dare_ties_svd(stack: Stack, options: DareTiesSvdOptions, rank: int) -> MergedModule:
     """`dare_ties_svd` of PEFT (arXiv:2311.03099)."""
-    weights, drop = stack.owner_weights / options.density, _dropping(stack, options)
-
-    def combine(row: int, column: int, X: Tensor) -> Tensor:
-        return rules.elected_sum(drop(row, column, X), weights, options.majority_sign_method)
-
-    return _merged(stack, DeltaRows.of(stack), combine, options, rank)
+    rule = EntryRule.elected_sum(stack.owner_weights / options.density, options.majority_sign_method)
+    return _merged(stack, DeltaRows.of(stack), _dropping(rule, stack, options), options, rank)
 
 
 def della(stack: Stack, options: DellaOptions, rank: int) -> MergedModule:
     """DELLA (arXiv:2406.11617): entries are dropped by their rank in the row, then signs are elected as in mergekit."""
-    drop, elect = _dropping_by_rank(stack, options), _electing(stack, options, None)
-    deltas = DeltaRows.of(stack)
-    return _merged(stack, deltas, lambda row, _, X: elect(drop(row, X)), options, rank, whole_rows=True)
+    drop, rule = _dropping_by_rank(stack, options), _electing(stack, options, None)
+    return _merged(stack, DeltaRows.of(stack), rule, options, rank, drop)
 
 
 def della_linear(stack: Stack, options: DellaLinearOptions, rank: int) -> MergedModule:
     """DELLA without the election (arXiv:2406.11617)."""
-    drop, weights = _dropping_by_rank(stack, options), stack.owner_weights
-
-    def combine(row: int, _column: int, X: Tensor) -> Tensor:
-        return rules.weighted_sum(drop(row, X), weights)
-
-    return _merged(stack, DeltaRows.of(stack), combine, options, rank, whole_rows=True)
+    drop, rule = _dropping_by_rank(stack, options), EntryRule.sum(stack.owner_weights)
+    return _merged(stack, DeltaRows.of(stack), rule, options, rank, drop)
 
 
 def breadcrumbs(stack: Stack, options: BreadcrumbsOptions, rank: int) -> MergedModule:
     """Model Breadcrumbs (arXiv:2312.06795): neither the largest entries nor the smallest."""
-    deltas, weights = DeltaRows.of(stack), stack.owner_weights
-    window = _middle(deltas, options)
-    return _merged(stack, deltas, lambda _r, _c, X: rules.weighted_sum(X, weights, window), options, rank)
+    deltas = DeltaRows.of(stack)
+    return _merged(stack, deltas, EntryRule.sum(stack.owner_weights, _middle(deltas, options)), options, rank)
 
 
 def breadcrumbs_ties(stack: Stack, options: BreadcrumbsTiesOptions, rank: int) -> MergedModule:
     """Model Breadcrumbs (arXiv:2312.06795), then signs are elected as in mergekit."""
     deltas = DeltaRows.of(stack)
-    elect = _electing(stack, options, _middle(deltas, options))
-    return _merged(stack, deltas, lambda _r, _c, X: elect(X), options, rank)
+    return _merged(stack, deltas, _electing(stack, options, _middle(deltas, options)), options, rank)
 
 
 def sce(stack: Stack, options: SceOptions, rank: int) -> MergedModule:
@@ -117,36 +104,23 @@ def sce(stack: Stack, options: SceOptions, rank: int) -> MergedModule:
     deltas = DeltaRows.of(stack)
     sizes = stack.owner_weights
     border = _variance_border(deltas, sizes, options.density)
-
-    def chosen(X: Tensor) -> Tensor:
-        return rules.variance(X, sizes) >= border
-
-    if border == 0:
-        energies = stack.products.diagonal()
-    else:
-        energies = torch.zeros(len(deltas.A), dtype=torch.float64, device=sizes.device)
-        for _, _, tile in deltas.tiles():
-            energies += rules.energies(tile, chosen(tile))
+    energies = stack.products.diagonal() if border == 0 else deltas.energies(sizes, border)
     energies = energies * sizes.square()
     total = energies.sum()
     shares = energies / total if float(total) > 0 else torch.full_like(energies, 1 / len(energies))
-
-    def combine(_row: int, _column: int, X: Tensor) -> Tensor:
-        # the vote is without the weights by energy, the mean with them
-        mean = rules.elected(X, sizes, sizes * shares, shares, "total")
-        return mean * chosen(X) if border > 0 else mean
-
-    return _merged(stack, deltas, combine, options, rank)
+    # the vote is without the weights by energy, the mean with them
+    rule = EntryRule(sizes * shares, sizes, shares, "total", sizes=sizes, least=border)
+    return _merged(stack, deltas, rule, options, rank)
 
 
 def _electing(
     stack: Stack,
     options: TiesMergekitOptions | DellaOptions | BreadcrumbsTiesOptions,
     window: rules.Window | None,
-) -> Callable[[Tensor], Tensor]:
+) -> EntryRule:
     """mergekit's election among the entries of a window."""
-    weights, election, normalize = stack.owner_weights, options.majority_sign_method, options.normalize
-    return lambda X: rules.elected_mean(X, weights, election, normalize=normalize, window=window)
+    election, normalize = options.majority_sign_method, options.normalize
+    return EntryRule.elected_mean(stack.owner_weights, election, normalize=normalize, window=window)
 
 
 def _trimming(deltas: DeltaRows, density: float) -> rules.Window | None:
@@ -154,7 +128,7 @@ def _trimming(deltas: DeltaRows, density: float) -> rules.Window | None:
     if density >= 1:
         return None
     kept = rules.kept_count(density, deltas.entries)
-    lower = _per_delta(deltas, largest(deltas, _entries, [[kept]] * len(deltas.A)), 0)
+    lower = _per_delta(deltas, largest(deltas, entries, [[kept]] * len(deltas.A)), 0)
     return rules.Window(lower, torch.full_like(lower, math.inf))
 
 
@@ -170,13 +144,9 @@ def _middle(deltas: DeltaRows, options: BreadcrumbsOptions) -> rules.Window | No
         return rules.Window(nothing, nothing)
     # of all entries the last one is no border
     first = min(dropped + 1, deltas.entries - 1)
-    found = largest(deltas, _entries, [[first, dropped + kept]] * len(deltas.A))
+    found = largest(deltas, entries, [[first, dropped + kept]] * len(deltas.A))
     upper = _per_delta(deltas, found, 0)
     return rules.Window(_per_delta(deltas, found, 1), upper.nextafter(torch.full_like(upper, math.inf)))
-
-
-def _entries(X: Tensor) -> Tensor:
-    return X
 
 
 def _per_delta(deltas: DeltaRows, found: list[list[float]], number: int) -> Tensor:
@@ -184,15 +154,12 @@ def _per_delta(deltas: DeltaRows, found: list[list[float]], number: int) -> Tens
     return torch.tensor([values[number] for values in found], dtype=torch.float64).to(deltas.A[0])
 
 
-def _dropping(stack: Stack, options: DareSvdOptions) -> Combine:
-    """Zeroes in a tile what DARE drops. What is kept is yet to be divided by the density."""
-    keys, density = rules.keys(stack, options.seed), options.density
-    if density >= 1:
-        return lambda _row, _column, X: X
-    return lambda row, column, X: rules.erased(X, keys, row, column, density)
+def _dropping(rule: EntryRule, stack: Stack, options: DareSvdOptions) -> EntryRule:
+    """The rule of what DARE keeps, which is yet to be divided by the density."""
+    return rule.dropping(rules.keys(stack, options.seed), options.density)
 
 
-def _dropping_by_rank(stack: Stack, options: DellaLinearOptions) -> Callable[[int, Tensor], Tensor]:
+def _dropping_by_rank(stack: Stack, options: DellaLinearOptions) -> Drop:
     """Per row, the keep probability rises with the rank of the |entry| from density − ε to density + ε."""
     keys = rules.keys(stack, options.seed)
 
@@ -225,12 +192,12 @@ def _by_sorted_keys(X: Tensor, ramp: NDArray[np.float32]) -> Tensor:
     done = np.zeros(len(rows), np.bool_)
     if place_bits <= MOST_PLACE_BITS:
         keys = np.empty(rows.shape, np.uint32)
-        entry_loops.short_keys(rows, place_bits, keys)
+        rank_loops.short_keys(rows, place_bits, keys)
         keys.sort(axis=-1)
-        entry_loops.by_short_keys(rows, place_bits, keys, ramp, probabilities, done)
+        rank_loops.by_short_keys(rows, place_bits, keys, ramp, probabilities, done)
     for row in np.flatnonzero(~done):
         exact = np.empty(len(ramp), np.int64)
-        entry_loops.long_keys(rows[row], exact)
+        rank_loops.long_keys(rows[row], exact)
         exact.sort()
         probabilities[row, exact & 0xFFFFFFFF] = ramp
     return result
@@ -243,30 +210,34 @@ def _variance_border(deltas: DeltaRows, sizes: Tensor, density: float) -> float:
     rows = torch.stack([B.abs().amax(1) for B in deltas.B]).amax(0).count_nonzero()
     columns = torch.stack([A.abs().amax(0) for A in deltas.A]).amax(0).count_nonzero()
     kept = rules.kept_count(density, int(rows) * int(columns))
-
-    return largest(deltas, lambda X: rules.variance(X, sizes)[None], [[kept]])[0][0]
+    return largest(deltas, Variance(sizes), [[kept]])[0][0]
 
 
 def _merged(
     stack: Stack,
     deltas: DeltaRows,
-    combine: Combine,
+    rule: EntryRule,
     options: EntrywiseOptions,
     rank: int,
-    *,
-    whole_rows: bool = False,
+    drop: Drop | None = None,
 ) -> MergedModule:
-    """The combined rows at min(rank, d_out, d_in) components. Combine takes tiles, or whole rows."""
+    """The merged rows at min(rank, d_out, d_in) components. `drop` changes whole rows before the rule sees them."""
 
-    def fill(first_row: int, rows: Tensor) -> None:
-        for row, column, tile in deltas.tiles(range(first_row, first_row + len(rows)), whole_rows=whole_rows):
-            here = rows[row - first_row : row - first_row + tile.shape[1], column : column + tile.shape[2]]
-            here.copy_(combine(row, column, tile))
-        if options.scale != 1:
-            rows.mul_(options.scale)
+    def fill(first_row: int, block: Tensor) -> None:
+        if block.dim() == 3 and drop is None and deltas.compiled:
+            deltas.merged(rule, first_row, block)
+            return
+        rows = range(first_row, min(first_row + BLOCK_ROWS, deltas.shape[0]))
+        merged = block if block.dim() == 2 else block.new_empty(len(rows), deltas.shape[1])
+        for row, column, tile in deltas.tiles(rows, whole_rows=drop is not None):
+            X = drop(row, tile) if drop else tile
+            here = merged[row - first_row : row - first_row + tile.shape[1], column : column + tile.shape[2]]
+            here.copy_(rule(row, column, X))
+        if block.dim() == 3:
+            strips.write(block, merged)
 
     # the exact sum's own directions are the best guess of those of the result
-    start = stack.A.T @ stack.svd().right[:, :rank].to(stack.A.dtype)
-    low = row_svd(fill, deltas.shape, rank, start, options.passes)
+    right = stack.svd().right
+    low = row_svd(fill, deltas.shape, rank, stack.A.T @ right.to(stack.A.dtype), options.passes)
     figures: Mapping[str, float] = {"truncation_error": low.truncation_error}
-    return MergedModule(low.A, low.B, stack, None, figures=figures)
+    return MergedModule(low.A * options.scale, low.B, stack, None, figures=figures)

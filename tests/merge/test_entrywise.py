@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from artifacts.errors import MergeRefused, RankOutOfRange, RequestInvalid
-from merge import entry_loops, row_svd, rows, rules
+from merge import row_svd, rows, rules
+from merge.brackets import Brackets
 from merge.catalog import METHODS, parse_parameters
-from merge.memory import Room
 from merge.methods import entrywise
 from merge.methods.entrywise import keep_probabilities
 
@@ -160,27 +160,28 @@ class TestALargeMatrix:
             monkeypatch.setattr(module, "compiled", lambda _: False)
         assert near(run_method(name, stack, rank=50, **parameters(name)), loops)
 
+    @pytest.mark.parametrize("measure", [rows.entries, lambda X: X])
     def test_a_bracket_that_misses_is_widened(
-        self, stack_of: Any, random_adapters: Any, monkeypatch: pytest.MonkeyPatch
+        self, measure: rows.Measure, stack_of: Any, random_adapters: Any, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         deltas = rows.DeltaRows.of(stack_of(random_adapters([3, 4], d_out=70, d_in=50)))
         counts = [[0, 1, 700, 3499, 3500]] * 2
-        exact = rows.largest(deltas, torch.abs, counts)
+        exact = rows.largest(deltas, measure, counts)
         values = (deltas.B[1] @ deltas.A[1]).abs().flatten().sort(descending=True).values
         torch.testing.assert_close(torch.tensor(exact[1][1:4]), values[[0, 699, 3498]])
         monkeypatch.setattr(rows, "WHOLE", 100)
         monkeypatch.setattr(rows, "SAMPLE", 1 << 10)
         monkeypatch.setattr(rows, "MARGIN", 1e-5)
         passes = 0
-        original = rows._Brackets.kth
+        original = Brackets.kth
 
         def counted(*arguments: Any) -> Any:
             nonlocal passes
             passes += 1
             return original(*arguments)
 
-        monkeypatch.setattr(rows._Brackets, "kth", counted)
-        assert rows.largest(deltas, torch.abs, counts) == exact
+        monkeypatch.setattr(Brackets, "kth", counted)
+        assert rows.largest(deltas, measure, counts) == exact
         assert passes > 1
         assert exact[0][0] == float("inf")
         assert exact[0][4] == 0.0
@@ -191,7 +192,7 @@ class TestALargeMatrix:
     ) -> None:
         monkeypatch.setattr(rows, "SAMPLE", 4)
         sample = torch.tensor([[9.0, 3.0, 2.0, 0.0]])
-        brackets = rows._Brackets.around([(0, 0.4)], sample, 0.5)
+        brackets = Brackets.around([(0, 0.4)], sample, 0.5)
         assert (brackets.low.tolist(), brackets.high.tolist()) == ([2.0], [3.0])
         brackets.add(torch.tensor([[4.0, -3.0, 2.0, 1.0, -2.5]], dtype=dtype))
         assert [brackets.kth([k])[0] for k in range(1, 6)] == [None, 3.0, 2.5, 2.0, None]
@@ -199,7 +200,7 @@ class TestALargeMatrix:
     @pytest.mark.parametrize("place", [0, 15, 17])
     def test_a_value_that_is_no_number_is_refused_wherever_it_stands(self, place: int) -> None:
         """In a vector of values, or among the last that fill none."""
-        brackets = rows._Brackets.around([(0, 0.4)], torch.arange(float(rows.SAMPLE), 0, -1)[None], 0.5)
+        brackets = Brackets.around([(0, 0.4)], torch.arange(float(rows.SAMPLE), 0, -1)[None], 0.5)
         values = torch.full((1, 18), 4.0)
         values[0, 3] = float("inf")
         brackets.add(values)
@@ -213,7 +214,7 @@ class TestALargeMatrix:
         self, size: float, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setattr(rows, "SAMPLE", 4)
-        brackets = rows._Brackets.around([(0, 0.4), (1, 0.4)], torch.full((2, 4), size), 0.5)
+        brackets = Brackets.around([(0, 0.4), (1, 0.4)], torch.full((2, 4), size), 0.5)
         tile = torch.full((2, 100), size, dtype=dtype)
         tile[1, :4] = torch.tensor([4.0, 5.0, -6.0, size / 2])
         for _ in range(50):
@@ -227,28 +228,29 @@ class TestALargeMatrix:
         assert brackets.kth([1, last]) == [size, size]
         assert brackets.kth([1, last + 1])[1] is None
 
+    @pytest.mark.parametrize(("measure", "road"), [(rows.entries, "add_all"), (lambda X: X, "add")])
     def test_most_entries_of_a_module_that_was_half_trained_are_not_held(
-        self, stack_of: Any, random_adapters: Any, monkeypatch: pytest.MonkeyPatch
+        self, measure: rows.Measure, road: str, stack_of: Any, random_adapters: Any, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         pairs = random_adapters([3, 4], d_out=700, d_in=50)
         for _, B, _ in pairs:
             B[70:] = 0
         deltas = rows.DeltaRows.of(stack_of(pairs))
         counts = [[700, 3499, 20_000]] * 2
-        exact = rows.largest(deltas, lambda X: X, counts)
+        exact = rows.largest(deltas, measure, counts)
         monkeypatch.setattr(rows, "WHOLE", 100)
         monkeypatch.setattr(rows, "SAMPLE", 1 << 10)
         monkeypatch.setattr(rows, "TILE_BYTES", 1)
-        held = 0
-        add = rows._Brackets.add
+        held = -1
+        add = getattr(Brackets, road)
 
-        def watched(brackets: Any, values: Tensor) -> None:
+        def watched(brackets: Any, *values: Any) -> None:
             nonlocal held
-            add(brackets, values)
+            add(brackets, *values)
             held = max(held, *brackets.count[[2, 5]].tolist())
 
-        monkeypatch.setattr(rows._Brackets, "add", watched)
-        assert rows.largest(deltas, lambda X: X, counts) == exact
+        monkeypatch.setattr(Brackets, road, watched)
+        assert rows.largest(deltas, measure, counts) == exact
         assert (exact[0][2], exact[1][2], held) == (0.0, 0.0, 0)
 
     @pytest.mark.parametrize("name", ["sce", "dare_linear_svd", "della_linear", "breadcrumbs_ties"])
@@ -271,89 +273,6 @@ class TestALargeMatrix:
         with pytest.raises(MergeRefused, match="overflow") as caught:
             run_method(name, stack_of(pairs, [1e3, 1e3]), rank=4, **parameters(name))
         assert "float64" in (caught.value.hint or "")
-
-    def test_a_matrix_without_room_comes_anew_in_every_pass(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        M = torch.randn(1400, 900, generator=torch.Generator().manual_seed(0))
-        calls = 0
-
-        def fill(row: int, out: Tensor) -> None:
-            nonlocal calls
-            calls += 1
-            out.copy_(M[row : row + len(out)])
-
-        kept = row_svd.row_svd(fill, (1400, 900), 10, M[:4].T, 3)
-        once = calls
-        assert once == -(-1400 // row_svd.BLOCK_ROWS)
-        monkeypatch.setattr(row_svd, "ROOM", Room(M.numel() * 4 - 1))
-        anew = row_svd.row_svd(fill, (1400, 900), 10, M[:4].T, 3)
-        assert calls == 4 * once
-        assert torch.equal(anew.A, kept.A)
-        assert torch.equal(anew.B, kept.B)
-        assert anew.truncation_error == kept.truncation_error
-
-    @pytest.mark.parametrize("rank", [10, 60])
-    def test_passes_come_closer_to_the_best(self, rank: int) -> None:
-        generator = torch.Generator().manual_seed(0)
-        M = torch.randn(1400, 900, generator=generator) @ torch.diag(torch.logspace(0, -2, 900))
-
-        def fill(row: int, out: Tensor) -> None:
-            out.copy_(M[row : row + len(out)])
-
-        best = float((M - truncated(M, rank)).norm() / M.norm())
-        start = torch.randn(900, 4, generator=generator)
-        errors = []
-        for passes in (1, 2, 12):
-            low = row_svd.row_svd(fill, (1400, 900), rank, start, passes)
-            actual = float((M - low.B @ low.A).norm() / M.norm())
-            assert low.truncation_error == pytest.approx(actual, rel=1e-3)
-            errors.append(actual)
-        assert errors[0] > errors[1] > errors[2]
-        assert errors[2] == pytest.approx(best, rel=1e-3)
-
-
-class TestNarrowProducts:
-    @pytest.mark.parametrize(("rows", "terms", "columns"), [(64, 4096, 32), (13, 1100, 72), (3, 5, 7)])
-    def test_they_are_the_products(self, rows: int, terms: int, columns: int) -> None:
-        generator = torch.Generator().manual_seed(0)
-        B, A, X = (
-            torch.randn(shape, generator=generator) for shape in ((rows, terms), (terms, columns), (rows, columns))
-        )
-        expected = X.double() + B.double() @ A.double()
-        entry_loops.add_product(B.numpy(), A.numpy(), X.numpy())
-        assert near(X.double(), expected, 1e-6)
-        narrow, broad, Z = (
-            torch.randn(shape, generator=generator) for shape in ((rows, columns), (rows, terms), (columns, terms))
-        )
-        expected = Z.double() + narrow.double().T @ broad.double()
-        entry_loops.add_transposed_product(narrow.numpy(), broad.numpy(), Z.numpy())
-        assert near(Z.double(), expected, 1e-6)
-
-
-class TestForming:
-    def test_the_entries_are_those_of_the_products(self, stack_of: Any, random_adapters: Any) -> None:
-        pairs = random_adapters([1, 5, 16], d_out=71, d_in=149)
-        deltas = rows.DeltaRows.of(stack_of(pairs))
-        found = torch.zeros(3, 71, 149)
-        for row, column, tile in deltas.tiles():
-            found[:, row : row + tile.shape[1], column : column + tile.shape[2]] = tile
-        exact = torch.stack([B.double() @ A.double() for A, B in zip(deltas.A, deltas.B, strict=True)])
-        assert near(found.double(), exact, 1e-6)
-
-    def test_bits_do_not_depend_on_how_the_matrix_is_cut(
-        self, stack_of: Any, random_adapters: Any, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        """On the edges of a tile single entries are formed, elsewhere panels."""
-        deltas = rows.DeltaRows.of(stack_of(random_adapters([3, 7], d_out=70, d_in=250)))
-        (_, _, whole), *_ = deltas.tiles(range(1, 61), whole_rows=True)
-        whole = whole.clone()
-        for name, number in (("TILE_BYTES", 1), ("TILE_COLUMNS", 37), ("TILE_ROWS", 9)):
-            monkeypatch.setattr(rows, name, number)
-        seen = 0
-        for row, column, tile in deltas.tiles(range(1, 61)):
-            height, width = tile.shape[1:]
-            assert torch.equal(tile, whole[:, row - 1 : row - 1 + height, column : column + width])
-            seen += height * width
-        assert seen == 60 * 250
 
 
 class TestBreadcrumbs:

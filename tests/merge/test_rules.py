@@ -9,7 +9,7 @@ from dense_definitions import drawn
 from scipy.stats import chisquare
 
 from artifacts.algebra import SPARE_VECTORS, small_svd_of_rank
-from merge import entry_loops, rules, spectral
+from merge import mask_loops, rules, spectral
 
 W = torch.tensor([1.0, 0.5, -0.7], dtype=torch.float64)
 
@@ -134,13 +134,13 @@ class TestRandomNumbers:
         """Against whole numbers of Python."""
         keys, row, column = [3, 2**64 - 1], 5, 100
         found = np.empty((2, 4, 6), np.uint32)
-        entry_loops.draw(np.array(keys, np.uint64), row, column, found)
+        mask_loops.draw(np.array(keys, np.uint64), row, column, found)
         for key, ours in zip(keys, found, strict=True):
             assert ours.tolist() == drawn((row + 4, column + 6), key)[row:, column:].tolist()
 
     def test_they_are_uniform_and_do_not_depend_on_their_neighbours(self) -> None:
         found = np.empty((3, 512, 512), np.uint32)
-        entry_loops.draw(np.array([0, 1, 2**40], np.uint64), 0, 0, found)
+        mask_loops.draw(np.array([0, 1, 2**40], np.uint64), 0, 0, found)
         for shift in (0, 8, 16, 24):
             counts = np.bincount((found >> shift & 255).ravel(), minlength=256)
             assert chisquare(counts).pvalue > 1e-4
@@ -158,7 +158,7 @@ class TestRandomNumbers:
     @pytest.mark.parametrize("density", [0.1, 0.5])
     def test_what_is_kept_of_a_row_does_not_depend_on_what_is_kept_far_away(self, density: float) -> None:
         found = np.empty((1, 40, 32768), np.uint32)
-        entry_loops.draw(np.array([5], np.uint64), 0, 0, found)
+        mask_loops.draw(np.array([5], np.uint64), 0, 0, found)
         centred = (found < density * 2**32).astype(np.float32) - np.float32(density)
         for lag in (1, 64, 512, 2048, 4096, 8192, 12288, 16384):
             products = centred[..., lag:] * centred[..., :-lag]

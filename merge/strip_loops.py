@@ -1,0 +1,226 @@
+"""The compiled loops on strips (`merge.strips`): the entries of all deltas are formed in panels and used there.
+
+A panel of eight deltas is there only in a core's first cache, where what is done to its entries costs as much as its
+operations do. Entries are rounded as those of `entry_loops.form`.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from merge.mask_loops import drawn_at, row_keys
+from merge.panel import (
+    COLUMNS,
+    LANES,
+    ROWS,
+    adding_half,
+    adding_panel,
+    compiled,
+    elected_by_count,
+    elected_by_sum,
+    first_bit,
+    glance,
+    panel,
+    sum_panel,
+    variance_panel,
+)
+
+PANEL_DIGEST = "9453f5641a371327"
+MASK_DIGEST = "022cc137d018cd5a"
+"""Of panel.py and of mask_loops.py: numba's cache keeps what it compiled from them until this file changes."""
+
+SUM, BY_SUM, BY_COUNT = 0, 1, 2
+"""What becomes of the entries of one place: their sum, or the sum of those of the elected sign."""
+
+PANEL = ROWS * COLUMNS
+TERMS = 512
+"""Of a long sum that are added to each other before they are to what came before."""
+
+
+@compiled
+def _form(flat_A, flat_B, starts, strip, row, X):
+    """X (N · PANEL,) = the entries of all deltas in the panel of a strip that begins at a row."""
+    n = starts[-1]
+    for i in range(len(starts) - 1):
+        first, terms = starts[i], starts[i + 1] - starts[i]
+        a, b = (strip * n + first) * COLUMNS, row * n + first
+        panel(flat_A, a, COLUMNS, flat_B, b, n, 1, terms, X, i * PANEL, COLUMNS)
+
+
+@compiled
+def _erase(X, keys, row, column, last):
+    """Zero the entries of the panels X (N · PANEL,) whose numbers are above `last`; keys: (N, rows, 2) of the rows."""
+    for i in range(len(keys)):
+        for r in range(ROWS):
+            x, (first, second) = X[i * PANEL + r * COLUMNS :][:COLUMNS], keys[i, row + r]
+            for c in range(COLUMNS):
+                x[c] = x[c] if drawn_at(first, second, column + c) <= last else np.float32(0)
+
+
+@compiled
+def merge(A, B, starts, row, rule, lower, upper, votes, weights, shares, keys, last, sizes, least, block):
+    """block (strips, rows, COLUMNS) = the rows of the merged matrix from a row on.
+
+    Of each place the entries, without those that are erased, are summed as `rule` says (`entry_loops.weighted_sum`,
+    `entry_loops.elected`), where the variance of sizesᵢ·xᵢ is `least` or more; the others are 0.
+
+    Args:
+        A, B, starts: of `strips.Strips`.
+        lower, upper, votes, weights, shares, sizes: (N,).
+        keys: (N,) uint64, as in `mask_loops.erase`, or none: then nothing is erased.
+        least: 0 for all places.
+    """
+    count, rows = len(starts) - 1, block.shape[1]
+    flat_A, flat_B, flat_block = A.ravel(), B.ravel(), block.ravel()
+    X, varied = np.empty(count * PANEL, np.float32), np.empty(LANES, np.float32)
+    number, rounding = np.float32(count), np.float32(count * 2.0**-23)
+    of_rows = np.empty((len(keys), rows, 2), np.uint32)
+    for i in range(len(keys)):
+        for r in range(rows):
+            of_rows[i, r] = row_keys(keys[i], row + r)
+    for strip in range(len(A)):
+        for top in range(0, rows, ROWS):
+            _form(flat_A, flat_B, starts, strip, row + top, X)
+            _erase(X, of_rows, top, strip * COLUMNS, last)
+            for x in range(0, PANEL, LANES):
+                to = (strip * rows + top) * COLUMNS + x
+                if rule == SUM:
+                    sum_panel(X, x, PANEL, count, lower, upper, weights, flat_block, to)
+                elif rule == BY_SUM:
+                    elected_by_sum(X, x, PANEL, count, lower, upper, votes, weights, shares, flat_block, to)
+                else:
+                    elected_by_count(X, x, PANEL, count, lower, upper, votes, weights, shares, flat_block, to)
+                if least > 0:
+                    variance_panel(X, x, PANEL, count, sizes, number, rounding, varied, 0)
+                    for c in range(LANES):
+                        flat_block[to + c] *= np.float32(varied[c] >= least)
+
+
+@compiled
+def energies(A, B, starts, sizes, least, result):
+    """result (N,) += the Σ x² of each delta over the places where the variance of sizesᵢ·xᵢ is `least` or more."""
+    count = len(starts) - 1
+    flat_A, flat_B = A.ravel(), B.ravel()
+    X, varied = np.empty(count * PANEL, np.float32), np.empty(PANEL, np.float32)
+    number, rounding = np.float32(count), np.float32(count * 2.0**-23)
+    partial = np.empty((count, COLUMNS), np.float32)
+    for strip in range(len(A)):
+        for row in range(0, len(B), ROWS):
+            _form(flat_A, flat_B, starts, strip, row, X)
+            for x in range(0, PANEL, LANES):
+                variance_panel(X, x, PANEL, count, sizes, number, rounding, varied, x)
+            if row % (64 * ROWS) == 0:
+                for i in range(count):
+                    result[i] += partial[i].sum() if row > 0 else 0.0
+                    partial[i] = 0
+            for i in range(count):
+                x, squares = X[i * PANEL :][:PANEL], partial[i]
+                for start in range(0, PANEL, COLUMNS):
+                    for c in range(COLUMNS):
+                        square = x[start + c] * x[start + c]
+                        squares[c] += square if varied[start + c] >= least else np.float32(0)
+        for i in range(count):
+            result[i] += partial[i].sum()
+
+
+@compiled
+def bracketed(A, B, starts, row, rows, sizes, channels, low, high, above, at_high, at_low, inside, found):
+    """`entry_loops.bracketed` of the entries of some rows from a row on; the channels are the deltas.
+
+    Args:
+        sizes: (N,), and the one channel is the variance of sizesᵢ·xᵢ; or none.
+    """
+    count = len(starts) - 1
+    flat_A, flat_B = A.ravel(), B.ravel()
+    X, varied = np.empty(count * PANEL, np.float32), np.empty(PANEL, np.float32)
+    number, rounding = np.float32(count), np.float32(count * 2.0**-23)
+    seen = np.int64(0)
+    for strip in range(len(A)):
+        for top in range(row, row + rows, ROWS):
+            _form(flat_A, flat_B, starts, strip, top, X)
+            if len(sizes) > 0:
+                for x in range(0, PANEL, LANES):
+                    variance_panel(X, x, PANEL, count, sizes, number, rounding, varied, x)
+            for p in range(len(channels)):
+                x = varied if len(sizes) > 0 else X[channels[p] * PANEL :][:PANEL]
+                lowest, highest, place, kept = low[p], high[p], found[p], inside[p]
+                larger, ties_high, ties_low = 0, 0, 0
+                for start in range(0, PANEL, LANES):
+                    looked_at = glance(x, start, lowest, highest)
+                    seen |= looked_at
+                    larger += (looked_at >> 16) & 0xFFFF
+                    bits = looked_at & 0xFFFF
+                    while bits != 0:
+                        size = abs(x[start + first_bit(bits)])
+                        bits &= bits - 1
+                        kept[place] = size
+                        place += (size > lowest) & (size < highest)
+                        ties_high += size == highest
+                        ties_low += (size == lowest) & (size < highest)
+                above[p] += larger
+                at_high[p] += ties_high
+                at_low[p] += ties_low
+                found[p] = place
+    return (seen >> 32) == 0
+
+
+@compiled
+def sampled(A, B, starts, places, result):
+    """result (N, d_out, times, LANES) = neighbours in each row, the first of them at the places (d_out, times).
+
+    Args:
+        A: (n, d_in), at least LANES of them; B: (d_out, n).
+    """
+    for r in range(places.shape[0]):
+        for t in range(places.shape[1]):
+            column = places[r, t]
+            for i in range(len(starts) - 1):
+                drawn = result[i, r, t]
+                drawn[:] = 0
+                for k in range(starts[i], starts[i + 1]):
+                    b, a = B[r, k], A[k, column:]
+                    for c in range(LANES):
+                        drawn[c] += b * a[c]
+
+
+@compiled
+def project(block, Q, Y, Z):
+    """Y (rows, width) = M·Q of the block M (strips, rows, COLUMNS), and Z (strips, width, COLUMNS) += (MᵀY)ᵀ.
+
+    Returns ‖M‖².
+
+    Args:
+        Q: (strips · COLUMNS, width); the width is a multiple of LANES.
+    """
+    (rows, width), strips = Y.shape, len(block)
+    flat, flat_Q, flat_Y, flat_Z = block.ravel(), Q.ravel(), Y.ravel(), Z.ravel()
+    part, squares = np.empty(rows * width, np.float32), np.empty(COLUMNS, np.float32)
+    energy, whole = 0.0, width - width % COLUMNS
+    Y[:] = 0
+    # long sums in parts, for less rounding
+    for begin in range(0, strips, TERMS // COLUMNS):
+        part[:] = 0
+        for strip in range(begin, min(begin + TERMS // COLUMNS, strips)):
+            first = strip * rows * COLUMNS
+            for r in range(0, rows, ROWS):
+                b = first + r * COLUMNS
+                for c in range(0, whole, COLUMNS):
+                    q = strip * COLUMNS * width + c
+                    adding_panel(flat_Q, q, width, flat, b, COLUMNS, 1, COLUMNS, part, r * width + c, width)
+                if whole < width:
+                    q = strip * COLUMNS * width + whole
+                    adding_half(flat_Q, q, width, flat, b, COLUMNS, 1, COLUMNS, part, r * width + whole, width)
+            squares[:] = 0
+            for start in range(first, first + rows * COLUMNS, COLUMNS):
+                x = flat[start : start + COLUMNS]
+                for c in range(COLUMNS):
+                    squares[c] += x[c] * x[c]
+            for c in range(COLUMNS):
+                energy += squares[c]
+        for y in range(rows * width):
+            flat_Y[y] += part[y]
+    for strip in range(strips):
+        for j in range(0, width, ROWS):
+            z = (strip * width + j) * COLUMNS
+            adding_panel(flat, strip * rows * COLUMNS, COLUMNS, flat_Y, j, 1, width, rows, flat_Z, z, COLUMNS)
+    return energy
