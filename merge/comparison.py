@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections import deque
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -26,6 +27,10 @@ from merge.reload import Probe, check_reload
 from merge.report import MergeReport, ModuleReport
 from merge.stack import Stack
 from merge.threads import module_threads
+from merge.written import WrittenModule
+
+REMEMBERED = 4
+"""Results of a module that the next ones are compared with, to be cast and probed once where they are the same."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,10 +153,14 @@ def _merge_modules(
     for number, run in enumerate(runs):
         for module in run.plan.modules:
             planned.setdefault(module.path, []).append((number, module))
+    for found_in in planned.values():
+        # the best factors of a smaller rank are a part of those of a larger one
+        found_in.sort(key=lambda item: -runs[item[0]].plan.output_rank)
     paths = sorted(planned)
 
     def merge(path: str) -> list[_Item]:
         stacks: dict[torch.dtype, Stack] = {}
+        earlier: deque[WrittenModule] = deque(maxlen=REMEMBERED)
         items = []
         for number, module in planned[path]:
             run = runs[number]
@@ -159,7 +168,7 @@ def _merge_modules(
                 stacks[run.compute] = shelf.stack(run, module)
             stack = stacks[run.compute].reweighted(run.plan.weights)
             started = time.perf_counter()
-            report, probe = run.merge_one(module, stack, writers[number])
+            report, probe = run.merge_one(module, stack, writers[number], earlier)
             items.append((number, report, probe, time.perf_counter() - started))
         return items
 

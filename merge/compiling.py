@@ -35,6 +35,7 @@ def compile_loops() -> None:
         places=torch.arange(_RANK).repeat(2),
         scalings=torch.ones(2 * _RANK, dtype=torch.float64),
     ).ordered()
+    stack.best(_RANK)
     for name, row in METHODS.items():
         if row.implementation.startswith((entrywise.__name__, knots.__name__)):
             row.load()(stack, parse_parameters(name, {}), _RANK)

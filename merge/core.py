@@ -18,6 +18,7 @@ from torch import Tensor
 
 from artifacts.algebra import Spectrum, gram_triangular, small_svd, triangular
 from merge.coordinates import Product
+from merge.products import of_columns, of_rows
 from merge.result import MergedModule
 from merge.stack import Stack
 
@@ -116,8 +117,7 @@ class CoreFrame:
         kept = min(rank, max(int((self.cutoff * core.S[0] < core.S).sum()), 1))
         root = core.S[:kept].sqrt()
         left, right = self.left @ (core.U[:, :kept] * root), self.right @ (core.V[:, :kept] * root)
-        A = right.T.to(self.stack.A.dtype) @ self.stack.A
-        B = self.stack.B @ left.to(self.stack.B.dtype)
+        A, B = of_rows(right.T, self.stack.A), of_columns(self.stack.B, left)
         return MergedModule(A, B, self.stack, Product(left, right.T), figures=figures or {})
 
 

@@ -7,6 +7,7 @@ adapters, and beside them the one dense result that a method on single entries m
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -29,6 +30,7 @@ from merge.result import MergedModule
 from merge.stack import Stack
 from merge.threads import module_threads
 from merge.warnings import merge_warnings
+from merge.written import WrittenModule
 
 Progress = Callable[[float, str], None]
 Check = Callable[[MergePlan], None]
@@ -145,19 +147,27 @@ class MergeRun:
         """The components of one module. Raises MergeRefused on NaN or infinite numbers."""
         return Stack.load(module, self.adapters, self.plan.weights, self.compute, self.device)
 
-    def merge_one(self, module: PlannedModule, stack: Stack, writer: PeftWriter) -> tuple[ModuleReport, Probe]:
-        """Merge one module's components and write the result; may be called from several threads."""
+    def merge_one(
+        self, module: PlannedModule, stack: Stack, writer: PeftWriter, earlier: deque[WrittenModule] | None = None
+    ) -> tuple[ModuleReport, Probe]:
+        """Merge one module's components and write the result; may be called from several threads.
+
+        Args:
+            earlier: what other merges have made of the same module, which this one is added to.
+        """
         factors = self._norm_factors(stack)
         if factors:
             stack = stack.scaled(factors)
         merged = self.merge_module(stack, self.options, self.plan.output_rank)
-        padded = self.plan.output_rank - merged.A.shape[0]
         dtype = TORCH_DTYPES[self.dtype]
-        A = _padded(merged.A, padded, 0).to(dtype)
-        B = _padded(merged.B, padded, 1).to(dtype)
-        writer.write(module.path, A, B, self._bias(module, factors, dtype) if self.with_bias else None)
-        report = measure_module(module.path, merged, padded=padded, scale=self.options.scale, norm_factors=factors)
-        return report, Probe.of(module.path, merged.A, merged.B, A, B)
+        written = WrittenModule.of(module.path, merged, self.plan.output_rank, dtype, earlier or ())
+        if earlier is not None:
+            earlier.append(written)
+        writer.write(module.path, written.A, written.B, self._bias(module, factors, dtype) if self.with_bias else None)
+        report = measure_module(
+            module.path, merged, padded=written.padded, scale=self.options.scale, norm_factors=factors
+        )
+        return report, written.probe
 
     def report(self, modules: Sequence[ModuleReport], errors: tuple[float, float], seconds: float) -> MergeReport:
         """Of the finished merge; `errors` is what `merge.reload.check_reload` found."""
@@ -253,11 +263,3 @@ def _output_dtype(options: MergeOptions, adapters: Mapping[int, Adapter]) -> str
         return _SAFETENSORS_NAMES[options.output_dtype]
     first = next(iter(next(iter(adapters.values())).modules.values())).dtype
     return first if first in ("F32", "F16", "BF16") else "F32" if first == "F64" else "BF16"
-
-
-def _padded(matrix: Tensor, count: int, dim: int) -> Tensor:
-    if not count:
-        return matrix
-    shape = list(matrix.shape)
-    shape[dim] = count
-    return torch.cat([matrix, matrix.new_zeros(shape)], dim=dim)

@@ -14,10 +14,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from artifacts.adapter import Adapter
-from artifacts.algebra import CoreSvd, core_svd, delta_products, truncated_factors
+from artifacts.algebra import CoreSvd, core_svd, delta_products
 from artifacts.errors import MergeRefused
 from merge.gram import gram
 from merge.plan import PlannedModule
+from merge.products import of_columns, of_rows, same_prefixes
 
 SAMPLED_ENTRIES = 8
 """Entries of a and of b by which components are ordered; full vectors are compared only where these all agree."""
@@ -163,9 +164,20 @@ class Stack:
         return {}
 
     def best(self, rank: int, scale: float = 1.0) -> tuple[Tensor, Tensor]:
-        """The best factors of scale·Σ wᵢΔWᵢ at a rank, as `artifacts.algebra.truncated_factors`. Computed once."""
+        """The best factors (rank, d_in) and (d_out, rank) of scale·Σ wᵢΔWᵢ, √σ on either side. Computed once.
+
+        Those of a smaller rank are a part of them.
+        """
         if (rank, scale) not in self._best:
-            self._best[rank, scale] = truncated_factors(self.A, self.B, self.svd(scale), rank)
+            larger = [pair for (held, of), pair in self._best.items() if held > rank and of == scale]
+            if larger and same_prefixes(self.A) and same_prefixes(self.B):
+                A, B = larger[0]
+                self._best[rank, scale] = A[:rank], B[:, :rank].contiguous()
+            else:
+                svd = self.svd(scale)
+                root = svd.values[:rank].sqrt()
+                right, left = svd.right[:, :rank] * root, svd.left[:, :rank] * root
+                self._best[rank, scale] = of_rows(right.T, self.A), of_columns(self.B, left)
         return self._best[rank, scale]
 
     @cached_property

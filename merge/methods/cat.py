@@ -13,6 +13,7 @@ def merge(stack: Stack, options: MergeOptions, rank: int) -> MergedModule:
     weights = stack.weights * options.scale
     # Half of the weight on either side keeps both factors at the size that training gave them.
     root = weights.abs().sqrt()
-    A = stack.A * root[:, None].to(stack.A.dtype)
-    B = stack.B * (root * weights.sign()).to(stack.B.dtype)
+    A, B = stack.A, stack.B
+    if not bool((weights == 1).all()):
+        A, B = A * root[:, None].to(A.dtype), B * (root * weights.sign()).to(B.dtype)
     return MergedModule(A, B, stack, Diagonal(weights))

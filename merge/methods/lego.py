@@ -19,6 +19,7 @@ from artifacts.algebra import core_svd, truncated_factors
 from merge.coordinates import Product
 from merge.kmeans import Clustering, gram_kmeans, sklearn_tolerance
 from merge.options import LegoOptions
+from merge.products import of_columns, of_rows
 from merge.result import ClusterReport, MergedModule
 from merge.stack import Stack
 
@@ -36,7 +37,7 @@ def merge(stack: Stack, options: LegoOptions, rank: int) -> MergedModule:
     labels = torch.from_numpy(clustering.labels).to(units.A.device)
     signs = signs * torch.from_numpy(clustering.signs).to(signs)
     means = _means(labels, signs, units.weights, k)
-    averages = _Averages(means.to(units.A.dtype) @ units.A, units.B @ means.T.to(units.B.dtype))
+    averages = _Averages(of_rows(means, units.A), of_columns(units.B, means.T))
     factors, capped = _reweighting(units, means, labels, averages, options)
     gain = _output_gain(units, k, options)
     A = averages.A * factors[:, None].to(averages.A.dtype)
@@ -156,9 +157,8 @@ def _output_gain(units: Stack, k: int, options: LegoOptions) -> float:
         return options.scale
     reference = options.reference_rank
     if reference is None:
-        owners, ranks = torch.unique(units.owners, return_counts=True)
-        weights = torch.stack([units.weights[units.owners == owner][0] for owner in owners])
-        reference = float((weights * ranks).sum() / weights.sum())
+        weights = units.owner_weights
+        reference = float((weights * torch.tensor(units.ranks).to(weights)).sum() / weights.sum())
     return math.sqrt(reference / k) * options.scale
 
 

@@ -15,6 +15,9 @@ from merge.options import RankedOptions
 from merge.result import MergedModule
 from merge.stack import Stack
 
+SAMPLED = 64
+"""Entries of an a that are looked at before all of them are."""
+
 
 def merge(stack: Stack, options: RankedOptions, rank: int) -> MergedModule:
     """Merge one module: exactly when `rank` can hold every different a, else truncated."""
@@ -45,5 +48,8 @@ def _same_a(stack: Stack) -> tuple[torch.Tensor, torch.Tensor]:
     The order of a stack puts them side by side.
     """
     new = torch.ones(stack.size, dtype=torch.bool, device=stack.A.device)
-    new[1:] = (stack.A[1:] != stack.A[:-1]).any(dim=1)
+    new[1:] = (stack.A[1:, :SAMPLED] != stack.A[:-1, :SAMPLED]).any(dim=1)
+    alike = (~new).nonzero()[:, 0]
+    if len(alike):
+        new[alike] = (stack.A[alike] != stack.A[alike - 1]).any(dim=1)
     return new.nonzero()[:, 0], new.cumsum(0) - 1

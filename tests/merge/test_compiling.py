@@ -10,16 +10,16 @@ from types import ModuleType
 
 import pytest
 
-from merge import entry_loops, gram_loops, mask_loops, panel, strip_loops
+from merge import entry_loops, gram_loops, mask_loops, panel, product_loops, strip_loops
 
 SCRIPT = """
-from merge import entry_loops, gram_loops, kmeans_loops, mask_loops, rank_loops, strip_loops
+from merge import entry_loops, gram_loops, kmeans_loops, mask_loops, product_loops, rank_loops, strip_loops
 from merge.compiling import compile_loops
 compile_loops()
 # what loops call of each other lies in the cache with those that call it
 called = {"row_keys", "drawn_at"}
 loops = {kmeans_loops.solve, kmeans_loops.adjusted_rand}
-for module in (entry_loops, gram_loops, mask_loops, rank_loops, strip_loops):
+for module in (entry_loops, gram_loops, mask_loops, product_loops, rank_loops, strip_loops):
     named = {name: loop for name, loop in vars(module).items() if hasattr(loop, "stats") and name[0] != "_"}
     loops |= {loop for name, loop in named.items() if name not in called}
 missing = [loop.__name__ for loop in loops if not (loop.stats.cache_hits or loop.stats.cache_misses)]
@@ -41,6 +41,7 @@ def test_every_loop_is_compiled_or_loaded() -> None:
     [
         (entry_loops, "PANEL_DIGEST", panel),
         (gram_loops, "PANEL_DIGEST", panel),
+        (product_loops, "PANEL_DIGEST", panel),
         (strip_loops, "PANEL_DIGEST", panel),
         (strip_loops, "MASK_DIGEST", mask_loops),
     ],
