@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from merge.entry_loops import compiled
-from merge.panel import COLUMNS, ROWS, fused, panel
+from merge.panel import COLUMNS, ROWS, compiled, fused, panel
 
 PANEL_DIGEST = "9453f5641a371327"
 """As in `merge.entry_loops`."""

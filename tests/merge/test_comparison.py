@@ -18,6 +18,7 @@ from merge.comparison import Candidate, compare_files
 from merge.comparison_report import comparison_report, rank_by
 from merge.engine import merge_files
 from merge.pictures import pictures_of_comparison, pictures_of_merge
+from merge.reload import Probe
 from merge.stack import Stack
 
 Pool = list[tuple[Any, Path]]
@@ -28,6 +29,18 @@ CANDIDATES: dict[str, tuple[str, dict[str, Any]]] = {
     "common": ("svd", {"rank": 2, "missing_modules": "intersection"}),
     "exact": ("linear", {"compute_dtype": "float64"}),
     "lego": ("lego", {"rank": 3, "seed": 5}),
+}
+SHARING: dict[str, tuple[str, dict[str, Any]]] = {
+    "least": ("svd", {"rank": 1}),
+    "more": ("svd", {"rank": 4}),
+    "as much": ("linear", {"rank": 4}),
+    "in halves": ("svd", {"rank": 4, "output_dtype": "float16"}),
+    "padded": ("svd", {"rank": 9, "output_dtype": "bfloat16"}),
+    "doubled": ("svd", {"rank": 2, "scale": 2.0}),
+    "separated": ("tsv_m", {"rank": 3}),
+    "equal": ("iso_c", {"rank": 3}),
+    "on a grid": ("core_space", {"rank": 3, "rule": "ties"}),
+    "knotted": ("knots", {"rank": 3}),
 }
 
 
@@ -46,27 +59,59 @@ def pool(write_adapter: Callable[..., Path], as_input: Callable[..., tuple[Any, 
     return [as_input(first, 0.5), as_input(second, 2.0), as_input(third, -1.0 / 3)]
 
 
+@pytest.fixture
+def wide(write_adapter: Callable[..., Path], as_input: Callable[..., tuple[Any, Path]]) -> Pool:
+    """Two adapters with sides that are no multiple of anything, and more components than a Gram matrix has blocks."""
+    generator = torch.Generator().manual_seed(4)
+
+    def written(name: str) -> Path:
+        return write_adapter(
+            name, {"layers.0.q": (torch.randn(24, 77, generator=generator), torch.randn(45, 24, generator=generator))}
+        )
+
+    return [as_input(written("wide-1"), 0.5), as_input(written("wide-2"), 2.0)]
+
+
 def positive(pool: Pool) -> Pool:
     return [(replace(item, weight=abs(item.weight)), path) for item, path in pool]
 
 
-def candidates(lineage: Any = None) -> list[Candidate]:
+def candidates(lineage: Any = None, of: Any = CANDIDATES) -> list[Candidate]:
     return [
         Candidate(label, method, parse_parameters(method, parameters), lineage)
-        for label, (method, parameters) in CANDIDATES.items()
+        for label, (method, parameters) in of.items()
     ]
 
 
-def test_every_candidate_is_byte_for_byte_the_merge_alone(pool: Pool, tmp_path: Path) -> None:
-    pool = positive(pool)
-    compared = compare_files(pool, candidates({"a": 1}), tmp_path / "compared")
-    assert [item.candidate.label for item in compared] == list(CANDIDATES)
+@pytest.mark.parametrize("of", [CANDIDATES, SHARING], ids=["small", "what shares"])
+def test_every_candidate_is_byte_for_byte_the_merge_alone(of: Any, pool: Pool, wide: Pool, tmp_path: Path) -> None:
+    pool = positive(pool if of is CANDIDATES else wide)
+    compared = compare_files(pool, candidates({"a": 1}, of), tmp_path / "compared")
+    assert [item.candidate.label for item in compared] == list(of)
     for item in compared:
         alone = tmp_path / item.candidate.label
         report = merge_files(pool, item.candidate.method, item.candidate.options, alone, lineage={"a": 1})
         for path in alone.iterdir():
             assert (item.directory / path.name).read_bytes() == path.read_bytes(), (item.candidate.label, path.name)
         assert {**report.to_dict(), "seconds": 0} == {**item.report.to_dict(), "seconds": 0}
+
+
+def test_what_is_the_same_is_cast_and_probed_once(wide: Pool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    probed: list[tuple[str, int, torch.dtype]] = []
+    original = Probe.of.__func__  # type: ignore[attr-defined]
+
+    def counted(cls: Any, path: str, A: Any, B: Any, cast_A: Any, cast_B: Any) -> Probe:
+        probed.append((path, len(cast_A), cast_A.dtype))
+        return original(cls, path, A, B, cast_A, cast_B)  # type: ignore[no-any-return]
+
+    monkeypatch.setattr(Probe, "of", classmethod(counted))
+    chosen = [item for item in candidates(of=SHARING) if item.label in ("least", "more", "as much", "in halves")]
+    compare_files(wide, chosen, tmp_path / "compared")
+    assert probed == [
+        ("layers.0.q", 4, torch.float32),
+        ("layers.0.q", 4, torch.float16),
+        ("layers.0.q", 1, torch.float32),
+    ]
 
 
 def test_negative_weights_that_are_normalised_order_equal_components_anew(pool: Pool, tmp_path: Path) -> None:
