@@ -83,12 +83,12 @@ class CoreFrame:
     @property
     def row_sums(self) -> Tensor:
         """(p,) Uᵀ·ΣΔWᵢ·1."""
-        return self.in_left @ self.stack.A.sum(1, dtype=torch.float64)
+        return self.in_left @ self.stack.A.sum(1).double()
 
     @property
     def column_sums(self) -> Tensor:
         """(q,) Vᵀ·ΣΔWᵢᵀ·1."""
-        return self.in_right @ self.stack.B.sum(0, dtype=torch.float64)
+        return self.in_right @ self.stack.B.sum(0).double()
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """(N, p, r) and (N, q, r) whose products leftᵢ·rightᵢᵀ are the Mᵢ; zeros stand for the ranks that some lack."""

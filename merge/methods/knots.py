@@ -29,7 +29,7 @@ NULL = 1e-5
 def merge(stack: Stack, options: KnotsOptions, rank: int) -> MergedModule:
     """Merge one module; B stays in the span of the adapters' B, A leaves that of their A (but with rule `sum`)."""
     basis, of_B = _left_basis(stack)
-    signs = one_sign(of_B @ stack.A.sum(1, dtype=torch.float64))
+    signs = one_sign(of_B @ stack.A.sum(1).double())
     basis, of_B = basis * signs, (of_B * signs[:, None]).to(stack.A.dtype)
     parts = DeltaRows(
         tuple(stack.A[own] for _, own in stack.members),
