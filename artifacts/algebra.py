@@ -61,8 +61,13 @@ def core_svd(A: Tensor, B: Tensor, weights: Tensor, gram_A: Tensor, gram_B: Tens
     """
     T_A, solve_A = triangular(A.T, gram_A)
     T_B, solve_B = triangular(B, gram_B)
-    U, S, V = small_svd((T_B * weights.double()) @ T_A.T)
+    U, S, V = small_svd(core_matrix(T_A, T_B, weights))
     return CoreSvd(S, solve_B @ U, solve_A @ V)
+
+
+def core_matrix(T_A: Tensor, T_B: Tensor, weights: Tensor) -> Tensor:
+    """The n×n core of B·diag(w)·A in the orthonormal bases of `triangular`."""
+    return (T_B * weights.double()) @ T_A.T
 
 
 class Spectrum(NamedTuple):
@@ -99,9 +104,11 @@ def small_svd_of_rank(core: Tensor, rank: int) -> Spectrum:
 
 def triangular(X: Tensor, gram_X: Tensor) -> tuple[Tensor, Tensor]:
     """T and T⁺ (n×n, float64) with X = Q·T for an orthonormal Q: (d, n), so that Q = X·T⁺."""
-    found = gram_triangular(gram_X)
-    if found is not None:
-        return found
+    return gram_triangular(gram_X) or householder_triangular(X, gram_X)
+
+
+def householder_triangular(X: Tensor, gram_X: Tensor) -> tuple[Tensor, Tensor]:
+    """As `triangular`, of columns however nearly collinear."""
     scale = _column_scale(gram_X)
     R = torch.linalg.qr(X / scale.to(X.dtype), mode="r").R.double()
     # More columns than dimensions: zero rows keep every core n×n.

@@ -16,7 +16,7 @@ from typing import Literal, Self
 import torch
 from torch import Tensor
 
-from artifacts.algebra import Spectrum, gram_triangular, small_svd, triangular
+from artifacts.algebra import Spectrum, core_matrix, small_svd
 from merge.coordinates import Product
 from merge.products import of_columns, of_rows
 from merge.result import MergedModule
@@ -47,6 +47,7 @@ class CoreFrame:
         stack: what it is the frame of.
         left: (n, p); right: (n, q).
         in_left: (p, n) coordinates Uᵀ·B of the columns of B; in_right: (q, n) coordinates Vᵀ·Aᵀ.
+        plain: whether the bases are those of `Stack.core`.
     """
 
     stack: Stack
@@ -54,6 +55,7 @@ class CoreFrame:
     right: Tensor
     in_left: Tensor
     in_right: Tensor
+    plain: bool = False
 
     @property
     def cutoff(self) -> float:
@@ -66,12 +68,12 @@ class CoreFrame:
         sum up to no less than 0. A side that need not be singular is in any orthonormal basis of the same span."""
         left = right = None
         if singular == "none":
-            left = _gram_basis(stack.gram_B)
+            left = stack.plain_B
         if singular != "both":
-            right = _gram_basis(stack.gram_A)
-        of_B, in_left = left or _singular_basis(stack.B, stack.gram_B)
-        of_A, in_right = right or _singular_basis(stack.A.T, stack.gram_A)
-        frame = cls(stack, of_B, of_A, in_left, in_right)
+            right = stack.plain_A
+        in_left, of_B = left or _singular_basis(*stack.triangular_B, stack.B)
+        in_right, of_A = right or _singular_basis(*stack.triangular_A, stack.A.T)
+        frame = cls(stack, of_B, of_A, in_left, in_right, left is not None and right is not None)
         return frame._signed() if singular == "both" else frame
 
     def _signed(self) -> Self:
@@ -105,9 +107,11 @@ class CoreFrame:
         left, right = self.factors()
         return left @ right.mT
 
-    def weighted_sum(self) -> Tensor:
-        """(p, q) Σ wᵢMᵢ of the owners."""
-        return (self.in_left * self.stack.weights) @ self.in_right.T
+    def weighted_sum(self) -> Spectrum:
+        """The SVD of Σ wᵢMᵢ of the owners, (p, q)."""
+        if self.plain:
+            return self.stack.core
+        return small_svd(core_matrix(self.in_right, self.in_left, self.stack.weights))
 
     def merged(self, core: Spectrum, rank: int, figures: Mapping[str, float] | None = None) -> MergedModule:
         """The best approximation of U·core·Vᵀ at min(rank, its own numerical rank) as factors, √σ on either side.
@@ -121,19 +125,13 @@ class CoreFrame:
         return MergedModule(A, B, self.stack, Product(left, right.T), figures=figures or {})
 
 
-def _gram_basis(gram_X: Tensor) -> tuple[Tensor, Tensor] | None:
-    """As `_singular_basis`, but any basis; None where columns are nearly collinear."""
-    found = gram_triangular(gram_X)
-    if found is None:
-        return None
-    T, inverse = found
-    return inverse, T
+def _singular_basis(T: Tensor, inverse: Tensor, X: Tensor) -> tuple[Tensor, Tensor]:
+    """The coordinates of the columns of X: (d, n) in their singular basis, and second, such that this is X·second.
 
-
-def _singular_basis(X: Tensor, gram_X: Tensor) -> tuple[Tensor, Tensor]:
-    """Singular basis of the columns of X: (d, n) as X·first, and second, the coordinates of the columns in it."""
-    T, inverse = triangular(X, gram_X)
+    Args:
+        T, inverse: of `artifacts.algebra.triangular`.
+    """
     U, S, _ = small_svd(T)
     keep = rounding_cutoff(len(T), X.dtype) * S[0] < S
     keep[0] = True
-    return inverse @ U[:, keep], U[:, keep].T @ T
+    return U[:, keep].T @ T, inverse @ U[:, keep]

@@ -47,9 +47,9 @@ def separated(cores: Tensor, ranks: Sequence[int], weights: Tensor, cutoff: floa
     return _orthogonal(torch.cat(U, 1), sizes, torch.cat(V, 1), cutoff)
 
 
-def isotropic(core: Tensor, cutoff: float) -> Spectrum:
+def isotropic(core: Spectrum, cutoff: float) -> Spectrum:
     """Iso-C (arXiv:2502.04959): U·mean(σ)·Vᵀ of a matrix (p, q), over the directions that it has, its largest first."""
-    U, S, V = small_svd(core)
+    U, S, V = core
     there = max(int((cutoff * S[:1] < S).sum()), 1)
     return Spectrum(U[:, :there], S[:there].mean().expand(there), V[:, :there])
 

@@ -14,17 +14,29 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from artifacts.adapter import Adapter
-from artifacts.algebra import CoreSvd, core_svd, delta_products
+from artifacts.algebra import (
+    CoreSvd,
+    Spectrum,
+    core_matrix,
+    delta_products,
+    gram_triangular,
+    householder_triangular,
+    small_svd,
+)
 from artifacts.errors import MergeRefused
 from merge.gram import gram
 from merge.plan import PlannedModule
 from merge.products import of_columns, of_rows, same_prefixes
+from merge.spectral import scaled
 
 SAMPLED_ENTRIES = 8
 """Entries of a and of b by which components are ordered; full vectors are compared only where these all agree."""
 
 FIRST_ENTRIES = 3
 """Of these the first that are looked at."""
+
+OF_NO_WEIGHT = ("gram_A", "gram_B", "plain_A", "plain_B", "triangular_A", "triangular_B")
+"""What a stack computes of its components alone."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -153,10 +165,36 @@ class Stack:
         """‖Σ wᵢΔWᵢ‖²_F."""
         return max(float(self.weights @ ((self.gram_A * self.gram_B) @ self.weights)), 0.0)
 
+    @cached_property
+    def plain_A(self) -> tuple[Tensor, Tensor] | None:
+        """`artifacts.algebra.gram_triangular` of the a's."""
+        return gram_triangular(self.gram_A)
+
+    @cached_property
+    def plain_B(self) -> tuple[Tensor, Tensor] | None:
+        """`artifacts.algebra.gram_triangular` of the b's."""
+        return gram_triangular(self.gram_B)
+
+    @cached_property
+    def triangular_A(self) -> tuple[Tensor, Tensor]:
+        """T and T⁺ of Aᵀ = Q·T, as `artifacts.algebra.triangular`."""
+        return self.plain_A or householder_triangular(self.A.T, self.gram_A)
+
+    @cached_property
+    def triangular_B(self) -> tuple[Tensor, Tensor]:
+        """T and T⁺ of B = Q·T."""
+        return self.plain_B or householder_triangular(self.B, self.gram_B)
+
+    @cached_property
+    def core(self) -> Spectrum:
+        """The SVD of Σ wᵢΔWᵢ in the bases of `triangular_B` and `triangular_A`, as an n×n matrix."""
+        return small_svd(core_matrix(self.triangular_A[0], self.triangular_B[0], self.weights))
+
     def svd(self, scale: float = 1.0) -> CoreSvd:
         """Of scale·Σ wᵢΔWᵢ. Computed once, however many methods ask for it."""
         if scale not in self._svds:
-            self._svds[scale] = core_svd(self.A, self.B, self.weights * scale, self.gram_A, self.gram_B)
+            U, S, V = scaled(self.core, scale)
+            self._svds[scale] = CoreSvd(S, self.triangular_B[1] @ U, self.triangular_A[1] @ V)
         return self._svds[scale]
 
     @cached_property
@@ -195,9 +233,9 @@ class Stack:
         return type(self)(A, B, self.owners, self.weights, self.places, self.scalings)
 
     def with_weights(self, weights: Tensor) -> Self:
-        """The same components under other weights, (n,) float64, with their inner products, which depend on none."""
+        """The same components under other weights, (n,) float64, with what is known of them and depends on none."""
         found = type(self)(self.A, self.B, self.owners, weights, self.places, self.scalings)
-        vars(found).update({name: vars(self)[name] for name in ("gram_A", "gram_B") if name in vars(self)})
+        vars(found).update({name: vars(self)[name] for name in OF_NO_WEIGHT if name in vars(self)})
         return found
 
     def scaled(self, factors: Mapping[int, float]) -> Self:

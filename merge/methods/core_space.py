@@ -64,5 +64,5 @@ def merged_core(frame: CoreFrame, cores: Tensor, options: CoreRuleOptions) -> Sp
         return small_svd(rules.weighted_sum(kept, weights))
     if options.rule == "tsv":
         return spectral.separated(cores, stack.ranks, weights, frame.cutoff)
-    summed = rules.weighted_sum(cores, weights)
-    return spectral.isotropic(summed, frame.cutoff) if options.rule == "iso" else small_svd(summed)
+    summed = small_svd(rules.weighted_sum(cores, weights))
+    return spectral.isotropic(summed, frame.cutoff) if options.rule == "iso" else summed

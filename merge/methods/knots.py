@@ -12,7 +12,6 @@ import math
 import torch
 from torch import Tensor
 
-from artifacts.algebra import triangular
 from merge import rules
 from merge.core import one_sign
 from merge.gram import gram
@@ -40,7 +39,7 @@ def merge(stack: Stack, options: KnotsOptions, rank: int) -> MergedModule:
 
 def _left_basis(stack: Stack) -> tuple[Tensor, Tensor]:
     """U of the deltas side by side as B·basis: (n, p), and UᵀB: (p, n); float64."""
-    T, inverse = triangular(stack.B, stack.gram_B)
+    T, inverse = stack.triangular_B
     same_owner = stack.owners[:, None] == stack.owners
     squared, vectors = torch.linalg.eigh(T @ (stack.gram_A * same_owner) @ T.T)
     keep = squared > NULL**2 * squared[-1]

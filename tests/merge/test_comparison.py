@@ -16,6 +16,7 @@ from artifacts.heat_map import HeatMap
 from merge.catalog import parse_parameters
 from merge.comparison import Candidate, compare_files
 from merge.comparison_report import comparison_report, rank_by
+from merge.core import CoreFrame
 from merge.engine import merge_files
 from merge.pictures import pictures_of_comparison, pictures_of_merge
 from merge.reload import Probe
@@ -149,6 +150,12 @@ def test_inner_products_are_computed_once(stack_of: Any) -> None:
     bare = stack.bare()
     assert (bare.gram_A is gram_A, bare.gram_B is gram_B, bare.A is stack.A) == (True, True, True)
     assert stack.reweighted([1.0, 1.0]) is stack
+    # nor do the bases depend on weights; the SVD of the sum does
+    core, bases = stack.core, (stack.triangular_A, stack.triangular_B)
+    weighed = stack.reweighted([0.5, -2.0])
+    assert (weighed.triangular_A is bases[0], weighed.triangular_B is bases[1]) == (True, True)
+    assert not torch.allclose(weighed.core.S, core.S)
+    assert CoreFrame.of(stack, "none").weighted_sum() is core
     assert sorted(other.weights.tolist()) == [-2.0, -2.0, 0.5, 0.5]
 
 

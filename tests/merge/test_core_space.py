@@ -228,4 +228,5 @@ def test_any_basis_gives_the_same(stack_of: Any, random_adapters: Any) -> None:
         results.append(merged.B.double() @ merged.A.double())
     assert near(results[1], results[0]) and near(results[2], results[0])
     weighted = CoreFrame.of(stack, "none")
-    assert near(weighted.weighted_sum(), rules.weighted_sum(weighted.cores(), stack.owner_weights), 1e-12)
+    U, S, V = weighted.weighted_sum()
+    assert near((U * S) @ V.T, rules.weighted_sum(weighted.cores(), stack.owner_weights), 1e-12)
