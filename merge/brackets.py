@@ -14,9 +14,14 @@ from torch import Tensor
 
 from artifacts.errors import MergeRefused
 from merge import entry_loops, rules, strip_loops
-from merge.panel import COLUMNS
+from merge.panel import COLUMNS, ROWS
 from merge.rules import compiled, kth_largest
 from merge.strips import BLOCK_ROWS, Strips
+
+EVERY = 16
+"""Panels of which one narrows the brackets down, a power of two."""
+PANELS_MARGIN = 3.5
+"""As `rows.MARGIN`, of a sample of panels: even where rows and columns differ much, it is as good as one of entries."""
 
 
 def overflow() -> MergeRefused:
@@ -56,17 +61,13 @@ class Brackets:
             upper, lower = share - half, share + half
             high.append(float(sample[channel, int(upper * drawn)]) if upper > 0 else float("inf"))
             low.append(float(sample[channel, int(lower * drawn)]) if lower < 1 else 0.0)
-        above, at_high, at_low, count = np.zeros((4, len(places)), np.int64)
-        return cls(
-            np.array([channel for channel, _ in places]),
-            sample.new_tensor(low),
-            sample.new_tensor(high),
-            above,
-            at_high,
-            at_low,
-            count,
-            sample.new_empty(len(places), 0),
-        )
+        channels = np.array([channel for channel, _ in places])
+        return cls._new(channels, sample.new_tensor(low), sample.new_tensor(high))
+
+    @classmethod
+    def _new(cls, channels: NDArray[np.int64], low: Tensor, high: Tensor) -> Self:
+        above, at_high, at_low, count = np.zeros((4, len(low)), np.int64)
+        return cls(channels, low, high, above, at_high, at_low, count, low.new_empty(len(low), 0))
 
     def add(self, values: Tensor) -> None:
         """See values (channels, m) of either sign.
@@ -108,19 +109,41 @@ class Brackets:
         Raises:
             MergeRefused: one of them is NaN.
         """
-        A, B, starts = deltas
-        of_sizes = np.empty(0, np.float32) if sizes is None else rules.floats(sizes, self.low)
+        A, B, _ = deltas
         for row in range(0, len(B), BLOCK_ROWS):
-            self._make_room(BLOCK_ROWS * len(A) * COLUMNS)
-            counts = self.above, self.at_high, self.at_low, self.inside.numpy(), self.count
-            borders = self.channels, self.low.numpy(), self.high.numpy()
-            if not strip_loops.bracketed(A, B, starts, row, BLOCK_ROWS, of_sizes, *borders, *counts):
-                raise overflow()
+            self._look(deltas, row, BLOCK_ROWS, 1, sizes)
         # the zeros beyond the last row and column are none of the deltas
         beyond = len(B) * len(A) * COLUMNS - entries
         zeros_high = self.high.numpy() == 0
         self.at_high[zeros_high] -= beyond
         self.at_low[(self.low.numpy() == 0) & ~zeros_high] -= beyond
+
+    def narrowed(self, shares: Sequence[float], deltas: Strips, shape: tuple[int, int], sizes: Tensor | None) -> Self:
+        """Brackets of the same shares, by a look at one of `EVERY` panels. (d_out, d_in) may not fill the strips.
+
+        Raises:
+            MergeRefused: an entry is NaN.
+        """
+        A, B = deltas.A[: shape[1] // COLUMNS], deltas.B[: shape[0] // (EVERY * ROWS) * EVERY * ROWS]
+        self._look(Strips(A, B, deltas.starts), 0, len(B), EVERY, sizes)
+        seen = len(A) * len(B) * COLUMNS // EVERY
+        low, high = self.low.clone(), self.high.clone()
+        for number, share in enumerate(shares):
+            half = PANELS_MARGIN * math.sqrt(share * (1 - share) / seen)
+            for border, rank in ((high, int((share - half) * seen)), (low, math.ceil((share + half) * seen))):
+                found = self._kth(number, rank)
+                if found is not None:
+                    border[number] = found
+        return self._new(self.channels, low, high)
+
+    def _look(self, deltas: Strips, row: int, rows: int, every: int, sizes: Tensor | None) -> None:
+        """See the panels of some rows, or one of so many."""
+        self._make_room(rows * len(deltas.A) * COLUMNS // every)
+        of_sizes = np.empty(0, np.float32) if sizes is None else rules.floats(sizes, self.low)
+        counts = self.above, self.at_high, self.at_low, self.inside.numpy(), self.count
+        borders = self.channels, self.low.numpy(), self.high.numpy()
+        if not strip_loops.bracketed(*deltas, row, rows, every, of_sizes, *borders, *counts):
+            raise overflow()
 
     def _make_room(self, more: int) -> None:
         """For as many in each bracket as may come."""

@@ -23,7 +23,7 @@ from merge.panel import (
     variance_panel,
 )
 
-PANEL_DIGEST = "9453f5641a371327"
+PANEL_DIGEST = "94c8dd01b91a827e"
 """Of panel.py: numba's cache keeps what it compiled from that file until this one changes."""
 
 
@@ -150,17 +150,17 @@ def variance(X, sizes, result):
     """result (m,) = the variance of sizesᵢ·xᵢ over the blocks, of flattened X: (N, m); 0 where it is rounding."""
     count, size = X.shape
     # the rounding of a mean, in parts of the largest of its terms
-    number, rounding = np.float32(count), np.float32(count * 2.0**-23)
+    share, rounding = np.float32(1 / count), np.float32(count * 2.0**-23)
     whole, flat_X = size - size % LANES, X.ravel()
     for c in range(0, whole, LANES):
-        variance_panel(flat_X, c, size, count, sizes, number, rounding, result, c)
+        variance_panel(flat_X, c, size, count, sizes, share, rounding, result, c)
     for c in range(whole, size):
         mean, squares, largest = np.float32(0), np.float32(0), np.float32(0)
         for i in range(count):
             mean += sizes[i] * X[i, c]
             largest = max(largest, abs(sizes[i] * X[i, c]))
-        mean /= number
+        mean *= share
         for i in range(count):
             squares += (sizes[i] * X[i, c] - mean) ** 2
-        found, border = squares / number, (rounding * largest) ** 2
+        found, border = squares * share, (rounding * largest) ** 2
         result[c] = np.float32(0) if found < border else found

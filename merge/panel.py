@@ -29,10 +29,10 @@ def fused(_typing, a, b, c):
     return a(a, b, c), lambda _context, builder, _signature, values: builder.fma(*values)
 
 
-def _panel(adds, columns):
+def _panel(adds, columns, rows=ROWS):
     """X[x + i·x_step + j] = Σₖ B[b + i·b_step + k·b_next]·A[a + k·a_step + j] of the flat float32 arrays A, B and X.
 
-    For i < ROWS, j < columns and k < terms; `adds`: what was in X is the first term.
+    For i < rows, j < columns and k < terms; `adds`: what was in X is the first term.
     """
     vectors = columns // LANES
 
@@ -52,7 +52,7 @@ def _panel(adds, columns):
                 there = builder.gep(array, [builder.add(place, place.type(number))])
                 return builder.bitcast(there, vector.as_pointer())
 
-            places = [builder.add(x, builder.mul(x_step, x_step.type(i))) for i in range(ROWS)]
+            places = [builder.add(x, builder.mul(x_step, x_step.type(i))) for i in range(rows)]
             sums = [
                 [
                     cgutils.alloca_once_value(
@@ -66,7 +66,7 @@ def _panel(adds, columns):
                 start = builder.add(a, builder.mul(loop.index, a_step))
                 parts = [builder.load(address(A, start, LANES * v), align=4) for v in range(vectors)]
                 term = builder.add(b, builder.mul(loop.index, b_next))
-                for i in range(ROWS):
+                for i in range(rows):
                     place = builder.add(term, builder.mul(b_step, b_step.type(i)))
                     factor = _spread(builder, builder.load(builder.gep(B, [place])))
                     for v in range(vectors):
@@ -84,6 +84,7 @@ def _panel(adds, columns):
 panel = _panel(adds=False, columns=COLUMNS)
 adding_panel = _panel(adds=True, columns=COLUMNS)
 adding_half = _panel(adds=True, columns=LANES)
+lanes = _panel(adds=False, columns=LANES, rows=1)
 
 
 @intrinsic
@@ -129,10 +130,7 @@ def glance(_typing, x, place, low, high):
         vector, wide = ir.VectorType(ir.FloatType(), LANES), ir.IntType(64)
         there = builder.gep(_data(context, builder, signature, values, 0), [values[1]])
         numbers = builder.load(builder.bitcast(there, vector.as_pointer()), align=4)
-        fabs = cgutils.get_or_insert_function(
-            builder.module, ir.FunctionType(vector, (vector,)), f"llvm.fabs.v{LANES}f32"
-        )
-        sizes = builder.call(fabs, [numbers])
+        sizes = builder.call(_fabs(builder, vector), [numbers])
         low, high = _spread(builder, values[2]), _spread(builder, values[3])
 
         def bits(flags):
@@ -148,124 +146,168 @@ def glance(_typing, x, place, low, high):
     return signature, generate
 
 
+@intrinsic
+def bracket_panel(_typing, x, place, low, high, inside):
+    """What the numbers of a panel, in one piece of the float32 array x from a place on, are: int64 of
+
+    bits 0 to 31: how many are above high in size; from 32: whether one of them is NaN. Which have low ≤ |x| ≤ high goes
+    to the uint32 array `inside` (ROWS,), a bit for each; NaN is above all.
+    """
+    signature = types.int64(x, place, low, high, inside)
+
+    def generate(context, builder, signature, values):
+        vector, wide = ir.VectorType(ir.IntType(32), COLUMNS), ir.IntType(64)
+        x, inside = (_data(context, builder, signature, values, place) for place in (0, 4))
+        number = ir.IntType(32)
+        # sizes of floats are ordered as their bits are
+        low, high = (builder.bitcast(value, number) for value in values[2:4])
+        first, span = _spread(builder, low, COLUMNS), _spread(builder, builder.sub(high, low), COLUMNS)
+        without_sign = _spread(builder, number(0x7FFFFFFF), COLUMNS)
+        above, largest = vector([0] * COLUMNS), vector([0] * COLUMNS)
+        for row in range(ROWS):
+            there = builder.gep(x, [builder.add(values[1], values[1].type(row * COLUMNS))])
+            bits = builder.load(builder.bitcast(there, vector.as_pointer()), align=4)
+            bits = builder.and_(bits, without_sign)
+            over = builder.sub(bits, first)
+            among = builder.bitcast(builder.icmp_unsigned("<=", over, span), ir.IntType(COLUMNS))
+            builder.store(among, builder.gep(inside, [ir.IntType(64)(row)]))
+            above = builder.add(above, builder.zext(builder.icmp_signed(">", over, span), vector))
+            largest = builder.select(builder.icmp_signed(">", bits, largest), bits, largest)
+        infinite = _spread(builder, number(0x7F800000), COLUMNS)
+        nan = builder.bitcast(builder.icmp_signed(">", largest, infinite), ir.IntType(COLUMNS))
+        nan = builder.zext(builder.icmp_unsigned("!=", nan, ir.IntType(COLUMNS)(0)), wide)
+        add = cgutils.get_or_insert_function(
+            builder.module, ir.FunctionType(number, (vector,)), f"llvm.vector.reduce.add.v{COLUMNS}i32"
+        )
+        return builder.or_(builder.zext(builder.call(add, [above]), wide), builder.shl(nan, wide(32)))
+
+    return signature, generate
+
+
 def _windowed(builder, vector, number, lower, upper):
-    """The LANES numbers at a pointer, and which have lower ≤ |x| < upper, for the i-th of these borders."""
+    """The numbers at a pointer, and which have lower ≤ |x| < upper, for the i-th of these borders."""
     x = builder.load(builder.bitcast(number, vector.as_pointer()), align=4)
-    fabs = cgutils.get_or_insert_function(builder.module, ir.FunctionType(vector, (vector,)), f"llvm.fabs.v{LANES}f32")
-    size = builder.call(fabs, [x])
-    not_below = builder.fcmp_ordered(">=", size, _spread(builder, builder.load(lower)))
-    return x, builder.and_(not_below, builder.fcmp_ordered("<", size, _spread(builder, builder.load(upper))))
+    size = builder.call(_fabs(builder, vector), [x])
+    not_below = builder.fcmp_ordered(">=", size, _spread(builder, builder.load(lower), vector.count))
+    return x, builder.and_(
+        not_below, builder.fcmp_ordered("<", size, _spread(builder, builder.load(upper), vector.count))
+    )
 
 
-@intrinsic
-def sum_panel(_typing, X, x, x_step, count, lower, upper, weights, result, place):
-    """`entry_loops.weighted_sum` of LANES entries: the i-th block's are X[x + i·x_step:]; the sum, result[place:]."""
-    signature = types.void(X, x, x_step, count, lower, upper, weights, result, place)
+def _sum_panel(columns):
+    """`entry_loops.weighted_sum` of as many entries: the i-th block's are X[x + i·x_step:]; the sum, result[place:]."""
 
-    def generate(context, builder, signature, values):
-        vector = ir.VectorType(ir.FloatType(), LANES)
-        X, lower, upper, weights, result = (
-            _data(context, builder, signature, values, place) for place in (0, 4, 5, 6, 7)
-        )
-        total = cgutils.alloca_once_value(builder, vector(None))
-        with cgutils.for_range(builder, values[3]) as loop:
-            there = builder.gep(X, [builder.add(values[1], builder.mul(loop.index, values[2]))])
-            at = (builder.gep(array, [loop.index]) for array in (lower, upper))
-            number, inside = _windowed(builder, vector, there, *at)
-            weight = _spread(builder, builder.load(builder.gep(weights, [loop.index])))
-            before = builder.load(total)
-            builder.store(builder.select(inside, builder.fadd(before, builder.fmul(weight, number)), before), total)
-        to = builder.bitcast(builder.gep(result, [values[8]]), vector.as_pointer())
-        builder.store(builder.load(total), to, align=4)
-        return context.get_dummy_value()
+    @intrinsic
+    def sum_panel(_typing, X, x, x_step, count, lower, upper, weights, result, place):
+        signature = types.void(X, x, x_step, count, lower, upper, weights, result, place)
 
-    return signature, generate
+        def generate(context, builder, signature, values):
+            vector = ir.VectorType(ir.FloatType(), columns)
+            X, lower, upper, weights, result = (
+                _data(context, builder, signature, values, place) for place in (0, 4, 5, 6, 7)
+            )
+            total = cgutils.alloca_once_value(builder, vector(None))
+            with cgutils.for_range(builder, values[3]) as loop:
+                there = builder.gep(X, [builder.add(values[1], builder.mul(loop.index, values[2]))])
+                at = (builder.gep(array, [loop.index]) for array in (lower, upper))
+                number, inside = _windowed(builder, vector, there, *at)
+                weight = _spread(builder, builder.load(builder.gep(weights, [loop.index])), columns)
+                before = builder.load(total)
+                builder.store(builder.select(inside, builder.fadd(before, builder.fmul(weight, number)), before), total)
+            to = builder.bitcast(builder.gep(result, [values[8]]), vector.as_pointer())
+            builder.store(builder.load(total), to, align=4)
+            return context.get_dummy_value()
 
+        return signature, generate
 
-@intrinsic
-def variance_panel(_typing, X, x, x_step, count, sizes, divisor, rounding, result, place):
-    """`entry_loops.variance` of LANES entries: the i-th block's are X[x + i·x_step:]; `divisor` is count."""
-    signature = types.void(X, x, x_step, count, sizes, divisor, rounding, result, place)
-
-    def generate(context, builder, signature, values):
-        vector = ir.VectorType(ir.FloatType(), LANES)
-        X, sizes, result = (_data(context, builder, signature, values, place) for place in (0, 4, 7))
-        divisor, rounding = _spread(builder, values[5]), _spread(builder, values[6])
-        fabs = cgutils.get_or_insert_function(
-            builder.module, ir.FunctionType(vector, (vector,)), f"llvm.fabs.v{LANES}f32"
-        )
-
-        def scaled(index):
-            there = builder.gep(X, [builder.add(values[1], builder.mul(index, values[2]))])
-            number = builder.load(builder.bitcast(there, vector.as_pointer()), align=4)
-            return builder.fmul(_spread(builder, builder.load(builder.gep(sizes, [index]))), number)
-
-        total, largest, squares = (cgutils.alloca_once_value(builder, vector(None)) for _ in range(3))
-        with cgutils.for_range(builder, values[3]) as loop:
-            number = scaled(loop.index)
-            builder.store(builder.fadd(builder.load(total), number), total)
-            size, before = builder.call(fabs, [number]), builder.load(largest)
-            builder.store(builder.select(builder.fcmp_ordered(">", size, before), size, before), largest)
-        mean = builder.fdiv(builder.load(total), divisor)
-        with cgutils.for_range(builder, values[3]) as loop:
-            difference = builder.fsub(scaled(loop.index), mean)
-            square = builder.fmul(difference, difference)
-            builder.store(builder.fadd(builder.load(squares), square), squares)
-        found, border = builder.fdiv(builder.load(squares), divisor), builder.fmul(rounding, builder.load(largest))
-        nothing = builder.fcmp_ordered("<", found, builder.fmul(border, border))
-        to = builder.bitcast(builder.gep(result, [values[8]]), vector.as_pointer())
-        builder.store(builder.select(nothing, _spread(builder, ir.FloatType()(0.0)), found), to, align=4)
-        return context.get_dummy_value()
-
-    return signature, generate
+    return sum_panel
 
 
-def _elected_panel(by_count):
-    """`entry_loops.elected` of LANES entries: the i-th block's are X[x + i·x_step:]; the result, result[place:]."""
+def _variance_panel(columns):
+    """`entry_loops.variance` of as many entries: the i-th block's are X[x + i·x_step:]; `share` is 1/count."""
+
+    @intrinsic
+    def variance_panel(_typing, X, x, x_step, count, sizes, share, rounding, result, place):
+        signature = types.void(X, x, x_step, count, sizes, share, rounding, result, place)
+
+        def generate(context, builder, signature, values):
+            vector = ir.VectorType(ir.FloatType(), columns)
+            X, sizes, result = (_data(context, builder, signature, values, place) for place in (0, 4, 7))
+            share, rounding = (_spread(builder, values[place], columns) for place in (5, 6))
+            fabs = _fabs(builder, vector)
+
+            def scaled(index):
+                there = builder.gep(X, [builder.add(values[1], builder.mul(index, values[2]))])
+                number = builder.load(builder.bitcast(there, vector.as_pointer()), align=4)
+                size = builder.load(builder.gep(sizes, [index]))
+                return builder.fmul(_spread(builder, size, columns), number)
+
+            total, largest, squares = (cgutils.alloca_once_value(builder, vector(None)) for _ in range(3))
+            with cgutils.for_range(builder, values[3]) as loop:
+                number = scaled(loop.index)
+                builder.store(builder.fadd(builder.load(total), number), total)
+                size, before = builder.call(fabs, [number]), builder.load(largest)
+                builder.store(builder.select(builder.fcmp_ordered(">", size, before), size, before), largest)
+            mean = builder.fmul(builder.load(total), share)
+            with cgutils.for_range(builder, values[3]) as loop:
+                difference = builder.fsub(scaled(loop.index), mean)
+                square = builder.fmul(difference, difference)
+                builder.store(builder.fadd(builder.load(squares), square), squares)
+            found, border = builder.fmul(builder.load(squares), share), builder.fmul(rounding, builder.load(largest))
+            nothing = builder.fcmp_ordered("<", found, builder.fmul(border, border))
+            to = builder.bitcast(builder.gep(result, [values[8]]), vector.as_pointer())
+            builder.store(builder.select(nothing, vector(None), found), to, align=4)
+            return context.get_dummy_value()
+
+        return signature, generate
+
+    return variance_panel
+
+
+def _elected_panel(by_count, columns):
+    """`entry_loops.elected` of as many entries: the i-th block's are X[x + i·x_step:]; the result, result[place:].
+
+    The sums of both signs are taken beside the vote, for one look at each entry.
+    """
 
     @intrinsic
     def elected_panel(_typing, X, x, x_step, count, lower, upper, votes, weights, shares, result, place):
         signature = types.void(X, x, x_step, count, lower, upper, votes, weights, shares, result, place)
 
         def generate(context, builder, signature, values):
-            vector = ir.VectorType(ir.FloatType(), LANES)
+            vector = ir.VectorType(ir.FloatType(), columns)
             X, lower, upper, votes, weights, shares, result = (
                 _data(context, builder, signature, values, place) for place in (0, 4, 5, 6, 7, 8, 9)
             )
-            nothing, one = (_spread(builder, ir.FloatType()(number)) for number in (0.0, 1.0))
-            minus_one = _spread(builder, ir.FloatType()(-1.0))
-
-            def block(index):
-                there = builder.gep(X, [builder.add(values[1], builder.mul(index, values[2]))])
-                at = (builder.gep(array, [index]) for array in (lower, upper))
+            nothing, one = (_spread(builder, ir.FloatType()(number), columns) for number in (0.0, 1.0))
+            ballot, *sums = (cgutils.alloca_once_value(builder, vector(None)) for _ in range(5))
+            with cgutils.for_range(builder, values[3]) as loop:
+                there = builder.gep(X, [builder.add(values[1], builder.mul(loop.index, values[2]))])
+                at = (builder.gep(array, [loop.index]) for array in (lower, upper))
                 number, inside = _windowed(builder, vector, there, *at)
-                vote = _spread(builder, builder.load(builder.gep(votes, [index])))
-                return number, inside, builder.fmul(vote, number)
-
-            ballot = cgutils.alloca_once_value(builder, vector(None))
-            with cgutils.for_range(builder, values[3]) as loop:
-                _, inside, voted = block(loop.index)
-                if by_count:
-                    plus = builder.select(builder.fcmp_ordered(">", voted, nothing), one, nothing)
-                    minus = builder.select(builder.fcmp_ordered("<", voted, nothing), one, nothing)
-                    voted = builder.fsub(plus, minus)
-                before = builder.load(ballot)
-                builder.store(builder.select(inside, builder.fadd(before, voted), before), ballot)
-            plus = builder.fcmp_ordered(">=", builder.load(ballot), nothing)
-            majority = builder.select(plus, one, minus_one)
-            total, divisor = (cgutils.alloca_once_value(builder, vector(None)) for _ in range(2))
-            with cgutils.for_range(builder, values[3]) as loop:
-                number, inside, voted = block(loop.index)
-                agrees = builder.and_(inside, builder.fcmp_ordered(">", builder.fmul(voted, majority), nothing))
-                weight, share = (
-                    _spread(builder, builder.load(builder.gep(array, [loop.index]))) for array in (weights, shares)
+                vote, weight, share = (
+                    _spread(builder, builder.load(builder.gep(array, [loop.index])), columns)
+                    for array in (votes, weights, shares)
                 )
-                for sum_, added in ((total, builder.fmul(weight, number)), (divisor, share)):
-                    before = builder.load(sum_)
-                    builder.store(builder.select(agrees, builder.fadd(before, added), before), sum_)
-            divided_by = builder.load(divisor)
+                voted = builder.fmul(vote, number)
+                signs = [builder.and_(inside, builder.fcmp_ordered(sign, voted, nothing)) for sign in "><"]
+                before = builder.load(ballot)
+                if by_count:
+                    for sign, change in zip(signs, (builder.fadd, builder.fsub), strict=True):
+                        before = builder.select(sign, change(before, one), before)
+                    builder.store(before, ballot)
+                else:
+                    builder.store(builder.select(inside, builder.fadd(before, voted), before), ballot)
+                weighted = builder.fmul(weight, number)
+                for place, (sign, added) in enumerate((sign, part) for sign in signs for part in (weighted, share)):
+                    before = builder.load(sums[place])
+                    builder.store(builder.select(sign, builder.fadd(before, added), before), sums[place])
+            plus = builder.fcmp_ordered(">=", builder.load(ballot), nothing)
+            of_plus, shared_by_plus, of_minus, shared_by_minus = (builder.load(sum_) for sum_ in sums)
+            divided_by = builder.select(plus, shared_by_plus, shared_by_minus)
             empty = builder.fcmp_ordered("==", divided_by, nothing)
-            quotient = builder.fdiv(builder.load(total), builder.select(empty, one, divided_by))
+            total = builder.select(plus, of_plus, of_minus)
+            quotient = builder.fdiv(total, builder.select(empty, one, divided_by))
             to = builder.bitcast(builder.gep(result, [values[10]]), vector.as_pointer())
             builder.store(quotient, to, align=4)
             return context.get_dummy_value()
@@ -275,8 +317,10 @@ def _elected_panel(by_count):
     return elected_panel
 
 
-elected_by_sum = _elected_panel(by_count=False)
-elected_by_count = _elected_panel(by_count=True)
+sum_panel, sum_row = _sum_panel(LANES), _sum_panel(COLUMNS)
+variance_panel, variance_row = _variance_panel(LANES), _variance_panel(COLUMNS)
+elected_by_sum, row_elected_by_sum = (_elected_panel(by_count=False, columns=width) for width in (LANES, COLUMNS))
+elected_by_count, row_elected_by_count = (_elected_panel(by_count=True, columns=width) for width in (LANES, COLUMNS))
 
 
 @intrinsic
@@ -292,8 +336,14 @@ def _data(context, builder, signature, values, place):
     return context.make_array(signature.args[place])(context, builder, values[place]).data
 
 
-def _spread(builder, number):
-    """A vector of LANES times the number."""
-    undefined = ir.VectorType(ir.FloatType(), LANES)(ir.Undefined)
+def _fabs(builder, vector):
+    return cgutils.get_or_insert_function(
+        builder.module, ir.FunctionType(vector, (vector,)), f"llvm.fabs.v{vector.count}f32"
+    )
+
+
+def _spread(builder, number, columns=LANES):
+    """A vector of as many times the number."""
+    undefined = ir.VectorType(number.type, columns)(ir.Undefined)
     lane = builder.insert_element(undefined, number, ir.IntType(32)(0))
-    return builder.shuffle_vector(lane, undefined, ir.VectorType(ir.IntType(32), LANES)([0] * LANES))
+    return builder.shuffle_vector(lane, undefined, ir.VectorType(ir.IntType(32), columns)([0] * columns))

@@ -21,8 +21,11 @@ from merge.strips import BLOCK_ROWS
 OVERSAMPLING = 16
 """Directions that a pass carries beyond the rank, at least."""
 
-DRAWN = 4
-"""Of these, random ones, at least."""
+KNOWN = 4
+"""Directions beyond the rank that are taken from those to begin with; the others come from a look at some rows."""
+
+LOOK = 16
+"""Blocks of rows of which one is looked at."""
 
 TOLERANCE = 1e-6
 """Of the squared singular values of what M makes of the directions, each scaled to length 1: below lies rounding."""
@@ -45,13 +48,19 @@ class LowRank(NamedTuple):
     truncation_error: float
 
 
+def directions(rank: int) -> int:
+    """How many a pass carries."""
+    return -(-(rank + OVERSAMPLING) // LANES) * LANES
+
+
 def row_svd(fill: Fill, shape: tuple[int, int], rank: int, start: Tensor, passes: int) -> LowRank:
     """A rank-`rank` approximation of the matrix M.
 
     Up to `WHOLE` entries, or when the rank leaves next to nothing out, it is the best one. Beyond, subspace iteration:
     each of the `passes` over the rows applies M to a block of directions Q, and Mᵀ to that, which gives the next Q. The
     last one needs no more than these two products: with Y = MQ = UR it holds UᵀM = R⁻ᵀ(MᵀY)ᵀ, and the leading part of
-    U·UᵀM is the result. It begins with directions that are known to matter.
+    U·UᵀM is the result. It begins with directions that are known to matter, and with those that the same finds
+    in one of `LOOK` blocks of rows.
 
     Args:
         fill: of M.
@@ -62,11 +71,13 @@ def row_svd(fill: Fill, shape: tuple[int, int], rank: int, start: Tensor, passes
     Raises:
         MergeRefused: entries, or sums of their squares, overflow.
     """
-    rank, start = min(rank, *shape), start.contiguous()
-    count = -(-(rank + OVERSAMPLING) // LANES) * LANES
+    rank, start, count = min(rank, *shape), start.contiguous(), directions(min(rank, *shape))
     if shape[0] * shape[1] <= WHOLE or min(shape) <= count:
         return _whole(torch.cat([_plain(block, shape, row) for row, block in _blocks(fill, shape, start)]), rank)
-    Q = _orthonormal(_directions(start, shape[1], count))
+    Q = _orthonormal(_with_random(start[:, :count], count))
+    if shape[0] >= LOOK * BLOCK_ROWS:
+        known = start[:, : rank + KNOWN]
+        Q = _orthonormal(torch.cat([known, _seen(fill, shape, Q, count - known.shape[1])], 1))
     with _replayed(fill, shape, start, passes) as replayed:
         for number in range(passes):
             Y, Z, energy = _products(replayed(), shape, Q)
@@ -82,17 +93,17 @@ def _products(blocks: Iterator[tuple[int, Tensor]], shape: tuple[int, int], Q: T
         MergeRefused: one of them overflows.
     """
     d_out, d_in = shape
-    energy, directions = 0.0, Q.shape[1]
-    Y = Q.new_empty(-(-d_out // BLOCK_ROWS) * BLOCK_ROWS, directions)
+    energy, count = 0.0, Q.shape[1]
+    Y = Q.new_empty(-(-d_out // BLOCK_ROWS) * BLOCK_ROWS, count)
     if compiled(Q):
-        across = Q.new_zeros(-(-d_in // COLUMNS), directions, COLUMNS)
-        padded = torch.cat([Q, Q.new_zeros(len(across) * COLUMNS - d_in, directions)])
+        across = Q.new_zeros(-(-d_in // COLUMNS), count, COLUMNS)
+        padded = torch.cat([Q, Q.new_zeros(len(across) * COLUMNS - d_in, count)])
         for row, block in blocks:
             here = Y[row : row + BLOCK_ROWS]
             energy += strip_loops.project(block.numpy(), padded.numpy(), here.numpy(), across.numpy())
         Z = across.transpose(1, 2).flatten(0, 1)[:d_in]
     else:
-        Z = Q.new_zeros(d_in, directions)
+        Z = Q.new_zeros(d_in, count)
         for row, block in blocks:
             here = Y[row : row + len(block)]
             torch.mm(block, Q, out=here)
@@ -116,10 +127,12 @@ def _replayed(
         yield _kept(fill, shape, like) if granted else lambda: _blocks(fill, shape, like)
 
 
-def _blocks(fill: Fill, shape: tuple[int, int], like: Tensor) -> Iterator[tuple[int, Tensor]]:
-    """(first row, block), from top to bottom. The next block overwrites the one before."""
+def _blocks(
+    fill: Fill, shape: tuple[int, int], like: Tensor, rows: range | None = None
+) -> Iterator[tuple[int, Tensor]]:
+    """(first row, block), from top to bottom, or from some rows on. The next block overwrites the one before."""
     buffer = strips.new_block(shape[1], like) if compiled(like) else like.new_empty(BLOCK_ROWS, shape[1])
-    for row in range(0, shape[0], BLOCK_ROWS):
+    for row in rows or range(0, shape[0], BLOCK_ROWS):
         block = buffer if compiled(like) else buffer[: shape[0] - row]
         fill(row, block)
         yield row, block
@@ -147,12 +160,19 @@ def _kept(fill: Fill, shape: tuple[int, int], like: Tensor) -> Callable[[], Iter
     return replayed
 
 
-def _directions(start: Tensor, d_in: int, count: int) -> Tensor:
+def _seen(fill: Fill, shape: tuple[int, int], Q: Tensor, count: int) -> Tensor:
+    """(d_in, count): the leading directions of some blocks of rows, by a pass over them that begins with Q."""
+    rows = range(0, shape[0] - BLOCK_ROWS + 1, LOOK * BLOCK_ROWS)
+    looked_at = ((place * BLOCK_ROWS, block) for place, (_, block) in enumerate(_blocks(fill, shape, Q, rows)))
+    Y, Z, energy = _products(looked_at, (len(rows) * BLOCK_ROWS, shape[1]), Q)
+    return _split(Y, Z, count, energy).A.T
+
+
+def _with_random(start: Tensor, count: int) -> Tensor:
     """(d_in, count): those to begin with, and random ones beside them."""
+    d_in, known = start.shape
     generator = torch.Generator().manual_seed(d_in)
-    known = start[:, : count - DRAWN]
-    drawn = torch.randn(d_in, count - known.shape[1], generator=generator).to(start)
-    return torch.cat([known, drawn], 1)
+    return torch.cat([start, torch.randn(d_in, count - known, generator=generator).to(start)], 1)
 
 
 def _orthonormal(X: Tensor) -> Tensor:

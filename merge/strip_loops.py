@@ -15,17 +15,18 @@ from merge.panel import (
     ROWS,
     adding_half,
     adding_panel,
+    bracket_panel,
     compiled,
-    elected_by_count,
-    elected_by_sum,
     first_bit,
-    glance,
+    lanes,
     panel,
-    sum_panel,
-    variance_panel,
+    row_elected_by_count,
+    row_elected_by_sum,
+    sum_row,
+    variance_row,
 )
 
-PANEL_DIGEST = "9453f5641a371327"
+PANEL_DIGEST = "94c8dd01b91a827e"
 MASK_DIGEST = "022cc137d018cd5a"
 """Of panel.py and of mask_loops.py: numba's cache keeps what it compiled from them until this file changes."""
 
@@ -72,8 +73,8 @@ def merge(A, B, starts, row, rule, lower, upper, votes, weights, shares, keys, l
     """
     count, rows = len(starts) - 1, block.shape[1]
     flat_A, flat_B, flat_block = A.ravel(), B.ravel(), block.ravel()
-    X, varied = np.empty(count * PANEL, np.float32), np.empty(LANES, np.float32)
-    number, rounding = np.float32(count), np.float32(count * 2.0**-23)
+    X, varied = np.empty(count * PANEL, np.float32), np.empty(COLUMNS, np.float32)
+    share, rounding = np.float32(1 / count), np.float32(count * 2.0**-23)
     of_rows = np.empty((len(keys), rows, 2), np.uint32)
     for i in range(len(keys)):
         for r in range(rows):
@@ -82,17 +83,17 @@ def merge(A, B, starts, row, rule, lower, upper, votes, weights, shares, keys, l
         for top in range(0, rows, ROWS):
             _form(flat_A, flat_B, starts, strip, row + top, X)
             _erase(X, of_rows, top, strip * COLUMNS, last)
-            for x in range(0, PANEL, LANES):
+            for x in range(0, PANEL, COLUMNS):
                 to = (strip * rows + top) * COLUMNS + x
                 if rule == SUM:
-                    sum_panel(X, x, PANEL, count, lower, upper, weights, flat_block, to)
+                    sum_row(X, x, PANEL, count, lower, upper, weights, flat_block, to)
                 elif rule == BY_SUM:
-                    elected_by_sum(X, x, PANEL, count, lower, upper, votes, weights, shares, flat_block, to)
+                    row_elected_by_sum(X, x, PANEL, count, lower, upper, votes, weights, shares, flat_block, to)
                 else:
-                    elected_by_count(X, x, PANEL, count, lower, upper, votes, weights, shares, flat_block, to)
+                    row_elected_by_count(X, x, PANEL, count, lower, upper, votes, weights, shares, flat_block, to)
                 if least > 0:
-                    variance_panel(X, x, PANEL, count, sizes, number, rounding, varied, 0)
-                    for c in range(LANES):
+                    variance_row(X, x, PANEL, count, sizes, share, rounding, varied, 0)
+                    for c in range(COLUMNS):
                         flat_block[to + c] *= np.float32(varied[c] >= least)
 
 
@@ -102,13 +103,13 @@ def energies(A, B, starts, sizes, least, result):
     count = len(starts) - 1
     flat_A, flat_B = A.ravel(), B.ravel()
     X, varied = np.empty(count * PANEL, np.float32), np.empty(PANEL, np.float32)
-    number, rounding = np.float32(count), np.float32(count * 2.0**-23)
+    share, rounding = np.float32(1 / count), np.float32(count * 2.0**-23)
     partial = np.empty((count, COLUMNS), np.float32)
     for strip in range(len(A)):
         for row in range(0, len(B), ROWS):
             _form(flat_A, flat_B, starts, strip, row, X)
-            for x in range(0, PANEL, LANES):
-                variance_panel(X, x, PANEL, count, sizes, number, rounding, varied, x)
+            for x in range(0, PANEL, COLUMNS):
+                variance_row(X, x, PANEL, count, sizes, share, rounding, varied, x)
             if row % (64 * ROWS) == 0:
                 for i in range(count):
                     result[i] += partial[i].sum() if row > 0 else 0.0
@@ -124,42 +125,43 @@ def energies(A, B, starts, sizes, least, result):
 
 
 @compiled
-def bracketed(A, B, starts, row, rows, sizes, channels, low, high, above, at_high, at_low, inside, found):
+def bracketed(A, B, starts, row, rows, every, sizes, channels, low, high, above, at_high, at_low, inside, found):
     """`entry_loops.bracketed` of the entries of some rows from a row on; the channels are the deltas.
 
     Args:
+        every: of so many panels one is looked at, in each strip and in each row.
         sizes: (N,), and the one channel is the variance of sizesᵢ·xᵢ; or none.
     """
     count = len(starts) - 1
     flat_A, flat_B = A.ravel(), B.ravel()
     X, varied = np.empty(count * PANEL, np.float32), np.empty(PANEL, np.float32)
-    number, rounding = np.float32(count), np.float32(count * 2.0**-23)
-    seen = np.int64(0)
+    share, rounding = np.float32(1 / count), np.float32(count * 2.0**-23)
+    seen, inside_bits = np.int64(0), np.empty(ROWS, np.uint32)
+    words = inside_bits.view(np.uint64)
     for strip in range(len(A)):
+        # 5 has no divisor in common with the powers of two
         for top in range(row, row + rows, ROWS):
+            if (strip + 5 * (top // ROWS)) % every != 0:
+                continue
             _form(flat_A, flat_B, starts, strip, top, X)
             if len(sizes) > 0:
-                for x in range(0, PANEL, LANES):
-                    variance_panel(X, x, PANEL, count, sizes, number, rounding, varied, x)
+                for x in range(0, PANEL, COLUMNS):
+                    variance_row(X, x, PANEL, count, sizes, share, rounding, varied, x)
             for p in range(len(channels)):
                 x = varied if len(sizes) > 0 else X[channels[p] * PANEL :][:PANEL]
                 lowest, highest, place, kept = low[p], high[p], found[p], inside[p]
-                larger, ties_high, ties_low = 0, 0, 0
-                for start in range(0, PANEL, LANES):
-                    looked_at = glance(x, start, lowest, highest)
-                    seen |= looked_at
-                    larger += (looked_at >> 16) & 0xFFFF
-                    bits = looked_at & 0xFFFF
+                looked_at = bracket_panel(x, 0, lowest, highest, inside_bits)
+                seen |= looked_at
+                above[p] += looked_at & 0xFFFFFFFF
+                for word in range(len(words)):
+                    bits = np.int64(words[word])
                     while bits != 0:
-                        size = abs(x[start + first_bit(bits)])
+                        size = abs(x[64 * word + first_bit(bits)])
                         bits &= bits - 1
                         kept[place] = size
                         place += (size > lowest) & (size < highest)
-                        ties_high += size == highest
-                        ties_low += (size == lowest) & (size < highest)
-                above[p] += larger
-                at_high[p] += ties_high
-                at_low[p] += ties_low
+                        at_high[p] += size == highest
+                        at_low[p] += (size == lowest) & (size < highest)
                 found[p] = place
     return (seen >> 32) == 0
 
@@ -171,16 +173,14 @@ def sampled(A, B, starts, places, result):
     Args:
         A: (n, d_in), at least LANES of them; B: (d_out, n).
     """
-    for r in range(places.shape[0]):
-        for t in range(places.shape[1]):
-            column = places[r, t]
+    flat_A, flat_B, flat = A.ravel(), B.ravel(), result.ravel()
+    d_out, times = places.shape
+    for r in range(d_out):
+        for t in range(times):
             for i in range(len(starts) - 1):
-                drawn = result[i, r, t]
-                drawn[:] = 0
-                for k in range(starts[i], starts[i + 1]):
-                    b, a = B[r, k], A[k, column:]
-                    for c in range(LANES):
-                        drawn[c] += b * a[c]
+                first, terms = starts[i], starts[i + 1] - starts[i]
+                a, to = first * A.shape[1] + places[r, t], ((i * d_out + r) * times + t) * LANES
+                lanes(flat_A, a, A.shape[1], flat_B, r * B.shape[1] + first, 1, 1, terms, flat, to, LANES)
 
 
 @compiled

@@ -30,7 +30,7 @@ from merge.entrywise_options import (
     TiesSvdOptions,
 )
 from merge.result import MergedModule
-from merge.row_svd import row_svd
+from merge.row_svd import directions, row_svd
 from merge.rows import DeltaRows, Variance, entries, largest
 from merge.stack import Stack
 from merge.strips import BLOCK_ROWS
@@ -237,7 +237,7 @@ def _merged(
             strips.write(block, merged)
 
     # the exact sum's own directions are the best guess of those of the result
-    right = stack.svd().right
-    low = row_svd(fill, deltas.shape, rank, stack.A.T @ right.to(stack.A.dtype), options.passes)
+    right = stack.svd().right[:, : directions(rank)].to(stack.A.dtype)
+    low = row_svd(fill, deltas.shape, rank, stack.A.T @ right, options.passes)
     figures: Mapping[str, float] = {"truncation_error": low.truncation_error}
     return MergedModule(low.A * options.scale, low.B, stack, None, figures=figures)

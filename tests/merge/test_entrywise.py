@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from artifacts.errors import MergeRefused, RankOutOfRange, RequestInvalid
-from merge import row_svd, rows, rules
+from merge import brackets, row_svd, rows, rules
 from merge.brackets import Brackets
 from merge.catalog import METHODS, parse_parameters
 from merge.methods import entrywise
@@ -186,6 +186,33 @@ class TestALargeMatrix:
         assert exact[0][0] == float("inf")
         assert exact[0][4] == 0.0
 
+    def test_a_look_at_a_part_leaves_less_to_hold(
+        self, stack_of: Any, random_adapters: Any, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Of entries and of variances, exactly as without it, where the panels are not filled too."""
+        deltas = rows.DeltaRows.of(stack_of(random_adapters([3, 4, 9], d_out=531, d_in=810)))
+        total, held = deltas.entries, []
+        monkeypatch.setattr(rows, "SAMPLE", 1 << 12)
+        add = Brackets.add_all
+
+        def watched(seen: Brackets, *arguments: Any) -> None:
+            add(seen, *arguments)
+            held.append(int(seen.count.sum()))
+
+        monkeypatch.setattr(Brackets, "add_all", watched)
+        counts = [[1, total // 5, total // 2, total - 1]] * 3
+        for measure, wanted in ((rows.entries, counts), (rows.Variance(WEIGHTS), counts[:1])):
+            exact = rows.largest(deltas, measure, wanted)
+            with monkeypatch.context() as changed:
+                changed.setattr(rows, "WHOLE", 100)
+                assert rows.largest(deltas, measure, wanted) == exact
+                first = held.pop()
+                changed.setattr(rows, "NARROWED", 100)
+                changed.setattr(brackets, "EVERY", 2)
+                assert rows.largest(deltas, measure, wanted) == exact
+                assert 0 < held.pop() < first / 2
+        assert not held
+
     @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
     def test_a_bracket_ends_with_the_smallest_of_what_it_holds(
         self, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
@@ -239,7 +266,7 @@ class TestALargeMatrix:
         counts = [[700, 3499, 20_000]] * 2
         exact = rows.largest(deltas, measure, counts)
         monkeypatch.setattr(rows, "WHOLE", 100)
-        monkeypatch.setattr(rows, "SAMPLE", 1 << 10)
+        monkeypatch.setattr(rows, "SAMPLE", 1 << 14)
         monkeypatch.setattr(rows, "TILE_BYTES", 1)
         held = -1
         add = getattr(Brackets, road)
