@@ -125,6 +125,8 @@ class Brackets:
             MergeRefused: an entry is NaN.
         """
         A, B = deltas.A[: shape[1] // COLUMNS], deltas.B[: shape[0] // (EVERY * ROWS) * EVERY * ROWS]
+        if not A.size or not B.size:  # a side so short has no panel to be looked at
+            return self
         self._look(Strips(A, B, deltas.starts), 0, len(B), EVERY, sizes)
         seen = len(A) * len(B) * COLUMNS // EVERY
         low, high = self.low.clone(), self.high.clone()

@@ -213,6 +213,21 @@ class TestALargeMatrix:
                 assert 0 < held.pop() < first / 2
         assert not held
 
+    @pytest.mark.parametrize("sides", [(127, 40), (200, 31)])
+    def test_a_module_with_a_short_side_has_no_part_to_look_at(
+        self, sides: tuple[int, int], stack_of: Any, random_adapters: Any, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Such as an embedding of many words in a narrow model."""
+        deltas = rows.DeltaRows.of(stack_of(random_adapters([3, 4, 9], *sides)))
+        counts = [[1, deltas.entries // 5, deltas.entries - 1]] * 3
+        monkeypatch.setattr(rows, "SAMPLE", 1 << 10)
+        for measure, wanted in ((rows.entries, counts), (rows.Variance(WEIGHTS), counts[:1])):
+            exact = rows.largest(deltas, measure, wanted)
+            with monkeypatch.context() as changed:
+                changed.setattr(rows, "WHOLE", 100)
+                changed.setattr(rows, "NARROWED", 100)
+                assert rows.largest(deltas, measure, wanted) == exact
+
     @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
     def test_a_bracket_ends_with_the_smallest_of_what_it_holds(
         self, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
