@@ -86,9 +86,8 @@ def parts_floor(count: int, rank: int, layers: int) -> float:
     import torch
 
     from merge.memory import keep_freed_memory
-    from merge.methods.knots import trimming
     from merge.peer_options import KnotsOptions
-    from merge.rows import DeltaRows
+    from merge.rows import DeltaRows, trimming
 
     keep_freed_memory()
     torch.set_num_threads(1)

@@ -14,11 +14,10 @@ from merge.gram import gram
 from merge.kmeans import gram_kmeans
 from merge.methods import entrywise, knots
 from merge.panel import LANES
-from merge.rows import BRACKETED, kth_size
 from merge.stack import Stack
 
 _SIDE, _RANK = 1056, 2
-"""Above `merge.rows.WHOLE` entries, so that order statistics are bracketed."""
+"""Above `merge.rows.WHOLE` entries, so that nothing is taken as a whole."""
 
 
 def compile_loops() -> None:
@@ -41,11 +40,9 @@ def compile_loops() -> None:
             row.load()(stack, parse_parameters(name, {}), _RANK)
     for columns in (False, True):
         gram(torch.ones(LANES, LANES), columns=columns)
-    # masks of plain blocks and random numbers alone, the border of a large block, and a row whose sizes short keys do
-    # not tell apart
+    # masks of plain blocks and random numbers alone, and a row whose sizes short keys do not tell apart
     for dtype in (torch.float32, torch.float64):
         rules.dropped(torch.ones(1, 2, dtype=dtype), 0.5, 0)
-    kth_size(torch.randn(1, BRACKETED, generator=numbers), BRACKETED // 2)
     skewed = torch.randn(1, _SIDE, generator=numbers)
     skewed[0, 0] = 1e30
     entrywise.keep_probabilities(skewed, 0.5, 0.1)

@@ -35,16 +35,14 @@ PAGE = 1024
 """Numbers of float32; entries as far apart, or a multiple of it, take turns in the same places of a core's cache."""
 WHOLE = 1 << 20
 """Entries up to which a matrix is taken as a whole."""
+SORTED = 1 << 17
+"""Entries up to which a matrix is sorted to find an order statistic."""
 SAMPLE = 1 << 16
 """Entries drawn to bracket an order statistic of a larger one."""
-BRACKETED, DRAWN = 1 << 17, 1 << 14
-"""Entries from which `kth_size` brackets the value, and about how many it draws for that."""
 NARROWED = 1 << 22
 """Entries from which a part of a matrix is looked at before all of it is."""
 MARGIN = 3.2
 """Half the width of a first bracket, in standard deviations of a sample's quantile: one in 700 misses."""
-NARROW_MARGIN = 2.5
-"""The same where one that misses, one in 80, costs no more than a selection."""
 
 Measure = Callable[[Tensor], Tensor]
 """Entries of the deltas (N, …) → values (channels, …)."""
@@ -92,16 +90,6 @@ class DeltaRows:
                 self._form(row, column, tile)
                 yield row, column, tile
 
-    def each(self) -> Iterator[Tensor]:
-        """The ΔWᵢ one after the other. The next overwrites it."""
-        whole = self.A[0].new_empty(1, *self.shape)
-        for A, B in zip(self.A, self.B, strict=True):
-            if compiled(A):
-                entry_loops.form(A.numpy(), B.numpy(), np.array([0, len(A)]), 0, 0, whole.numpy())
-            else:
-                torch.mm(B, A, out=whole[0])
-            yield whole[0]
-
     @cached_property
     def strips(self) -> Strips:
         """The factors as the loops on strips take them; only where `compiled`."""
@@ -116,9 +104,9 @@ class DeltaRows:
         """Fill a block (strips, BLOCK_ROWS, COLUMNS) with what the rule makes of the deltas from a row on."""
         strip_loops.merge(*self.strips, row, *rule.arguments(), block.numpy())
 
-    def elected(self, weights: Tensor, election: rules.Election, window: rules.Window | None) -> Tensor:
-        """(d_out, d_in) `rules.elected_sum` of the ΔWᵢ, formed a few at a time and not kept."""
-        rule, result = EntryRule.elected_sum(weights, election, window), self.A[0].new_empty(self.shape)
+    def whole(self, rule: EntryRule) -> Tensor:
+        """(d_out, d_in) what the rule makes of the ΔWᵢ, which are formed a few entries at a time and not kept."""
+        result = self.A[0].new_empty(self.shape)
         if self.compiled:
             block = strips.new_block(self.shape[1], result)
             for row in range(0, self.shape[0], BLOCK_ROWS):
@@ -221,7 +209,7 @@ def largest(deltas: DeltaRows, measure: Measure, counts: Sequence[Sequence[int]]
     Raises:
         MergeRefused: the measure of an entry is NaN, for the deltas are too large for their dtype.
     """
-    if deltas.entries <= WHOLE:
+    if deltas.entries <= SORTED:
         values = numbers(torch.cat([measure(tile).abs().flatten(1) for _, _, tile in deltas.tiles()], 1))
         return [
             [kth_largest(channel, k) if k < len(channel) else 0.0 for k in wanted]
@@ -266,19 +254,14 @@ def finite(values: Tensor) -> Tensor:
     return values
 
 
-def kth_size(block: Tensor, k: int) -> float:
-    """The k-th largest |entry|, 1 ≤ k ≤ entries, exactly. A large block on a CPU is read once, and not copied.
+def trimming(deltas: DeltaRows, density: float) -> rules.Window | None:
+    """The window of the largest |entries| of each delta, a `density` of all; those at the border all stay.
 
     Raises:
-        MergeRefused: an entry is NaN.
+        MergeRefused: an entry is NaN, for the deltas are too large for their dtype.
     """
-    entries = block.numel()
-    if entries >= BRACKETED and k < entries and compiled(block):
-        # an odd step visits all columns, unless their number shares a divisor with it
-        drawn = block.view(-1)[:: entries // DRAWN | 1].abs()
-        brackets = Brackets.around([(0, k / entries)], descending(numbers(drawn[None])), NARROW_MARGIN)
-        brackets.add(block.view(1, -1))
-        (found,) = brackets.kth([k])
-        if found is not None:
-            return found
-    return kth_largest(numbers(block.abs().flatten()), k)
+    kept = rules.kept_count(density, deltas.entries)
+    if kept >= deltas.entries:
+        return None
+    lower = deltas.A[0].new_tensor([border for (border,) in largest(deltas, entries, [[kept]] * len(deltas.A))])
+    return rules.Window(lower, torch.full_like(lower, math.inf))

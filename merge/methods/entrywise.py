@@ -31,7 +31,7 @@ from merge.entrywise_options import (
 )
 from merge.result import MergedModule
 from merge.row_svd import directions, row_svd
-from merge.rows import DeltaRows, Variance, entries, largest
+from merge.rows import DeltaRows, Variance, entries, largest, trimming
 from merge.stack import Stack
 from merge.strips import BLOCK_ROWS
 
@@ -45,7 +45,7 @@ Drop = Callable[[int, Tensor], Tensor]
 def ties_svd(stack: Stack, options: TiesSvdOptions, rank: int) -> MergedModule:
     """`ties_svd` of PEFT (arXiv:2306.01708)."""
     deltas = DeltaRows.of(stack)
-    window = _trimming(deltas, options.density)
+    window = trimming(deltas, options.density)
     rule = EntryRule.elected_sum(stack.owner_weights, options.majority_sign_method, window)
     return _merged(stack, deltas, rule, options, rank)
 
@@ -53,13 +53,13 @@ def ties_svd(stack: Stack, options: TiesSvdOptions, rank: int) -> MergedModule:
 def ties_mergekit(stack: Stack, options: TiesMergekitOptions, rank: int) -> MergedModule:
     """`ties` of mergekit (arXiv:2306.01708): weights take part in the vote and in the divisor."""
     deltas = DeltaRows.of(stack)
-    return _merged(stack, deltas, _electing(stack, options, _trimming(deltas, options.density)), options, rank)
+    return _merged(stack, deltas, _electing(stack, options, trimming(deltas, options.density)), options, rank)
 
 
 def magnitude_prune_svd(stack: Stack, options: PruneSvdOptions, rank: int) -> MergedModule:
     """`magnitude_prune_svd` of PEFT."""
     deltas = DeltaRows.of(stack)
-    rule = EntryRule.sum(stack.owner_weights, _trimming(deltas, options.density))
+    rule = EntryRule.sum(stack.owner_weights, trimming(deltas, options.density))
     return _merged(stack, deltas, rule, options, rank)
 
 
@@ -121,15 +121,6 @@ def _electing(
     """mergekit's election among the entries of a window."""
     election, normalize = options.majority_sign_method, options.normalize
     return EntryRule.elected_mean(stack.owner_weights, election, normalize=normalize, window=window)
-
-
-def _trimming(deltas: DeltaRows, density: float) -> rules.Window | None:
-    """Of each delta its largest |entries|; those at the border all stay."""
-    if density >= 1:
-        return None
-    kept = rules.kept_count(density, deltas.entries)
-    lower = _per_delta(deltas, largest(deltas, entries, [[kept]] * len(deltas.A)), 0)
-    return rules.Window(lower, torch.full_like(lower, math.inf))
 
 
 def _middle(deltas: DeltaRows, options: BreadcrumbsOptions) -> rules.Window | None:

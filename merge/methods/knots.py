@@ -14,11 +14,12 @@ from torch import Tensor
 
 from merge import rules
 from merge.core import one_sign
+from merge.entry_rule import EntryRule
 from merge.gram import gram
 from merge.peer_options import KnotsOptions
+from merge.products import of_columns, of_rows
 from merge.result import MergedModule
-from merge.rows import DeltaRows, kth_size, largest, overflow
-from merge.rules import compiled
+from merge.rows import DeltaRows, overflow, trimming
 from merge.stack import Stack
 
 NULL = 1e-5
@@ -49,52 +50,18 @@ def _left_basis(stack: Stack) -> tuple[Tensor, Tensor]:
 
 
 def _merged_parts(parts: DeltaRows, stack: Stack, options: KnotsOptions) -> Tensor:
-    """(p, d_in), of parts that are never there together: the part of one at a time, or a tile of all of them."""
+    """(p, d_in), of parts that are never there: to form an entry twice costs less than to write it and read it."""
+    weights = stack.owner_weights
     if options.rule == "sum":
-        weights = stack.owner_weights.to(stack.A.dtype)
-        return torch.cat([B * w for B, w in zip(parts.B, weights, strict=True)], 1) @ torch.cat(parts.A)
+        scaled = [B * w for B, w in zip(parts.B, weights.to(stack.A.dtype), strict=True)]
+        return torch.cat(scaled, 1) @ torch.cat(parts.A)
     if options.rule == "ties":
-        return _elected(parts, stack.owner_weights, options)
-    return _dropped(parts, stack, options)
-
-
-def _elected(parts: DeltaRows, weights: Tensor, options: KnotsOptions) -> Tensor:
-    """TIES: forming a tile twice costs less than writing it and reading it."""
-    return parts.elected(weights, options.majority_sign_method, trimming(parts, options.density))
-
-
-def trimming(parts: DeltaRows, density: float) -> rules.Window | None:
-    """`rules.trimming` of parts that are there one at a time, or by tiles.
-
-    Raises:
-        MergeRefused: an entry is NaN, for the parts are too large for their dtype.
-    """
-    kept = rules.kept_count(density, parts.entries)
-    if kept >= parts.entries:
-        return None
-    if kept == 0:
-        borders = [math.inf] * len(parts.A)
-    elif compiled(parts.A[0]):
-        borders = [kth_size(part, kept) for part in parts.each()]
-    else:
-        # tiles are rounded in their own way: a border must be that of the entries it is compared with
-        borders = [border for (border,) in largest(parts, lambda X: X, [[kept]] * len(parts.A))]
-    lower = parts.A[0].new_tensor(borders)
-    return rules.Window(lower, torch.full_like(lower, math.inf))
-
-
-def _dropped(parts: DeltaRows, stack: Stack, options: KnotsOptions) -> Tensor:
-    """DARE, with or without an election, tile by tile: whether an entry stays depends on its place alone."""
-    keys, weights = rules.keys(stack, options.seed), stack.owner_weights / options.density
-    result = parts.A[0].new_empty(parts.shape)
-    for row, column, tile in parts.tiles():
-        X = rules.erased(tile, keys, row, column, options.density) if options.density < 1 else tile
-        if options.rule == "dare_ties":
-            merged = rules.elected_sum(X, weights, options.majority_sign_method)
-        else:
-            merged = rules.weighted_sum(X, weights)
-        result[row : row + tile.shape[1], column : column + tile.shape[2]] = merged
-    return result
+        window = trimming(parts, options.density)
+        return parts.whole(EntryRule.elected_sum(weights, options.majority_sign_method, window))
+    weights = weights / options.density
+    elected = options.rule == "dare_ties"
+    rule = EntryRule.elected_sum(weights, options.majority_sign_method) if elected else EntryRule.sum(weights)
+    return parts.whole(rule.dropping(rules.keys(stack, options.seed), options.density))
 
 
 def _factored(stack: Stack, basis: Tensor, merged: Tensor, rank: int) -> MergedModule:
@@ -106,10 +73,10 @@ def _factored(stack: Stack, basis: Tensor, merged: Tensor, rank: int) -> MergedM
     size = _power(merged)
     merged.div_(size)
     vectors = torch.linalg.eigh(gram(merged)).eigenvectors.flip(1)[:, :rank]
-    rows = vectors.T.to(merged.dtype) @ merged
+    rows = of_rows(vectors.T, merged)
     root = rows.norm(dim=1).sqrt()
     A = torch.where(root[:, None] > 0, rows / root[:, None], 0.0) * math.sqrt(size)
-    B = stack.B @ (basis @ (vectors * root * math.sqrt(size))).to(stack.B.dtype)
+    B = of_columns(stack.B, basis @ (vectors * root * math.sqrt(size)))
     return MergedModule(A, B, stack, None)
 
 

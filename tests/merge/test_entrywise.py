@@ -138,7 +138,7 @@ class TestALargeMatrix:
         stack = stack_of(random_adapters([3, 4], d_out=70, d_in=50), [1.0, 0.5])
         whole = run_method(name, stack, rank=50, **parameters(name))
         short = run_method(name, stack, rank=4, **parameters(name))
-        monkeypatch.setattr(rows, "WHOLE", 100)
+        monkeypatch.setattr(rows, "SORTED", 100)
         monkeypatch.setattr(rows, "SAMPLE", 1 << 10)
         monkeypatch.setattr(rows, "TILE_BYTES", 1)
         monkeypatch.setattr(rows, "TILE_COLUMNS", 16)
@@ -151,7 +151,7 @@ class TestALargeMatrix:
         self, name: str, stack_of: Any, random_adapters: Any, run_method: Any, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """As on a device that the loops do not know."""
-        monkeypatch.setattr(rows, "WHOLE", 100)
+        monkeypatch.setattr(rows, "SORTED", 100)
         monkeypatch.setattr(rows, "SAMPLE", 1 << 10)
         monkeypatch.setattr(rows, "TILE_BYTES", 1)
         stack = stack_of(random_adapters([3, 4], d_out=70, d_in=50), [1.0, 0.5])
@@ -169,7 +169,7 @@ class TestALargeMatrix:
         exact = rows.largest(deltas, measure, counts)
         values = (deltas.B[1] @ deltas.A[1]).abs().flatten().sort(descending=True).values
         torch.testing.assert_close(torch.tensor(exact[1][1:4]), values[[0, 699, 3498]])
-        monkeypatch.setattr(rows, "WHOLE", 100)
+        monkeypatch.setattr(rows, "SORTED", 100)
         monkeypatch.setattr(rows, "SAMPLE", 1 << 10)
         monkeypatch.setattr(rows, "MARGIN", 1e-5)
         passes = 0
@@ -193,6 +193,7 @@ class TestALargeMatrix:
         deltas = rows.DeltaRows.of(stack_of(random_adapters([3, 4, 9], d_out=531, d_in=810)))
         total, held = deltas.entries, []
         monkeypatch.setattr(rows, "SAMPLE", 1 << 12)
+        monkeypatch.setattr(rows, "SORTED", total)
         add = Brackets.add_all
 
         def watched(seen: Brackets, *arguments: Any) -> None:
@@ -204,7 +205,7 @@ class TestALargeMatrix:
         for measure, wanted in ((rows.entries, counts), (rows.Variance(WEIGHTS), counts[:1])):
             exact = rows.largest(deltas, measure, wanted)
             with monkeypatch.context() as changed:
-                changed.setattr(rows, "WHOLE", 100)
+                changed.setattr(rows, "SORTED", 100)
                 assert rows.largest(deltas, measure, wanted) == exact
                 first = held.pop()
                 changed.setattr(rows, "NARROWED", 100)
@@ -280,7 +281,7 @@ class TestALargeMatrix:
         deltas = rows.DeltaRows.of(stack_of(pairs))
         counts = [[700, 3499, 20_000]] * 2
         exact = rows.largest(deltas, measure, counts)
-        monkeypatch.setattr(rows, "WHOLE", 100)
+        monkeypatch.setattr(rows, "SORTED", 100)
         monkeypatch.setattr(rows, "SAMPLE", 1 << 14)
         monkeypatch.setattr(rows, "TILE_BYTES", 1)
         held = -1
@@ -307,7 +308,7 @@ class TestALargeMatrix:
         run_method: Any,
         monkeypatch: pytest.MonkeyPatch,
     ) -> None:
-        monkeypatch.setattr(rows, "WHOLE", whole)
+        monkeypatch.setattr(rows, "SORTED", whole)
         monkeypatch.setattr(row_svd, "WHOLE", whole)
         monkeypatch.setattr(rows, "SAMPLE", 1 << 10)
         # of the smaller ones the entries themselves do not, but sums of their squares
@@ -322,7 +323,7 @@ class TestBreadcrumbs:
     def test_entries_that_are_as_large_as_the_largest_that_stays_all_stay(
         self, whole: int, stack_of: Any, run_method: Any, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(rows, "WHOLE", whole)
+        monkeypatch.setattr(rows, "SORTED", whole)
         monkeypatch.setattr(rows, "SAMPLE", 1 << 10)
         sizes = torch.cat([torch.full((4, 1), 9.0), torch.full((60, 1), 5.0), torch.full((36, 1), 1.0)])
         A = torch.cat([torch.ones(1, 20), -torch.ones(1, 20)], 1)

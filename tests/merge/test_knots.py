@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from artifacts.errors import MergeRefused
-from merge import rules
-from merge.rows import kth_size
+from merge import rows, rules
+from merge.entry_rule import EntryRule
 
 
 def dense(adapters: list[Any], weights: list[float], density: float, election: Any) -> Tensor:
@@ -71,18 +71,14 @@ def test_the_report_measures_a_result_outside_the_span(stack_of: Any, random_ada
 
 def test_parts_in_tiles_are_the_parts(stack_of: Any, random_adapters: Any) -> None:
     """Bit for bit, with more rows and columns than a tile has, and a kept entry on the border of the window."""
-    from merge.catalog import parse_parameters
-    from merge.methods import knots
-    from merge.rows import DeltaRows
-
     adapters = random_adapters([5, 3], d_out=70, d_in=2500)
-    parts = DeltaRows(tuple(A for A, _, _ in adapters), tuple(B.contiguous() for _, B, _ in adapters))
+    parts = rows.DeltaRows(tuple(A for A, _, _ in adapters), tuple(B.contiguous() for _, B, _ in adapters))
     assert len(list(parts.tiles())) > 2
     weights = torch.tensor([1.0, -0.5], dtype=torch.float64)
-    whole = torch.stack([part.clone() for part in parts.each()])
+    whole = torch.cat([tile.clone() for _, _, tile in parts.tiles(whole_rows=True)], 1)
     expected = rules.elected_sum(whole, weights, "total", rules.trimming(whole, 0.2, parts.entries))
-    options = parse_parameters("knots", {"density": 0.2})
-    assert torch.equal(knots._elected(parts, weights, options), expected)
+    window = rows.trimming(parts, 0.2)
+    assert torch.equal(parts.whole(EntryRule.elected_sum(weights, "total", window)), expected)
 
 
 @pytest.mark.parametrize("rule", ["sum", "ties", "dare", "dare_ties"])
@@ -94,15 +90,14 @@ def test_parts_are_never_there_together(
     random_adapters: Any,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """As the rules on whole parts do, from tiles; TIES in single precision takes a whole part at a time."""
-    from merge import rows
+    """As the rules on whole parts do."""
     from merge.catalog import parse_parameters
     from merge.methods import knots
 
     stack = stack_of(random_adapters([5, 3, 4], d_out=70, d_in=300), [1.0, -0.5, 2.0], dtype)
     options = parse_parameters("knots", {"rule": rule, "density": 0.3, "seed": 3})
     parts = rows.DeltaRows.of(stack)
-    whole = torch.stack([part.clone() for part in parts.each()])
+    whole = torch.cat([tile.clone() for _, _, tile in parts.tiles(whole_rows=True)], 1)
     if rule.startswith("dare"):
         seeds = rules.seeds(stack, 3)
         whole = torch.stack([rules.dropped(part, 0.3, seed) for part, seed in zip(whole, seeds, strict=True)])
@@ -111,11 +106,9 @@ def test_parts_are_never_there_together(
         expected = rules.elected_sum(whole, stack.owner_weights, "total", window)
     else:
         expected = rules.weighted_sum(whole, stack.owner_weights)
-    monkeypatch.setattr(rows, "WHOLE", 100)
+    monkeypatch.setattr(rows, "SORTED", 100)
     monkeypatch.setattr(rows, "SAMPLE", 1 << 12)
     monkeypatch.setattr(rows, "TILE_BYTES", 1)
-    if rule != "ties" or dtype == torch.float64:
-        monkeypatch.setattr(rows.DeltaRows, "each", None)
     found = knots._merged_parts(parts, stack, options)
     assert found.dtype == dtype
     wrong = (found - expected).abs() > 1e-4 * expected.abs().max()
@@ -141,10 +134,15 @@ def test_large_numbers_are_merged_or_refused_in_words(
 
 
 @pytest.mark.parametrize("k", [1, 2, 40_000, 139_999, 140_000])
-def test_the_border_of_a_large_block(k: int) -> None:
-    """Exact for numbers that differ, for ties, and where the columns that a sample visits are not like the others."""
-    block = torch.randn(40, 3500, generator=torch.Generator().manual_seed(0))
-    skewed = block.clone()
-    skewed.view(-1)[:: skewed.numel() // 2**13 | 1] *= 100
-    for case in (block, block.round(decimals=1), block * 0, skewed):
-        assert kth_size(case, k) == case.abs().flatten().sort(descending=True).values[k - 1]
+def test_the_borders_of_broad_parts(k: int) -> None:
+    """Exact for numbers that differ, for ties, for zeros, and where rows and columns are not like the others."""
+    plain = torch.randn(40, 3500, generator=torch.Generator().manual_seed(0))
+    skewed = plain.clone()
+    skewed[::7] *= 100
+    skewed[:, 1000:1100] *= 1000
+    cases = (plain, plain.round(decimals=1), plain * 0, skewed)
+    parts = rows.DeltaRows(cases, tuple(torch.eye(40) for _ in cases))
+    assert parts.entries > rows.SORTED
+    expected = [[float(case.abs().flatten().sort(descending=True).values[k - 1])] for case in cases]
+    found = rows.largest(parts, rows.entries, [[k]] * 4)
+    assert found == (expected if k < parts.entries else [[0.0]] * 4)

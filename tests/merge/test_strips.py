@@ -58,7 +58,7 @@ class TestStrips:
             "variance": {"sizes": WEIGHTS, "least": 3.0},
         }.get(kind, {})
         rule = EntryRule(WEIGHTS, votes, shares, election, **changes)
-        whole = torch.stack([part.clone() for part in deltas.each()])
+        whole = torch.cat([tile.clone() for _, _, tile in deltas.tiles(whole_rows=True)], 1)
         expected = rule(0, 0, whole)
         assert float((expected == 0).float().mean()) < 0.9
         block = strips.new_block(d_in, whole)
@@ -70,7 +70,7 @@ class TestStrips:
 
     def test_energies_are_those_of_the_places_that_vary_most(self, stack_of: Any, random_adapters: Any) -> None:
         deltas = rows.DeltaRows.of(stack_of(random_adapters([3, 4, 9], d_out=700, d_in=50)))
-        whole = torch.stack([part.clone() for part in deltas.each()])
+        whole = torch.cat([tile.clone() for _, _, tile in deltas.tiles(whole_rows=True)], 1)
         border = float(rules.variance(whole, WEIGHTS).median())
         expected = (whole * (rules.variance(whole, WEIGHTS) >= border)).double().square().sum((1, 2))
         torch.testing.assert_close(deltas.energies(WEIGHTS, border), expected, rtol=1e-6, atol=0)
