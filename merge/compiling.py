@@ -12,7 +12,7 @@ from merge import rules
 from merge.catalog import METHODS, parse_parameters
 from merge.gram import gram
 from merge.kmeans import gram_kmeans
-from merge.methods import entrywise, knots
+from merge.methods import entrywise, knots, lego
 from merge.panel import LANES
 from merge.stack import Stack
 
@@ -36,7 +36,7 @@ def compile_loops() -> None:
     ).ordered()
     stack.best(_RANK)
     for name, row in METHODS.items():
-        if row.implementation.startswith((entrywise.__name__, knots.__name__)):
+        if row.implementation.startswith((entrywise.__name__, knots.__name__, lego.__name__)):
             row.load()(stack, parse_parameters(name, {}), _RANK)
     for columns in (False, True):
         gram(torch.ones(LANES, LANES), columns=columns)

@@ -29,17 +29,15 @@ def squared_distances(gram, signed):
 
 
 @compiled
-def draw(mass, total, uniform):
-    """Index drawn with probability mass[i]/total."""
-    target, running = uniform * total, 0.0
-    last = 0
-    for i in range(len(mass)):
-        if mass[i] > 0.0:
-            running += mass[i]
-            last = i
-            if running > target:
-                return i
-    return last
+def draw(running, uniform):
+    """Index drawn with the probability that its mass has in the whole, by the running sums of the masses."""
+    target, index = uniform * running[-1], 0
+    for total in running:
+        index += total <= target
+    # rounding: the last that has a mass
+    while index == len(running) or (index > 0 and running[index - 1] == running[-1]):
+        index -= 1
+    return index
 
 
 @summing
@@ -57,15 +55,14 @@ def plus_plus(distances, weights, k, draws):
     """Greedy k-means++: indices (k,) of the seeds. draws: (k, L) uniform numbers."""
     n = len(distances)
     seeds = np.empty(k, dtype=np.int64)
-    seeds[0] = draw(weights, weights.sum(), draws[0, 0])
+    seeds[0] = draw(np.cumsum(weights), draws[0, 0])
     nearest = distances[seeds[0]].copy()
     trial, best = np.empty(n), np.empty(n)
     for step in range(1, k):
-        mass = nearest * weights
-        total = mass.sum()
+        running = np.cumsum(nearest * weights)
         lowest = np.inf
         for j in range(draws.shape[1]):
-            candidate = draw(mass, total, draws[step, j])
+            candidate = draw(running, draws[step, j])
             potential = potential_with(nearest, distances[candidate], weights, trial)
             if potential < lowest:
                 lowest = potential
@@ -244,20 +241,26 @@ def leaving(gram, weights, labels, signs, P, mass, squared, counts, i):
 
 
 @compiled
-def best_move(joined, left):
-    """(gain, point, target) of the single-point move that lowers the inertia most, of (k, n) and (n,) gains."""
+def best_move(joined, left, best):
+    """(gain, point, target) of the single-point move that lowers the inertia most, of (k, n) and (n,) gains.
+
+    Args:
+        best: (n,) room for the largest gain of each point.
+    """
     k, n = joined.shape
-    best, targets = joined[0].copy(), np.zeros(n, dtype=np.int64)
+    best[:] = joined[0]
     for b in range(1, k):
         row = joined[b]
         for i in range(n):
-            better = row[i] > best[i]
-            targets[i] = b if better else targets[i]
-            best[i] = row[i] if better else best[i]
+            best[i] = row[i] if row[i] > best[i] else best[i]
     gain, point, target = 0.0, -1, -1
     for i in range(n):
         if best[i] + left[i] > gain:
-            gain, point, target = best[i] + left[i], i, targets[i]
+            gain, point = best[i] + left[i], i
+    if point >= 0:
+        target = 0
+        while joined[target, point] != best[point]:
+            target += 1
     return gain, point, target
 
 
@@ -267,13 +270,13 @@ def move_points(gram, weights, labels, signs, k, signed):
     n = len(gram)
     P, mass, squared, counts = measure(gram, weights, labels, signs, k)
     threshold = RELATIVE_GAIN * np.sum(weights * np.diag(gram))
-    joined, left = np.empty((k, n)), np.empty(n)
+    joined, left, best = np.empty((k, n)), np.empty(n), np.empty(n)
     for b in range(k):
         joining(gram, weights, labels, P, mass, squared, b, signed, joined[b])
     for i in range(n):
         left[i] = leaving(gram, weights, labels, signs, P, mass, squared, counts, i)
     while True:
-        gain, point, b = best_move(joined, left)
+        gain, point, b = best_move(joined, left, best)
         if gain <= threshold:
             return
         a, w, sign = labels[point], weights[point], signs[point]

@@ -16,11 +16,13 @@ import torch
 from torch import Tensor
 
 from artifacts.algebra import core_svd, truncated_factors
+from merge import cluster_loops
 from merge.coordinates import Product
 from merge.kmeans import Clustering, gram_kmeans, sklearn_tolerance
 from merge.options import LegoOptions
 from merge.products import of_columns, of_rows
 from merge.result import ClusterReport, MergedModule
+from merge.rules import compiled
 from merge.stack import Stack
 
 NEGLIGIBLE_NORM = 1e-12
@@ -37,7 +39,7 @@ def merge(stack: Stack, options: LegoOptions, rank: int) -> MergedModule:
     labels = torch.from_numpy(clustering.labels).to(units.A.device)
     signs = signs * torch.from_numpy(clustering.signs).to(signs)
     means = _means(labels, signs, units.weights, k)
-    averages = _Averages(of_rows(means, units.A), of_columns(units.B, means.T))
+    averages = _averages(units, labels, means)
     factors, capped = _reweighting(units, means, labels, averages, options)
     gain = _output_gain(units, k, options)
     A = averages.A * factors[:, None].to(averages.A.dtype)
@@ -60,6 +62,19 @@ class _Averages:
 
     A: Tensor
     B: Tensor
+
+
+def _averages(units: Stack, labels: Tensor, means: Tensor) -> _Averages:
+    """Of the members of each cluster, by their coordinates (k, n)."""
+    if not (compiled(units.A) and compiled(units.B)):
+        return _Averages(of_rows(means, units.A), of_columns(units.B, means.T))
+    members = labels.argsort(stable=True)
+    starts = torch.nn.functional.pad(torch.bincount(labels, minlength=len(means)).cumsum(0), (1, 0)).numpy()
+    factors = means[labels[members], members].float().numpy()
+    A, B = units.A.new_empty(len(means), units.A.shape[1]), units.B.new_empty(units.B.shape[0], len(means))
+    cluster_loops.row_sums(units.A.numpy(), members.numpy(), starts, factors, A.numpy())
+    cluster_loops.column_sums(units.B.numpy(), members.numpy(), starts, factors, B.numpy())
+    return _Averages(A, B)
 
 
 def _canonicalized(stack: Stack, options: LegoOptions) -> Stack:

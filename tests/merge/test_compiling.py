@@ -10,16 +10,17 @@ from types import ModuleType
 
 import pytest
 
-from merge import entry_loops, gram_loops, mask_loops, panel, product_loops, strip_loops
+from merge import cluster_loops, entry_loops, gram_loops, mask_loops, panel, product_loops, strip_loops
 
 SCRIPT = """
-from merge import entry_loops, gram_loops, kmeans_loops, mask_loops, product_loops, rank_loops, strip_loops
+from merge import cluster_loops, entry_loops, gram_loops, kmeans_loops, mask_loops
+from merge import product_loops, rank_loops, strip_loops
 from merge.compiling import compile_loops
 compile_loops()
 # what loops call of each other lies in the cache with those that call it
 called = {"row_keys", "drawn_at"}
 loops = {kmeans_loops.solve, kmeans_loops.adjusted_rand}
-for module in (entry_loops, gram_loops, mask_loops, product_loops, rank_loops, strip_loops):
+for module in (cluster_loops, entry_loops, gram_loops, mask_loops, product_loops, rank_loops, strip_loops):
     named = {name: loop for name, loop in vars(module).items() if hasattr(loop, "stats") and name[0] != "_"}
     loops |= {loop for name, loop in named.items() if name not in called}
 missing = [loop.__name__ for loop in loops if not (loop.stats.cache_hits or loop.stats.cache_misses)]
@@ -39,6 +40,7 @@ def test_every_loop_is_compiled_or_loaded() -> None:
 @pytest.mark.parametrize(
     ("loops", "name", "source"),
     [
+        (cluster_loops, "PANEL_DIGEST", panel),
         (entry_loops, "PANEL_DIGEST", panel),
         (gram_loops, "PANEL_DIGEST", panel),
         (product_loops, "PANEL_DIGEST", panel),

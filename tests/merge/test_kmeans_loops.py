@@ -50,7 +50,7 @@ class Case:
         for b in range(self.k):
             loops.joining(self.gram, self.weights, labels, P, *rest[:2], b, self.signed, joined[b])
         left = np.array([loops.leaving(self.gram, self.weights, labels, signs, P, *rest, i) for i in range(9)])
-        found: tuple[float, int, int] = loops.best_move(joined, left)
+        found: tuple[float, int, int] = loops.best_move(joined, left, np.empty(9))
         return found
 
 
@@ -206,8 +206,9 @@ def test_an_empty_cluster_gets_the_farthest_point_that_is_not_alone(
 
 def test_draws_follow_the_masses() -> None:
     mass = np.array([0.0, 2.0, 0.0, 1.0, 1.0, 0.0])
-    found = [int(loops.draw(mass, 4.0, at)) for at in (0.0, 0.49, 0.5, 0.74, 0.75, 0.99, 1.0)]
+    found = [int(loops.draw(np.cumsum(mass), at)) for at in (0.0, 0.49, 0.5, 0.74, 0.75, 0.99, 1.0)]
     assert found == [1, 1, 3, 3, 4, 4, 4]
+    assert int(loops.draw(np.zeros(3), 0.5)) == 0
 
 
 @settings(max_examples=40, derandomize=True, deadline=None)
@@ -218,11 +219,11 @@ def test_seeds_are_greedy(given_case: tuple[int, int, bool]) -> None:
     draws = np.random.default_rng(given_case[0]).random((case.k, 3))
     found = loops.plus_plus(loops.squared_distances(case.gram, case.signed), case.weights, case.k, draws)
     distances = case.distances(case.X)
-    expected = [int(loops.draw(case.weights, case.weights.sum(), draws[0, 0]))]
+    expected = [int(loops.draw(np.cumsum(case.weights), draws[0, 0]))]
     for step in range(1, case.k):
         nearest = distances[expected].min(0)
-        mass = nearest * case.weights
-        tried = [int(loops.draw(mass, mass.sum(), at)) for at in draws[step]]
+        running = np.cumsum(nearest * case.weights)
+        tried = [int(loops.draw(running, at)) for at in draws[step]]
         left = [(np.minimum(nearest, distances[at]) * case.weights).sum() for at in tried]
         expected.append(tried[int(np.argmin(left))])
     assert found.tolist() == expected
