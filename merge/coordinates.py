@@ -1,4 +1,4 @@
-"""A merged module in terms of the components that it is made of: K: (n, n) with ΔW' = B·K·A.
+"""A merged module in terms of the components that it is made of: K: (n, n) with ΔW' = B·K·A, or B·left of its factors.
 
 K has as few parameters as the module has components of its own, so that n×n inner products measure it without a product
 of n×n matrices.
@@ -59,7 +59,27 @@ class Product:
         return result, error
 
 
-Coordinates = Diagonal | Product
+@dataclass(frozen=True, slots=True, eq=False)
+class OfColumns:
+    """ΔW' = B·left·A' with an A': (k, d_in) that leaves the span of the components, and is known by its inner products.
+
+    Attributes:
+        left: (n, k); inner: (k, k) A'A'ᵀ; across: (k, n) A'Aᵀ; float64.
+    """
+
+    left: Tensor
+    inner: Tensor
+    across: Tensor
+
+    def measured(self, gram_A: Tensor, gram_B: Tensor, weights: Tensor, energy: float) -> tuple[float, float]:
+        """‖D'‖² and ‖D' − D‖² for D = B·diag(weights)·A, whose own ‖D‖² is `energy`."""
+        of_B = gram_B @ self.left
+        result = _positive(((self.left.T @ of_B) * self.inner).sum())
+        shared = float(weights @ (of_B * self.across.T).sum(1))
+        return result, max(result - 2 * shared + energy, 0.0)
+
+
+Coordinates = Diagonal | Product | OfColumns
 
 
 def _positive(value: Tensor) -> float:

@@ -39,8 +39,8 @@ class MergedModule:
     Attributes:
         A: (k, d_in); B: (d_out, k), in the compute dtype.
         stack: the components that the result is made of; the one that was given, or the same ΔWᵢ in other terms.
-        coordinates: K with B·A = stack.B·K·stack.A, by which the report measures the result; None when the result
-            leaves the span of the components, and is measured by its factors.
+        coordinates: what B·A is in terms of stack.B and stack.A, by which the report measures the result; None when
+            both sides leave the span of the components, and the result is measured by its factors.
         clusters: filled by methods that cluster.
         figures: what else the method has to say of the module, by name.
     """

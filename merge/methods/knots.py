@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from merge import rules
+from merge.coordinates import OfColumns
 from merge.core import one_sign
 from merge.entry_rule import EntryRule
 from merge.gram import gram
@@ -24,6 +25,9 @@ from merge.stack import Stack
 
 NULL = 1e-5
 """Directions with singular values below this are dropped, as in the official code, here relative to the largest."""
+
+SQUARED = 1e-12, 1e30
+"""Rows whose largest squared norm is between these have inner products that neither overflow nor vanish."""
 
 
 def merge(stack: Stack, options: KnotsOptions, rank: int) -> MergedModule:
@@ -68,16 +72,20 @@ def _factored(stack: Stack, basis: Tensor, merged: Tensor, rank: int) -> MergedM
     """U·merged at min(rank, p) components, √σ on either side, from the p×p Gram matrix of the rows of `merged`.
 
     Raises:
-        MergeRefused: `merged`, which is changed, overflows.
+        MergeRefused: `merged`, which may be changed, overflows.
     """
-    size = _power(merged)
-    merged.div_(size)
-    vectors = torch.linalg.eigh(gram(merged)).eigenvectors.flip(1)[:, :rank]
+    size, inner = 1.0, gram(merged)
+    largest = float(inner.diagonal().max())
+    if not SQUARED[0] < largest < SQUARED[1]:
+        size = _power(merged)
+        inner = gram(merged.div_(size))
+    vectors = torch.linalg.eigh(inner).eigenvectors.flip(1)[:, :rank]
     rows = of_rows(vectors.T, merged)
     root = rows.norm(dim=1).sqrt()
     A = torch.where(root[:, None] > 0, rows / root[:, None], 0.0) * math.sqrt(size)
-    B = of_columns(stack.B, basis @ (vectors * root * math.sqrt(size)))
-    return MergedModule(A, B, stack, None)
+    left = basis @ (vectors * root * math.sqrt(size))
+    coordinates = OfColumns(left, gram(A), (A @ stack.A.T).double())
+    return MergedModule(A, of_columns(stack.B, left), stack, coordinates)
 
 
 def _power(merged: Tensor) -> float:

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from artifacts.algebra import gram
-from merge.coordinates import Coordinates, Diagonal, Product
+from merge.coordinates import Coordinates, Diagonal, OfColumns, Product
 
 SIZE = 7
 
@@ -35,6 +35,17 @@ def test_energies_are_those_of_the_matrices(seed: int, rank: int, away: float, d
     kept, error = K.measured(gram(A), gram(B, columns=True), weights, energy)
     assert kept == pytest.approx(float(result.square().sum()), rel=1e-10)
     assert error == pytest.approx(float((result - exact).square().sum()), rel=1e-6, abs=1e-25 * energy)
+
+
+@given(st.integers(0, 10_000), st.integers(1, SIZE + 2))
+def test_a_side_that_is_not_of_the_components_is_known_by_its_inner_products(seed: int, rank: int) -> None:
+    A, B, weights = drawn(seed, SIZE, 12), drawn(seed + 1, 9, SIZE), drawn(seed + 2, SIZE)
+    left, of_its_own = drawn(seed + 3, SIZE, rank), drawn(seed + 4, rank, 12)
+    K = OfColumns(left, of_its_own @ of_its_own.T, of_its_own @ A.T)
+    exact, result = (B * weights) @ A, B @ left @ of_its_own
+    kept, error = K.measured(gram(A), gram(B, columns=True), weights, float(exact.square().sum()))
+    assert kept == pytest.approx(float(result.square().sum()), rel=1e-10)
+    assert error == pytest.approx(float((result - exact).square().sum()), rel=1e-9)
 
 
 def test_nothing_is_as_far_from_the_sum_as_the_sum_is_large() -> None:
