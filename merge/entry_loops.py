@@ -23,7 +23,7 @@ from merge.panel import (
     variance_panel,
 )
 
-PANEL_DIGEST = "94c8dd01b91a827e"
+PANEL_DIGEST = "aa72705a7a7c897a"
 """Of panel.py: numba's cache keeps what it compiled from that file until this one changes."""
 
 
@@ -153,7 +153,7 @@ def variance(X, sizes, result):
     share, rounding = np.float32(1 / count), np.float32(count * 2.0**-23)
     whole, flat_X = size - size % LANES, X.ravel()
     for c in range(0, whole, LANES):
-        variance_panel(flat_X, c, size, count, sizes, share, rounding, result, c)
+        variance_panel(flat_X, c, size, count, sizes, share, rounding, np.float32(0), result, c)
     for c in range(whole, size):
         mean, squares, largest = np.float32(0), np.float32(0), np.float32(0)
         for i in range(count):

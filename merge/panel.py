@@ -151,7 +151,7 @@ def bracket_panel(_typing, x, place, low, high, inside):
     """What the numbers of a panel, in one piece of the float32 array x from a place on, are: int64 of
 
     bits 0 to 31: how many are above high in size; from 32: whether one of them is NaN. Which have low ≤ |x| ≤ high goes
-    to the uint32 array `inside` (ROWS,), a bit for each; NaN is above all.
+    to the uint64 array `inside`, a bit for each; NaN is above all.
     """
     signature = types.int64(x, place, low, high, inside)
 
@@ -163,14 +163,17 @@ def bracket_panel(_typing, x, place, low, high, inside):
         low, high = (builder.bitcast(value, number) for value in values[2:4])
         first, span = _spread(builder, low, COLUMNS), _spread(builder, builder.sub(high, low), COLUMNS)
         without_sign = _spread(builder, number(0x7FFFFFFF), COLUMNS)
-        above, largest = vector([0] * COLUMNS), vector([0] * COLUMNS)
+        above, largest, per_word, word = vector([0] * COLUMNS), vector([0] * COLUMNS), 64 // COLUMNS, None
         for row in range(ROWS):
             there = builder.gep(x, [builder.add(values[1], values[1].type(row * COLUMNS))])
             bits = builder.load(builder.bitcast(there, vector.as_pointer()), align=4)
             bits = builder.and_(bits, without_sign)
             over = builder.sub(bits, first)
             among = builder.bitcast(builder.icmp_unsigned("<=", over, span), ir.IntType(COLUMNS))
-            builder.store(among, builder.gep(inside, [ir.IntType(64)(row)]))
+            among = builder.shl(builder.zext(among, wide), wide(row % per_word * COLUMNS))
+            word = builder.or_(word, among) if row % per_word else among
+            if row % per_word == per_word - 1:
+                builder.store(word, builder.gep(inside, [wide(row // per_word)]))
             above = builder.add(above, builder.zext(builder.icmp_signed(">", over, span), vector))
             largest = builder.select(builder.icmp_signed(">", bits, largest), bits, largest)
         infinite = _spread(builder, number(0x7F800000), COLUMNS)
@@ -223,17 +226,20 @@ def _sum_panel(columns):
     return sum_panel
 
 
-def _variance_panel(columns):
-    """`entry_loops.variance` of as many entries: the i-th block's are X[x + i·x_step:]; `share` is 1/count."""
+def _variance_panel(columns, chooses=False):
+    """`entry_loops.variance` of as many entries: the i-th block's are X[x + i·x_step:]; `share` is 1/count.
+
+    `chooses`: what is in the result is 0 where the variance is below `least`, and else stays.
+    """
 
     @intrinsic
-    def variance_panel(_typing, X, x, x_step, count, sizes, share, rounding, result, place):
-        signature = types.void(X, x, x_step, count, sizes, share, rounding, result, place)
+    def variance_panel(_typing, X, x, x_step, count, sizes, share, rounding, least, result, place):
+        signature = types.void(X, x, x_step, count, sizes, share, rounding, least, result, place)
 
         def generate(context, builder, signature, values):
             vector = ir.VectorType(ir.FloatType(), columns)
-            X, sizes, result = (_data(context, builder, signature, values, place) for place in (0, 4, 7))
-            share, rounding = (_spread(builder, values[place], columns) for place in (5, 6))
+            X, sizes, result = (_data(context, builder, signature, values, place) for place in (0, 4, 8))
+            share, rounding, least = (_spread(builder, values[place], columns) for place in (5, 6, 7))
             fabs = _fabs(builder, vector)
 
             def scaled(index):
@@ -255,13 +261,42 @@ def _variance_panel(columns):
                 builder.store(builder.fadd(builder.load(squares), square), squares)
             found, border = builder.fmul(builder.load(squares), share), builder.fmul(rounding, builder.load(largest))
             nothing = builder.fcmp_ordered("<", found, builder.fmul(border, border))
-            to = builder.bitcast(builder.gep(result, [values[8]]), vector.as_pointer())
-            builder.store(builder.select(nothing, vector(None), found), to, align=4)
+            to = builder.bitcast(builder.gep(result, [values[9]]), vector.as_pointer())
+            found = builder.select(nothing, vector(None), found)
+            if chooses:
+                enough = builder.fcmp_ordered(">=", found, least)
+                found = builder.select(enough, builder.load(to, align=4), vector(None))
+            builder.store(found, to, align=4)
             return context.get_dummy_value()
 
         return signature, generate
 
     return variance_panel
+
+
+@intrinsic
+def add_energies(_typing, X, x, x_step, count, measure, place, least, result):
+    """result[i·COLUMNS + j] += X[x + i·x_step + j]² where measure[place + j] ≥ least, for i < count and j < COLUMNS."""
+    signature = types.void(X, x, x_step, count, measure, place, least, result)
+
+    def generate(context, builder, signature, values):
+        vector = ir.VectorType(ir.FloatType(), COLUMNS)
+        X, measure, result = (_data(context, builder, signature, values, place) for place in (0, 4, 7))
+
+        def address(array, place):
+            return builder.bitcast(builder.gep(array, [place]), vector.as_pointer())
+
+        measured = builder.load(address(measure, values[5]), align=4)
+        enough = builder.fcmp_ordered(">=", measured, _spread(builder, values[6], COLUMNS))
+        with cgutils.for_range(builder, values[3]) as loop:
+            number = builder.load(address(X, builder.add(values[1], builder.mul(loop.index, values[2]))), align=4)
+            to = address(result, builder.mul(loop.index, loop.index.type(COLUMNS)))
+            before = builder.load(to, align=4)
+            added = builder.fadd(before, builder.fmul(number, number))
+            builder.store(builder.select(enough, added, before), to, align=4)
+        return context.get_dummy_value()
+
+    return signature, generate
 
 
 def _elected_panel(by_count, columns):
@@ -319,6 +354,7 @@ def _elected_panel(by_count, columns):
 
 sum_panel, sum_row = _sum_panel(LANES), _sum_panel(COLUMNS)
 variance_panel, variance_row = _variance_panel(LANES), _variance_panel(COLUMNS)
+choosing_row = _variance_panel(COLUMNS, chooses=True)
 elected_by_sum, row_elected_by_sum = (_elected_panel(by_count=False, columns=width) for width in (LANES, COLUMNS))
 elected_by_count, row_elected_by_count = (_elected_panel(by_count=True, columns=width) for width in (LANES, COLUMNS))
 

@@ -13,9 +13,11 @@ from merge.panel import (
     COLUMNS,
     LANES,
     ROWS,
+    add_energies,
     adding_half,
     adding_panel,
     bracket_panel,
+    choosing_row,
     compiled,
     first_bit,
     lanes,
@@ -26,7 +28,7 @@ from merge.panel import (
     variance_row,
 )
 
-PANEL_DIGEST = "94c8dd01b91a827e"
+PANEL_DIGEST = "aa72705a7a7c897a"
 MASK_DIGEST = "022cc137d018cd5a"
 """Of panel.py and of mask_loops.py: numba's cache keeps what it compiled from them until this file changes."""
 
@@ -50,12 +52,12 @@ def _form(flat_A, flat_B, starts, strip, row, X):
 
 @compiled
 def _erase(X, keys, row, column, last):
-    """Zero the entries of the panels X (N · PANEL,) whose numbers are above `last`; keys: (N, rows, 2) of the rows."""
+    """Zero the entries of the panels X (N, ROWS, COLUMNS) whose numbers are above `last`; keys: (N, rows, 2)."""
     for i in range(len(keys)):
         for r in range(ROWS):
-            x, (first, second) = X[i * PANEL + r * COLUMNS :][:COLUMNS], keys[i, row + r]
+            first, second = keys[i, row + r, 0], keys[i, row + r, 1]
             for c in range(COLUMNS):
-                x[c] = x[c] if drawn_at(first, second, column + c) <= last else np.float32(0)
+                X[i, r, c] = X[i, r, c] if drawn_at(first, second, column + c) <= last else np.float32(0)
 
 
 @compiled
@@ -73,18 +75,19 @@ def merge(A, B, starts, row, rule, lower, upper, votes, weights, shares, keys, l
     """
     count, rows = len(starts) - 1, block.shape[1]
     flat_A, flat_B, flat_block = A.ravel(), B.ravel(), block.ravel()
-    X, varied = np.empty(count * PANEL, np.float32), np.empty(COLUMNS, np.float32)
+    X = np.empty(count * PANEL, np.float32)
+    panels = X.reshape(count, ROWS, COLUMNS)
     share, rounding = np.float32(1 / count), np.float32(count * 2.0**-23)
     of_rows = np.empty((len(keys), rows, 2), np.uint32)
     for i in range(len(keys)):
         for r in range(rows):
-            of_rows[i, r] = row_keys(keys[i], row + r)
+            of_rows[i, r, 0], of_rows[i, r, 1] = row_keys(keys[i], row + r)
     for strip in range(len(A)):
         for top in range(0, rows, ROWS):
             _form(flat_A, flat_B, starts, strip, row + top, X)
-            _erase(X, of_rows, top, strip * COLUMNS, last)
-            for x in range(0, PANEL, COLUMNS):
-                to = (strip * rows + top) * COLUMNS + x
+            _erase(panels, of_rows, top, strip * COLUMNS, last)
+            for r in range(ROWS):
+                x, to = r * COLUMNS, (strip * rows + top + r) * COLUMNS
                 if rule == SUM:
                     sum_row(X, x, PANEL, count, lower, upper, weights, flat_block, to)
                 elif rule == BY_SUM:
@@ -92,9 +95,7 @@ def merge(A, B, starts, row, rule, lower, upper, votes, weights, shares, keys, l
                 else:
                     row_elected_by_count(X, x, PANEL, count, lower, upper, votes, weights, shares, flat_block, to)
                 if least > 0:
-                    variance_row(X, x, PANEL, count, sizes, share, rounding, varied, 0)
-                    for c in range(COLUMNS):
-                        flat_block[to + c] *= np.float32(varied[c] >= least)
+                    choosing_row(X, x, PANEL, count, sizes, share, rounding, least, flat_block, to)
 
 
 @compiled
@@ -104,24 +105,18 @@ def energies(A, B, starts, sizes, least, result):
     flat_A, flat_B = A.ravel(), B.ravel()
     X, varied = np.empty(count * PANEL, np.float32), np.empty(PANEL, np.float32)
     share, rounding = np.float32(1 / count), np.float32(count * 2.0**-23)
-    partial = np.empty((count, COLUMNS), np.float32)
+    partial = np.zeros((count, COLUMNS), np.float32)
+    flat_partial = partial.ravel()
     for strip in range(len(A)):
         for row in range(0, len(B), ROWS):
             _form(flat_A, flat_B, starts, strip, row, X)
             for x in range(0, PANEL, COLUMNS):
-                variance_row(X, x, PANEL, count, sizes, share, rounding, varied, x)
-            if row % (64 * ROWS) == 0:
+                variance_row(X, x, PANEL, count, sizes, share, rounding, np.float32(0), varied, x)
+                add_energies(X, x, PANEL, count, varied, x, least, flat_partial)
+            if row % TERMS == 0 or row + ROWS >= len(B):
                 for i in range(count):
-                    result[i] += partial[i].sum() if row > 0 else 0.0
-                    partial[i] = 0
-            for i in range(count):
-                x, squares = X[i * PANEL :][:PANEL], partial[i]
-                for start in range(0, PANEL, COLUMNS):
-                    for c in range(COLUMNS):
-                        square = x[start + c] * x[start + c]
-                        squares[c] += square if varied[start + c] >= least else np.float32(0)
-        for i in range(count):
-            result[i] += partial[i].sum()
+                    result[i] += partial[i].sum()
+                partial[:] = 0
 
 
 @compiled
@@ -134,34 +129,36 @@ def bracketed(A, B, starts, row, rows, every, sizes, channels, low, high, above,
     """
     count = len(starts) - 1
     flat_A, flat_B = A.ravel(), B.ravel()
-    X, varied = np.empty(count * PANEL, np.float32), np.empty(PANEL, np.float32)
+    X, measured = np.empty((count + 1) * PANEL, np.float32), len(sizes) > 0
     share, rounding = np.float32(1 / count), np.float32(count * 2.0**-23)
-    seen, inside_bits = np.int64(0), np.empty(ROWS, np.uint32)
-    words = inside_bits.view(np.uint64)
+    seen, among = np.int64(0), np.empty(PANEL // 64, np.uint64)
     for strip in range(len(A)):
         # 5 has no divisor in common with the powers of two
         for top in range(row, row + rows, ROWS):
             if (strip + 5 * (top // ROWS)) % every != 0:
                 continue
             _form(flat_A, flat_B, starts, strip, top, X)
-            if len(sizes) > 0:
+            if measured:
                 for x in range(0, PANEL, COLUMNS):
-                    variance_row(X, x, PANEL, count, sizes, share, rounding, varied, x)
+                    variance_row(X, x, PANEL, count, sizes, share, rounding, np.float32(0), X, count * PANEL + x)
             for p in range(len(channels)):
-                x = varied if len(sizes) > 0 else X[channels[p] * PANEL :][:PANEL]
-                lowest, highest, place, kept = low[p], high[p], found[p], inside[p]
-                looked_at = bracket_panel(x, 0, lowest, highest, inside_bits)
+                x = (count if measured else channels[p]) * PANEL
+                lowest, highest, place = low[p], high[p], found[p]
+                looked_at = bracket_panel(X, x, lowest, highest, among)
                 seen |= looked_at
-                above[p] += looked_at & 0xFFFFFFFF
-                for word in range(len(words)):
-                    bits = np.int64(words[word])
+                ties_high, ties_low = 0, 0
+                for word in range(len(among)):
+                    bits = np.int64(among[word])
                     while bits != 0:
-                        size = abs(x[64 * word + first_bit(bits)])
+                        size = abs(X[x + 64 * word + first_bit(bits)])
                         bits &= bits - 1
-                        kept[place] = size
+                        inside[p, place] = size
                         place += (size > lowest) & (size < highest)
-                        at_high[p] += size == highest
-                        at_low[p] += (size == lowest) & (size < highest)
+                        ties_high += size == highest
+                        ties_low += (size == lowest) & (size < highest)
+                above[p] += looked_at & 0xFFFFFFFF
+                at_high[p] += ties_high
+                at_low[p] += ties_low
                 found[p] = place
     return (seen >> 32) == 0
 
