@@ -13,9 +13,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from artifacts.errors import MergeRefused
-from merge import entry_loops, rules, strip_loops
+from merge import rules, strip_loops
 from merge.panel import COLUMNS, ROWS
-from merge.rules import compiled, kth_largest
+from merge.rules import kth_largest
 from merge.strips import BLOCK_ROWS, Strips
 
 EVERY = 16
@@ -76,21 +76,6 @@ class Brackets:
             MergeRefused: one of them is NaN.
         """
         self._make_room(values.shape[1])
-        if compiled(values):
-            finite = entry_loops.bracketed(
-                values.numpy(),
-                self.channels,
-                self.low.numpy(),
-                self.high.numpy(),
-                self.above,
-                self.at_high,
-                self.at_low,
-                self.inside.numpy(),
-                self.count,
-            )
-            if not finite:
-                raise overflow()
-            return
         values = numbers(values)
         sizes = values.abs()
         for number, channel in enumerate(self.channels):

@@ -15,15 +15,13 @@ from merge.panel import (
     compiled,
     elected_by_count,
     elected_by_sum,
-    first_bit,
     fused,
-    glance,
     panel,
     sum_panel,
     variance_panel,
 )
 
-PANEL_DIGEST = "aa72705a7a7c897a"
+PANEL_DIGEST = "458f96fb378de39f"
 """Of panel.py: numba's cache keeps what it compiled from that file until this one changes."""
 
 
@@ -97,52 +95,6 @@ def elected(X, lower, upper, votes, weights, shares, by_count, result):
                 total += weights[i] * X[i, c]
                 divisor += shares[i]
         result[c] = total / (divisor if divisor != 0 else np.float32(1))
-
-
-@compiled
-def bracketed(values, channels, low, high, above, at_high, at_low, inside, found):
-    """How many |values| lie above each bracket, at its high and at its low border is added to `above`, `at_high` and
-    `at_low`; those strictly between go to `inside`. Where both borders are one, it is the high one.
-
-    Returns whether none of them is NaN.
-
-    Args:
-        values: (channels, m).
-        channels, low, high: (P,) each bracket's channel and borders.
-        above, at_high, at_low, found: (P,) counts so far.
-        inside: (P, room) what is found goes to inside[p, found[p]:], with room for m + 1 more.
-    """
-    seen = np.int64(0)
-    for p in range(len(channels)):
-        lowest, highest, place = low[p], high[p], found[p]
-        x, kept = values[channels[p]], inside[p]
-        count, ties_high, ties_low = 0, 0, 0
-        whole = len(x) - len(x) % LANES
-        for start in range(0, whole, LANES):
-            looked_at = glance(x, start, lowest, highest)
-            seen |= looked_at
-            count += (looked_at >> 16) & 0xFFFF
-            bits = looked_at & 0xFFFF
-            while bits != 0:
-                size = abs(x[start + first_bit(bits)])
-                bits &= bits - 1
-                kept[place] = size
-                place += (size > lowest) & (size < highest)
-                ties_high += size == highest
-                ties_low += (size == lowest) & (size < highest)
-        for c in range(whole, len(x)):
-            size = abs(x[c])
-            kept[place] = size
-            count += size > highest
-            place += (size > lowest) & (size < highest)
-            ties_high += size == highest
-            ties_low += (size == lowest) & (size < highest)
-            seen |= np.int64(size != size) << 32
-        above[p] += count
-        at_high[p] += ties_high
-        at_low[p] += ties_low
-        found[p] = place
-    return (seen >> 32) == 0
 
 
 @compiled

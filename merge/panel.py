@@ -119,34 +119,6 @@ def transpose(_typing, X, x, x_step, Y, y, y_step):
 
 
 @intrinsic
-def glance(_typing, x, place, low, high):
-    """What the LANES numbers of the float32 array x from a place on are: int64 of
-
-    bits 0 to 15: those with low ≤ |x| ≤ high; from 16: how many are above high; from 32: those that are NaN.
-    """
-    signature = types.int64(x, place, low, high)
-
-    def generate(context, builder, signature, values):
-        vector, wide = ir.VectorType(ir.FloatType(), LANES), ir.IntType(64)
-        there = builder.gep(_data(context, builder, signature, values, 0), [values[1]])
-        numbers = builder.load(builder.bitcast(there, vector.as_pointer()), align=4)
-        sizes = builder.call(_fabs(builder, vector), [numbers])
-        low, high = _spread(builder, values[2]), _spread(builder, values[3])
-
-        def bits(flags):
-            return builder.bitcast(flags, ir.IntType(LANES))
-
-        inside = builder.and_(builder.fcmp_ordered(">=", sizes, low), builder.fcmp_ordered("<=", sizes, high))
-        above = builder.ctpop(bits(builder.fcmp_ordered(">", sizes, high)))
-        result = builder.zext(bits(inside), wide)
-        for number, shift in ((above, 16), (bits(builder.fcmp_unordered("uno", sizes, sizes)), 32)):
-            result = builder.or_(result, builder.shl(builder.zext(number, wide), wide(shift)))
-        return result
-
-    return signature, generate
-
-
-@intrinsic
 def bracket_panel(_typing, x, place, low, high, inside):
     """What the numbers of a panel, in one piece of the float32 array x from a place on, are: int64 of
 

@@ -28,7 +28,7 @@ from merge.panel import (
     variance_row,
 )
 
-PANEL_DIGEST = "aa72705a7a7c897a"
+PANEL_DIGEST = "458f96fb378de39f"
 MASK_DIGEST = "022cc137d018cd5a"
 """Of panel.py and of mask_loops.py: numba's cache keeps what it compiled from them until this file changes."""
 
@@ -121,11 +121,17 @@ def energies(A, B, starts, sizes, least, result):
 
 @compiled
 def bracketed(A, B, starts, row, rows, every, sizes, channels, low, high, above, at_high, at_low, inside, found):
-    """`entry_loops.bracketed` of the entries of some rows from a row on; the channels are the deltas.
+    """How many |entries| of some rows lie above each bracket, at its high and at its low border is added to `above`,
+    `at_high` and `at_low`; those strictly between go to `inside`. Where both borders are one, it is the high one.
+
+    Returns whether none of them is NaN.
 
     Args:
         every: of so many panels one is looked at, in each strip and in each row.
-        sizes: (N,), and the one channel is the variance of sizesᵢ·xᵢ; or none.
+        sizes: (N,), and the one channel is the variance of sizesᵢ·xᵢ; or none, and the channels are the deltas.
+        channels, low, high: (P,) each bracket's channel and borders.
+        above, at_high, at_low, found: (P,) counts so far.
+        inside: (P, room) what is found goes to inside[p, found[p]:], with room for all and one more.
     """
     count = len(starts) - 1
     flat_A, flat_B = A.ravel(), B.ravel()
