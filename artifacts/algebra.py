@@ -80,11 +80,16 @@ class Spectrum(NamedTuple):
 
 def small_svd(core: Tensor) -> Spectrum:
     """Of float64 cores (…, p, q), k = p."""
+    U, S, projected = left_singular(core)
+    return Spectrum(U, S, torch.where(S[..., None, :] > 0, projected.mT / S[..., None, :], 0.0))
+
+
+def left_singular(core: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """U: (…, p, p), σ: (…, p) descending and Uᵀ·core of float64 cores (…, p, q)."""
     # Eigenvectors of core·coreᵀ lose only what is below 1e-8 of the largest singular value, at half the cost of an SVD.
     U = torch.linalg.eigh(core @ core.mT).eigenvectors.flip(-1)
     projected = U.mT @ core
-    S = projected.norm(dim=-1)
-    return Spectrum(U, S, torch.where(S[..., None, :] > 0, projected.mT / S[..., None, :], 0.0))
+    return U, projected.norm(dim=-1), projected
 
 
 def small_svd_of_rank(core: Tensor, rank: int) -> Spectrum:

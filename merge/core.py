@@ -16,7 +16,7 @@ from typing import Literal, Self
 import torch
 from torch import Tensor
 
-from artifacts.algebra import Spectrum, core_matrix, small_svd
+from artifacts.algebra import Spectrum, core_matrix, left_singular, small_svd
 from merge.coordinates import Product
 from merge.products import of_columns, of_rows
 from merge.result import MergedModule
@@ -131,7 +131,6 @@ def _singular_basis(T: Tensor, inverse: Tensor, X: Tensor) -> tuple[Tensor, Tens
     Args:
         T, inverse: of `artifacts.algebra.triangular`.
     """
-    U, S, _ = small_svd(T)
-    keep = rounding_cutoff(len(T), X.dtype) * S[0] < S
-    keep[0] = True
-    return U[:, keep].T @ T, inverse @ U[:, keep]
+    U, S, projected = left_singular(T)
+    kept = max(int((rounding_cutoff(len(T), X.dtype) * S[0] < S).sum()), 1)
+    return projected[:kept], inverse @ U[:, :kept]

@@ -25,7 +25,7 @@ from merge.norms import adapter_factors, module_factors
 from merge.options import MergeOptions
 from merge.plan import UNKNOWN_BASE, MergeInput, MergePlan, PlannedModule, may_share_rank, plan_merge
 from merge.reload import Probe, check_reload
-from merge.report import MergeReport, ModuleReport, measure_module
+from merge.report import MergeReport, ModuleReport
 from merge.result import MergedModule
 from merge.stack import Stack
 from merge.threads import module_threads
@@ -160,14 +160,19 @@ class MergeRun:
             stack = stack.scaled(factors)
         merged = self.merge_module(stack, self.options, self.plan.output_rank)
         dtype = TORCH_DTYPES[self.dtype]
-        written = WrittenModule.of(module.path, merged, self.plan.output_rank, dtype, earlier or ())
+        written = WrittenModule.of(
+            module.path,
+            merged,
+            self.plan.output_rank,
+            dtype,
+            scale=self.options.scale,
+            norm_factors=factors,
+            earlier=earlier or (),
+        )
         if earlier is not None:
             earlier.append(written)
         writer.write(module.path, written.A, written.B, self._bias(module, factors, dtype) if self.with_bias else None)
-        report = measure_module(
-            module.path, merged, padded=written.padded, scale=self.options.scale, norm_factors=factors
-        )
-        return report, written.probe
+        return written.report, written.probe
 
     def report(self, modules: Sequence[ModuleReport], errors: tuple[float, float], seconds: float) -> MergeReport:
         """Of the finished merge; `errors` is what `merge.reload.check_reload` found."""

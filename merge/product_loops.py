@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from merge.panel import COLUMNS, ROWS, compiled, fused, panel
+from merge.panel import COLUMNS, LANES, ROWS, compiled, fused, panel, transpose
 
 PANEL_DIGEST = "458f96fb378de39f"
 """As in `merge.entry_loops`."""
@@ -33,21 +33,37 @@ def row_product(C, A, result):
 
 
 @compiled
+def _turn(flat, start, step, rows, columns, result, result_step):
+    """result[i·result_step + j] = flat[start + j·step + i] for i < columns and j < rows, a multiple of LANES."""
+    whole = columns - columns % LANES
+    for j in range(0, rows, LANES):
+        for i in range(0, whole, LANES):
+            transpose(flat, start + j * step + i, step, result, i * result_step + j, result_step)
+    for j in range(rows):
+        for i in range(whole, columns):
+            result[i * result_step + j] = flat[start + j * step + i]
+
+
+@compiled
 def column_product(B, C, result):
-    """result (d, k) = B·C of B: (d, n) and C: (n, width); the width is the multiple of COLUMNS from k on."""
+    """result (d, k) = B·Cᵀ of B: (d, n) and C: (width, n); the width is the multiple of ROWS from k on."""
     d, n = B.shape
-    width, k = C.shape[1], result.shape[1]
-    flat_B, flat_C, part = B.ravel(), C.ravel(), np.empty(ROWS * COLUMNS, B.dtype)
-    whole = d - d % ROWS
-    for r in range(0, whole, ROWS):
-        for c in range(0, width, COLUMNS):
-            panel(flat_C, c, width, flat_B, r * n, n, 1, n, part, 0, COLUMNS)
-            count = min(COLUMNS, k - c)
-            for i in range(ROWS):
-                result[r + i, c : c + count] = part[i * COLUMNS : i * COLUMNS + count]
+    width, k = len(C), result.shape[1]
+    flat_B, flat_C, flat = B.ravel(), C.ravel(), result.ravel()
+    narrow, whole = k - k % LANES, d - d % COLUMNS
+    turned, part = np.empty(n * COLUMNS, B.dtype), np.empty(width * COLUMNS, B.dtype)
+    for first in range(0, whole, COLUMNS):
+        # rows side by side, as those of the other factor are in `row_product`
+        _turn(flat_B, first * n, n, COLUMNS, n, turned, COLUMNS)
+        for c in range(0, width, ROWS):
+            panel(turned, 0, COLUMNS, flat_C, c * n, n, 1, n, part, c * COLUMNS, COLUMNS)
+        _turn(part, 0, COLUMNS, narrow, COLUMNS, flat[first * k :], k)
+        for r in range(COLUMNS):
+            for c in range(narrow, k):
+                result[first + r, c] = part[c * COLUMNS + r]
     for r in range(whole, d):
         for c in range(k):
             total = np.float32(0)
             for i in range(n):
-                total = fused(B[r, i], C[i, c], total)
+                total = fused(B[r, i], C[c, i], total)
             result[r, c] = total
