@@ -30,6 +30,9 @@ LOOK = 16
 TOLERANCE = 1e-6
 """Of the squared singular values of what M makes of the directions, each scaled to length 1: below lies rounding."""
 
+SMALL = 1e-24
+"""A ‖M‖² below which products with M and with Mᵀ may vanish in float32: such a matrix is truncated in other units."""
+
 ROOM = Room(1 << 29)
 """For the matrices that this process keeps between two passes over their rows; others come anew in every pass."""
 
@@ -83,7 +86,25 @@ def row_svd(fill: Fill, shape: tuple[int, int], rank: int, start: Tensor, passes
             Y, Z, energy = _products(replayed(), shape, Q)
             if number < passes - 1:
                 Q = _orthonormal(Z)
+    if energy < SMALL and (root := _root(fill, shape, start)) > 1:
+        low = row_svd(_times(fill, root * root), shape, rank, start, passes)
+        return LowRank(low.A / root, low.B / root, low.truncation_error)
     return _split(Y, Z, rank, energy)
+
+
+def _root(fill: Fill, shape: tuple[int, int], like: Tensor) -> float:
+    """A power of two whose square, times M, has a largest |entry| near 1; 1 for zeros."""
+    largest = max(float(block.abs().max()) for _, block in _blocks(fill, shape, like))
+    # of the smallest float32 no larger power brings more, and none overflows
+    return 2.0 ** min(-math.frexp(largest)[1] // 2, 63) if largest > 0 else 1.0
+
+
+def _times(fill: Fill, size: float) -> Fill:
+    def filled(row: int, block: Tensor) -> None:
+        fill(row, block)
+        block.mul_(size)
+
+    return filled
 
 
 def _products(blocks: Iterator[tuple[int, Tensor]], shape: tuple[int, int], Q: Tensor) -> tuple[Tensor, Tensor, float]:

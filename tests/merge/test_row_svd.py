@@ -88,6 +88,27 @@ def test_what_nothing_pointed_to_is_found_in_the_rows(found_in: range, monkeypat
     assert error(1000) > 1.03
 
 
+@pytest.mark.parametrize("exponent", [-60, -80, -140])
+def test_a_matrix_whose_squares_vanish_is_truncated_as_any_other(exponent: int) -> None:
+    M = torch.randn(1400, 900, generator=torch.Generator().manual_seed(0))
+    small = 0.0
+
+    def fill(row: int, out: Tensor) -> None:
+        put(out, M[row : row + row_svd.BLOCK_ROWS] * small)
+
+    found = []
+    for small in (1.0, 2.0**exponent):
+        low = row_svd.row_svd(fill, (1400, 900), 10, M[:4].T, 1)
+        found.append((low.B.double() @ low.A.double() / small, low.truncation_error))
+    # the last is no whole number of the smallest float32
+    assert near(found[1][0], found[0][0], 1e-6 if exponent > -126 else 1e-2)
+    assert found[1][1] == pytest.approx(found[0][1], rel=1e-4)
+    small = 0.0
+    nothing = row_svd.row_svd(fill, (1400, 900), 10, M[:4].T, 1)
+    assert not (nothing.A.any() or nothing.B.any())
+    assert nothing.truncation_error == 0
+
+
 @pytest.mark.parametrize("known", [0, 3, 40])
 @pytest.mark.parametrize("least", [1e-6, 1.0])
 def test_one_pass_is_enough_for_a_matrix_of_a_small_rank(known: int, least: float) -> None:
