@@ -19,6 +19,8 @@ from artifacts.algebra import Spectrum, small_svd, small_svd_of_rank
 WELL_CONDITIONED = 1e-6
 """Squared singular values that are all above this × the largest are exact enough from XᵀX; it hides smaller ones."""
 
+EVERY = slice(None)
+
 
 def scaled(spectrum: Spectrum, factor: float) -> Spectrum:
     """The SVD of a matrix times a factor."""
@@ -26,7 +28,7 @@ def scaled(spectrum: Spectrum, factor: float) -> Spectrum:
     return Spectrum(U, S * abs(factor), -V if factor < 0 else V)
 
 
-def separated(cores: Tensor, ranks: Sequence[int], weights: Tensor, cutoff: float) -> Spectrum:
+def separated(cores: Tensor, ranks: Sequence[int], weights: Tensor, cutoff: float, most: int | None = None) -> Spectrum:
     """TSV-Merge (arXiv:2412.00081): U⊥·diag(wᵢσᵢ)·V⊥ᵀ of the matrices' singular triplets, U⊥ and V⊥ polar factors.
 
     Each matrix brings as many triplets as its adapter has components, all that it holds, when the core has room for
@@ -35,6 +37,7 @@ def separated(cores: Tensor, ranks: Sequence[int], weights: Tensor, cutoff: floa
     Args:
         cores: (N, p, q); ranks: of the N adapters; weights: (N,).
         cutoff: what is rounding, relative to the largest singular value.
+        most: triplets of the result that are wanted, its largest; None: all.
     """
     room, total = min(cores.shape[1:]), sum(ranks)
     shares = [rank if total <= room else max(rank * room // total, 1) for rank in ranks]
@@ -44,7 +47,7 @@ def separated(cores: Tensor, ranks: Sequence[int], weights: Tensor, cutoff: floa
     sizes = torch.cat([part * weight for part, weight in zip(S, weights, strict=True)])
     if not len(sizes):
         return small_svd(torch.zeros_like(cores[0]))
-    return _orthogonal(torch.cat(U, 1), sizes, torch.cat(V, 1), cutoff)
+    return _orthogonal(torch.cat(U, 1), sizes, torch.cat(V, 1), cutoff, most)
 
 
 def isotropic(core: Spectrum, cutoff: float) -> Spectrum:
@@ -89,22 +92,28 @@ def _leading(own: Spectrum, shares: Sequence[int], borders: Tensor) -> tuple[lis
     )
 
 
-def _orthogonal(U: Tensor, sizes: Tensor, V: Tensor, cutoff: float) -> Spectrum:
-    """The SVD of U⊥·diag(sizes)·V⊥ᵀ, with the polar factors of U: (p, k) and V: (q, k)."""
-    polar_U, whole_U = polar(U, cutoff)
-    polar_V, whole_V = polar(V, cutoff)
+def _orthogonal(U: Tensor, sizes: Tensor, V: Tensor, cutoff: float, most: int | None = None) -> Spectrum:
+    """The SVD of U⊥·diag(sizes)·V⊥ᵀ, with the polar factors of U: (p, k) and V: (q, k); or its largest triplets."""
+    order = sizes.abs().argsort(descending=True, stable=True)[:most]
+    polar_U, whole_U = polar(U, cutoff, order)
+    polar_V, whole_V = polar(V, cutoff, order)
     if not (whole_U and whole_V):
-        return small_svd((polar_U * sizes) @ polar_V.T)
-    order = sizes.abs().argsort(descending=True, stable=True)
+        return small_svd((polar(U, cutoff)[0] * sizes) @ polar(V, cutoff)[0].T)
     sizes = sizes[order]
-    return Spectrum(polar_U[:, order], sizes.abs(), polar_V[:, order] * torch.where(sizes < 0, -1.0, 1.0).to(sizes))
+    return Spectrum(polar_U, sizes.abs(), polar_V * torch.where(sizes < 0, -1.0, 1.0).to(sizes))
 
 
-def polar(X: Tensor, cutoff: float) -> tuple[Tensor, bool]:
-    """P·Qᵀ of the SVD X = P·Σ·Qᵀ, X: (d, k) float64, and whether X has k directions; those that it lacks stay out."""
+def polar(X: Tensor, cutoff: float, columns: Tensor | slice = EVERY) -> tuple[Tensor, bool]:
+    """Columns of P·Qᵀ of the SVD X = P·Σ·Qᵀ, X: (d, k) float64, and whether X has k directions.
+
+    Those that it lacks stay out.
+
+    Args:
+        columns: numbers of those that are wanted.
+    """
     values, Q = torch.linalg.eigh(X.T @ X)
     if float(values[0]) > WELL_CONDITIONED * float(values[-1]):
-        return X @ ((Q * values.rsqrt()) @ Q.T), True
+        return X @ ((Q * values.rsqrt()) @ Q[columns].T), True
     P, S, Qh = torch.linalg.svd(X, full_matrices=False)
     there = cutoff * S[0] < S
-    return P[:, there] @ Qh[there], int(there.sum()) == X.shape[1]
+    return P[:, there] @ Qh[there][:, columns], int(there.sum()) == X.shape[1]

@@ -26,7 +26,7 @@ def core_space(stack: Stack, options: CoreSpaceOptions, rank: int) -> MergedModu
 def tsv_m(stack: Stack, options: TsvOptions, rank: int) -> MergedModule:
     """TSV-Merge (arXiv:2412.00081) in the core: all singular triplets, their vectors made orthogonal together."""
     frame = CoreFrame.of(stack, "none")
-    core = spectral.separated(frame.cores(), stack.ranks, stack.owner_weights, frame.cutoff)
+    core = spectral.separated(frame.cores(), stack.ranks, stack.owner_weights, frame.cutoff, rank)
     return frame.merged(spectral.scaled(core, options.scale), rank)
 
 

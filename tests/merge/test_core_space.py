@@ -227,6 +227,10 @@ def test_any_basis_gives_the_same(stack_of: Any, random_adapters: Any) -> None:
         merged = frame.merged(core, 5)
         results.append(merged.B.double() @ merged.A.double())
     assert near(results[1], results[0]) and near(results[2], results[0])
+    first = spectral.separated(frame.cores(), stack.ranks, stack.owner_weights, frame.cutoff, 3)
+    assert len(first.S) == 3
+    assert near(first.S, core.S[:3], 1e-12)
+    assert near((first.U * first.S) @ first.V.T, (core.U[:, :3] * core.S[:3]) @ core.V[:, :3].T, 1e-12)
     weighted = CoreFrame.of(stack, "none")
     U, S, V = weighted.weighted_sum()
     assert near((U * S) @ V.T, rules.weighted_sum(weighted.cores(), stack.owner_weights), 1e-12)
