@@ -150,7 +150,7 @@ def measure_module(
     stack = merged.stack
     order = sorted(range(len(stack.members)), key=lambda number: stack.members[number][0])
     owners = tuple(stack.members[number][0] for number in order)
-    products = stack.products[order][:, order].tolist()
+    products = stack.products.tolist()
     weights = stack.weights * scale
     energy = scale**2 * stack.energy
     if merged.coordinates is None:
@@ -165,7 +165,7 @@ def measure_module(
         energy=energy,
         result_energy=result_energy,
         error=error,
-        products=tuple(tuple(row) for row in products),
+        products=tuple(tuple(products[row][column] for column in order) for row in order),
         clusters=merged.clusters,
         figures=merged.figures,
         norm_factors=tuple(norm_factors[owner] for owner in owners) if norm_factors else None,

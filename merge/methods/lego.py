@@ -172,8 +172,8 @@ def _output_gain(units: Stack, k: int, options: LegoOptions) -> float:
         return options.scale
     reference = options.reference_rank
     if reference is None:
-        weights = units.owner_weights
-        reference = float((weights * torch.tensor(units.ranks).to(weights)).sum() / weights.sum())
+        weights = units.owner_weights.tolist()
+        reference = math.fsum(w * r for w, r in zip(weights, units.ranks, strict=True)) / math.fsum(weights)
     return math.sqrt(reference / k) * options.scale
 
 
