@@ -30,6 +30,31 @@ def overflow() -> MergeRefused:
 
 
 @dataclass(slots=True, eq=False)
+class Tally:
+    """The energies of the deltas where their variance is above a bracket, and the places where it is inside.
+
+    Attributes:
+        energies: (N,); places: (room,), `listed` of them; more than there is room for: the tally is of no use.
+    """
+
+    energies: NDArray[np.float64]
+    places: NDArray[np.int64]
+    listed: NDArray[np.int64]
+
+    @classmethod
+    def of(cls, count: int, room: int) -> Self:
+        """One that is yet to be made."""
+        return cls(np.zeros(count), np.empty(room, np.int64), np.array([room + 1]))
+
+    @property
+    def complete(self) -> bool:
+        return int(self.listed[0]) <= len(self.places)
+
+    def clear(self) -> None:
+        self.energies[:], self.listed[:] = 0, 0
+
+
+@dataclass(slots=True, eq=False)
 class Brackets:
     """What a pass has seen of some channels' |values|: how many lay above `high`, and those from `low` to `high`.
 
@@ -88,15 +113,17 @@ class Brackets:
             self.inside[number, self.count[number] : self.count[number] + len(kept)] = kept
             self.count[number] += len(kept)
 
-    def add_all(self, deltas: Strips, entries: int, sizes: Tensor | None) -> None:
-        """See all `entries` of each of the deltas, or the variance of sizesᵢΔWᵢ.
+    def add_all(self, deltas: Strips, entries: int, sizes: Tensor | None, tally: Tally | None = None) -> None:
+        """See all `entries` of each of the deltas, or the variance of sizesᵢΔWᵢ, with a tally of the only bracket.
 
         Raises:
             MergeRefused: one of them is NaN.
         """
         A, B, _ = deltas
+        if tally:
+            tally.clear()
         for row in range(0, len(B), BLOCK_ROWS):
-            self._look(deltas, row, BLOCK_ROWS, 1, sizes)
+            self._look(deltas, row, BLOCK_ROWS, 1, sizes, tally)
         # the zeros beyond the last row and column are none of the deltas
         beyond = len(B) * len(A) * COLUMNS - entries
         zeros_high = self.high.numpy() == 0
@@ -123,13 +150,17 @@ class Brackets:
                     border[number] = found
         return self._new(self.channels, low, high)
 
-    def _look(self, deltas: Strips, row: int, rows: int, every: int, sizes: Tensor | None) -> None:
+    def _look(
+        self, deltas: Strips, row: int, rows: int, every: int, sizes: Tensor | None, tally: Tally | None = None
+    ) -> None:
         """See the panels of some rows, or one of so many."""
         self._make_room(rows * len(deltas.A) * COLUMNS // every)
         of_sizes = np.empty(0, np.float32) if sizes is None else rules.floats(sizes, self.low)
         counts = self.above, self.at_high, self.at_low, self.inside.numpy(), self.count
         borders = self.channels, self.low.numpy(), self.high.numpy()
-        if not strip_loops.bracketed(*deltas, row, rows, every, of_sizes, *borders, *counts):
+        tally = tally or Tally.of(0, 0)
+        tallied = tally.energies, tally.places, tally.listed
+        if not strip_loops.bracketed(*deltas, row, rows, every, of_sizes, *borders, *counts, *tallied):
             raise overflow()
 
     def _make_room(self, more: int) -> None:

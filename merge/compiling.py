@@ -14,6 +14,7 @@ from merge.gram import gram
 from merge.kmeans import gram_kmeans
 from merge.methods import entrywise, knots, lego
 from merge.panel import LANES
+from merge.rows import DeltaRows
 from merge.stack import Stack
 
 _SIDE, _RANK = 1056, 2
@@ -38,6 +39,7 @@ def compile_loops() -> None:
     for name, row in METHODS.items():
         if row.implementation.startswith((entrywise.__name__, knots.__name__, lego.__name__)):
             row.load()(stack, parse_parameters(name, {}), _RANK)
+    DeltaRows.of(stack).energies(stack.owner_weights, 1.0)  # which SCE asks for where many places vary alike
     for columns in (False, True):
         gram(torch.ones(LANES, LANES), columns=columns)
     # masks of plain blocks and random numbers alone, and a row whose sizes short keys do not tell apart

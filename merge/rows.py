@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from merge import entry_loops, rules, strip_loops, strips
-from merge.brackets import Brackets, descending, numbers
+from merge.brackets import Brackets, Tally, descending, numbers
 from merge.brackets import overflow as overflow
 from merge.entry_rule import EntryRule
 from merge.panel import LANES, ROWS
@@ -118,8 +118,15 @@ class DeltaRows:
             result[row : row + tile.shape[1], column : column + tile.shape[2]] = rule(row, column, tile)
         return result
 
-    def energies(self, sizes: Tensor, least: float) -> Tensor:
-        """(N,) float64 Σ x² of each delta over the places where the variance of sizesᵢΔWᵢ is `least` or more."""
+    def energies(self, sizes: Tensor, least: float, tally: Tally | None = None) -> Tensor:
+        """(N,) float64 Σ x² of each delta over the places where the variance of sizesᵢΔWᵢ is `least` or more.
+
+        A complete tally of a bracket in which `least` lies makes a pass over all of them unnecessary.
+        """
+        if tally and tally.complete:
+            X = self.A[0].new_empty(len(self.A), 1, int(tally.listed[0]))
+            strip_loops.gathered(*self.strips, tally.places[: X.shape[2]], X[:, 0].numpy())
+            return torch.from_numpy(tally.energies) + rules.energies(X, rules.variance(X, sizes) >= least)
         if self.compiled:
             result = np.zeros(len(self.A))
             strip_loops.energies(*self.strips, rules.floats(sizes, self.A[0]), np.float32(least), result)
@@ -187,9 +194,10 @@ class DeltaRows:
 
 @dataclass(frozen=True, eq=False)
 class Variance:
-    """The measure of how much the deltas times `sizes` (N,) vary in a place."""
+    """The measure of how much the deltas times `sizes` (N,) vary in a place; a `tally` is made where there is one."""
 
     sizes: Tensor
+    tally: Tally | None = None
 
     def __call__(self, X: Tensor) -> Tensor:
         return rules.variance(X, self.sizes)[None]
@@ -225,10 +233,10 @@ def largest(deltas: DeltaRows, measure: Measure, counts: Sequence[Sequence[int]]
         shares = [k / deltas.entries for k in ranks]
         brackets = Brackets.around([(c, share) for (c, _), share in zip(open_, shares, strict=True)], sample, margin)
         if looped:
-            sizes = measure.sizes if isinstance(measure, Variance) else None
+            sizes, tally = (measure.sizes, measure.tally) if isinstance(measure, Variance) else (None, None)
             if deltas.entries >= NARROWED and margin == MARGIN:
                 brackets = brackets.narrowed(shares, deltas.strips, deltas.shape, sizes)
-            brackets.add_all(deltas.strips, deltas.entries, sizes)
+            brackets.add_all(deltas.strips, deltas.entries, sizes, tally)
         else:
             for _, _, tile in deltas.tiles():
                 brackets.add(measure(tile).flatten(1))

@@ -20,6 +20,7 @@ from merge.panel import (
     choosing_row,
     compiled,
     first_bit,
+    fused,
     lanes,
     panel,
     row_elected_by_count,
@@ -99,6 +100,14 @@ def merge(A, B, starts, row, rule, lower, upper, votes, weights, shares, keys, l
 
 
 @compiled
+def _add_sums(partial, result):
+    """result (N,) += the sums of the rows of `partial`, which begins anew."""
+    for i in range(len(result)):
+        result[i] += partial[i].sum()
+    partial[:] = 0
+
+
+@compiled
 def energies(A, B, starts, sizes, least, result):
     """result (N,) += the Σ x² of each delta over the places where the variance of sizesᵢ·xᵢ is `least` or more."""
     count = len(starts) - 1
@@ -114,13 +123,43 @@ def energies(A, B, starts, sizes, least, result):
                 variance_row(X, x, PANEL, count, sizes, share, rounding, np.float32(0), varied, x)
                 add_energies(X, x, PANEL, count, varied, x, least, flat_partial)
             if row % TERMS == 0 or row + ROWS >= len(B):
-                for i in range(count):
-                    result[i] += partial[i].sum()
-                partial[:] = 0
+                _add_sums(partial, result)
 
 
 @compiled
-def bracketed(A, B, starts, row, rows, every, sizes, channels, low, high, above, at_high, at_low, inside, found):
+def _list(among, first, width, places, listed):
+    """Append those of a panel's places whose bits are set, where there is room, and count them all."""
+    for word in range(len(among)):
+        bits = np.int64(among[word])
+        while bits != 0:
+            bit = 64 * word + first_bit(bits)
+            bits &= bits - 1
+            if listed[0] < len(places):
+                places[listed[0]] = first + bit // COLUMNS * width + bit % COLUMNS
+            listed[0] += 1
+
+
+@compiled
+def bracketed(
+    A,
+    B,
+    starts,
+    row,
+    rows,
+    every,
+    sizes,
+    channels,
+    low,
+    high,
+    above,
+    at_high,
+    at_low,
+    inside,
+    found,
+    energies,
+    places,
+    listed,
+):
     """How many |entries| of some rows lie above each bracket, at its high and at its low border is added to `above`,
     `at_high` and `at_low`; those strictly between go to `inside`. Where both borders are one, it is the high one.
 
@@ -132,12 +171,18 @@ def bracketed(A, B, starts, row, rows, every, sizes, channels, low, high, above,
         channels, low, high: (P,) each bracket's channel and borders.
         above, at_high, at_low, found: (P,) counts so far.
         inside: (P, room) what is found goes to inside[p, found[p]:], with room for all and one more.
+        energies, places, listed: (N,) += Σ x² of each delta where the variance is above the bracket, and the places
+            row · strips · COLUMNS + column where it is in it or at a border, as many as there is room for; (1,) how
+            many. Or none of the three.
     """
     count = len(starts) - 1
     flat_A, flat_B = A.ravel(), B.ravel()
     X, measured = np.empty((count + 1) * PANEL, np.float32), len(sizes) > 0
     share, rounding = np.float32(1 / count), np.float32(count * 2.0**-23)
     seen, among = np.int64(0), np.empty(PANEL // 64, np.uint64)
+    tallies, beyond = len(energies) > 0, np.nextafter(high[0], np.float32(np.inf))
+    partial, width = np.zeros((count, COLUMNS), np.float32), len(A) * COLUMNS
+    flat_partial = partial.ravel()
     for strip in range(len(A)):
         # 5 has no divisor in common with the powers of two
         for top in range(row, row + rows, ROWS):
@@ -147,11 +192,15 @@ def bracketed(A, B, starts, row, rows, every, sizes, channels, low, high, above,
             if measured:
                 for x in range(0, PANEL, COLUMNS):
                     variance_row(X, x, PANEL, count, sizes, share, rounding, np.float32(0), X, count * PANEL + x)
+                    if tallies:
+                        add_energies(X, x, PANEL, count, X, count * PANEL + x, beyond, flat_partial)
             for p in range(len(channels)):
                 x = (count if measured else channels[p]) * PANEL
                 lowest, highest, place = low[p], high[p], found[p]
                 looked_at = bracket_panel(X, x, lowest, highest, among)
                 seen |= looked_at
+                if tallies:
+                    _list(among, top * width + strip * COLUMNS, width, places, listed)
                 ties_high, ties_low = 0, 0
                 for word in range(len(among)):
                     bits = np.int64(among[word])
@@ -166,7 +215,23 @@ def bracketed(A, B, starts, row, rows, every, sizes, channels, low, high, above,
                 at_high[p] += ties_high
                 at_low[p] += ties_low
                 found[p] = place
+        if tallies and (strip % 8 == 7 or strip == len(A) - 1):
+            _add_sums(partial, energies)
     return (seen >> 32) == 0
+
+
+@compiled
+def gathered(A, B, starts, places, result):
+    """result (N, m) = the entries of each delta at the places row · strips · COLUMNS + column, rounded as in panels."""
+    width = len(A) * COLUMNS
+    for m in range(len(places)):
+        row, column = places[m] // width, places[m] % width
+        strip, c = column // COLUMNS, column % COLUMNS
+        for i in range(len(starts) - 1):
+            total = np.float32(0)
+            for k in range(starts[i], starts[i + 1]):
+                total = fused(B[row, k], A[strip, k, c], total)
+            result[i, m] = total
 
 
 @compiled

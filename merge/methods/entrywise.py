@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from merge import rank_loops, rules, strips
+from merge.brackets import Tally
 from merge.entry_rule import EntryRule
 from merge.entrywise_options import (
     BreadcrumbsOptions,
@@ -103,8 +104,9 @@ def sce(stack: Stack, options: SceOptions, rank: int) -> MergedModule:
     """SCE (arXiv:2408.07990): the positions where the deltas vary most, weights by energy, minority signs erased."""
     deltas = DeltaRows.of(stack)
     sizes = stack.owner_weights
-    border = _variance_border(deltas, sizes, options.density)
-    energies = stack.products.diagonal() if border == 0 else deltas.energies(sizes, border)
+    tally = Tally.of(len(deltas.A), deltas.entries // 32)
+    border = _variance_border(deltas, Variance(sizes, tally), options.density)
+    energies = stack.products.diagonal() if border == 0 else deltas.energies(sizes, border, tally)
     energies = energies * sizes.square()
     total = energies.sum()
     shares = energies / total if float(total) > 0 else torch.full_like(energies, 1 / len(energies))
@@ -194,14 +196,14 @@ def _by_sorted_keys(X: Tensor, ramp: NDArray[np.float32]) -> Tensor:
     return result
 
 
-def _variance_border(deltas: DeltaRows, sizes: Tensor, density: float) -> float:
+def _variance_border(deltas: DeltaRows, variance: Variance, density: float) -> float:
     """The least variance between the deltas that a selected position has; 0 when all are selected."""
     if density >= 1 or len(deltas.A) == 1:
         return 0.0
     rows = torch.stack([B.abs().amax(1) for B in deltas.B]).amax(0).count_nonzero()
     columns = torch.stack([A.abs().amax(0) for A in deltas.A]).amax(0).count_nonzero()
     kept = rules.kept_count(density, int(rows) * int(columns))
-    return largest(deltas, Variance(sizes), [[kept]])[0][0]
+    return largest(deltas, variance, [[kept]])[0][0]
 
 
 def _merged(

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from merge import rows, rules, strip_loops, strips
+from merge.brackets import Tally
 from merge.entry_rule import EntryRule
 
 WEIGHTS = torch.tensor([1.0, 0.5, -2.0], dtype=torch.float64)
@@ -74,6 +75,29 @@ class TestStrips:
         border = float(rules.variance(whole, WEIGHTS).median())
         expected = (whole * (rules.variance(whole, WEIGHTS) >= border)).double().square().sum((1, 2))
         torch.testing.assert_close(deltas.energies(WEIGHTS, border), expected, rtol=1e-6, atol=0)
+
+    @pytest.mark.parametrize("room", [5000, 10])
+    def test_a_tally_tells_the_same_energies(
+        self, room: int, stack_of: Any, random_adapters: Any, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Or none, when there is no room for it."""
+        deltas = rows.DeltaRows.of(stack_of(random_adapters([3, 4, 9], d_out=700, d_in=50)))
+        whole = torch.cat([tile.clone() for _, _, tile in deltas.tiles(whole_rows=True)], 1)
+        monkeypatch.setattr(rows, "SORTED", 100)
+        tally = Tally.of(3, room)
+        assert not tally.complete
+        (border,), *_ = rows.largest(deltas, rows.Variance(WEIGHTS, tally), [[7000]])
+        chosen = rules.variance(whole, WEIGHTS) >= border
+        assert int(chosen.sum()) == 7000
+        assert tally.complete == (room == 5000)
+        if tally.complete:
+            assert int(tally.listed[0]) > 10
+            with monkeypatch.context() as changed:
+                changed.setattr(strip_loops, "energies", None)
+                found = deltas.energies(WEIGHTS, border, tally)
+        else:
+            found = deltas.energies(WEIGHTS, border, tally)
+        torch.testing.assert_close(found, (whole * chosen).double().square().sum((1, 2)), rtol=1e-6, atol=0)
 
 
 class TestForming:
