@@ -160,15 +160,18 @@ def _merge_modules(
 
     def merge(path: str) -> list[_Item]:
         stacks: dict[torch.dtype, Stack] = {}
+        weighted: dict[tuple[torch.dtype, tuple[float, ...]], Stack] = {}
         earlier: deque[WrittenModule] = deque(maxlen=REMEMBERED)
         items = []
         for number, module in planned[path]:
             run = runs[number]
             if run.compute not in stacks:
                 stacks[run.compute] = shelf.stack(run, module)
-            stack = stacks[run.compute].reweighted(run.plan.weights)
+            key = (run.compute, tuple(run.plan.weights))
+            if key not in weighted:
+                weighted[key] = stacks[run.compute].reweighted(run.plan.weights)
             started = time.perf_counter()
-            report, probe = run.merge_one(module, stack, writers[number], earlier)
+            report, probe = run.merge_one(module, weighted[key], writers[number], earlier)
             items.append((number, report, probe, time.perf_counter() - started))
         return items
 

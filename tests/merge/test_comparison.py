@@ -13,6 +13,7 @@ import torch
 from artifacts.adapter import Adapter
 from artifacts.errors import MergeRefused
 from artifacts.heat_map import HeatMap
+from merge import stack as stack_module
 from merge.catalog import parse_parameters
 from merge.comparison import Candidate, compare_files
 from merge.comparison_report import comparison_report, rank_by
@@ -113,6 +114,26 @@ def test_what_is_the_same_is_cast_and_probed_once(wide: Pool, tmp_path: Path, mo
         ("layers.0.q", 4, torch.float16),
         ("layers.0.q", 1, torch.float32),
     ]
+
+
+def test_the_sum_under_other_weights_has_one_svd_too(
+    wide: Pool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found: list[list[float]] = []
+    original = stack_module.small_svd
+
+    def counted(core: torch.Tensor) -> Any:
+        result = original(core)
+        found.append(result.S[:1].tolist())
+        return result
+
+    monkeypatch.setattr(stack_module, "small_svd", counted)
+    options = [{"rank": 4}, {"rank": 3, "normalize": True}, {"rank": 2, "normalize": True}]
+    chosen = [Candidate(str(given), "svd", parse_parameters("svd", given)) for given in options]
+    compare_files(wide, chosen, tmp_path / "compared")
+    # the weights sum up to 2.5
+    (first,), (second,) = sorted(found)
+    assert second == pytest.approx(2.5 * first, rel=1e-5)
 
 
 def test_negative_weights_that_are_normalised_order_equal_components_anew(pool: Pool, tmp_path: Path) -> None:
