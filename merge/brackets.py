@@ -113,22 +113,18 @@ class Brackets:
             self.inside[number, self.count[number] : self.count[number] + len(kept)] = kept
             self.count[number] += len(kept)
 
-    def add_all(self, deltas: Strips, entries: int, sizes: Tensor | None, tally: Tally | None = None) -> None:
-        """See all `entries` of each of the deltas, or the variance of sizesᵢΔWᵢ, with a tally of the only bracket.
+    def add_all(self, deltas: Strips, sizes: Tensor | None, tally: Tally | None = None) -> None:
+        """See all entries of each of the deltas, or the variance of sizesᵢΔWᵢ, with a tally of the only bracket.
+
+        Zeros beyond the last row and column are seen too: they come after all entries, and change no rank of one.
 
         Raises:
             MergeRefused: one of them is NaN.
         """
-        A, B, _ = deltas
         if tally:
             tally.clear()
-        for row in range(0, len(B), BLOCK_ROWS):
+        for row in range(0, len(deltas.B), BLOCK_ROWS):
             self._look(deltas, row, BLOCK_ROWS, 1, sizes, tally)
-        # the zeros beyond the last row and column are none of the deltas
-        beyond = len(B) * len(A) * COLUMNS - entries
-        zeros_high = self.high.numpy() == 0
-        self.at_high[zeros_high] -= beyond
-        self.at_low[(self.low.numpy() == 0) & ~zeros_high] -= beyond
 
     def narrowed(self, shares: Sequence[float], deltas: Strips, shape: tuple[int, int], sizes: Tensor | None) -> Self:
         """Brackets of the same shares, by a look at one of `EVERY` panels. (d_out, d_in) may not fill the strips.

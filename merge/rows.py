@@ -236,7 +236,7 @@ def largest(deltas: DeltaRows, measure: Measure, counts: Sequence[Sequence[int]]
             sizes, tally = (measure.sizes, measure.tally) if isinstance(measure, Variance) else (None, None)
             if deltas.entries >= NARROWED and margin == MARGIN:
                 brackets = brackets.narrowed(shares, deltas.strips, deltas.shape, sizes)
-            brackets.add_all(deltas.strips, deltas.entries, sizes, tally)
+            brackets.add_all(deltas.strips, sizes, tally)
         else:
             for _, _, tile in deltas.tiles():
                 brackets.add(measure(tile).flatten(1))
