@@ -64,7 +64,7 @@ def plus_plus(distances, weights, k, draws):
         for j in range(draws.shape[1]):
             candidate = draw(running, draws[step, j])
             potential = potential_with(nearest, distances[candidate], weights, trial)
-            if potential < lowest:
+            if j == 0 or potential < lowest:  # one is taken even where potentials overflow
                 lowest = potential
                 seeds[step] = candidate
                 trial, best = best, trial

@@ -139,3 +139,12 @@ def test_the_tolerance_is_sklearns() -> None:
 def test_impossible_numbers_of_clusters(k: int) -> None:
     with pytest.raises(ValueError, match="clusters of 4 points"):
         gram_kmeans(np.eye(4), np.ones(4), k)
+
+
+@pytest.mark.parametrize("signed", [False, True])
+def test_potentials_that_overflow_still_give_seeds(signed: bool) -> None:
+    """Infinite potentials have no least one: a point is a seed all the same."""
+    points = np.random.default_rng(0).normal(size=(8, 5))
+    gram = points @ points.T
+    found = gram_kmeans(gram / np.abs(gram).max() * 1.7e307, np.full(8, 1e3), 3, signed=signed)
+    assert set(found.labels.tolist()) == {0, 1, 2}
