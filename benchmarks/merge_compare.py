@@ -3,11 +3,11 @@
     python -m benchmarks.merge_compare [--adapters 8] [--rank 16] [--layers 2]
 
 Synthetic adapters of the Llama-2-7B shape. Every merge alone and the comparison of all run in this process, one after
-the other, files to files in new folders. The goal, of six cheap merges and of six methods at one rank: the comparison
-takes at most twice the time of the slowest merge. Times are the least of five runs; CPU seconds are those of all
-threads, which a busy machine disturbs less.
+the other, files to files in new folders. The goal, of six cheap merges, of six methods at one rank, and of one method
+of each of six families, single entries among them: the comparison takes at most twice the time of the slowest merge.
+Times are the least of five runs; CPU seconds are those of all threads, which a busy machine disturbs less.
 
-Prints two tables and writes benchmarks/results/merge_compare.json.
+Prints three tables and writes benchmarks/results/merge_compare.json.
 """
 
 from __future__ import annotations
@@ -35,6 +35,14 @@ SETS: dict[str, Candidates] = {
         ("lego", {"rank": 32}),
     ),
     "methods": tuple((method, {"rank": 16}) for method in ("svd", "lego", "tsv_m", "iso_c", "knots", "core_space")),
+    "families": (
+        ("svd", {"rank": 16}),
+        ("lego", {"rank": 16}),
+        ("tsv_m", {"rank": 16}),
+        ("knots", {"rank": 16}),
+        ("ties", {}),
+        ("ties_svd", {"rank": 16}),
+    ),
 }
 RUNS = 5
 GOAL = 2.0
