@@ -225,7 +225,7 @@ class TestALargeMatrix:
         for measure, wanted in ((rows.entries, counts), (rows.Variance(WEIGHTS), counts[:1])):
             exact = rows.largest(deltas, measure, wanted)
             with monkeypatch.context() as changed:
-                changed.setattr(rows, "WHOLE", 100)
+                changed.setattr(rows, "SORTED", 100)
                 changed.setattr(rows, "NARROWED", 100)
                 assert rows.largest(deltas, measure, wanted) == exact
 
