@@ -51,6 +51,11 @@ class CoreSvd:
     left: Tensor
     right: Tensor
 
+    def halves(self, rank: int) -> tuple[Tensor, Tensor]:
+        """(rank, n) and (n, rank) with which halves[0]·A and B·halves[1] are its best factors, √σ on either side."""
+        root = self.values[:rank].sqrt()
+        return (self.right[:, :rank] * root).T, self.left[:, :rank] * root
+
 
 def core_svd(A: Tensor, B: Tensor, weights: Tensor, gram_A: Tensor, gram_B: Tensor) -> CoreSvd:
     """Exact SVD of B·diag(w)·A through the n×n core T_B·diag(w)·T_Aᵀ, where B = Q_B·T_B and Aᵀ = Q_A·T_A.
@@ -150,10 +155,8 @@ def _pseudo_inverse(R: Tensor, X: Tensor) -> Tensor:
 
 def truncated_factors(A: Tensor, B: Tensor, svd: CoreSvd, rank: int) -> tuple[Tensor, Tensor]:
     """Best rank-`rank` factors (rank, d_in) and (d_out, rank) of the sum, √σ on either side (Eckart-Young)."""
-    root = svd.values[:rank].sqrt()
-    left = (svd.left[:, :rank] * root).to(B.dtype)
-    right = (svd.right[:, :rank] * root).to(A.dtype)
-    return right.T @ A, B @ left
+    right, left = svd.halves(rank)
+    return right.to(A.dtype) @ A, B @ left.to(B.dtype)
 
 
 def delta_products(gram_A: Tensor, gram_B: Tensor, owners: Tensor, adapters: int) -> Tensor:

@@ -18,7 +18,7 @@ from merge.rows import DeltaRows
 from merge.stack import Stack
 
 _SIDE, _RANK = 1056, 2
-"""Above `merge.rows.WHOLE` entries, so that nothing is taken as a whole."""
+"""Above `merge.row_svd.WHOLE` entries, so that nothing is taken as a whole."""
 
 
 def compile_loops() -> None:

@@ -21,7 +21,7 @@ from merge.panel import (
     variance_panel,
 )
 
-PANEL_DIGEST = "458f96fb378de39f"
+PANEL_DIGEST = "9d703af77a899bd1"
 """Of panel.py: numba's cache keeps what it compiled from that file until this one changes."""
 
 

@@ -44,9 +44,7 @@ def _panel(adds, columns, rows=ROWS):
             vector = ir.VectorType(ir.FloatType(), LANES)
             A, B, X = (_data(context, builder, signature, values, place) for place in (0, 3, 8))
             a, a_step, b, b_step, b_next, terms, x, x_step = (values[place] for place in (1, 2, 4, 5, 6, 7, 9, 10))
-            fma = cgutils.get_or_insert_function(
-                builder.module, ir.FunctionType(vector, (vector, vector, vector)), f"llvm.fma.v{LANES}f32"
-            )
+            fma = _fma(builder, vector)
 
             def address(array, place, number):
                 there = builder.gep(array, [builder.add(place, place.type(number))])
@@ -113,6 +111,32 @@ def transpose(_typing, X, x, x_step, Y, y, y_step):
             side //= 2
         for i in range(LANES):
             builder.store(rows[i], address(Y, values[4], values[5], i), align=4)
+        return context.get_dummy_value()
+
+    return signature, generate
+
+
+@intrinsic
+def sum_lanes(_typing, X, members, factors, first, last, Y, y):
+    """Y[y:] = Σ factors[p]·X[LANES·members[p]:] over first ≤ p < last, LANES numbers each, of flat float32 arrays.
+
+    `members` are int64. Each term is rounded once.
+    """
+    signature = types.void(X, members, factors, first, last, Y, y)
+
+    def generate(context, builder, signature, values):
+        vector = ir.VectorType(ir.FloatType(), LANES)
+        X, members, factors, Y = (_data(context, builder, signature, values, place) for place in (0, 1, 2, 5))
+        total = cgutils.alloca_once_value(builder, vector(None))
+        fma = _fma(builder, vector)
+        with cgutils.for_range_slice(builder, values[3], values[4], values[3].type(1)) as (place, _):
+            member = builder.load(builder.gep(members, [place]))
+            there = builder.gep(X, [builder.mul(member, member.type(LANES))])
+            numbers = builder.load(builder.bitcast(there, vector.as_pointer()), align=4)
+            factor = _spread(builder, builder.load(builder.gep(factors, [place])))
+            builder.store(builder.call(fma, [factor, numbers, builder.load(total)]), total)
+        to = builder.bitcast(builder.gep(Y, [values[6]]), vector.as_pointer())
+        builder.store(builder.load(total), to, align=4)
         return context.get_dummy_value()
 
     return signature, generate
@@ -342,6 +366,12 @@ def first_bit(_typing, bits):
 def _data(context, builder, signature, values, place):
     """The pointer to the first number of an array among the arguments."""
     return context.make_array(signature.args[place])(context, builder, values[place]).data
+
+
+def _fma(builder, vector):
+    return cgutils.get_or_insert_function(
+        builder.module, ir.FunctionType(vector, (vector, vector, vector)), f"llvm.fma.v{vector.count}f32"
+    )
 
 
 def _fabs(builder, vector):

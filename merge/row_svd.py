@@ -14,9 +14,12 @@ from merge import strip_loops, strips
 from merge.brackets import overflow
 from merge.memory import Room
 from merge.panel import COLUMNS, LANES
-from merge.rows import WHOLE, finite
+from merge.rows import finite
 from merge.rules import compiled
 from merge.strips import BLOCK_ROWS
+
+WHOLE = 1 << 20
+"""Entries up to which a matrix is taken as a whole."""
 
 OVERSAMPLING = 16
 """Directions that a pass carries beyond the rank, at least."""

@@ -18,8 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from merge import entry_loops, rules, strip_loops, strips
-from merge.brackets import Brackets, Tally, descending, numbers
-from merge.brackets import overflow as overflow
+from merge.brackets import Brackets, Tally, descending, numbers, overflow
 from merge.entry_rule import EntryRule
 from merge.panel import LANES, ROWS
 from merge.rules import compiled, kth_largest
@@ -33,8 +32,6 @@ TILE_COLUMNS = 64
 """A tile's width is a multiple of it."""
 PAGE = 1024
 """Numbers of float32; entries as far apart, or a multiple of it, take turns in the same places of a core's cache."""
-WHOLE = 1 << 20
-"""Entries up to which a matrix is taken as a whole."""
 SORTED = 1 << 17
 """Entries up to which a matrix is sorted to find an order statistic."""
 SAMPLE = 1 << 16

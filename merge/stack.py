@@ -212,10 +212,8 @@ class Stack:
                 A, B = larger[0]
                 self._best[rank, scale] = A[:rank], B[:, :rank].contiguous()
             else:
-                svd = self.svd(scale)
-                root = svd.values[:rank].sqrt()
-                right, left = svd.right[:, :rank] * root, svd.left[:, :rank] * root
-                self._best[rank, scale] = of_rows(right.T, self.A), of_columns(self.B, left)
+                right, left = self.svd(scale).halves(rank)
+                self._best[rank, scale] = of_rows(right, self.A), of_columns(self.B, left)
         return self._best[rank, scale]
 
     @cached_property

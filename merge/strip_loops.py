@@ -29,7 +29,7 @@ from merge.panel import (
     variance_row,
 )
 
-PANEL_DIGEST = "458f96fb378de39f"
+PANEL_DIGEST = "9d703af77a899bd1"
 MASK_DIGEST = "022cc137d018cd5a"
 """Of panel.py and of mask_loops.py: numba's cache keeps what it compiled from them until this file changes."""
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from merge import rules
+from merge.brackets import overflow
 from merge.coordinates import OfColumns
 from merge.core import one_sign
 from merge.entry_rule import EntryRule
@@ -20,7 +21,7 @@ from merge.gram import gram
 from merge.peer_options import KnotsOptions
 from merge.products import of_columns, of_rows
 from merge.result import MergedModule
-from merge.rows import DeltaRows, overflow, trimming
+from merge.rows import DeltaRows, trimming
 from merge.stack import Stack
 
 NULL = 1e-5
